@@ -1,0 +1,45 @@
+# Two targets for people: `make demo` and `make test`. Both make their own environment first.
+#   D2    the engine: ./lite (default), a path to a detectron2 checkout, or a pip requirement such as
+#         git+https://github.com/facebookresearch/detectron2.git
+#   VENV  where the environment lives; one environment holds one engine
+#   ARGS  passed on, e.g. make demo ARGS="--data DIR", make test ARGS="-m slow"
+PYTHON ?= python3
+VENV ?= .venv
+D2 ?= ./lite
+ARGS ?=
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+ENGINE_ID := $(shell printf '%s' '$(D2)' | cksum | cut -d' ' -f1)
+BASE := $(VENV)/.base
+ENGINE := $(VENV)/.engine-$(ENGINE_ID)
+
+.PHONY: demo test lint install clean
+
+demo: install
+	$(VENV)/bin/python tools/quickstart.py $(ARGS)
+
+test: install
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: install
+	$(VENV)/bin/python -m ruff check .
+
+install: $(ENGINE)
+
+# torch comes first and alone: building detectron2 needs it.
+$(BASE): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt setuptools wheel
+	$(PIP) install -q -c constraints.txt -e '.[test,fast-eval]'
+	rm -f $(VENV)/.engine-*
+	touch $@
+
+$(ENGINE): $(BASE) $(wildcard lite/setup.py)
+	$(PIP) uninstall -q -y detectron2 detectron2-lite
+	rm -f $(VENV)/.engine-*
+	$(PIP) install -q -c constraints.txt --no-build-isolation $(if $(wildcard $(D2)/setup.py),-e )'$(D2)'
+	touch $@
+
+clean:
+	rm -rf $(VENV) output

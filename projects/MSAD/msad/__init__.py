@@ -1,0 +1,13 @@
+"""Low-resolution detection by distillation on detectron2's registries, configs and trainer.
+
+Importing the package registers its meta-architectures, backbones and distillation losses.
+"""
+
+from .config import add_msad_config, load_config
+from .distill import losses as _losses  # noqa: F401  (fills DISTILL_LOSS_REGISTRY)
+from .modeling import backbones as _backbones  # noqa: F401  (fills BACKBONE_REGISTRY)
+from .modeling import detectors as _detectors  # noqa: F401  (fills META_ARCH_REGISTRY)
+from .modeling import teacher as _teacher  # noqa: F401
+
+__all__ = ["add_msad_config", "load_config", "__version__"]
+__version__ = "0.1.0"

@@ -1,0 +1,153 @@
+"""Every key the project adds to detectron2's config, and the loading of yaml files.
+
+The comments after the defaults state unit and source; docs/CONFIG.md is generated from this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+
+def add_msad_config(cfg: CN) -> CN:
+    """Add the project's keys to a detectron2 config, in place, and return it."""
+    # --- data sets declared in yaml ------------------------------------------------------------------------------
+    # Entries {NAME, JSON, IMAGES, KEYPOINT_FLIP_PAIRS, KEYPOINT_SIGMAS}; paths are relative to $DETECTRON2_DATASETS.
+    cfg.DATASETS.REGISTER = []
+
+    # --- backbones and necks -------------------------------------------------------------------------------------
+    # Basic blocks per stage of build_tiny_resnet_backbone; widths are RES2_OUT_CHANNELS * 2^stage.
+    cfg.MODEL.RESNETS.BLOCKS = [1, 1, 1, 1]
+    # Registered backbone under build_level_fpn_backbone.
+    cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
+    # Levels that build_level_fpn_backbone makes: those the head reads. A teacher adds those its branches need.
+    cfg.MODEL.FPN.LEVELS = []
+
+    # --- FCOS ----------------------------------------------------------------------------------------------------
+    cfg.MODEL.FCOS = CN()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Output channels of the 3x3 convolutions of each tower; fewer or narrower ones make a light head.
+    cfg.MODEL.FCOS.CONV_DIMS = [256, 256, 256, 256]
+    cfg.MODEL.FCOS.NORM = "GN"
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # In strides (FCOS, improved version).
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # On sqrt(class score * centerness).
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.05
+    # Candidates per level before NMS.
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+    # --- the multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiScaleTeacher) -------------------------------
+    cfg.MSAD = CN()
+    # Meta-architecture of the detector inside the teacher, configured by its usual keys in the H frame.
+    cfg.MSAD.DETECTOR = "FCOS"
+    # Branches, H first: H, L (1/2), EL (1/4).
+    cfg.MSAD.RESOLUTIONS = ["H", "L"]
+    # What the teacher's inference uses: "fused" or one of RESOLUTIONS.
+    cfg.MSAD.EVAL_BRANCH = "fused"
+    # How low-resolution inputs are made from H: "antialias", or "nearest" as in the released code.
+    cfg.MSAD.DOWNSAMPLE = "antialias"
+    # Weight of the fused branch's detection losses (released JOINT_WEIGHT; lambda in readings A and B).
+    cfg.MSAD.W_FUSE = 0.4
+    cfg.MSAD.FUSION = CN()
+    # Hidden width of the gate: branches * channels / REDUCTION.
+    cfg.MSAD.FUSION.REDUCTION = 16
+    # Pool the gate's input over the image without its padding. False: as in the released code.
+    cfg.MSAD.FUSION.MASK_PADDING = True
+
+    # --- distillation --------------------------------------------------------------------------------------------
+    cfg.DISTILL = CN()
+    # Entries {CONFIG: yaml of the teacher, WEIGHTS: its checkpoint}. Empty: ordinary training.
+    cfg.DISTILL.TEACHERS = []
+    # Entries {NAME: registered loss, WEIGHT: float, LEVELS: H-frame levels, ...}; see docs/CONFIG.md.
+    # Empty: the student is only initialised from the teacher (the control of every comparison).
+    cfg.DISTILL.LOSSES = []
+    # Resolution of the student; the loader's images are H and are reduced to it on the device.
+    cfg.DISTILL.STUDENT_RESOLUTION = "L"
+    # What the student copies from the teacher before training: "full", "neck_and_head" or "none".
+    cfg.DISTILL.INIT_STUDENT = "full"
+    # BatchNorm of the teacher: "eval" (running statistics) or "batch" (batch statistics, as in the released code;
+    # its buffers do not change either way).
+    cfg.DISTILL.TEACHER_BN = "eval"
+    # Weight of the student's detection losses (gamma in readings A and B).
+    cfg.DISTILL.W_DET = 1.0
+    # Iterations over which the distillation weight rises linearly from 0 (released: 500).
+    cfg.DISTILL.WARMUP_ITERS = 500
+    # End of distillation: from DECAY_FROM to DECAY_TO (fractions of SOLVER.MAX_ITER) the weight falls linearly to 0.
+    # [1.0, 1.0] keeps it to the end, as the paper and the released code do.
+    cfg.DISTILL.DECAY_FROM = 1.0
+    cfg.DISTILL.DECAY_TO = 1.0
+    # Weights from the paper's lambda and gamma: "" (W_DET, LOSSES as written), "A" or "B"; see docs/CONFIG.md.
+    cfg.DISTILL.READING = ""
+    cfg.DISTILL.LAMBDA = 0.4
+    cfg.DISTILL.GAMMA = 0.8
+
+    # --- evaluation and speed ------------------------------------------------------------------------------------
+    # Memory format torch.channels_last for the convolutions.
+    cfg.SOLVER.CHANNELS_LAST = False
+    # torch.compile the backbones of student and teacher.
+    cfg.SOLVER.COMPILE = False
+    return cfg
+
+
+def _valid_keys(cfg: CN, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in cfg.items():
+        keys.append(prefix + key)
+        if isinstance(value, CN):
+            keys += _valid_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """A hint for error messages: '; did you mean X?' if something in ``valid`` is close, otherwise ''."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _unknown_key(error: KeyError, cfg: CN, source: str) -> KeyError:
+    name = str(error.args[0]).rsplit(":", 1)[-1].strip().strip("'\"")
+    return KeyError(f"{source}: unknown config key {name}{nearest(name, _valid_keys(cfg))}")
+
+
+def load_config(config_file: str | os.PathLike, opts: list[str] | tuple = ()) -> CN:
+    """detectron2's defaults, the project's, a yaml file and ``KEY VALUE`` overrides, in this order.
+
+    Relative CONFIG entries of DISTILL.TEACHERS that do not exist in the working directory are looked up beside
+    ``config_file``.
+
+    Raises:
+        FileNotFoundError: no such yaml file.
+        KeyError: an unknown key; names the file and the nearest valid key.
+    """
+    cfg = add_msad_config(get_cfg())
+    config_file = os.fspath(config_file)
+    if config_file:
+        if not os.path.isfile(config_file) and "://" not in config_file:
+            raise FileNotFoundError(f"no config file {config_file}")
+        try:
+            cfg.merge_from_file(config_file)
+        except KeyError as error:
+            raise _unknown_key(error, cfg, config_file) from None
+    if len(opts) % 2:
+        raise ValueError(f"overrides must be KEY VALUE pairs, got {list(opts)}")
+    for key, value in zip(opts[::2], opts[1::2]):
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, AssertionError):
+            if key in _valid_keys(cfg):
+                raise
+            raise _unknown_key(KeyError(key), cfg, "command line") from None
+    folder = os.path.dirname(config_file)
+    for teacher in cfg.DISTILL.TEACHERS:
+        path = teacher.get("CONFIG", "")
+        if path and not os.path.isfile(path) and os.path.isfile(os.path.join(folder, path)):
+            teacher["CONFIG"] = os.path.join(folder, path)
+    return cfg

@@ -1,0 +1,1 @@
+"""Distillation: a student, frozen teachers and losses between their features."""

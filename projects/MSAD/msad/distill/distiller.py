@@ -1,0 +1,161 @@
+"""A student, its frozen teacher and the losses between them, as one trainable module."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ..modeling import features as F_
+from ..resolution import Resolution, batch_images, pad_divisibility, shift_names, view
+from .losses import DistillBatch
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenTeacher:
+    """A teacher that cannot change: outside every module tree, without gradients, always in evaluation mode.
+
+    It is deliberately not an ``nn.Module``: assigned to a module it stays invisible to ``train()``, ``state_dict()``,
+    ``parameters()``, optimizers and DistributedDataParallel.
+
+    Args:
+        model: a MultiScaleTeacher or a detector in the H frame.
+        batch_norm: "eval" (running statistics) or "batch" (statistics of the batch, buffers untouched).
+    """
+
+    def __init__(self, model: nn.Module, batch_norm: str = "eval") -> None:
+        if batch_norm not in ("eval", "batch"):
+            raise ValueError(f"DISTILL.TEACHER_BN must be 'eval' or 'batch', not {batch_norm!r}")
+        self.model = model.eval().requires_grad_(False)
+        if batch_norm == "batch":
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    # Without tracking, train mode normalises by the batch and leaves the buffers alone.
+                    module.track_running_stats = False
+                    module.train()
+
+    @property
+    def detector(self) -> nn.Module:
+        """The detector itself, inside a multi-resolution teacher or not."""
+        return getattr(self.model, "detector", self.model)
+
+    def shapes(self) -> dict[str, ShapeSpec]:
+        """Levels that can be imitated, H-frame names, strides in H pixels."""
+        shapes = self.detector.backbone.output_shape()
+        return {name: shapes[name] for name in F_.head_levels(self.detector)}
+
+    @torch.no_grad()
+    def features(self, batched_inputs: list[dict], max_shift: int) -> F_.Features:
+        """Maps to imitate, level l: (N, C, h_l, w_l), on the grid of H padded for branches up to ``max_shift``."""
+        if hasattr(self.model, "neck_features"):
+            return self.model.neck_features(batched_inputs, max_shift)
+        detector = self.model
+        device = detector.pixel_mean.device
+        images = batch_images(
+            [item["image"].to(device, non_blocking=True) for item in batched_inputs],
+            detector.pixel_mean,
+            detector.pixel_std,
+            pad_divisibility(max(detector.backbone.size_divisibility, 1), 0, max_shift),
+        )
+        return F_.run_neck(detector.backbone, images.tensor, F_.head_levels(detector))
+
+
+class Distiller(nn.Module):
+    """Detection losses of a student at low resolution plus distillation losses against a frozen teacher.
+
+    The student is any dense detector in the frame of ``resolution``; its pyramid is tapped by a hook for the length
+    of a call, so no detector is edited. In evaluation mode the module is the student.
+
+    Args:
+        student: detector whose input is H reduced by ``resolution``.
+        teacher: None, or a frozen teacher in the H frame.
+        losses: from :func:`msad.distill.losses.build_losses`; empty: the teacher never runs.
+        resolution: of the student.
+        w_det: weight of the student's detection losses.
+        factor: iteration -> factor on the distillation losses.
+        downsample_mode: see :func:`msad.resolution.downsample`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: FrozenTeacher | None,
+        losses: nn.ModuleList,
+        resolution: Resolution,
+        *,
+        w_det: float = 1.0,
+        factor: Callable[[int], float] = lambda iteration: 1.0,
+        downsample_mode: str = "antialias",
+    ) -> None:
+        super().__init__()
+        if len(losses) and teacher is None:
+            raise ValueError("DISTILL.LOSSES need a teacher: DISTILL.TEACHERS is empty")
+        self.student = student
+        self.losses = losses
+        self.teacher = teacher
+        self.resolution = resolution
+        self.w_det = w_det
+        self.factor = factor
+        self.downsample_mode = downsample_mode
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.pixel_mean.device
+
+    def student_shapes(self) -> dict[str, ShapeSpec]:
+        return student_shapes(self.student, self.resolution)
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        """Training: inputs in H pixels -> losses. Evaluation: the student's inputs -> the student's detections."""
+        if not self.training:
+            return self.student(batched_inputs)
+        shift = self.resolution.shift
+        moved = [dict(item, image=item["image"].to(self.device, non_blocking=True)) for item in batched_inputs]
+        reduced = view(moved, shift, self.device, self.downsample_mode)
+        factor = self.factor(get_event_storage().iter) if len(self.losses) else 0.0
+        if not len(self.losses):
+            return {name: self.w_det * value for name, value in self.student(reduced).items()}
+
+        with F_.tap_neck(self.student) as taken:
+            output = {name: self.w_det * value for name, value in self.student(reduced).items()}
+        student = dict(zip(shift_names(list(taken), shift), taken.values()))
+        teacher = self._on_student_grid(self.teacher.features(moved, shift), student)
+        batch = DistillBatch(
+            image_sizes=[tuple(item["image"].shape[-2:]) for item in moved],
+            gt=[item["instances"] for item in moved],
+        )
+        for loss in self.losses:
+            for name, value in loss(student, teacher, batch).items():
+                output[name] = factor * value
+        return output
+
+    def _on_student_grid(self, teacher: F_.Features, student: F_.Features) -> F_.Features:
+        """Cut off what the teacher padded beyond the student's input; both grids begin at the image's corner."""
+        out = {}
+        for name, t in teacher.items():
+            if name not in student:
+                continue
+            h, w = student[name].shape[-2:]
+            if t.shape[-2] < h or t.shape[-1] < w or t.shape[0] != student[name].shape[0]:
+                raise ValueError(
+                    f"level {name} (H frame): teacher map {tuple(t.shape)} does not cover the student's "
+                    f"{tuple(student[name].shape)}; is DISTILL.STUDENT_RESOLUTION {self.resolution.name} the resolution "
+                    "that the student's levels and strides are made for?"
+                )
+            out[name] = t[..., :h, :w]
+        return out
+
+
+def student_shapes(student: nn.Module, resolution: Resolution) -> dict[str, ShapeSpec]:
+    """Levels the student's head reads under H-frame names, strides in H pixels."""
+    shapes = student.backbone.output_shape()
+    names = F_.head_levels(student)
+    return {
+        h_name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride * 2**resolution.shift)
+        for name, h_name in zip(names, shift_names(names, resolution.shift))
+    }

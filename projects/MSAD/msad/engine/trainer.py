@@ -1,0 +1,161 @@
+"""One trainer for baselines, teachers and students."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from functools import partial
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from ..config import load_config
+from ..data.loader import build_train_loader
+from ..distill.distiller import Distiller, FrozenTeacher, student_shapes
+from ..distill.init import init_student
+from ..distill.losses import build_losses
+from ..distill.schedules import distillation_factor, reading_weights
+from ..modeling.features import freeze_unread_levels
+from ..modeling.teacher import MultiScaleTeacher
+from ..resolution import get_resolution
+from .checkpoint import CheckedCheckpointer
+from .hooks import ExactResume, LossBalance
+
+logger = logging.getLogger(__name__)
+
+
+def apply_reading(cfg: CfgNode) -> CfgNode:
+    """If DISTILL.READING is set, write the weights that it implies over W_FUSE, W_DET and the losses' WEIGHT."""
+    if not cfg.DISTILL.READING:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    w_fuse, w_det, w_distill = reading_weights(cfg.DISTILL.READING, cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)
+    cfg.MSAD.W_FUSE, cfg.DISTILL.W_DET = w_fuse, w_det
+    cfg.DISTILL.LOSSES = [dict(entry, WEIGHT=w_distill) for entry in cfg.DISTILL.LOSSES]
+    cfg.freeze()
+    logger.info("Reading %s: w_fuse %g, w_det %g, w_distill %g", cfg.DISTILL.READING, w_fuse, w_det, w_distill)
+    return cfg
+
+
+def load_teacher(entry: dict, device: str, batch_norm: str = "eval") -> FrozenTeacher:
+    """Build and load the teacher of one DISTILL.TEACHERS entry {CONFIG, WEIGHTS}.
+
+    Raises:
+        ValueError: a wrong entry, or a checkpoint without a single fitting tensor.
+        FileNotFoundError: CONFIG or WEIGHTS does not exist.
+    """
+    if set(entry) - {"CONFIG", "WEIGHTS"} or not entry.get("CONFIG") or not entry.get("WEIGHTS"):
+        raise ValueError(f"a DISTILL.TEACHERS entry needs CONFIG and WEIGHTS and nothing else, got {dict(entry)}")
+    if "://" not in entry["WEIGHTS"] and not os.path.isfile(entry["WEIGHTS"]):
+        raise FileNotFoundError(f"DISTILL.TEACHERS: no checkpoint {entry['WEIGHTS']}")
+    cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", device])
+    model = build_model(cfg)
+    CheckedCheckpointer(model).load(entry["WEIGHTS"])
+    return FrozenTeacher(model, batch_norm)
+
+
+class DistillTrainer(DefaultTrainer):
+    """detectron2's DefaultTrainer that also distils.
+
+    Without DISTILL.TEACHERS it trains any model of the config: a baseline or a teacher. With a teacher, the model of
+    the config is the student: it alone is evaluated and checkpointed, under the parameter names it has by itself, so
+    its checkpoints load into plain detectron2. Interrupted runs resume exactly.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        if cfg.SEED < 0:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SEED = comm.shared_random_seed() % 2**31
+            cfg.freeze()
+            logger.info("SEED is not set; this run uses %d", cfg.SEED)
+        super().__init__(apply_reading(cfg))
+
+    @property
+    def distiller(self) -> Distiller | None:
+        """The distiller if this run has a teacher."""
+        model = getattr(self._trainer.model, "module", self._trainer.model)
+        return model if isinstance(model, Distiller) else None
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model of ``cfg``, inside a Distiller if DISTILL.TEACHERS is not empty."""
+        model = super().build_model(cfg)
+        if not isinstance(model, MultiScaleTeacher):
+            frozen = freeze_unread_levels(model)
+            if frozen:
+                logger.info("Not trained, because no head reads their level: %s", ", ".join(frozen))
+        if cfg.SOLVER.CHANNELS_LAST:
+            model = model.to(memory_format=torch.channels_last)
+        if not cfg.DISTILL.TEACHERS:
+            if cfg.DISTILL.LOSSES:
+                raise ValueError("DISTILL.LOSSES need a teacher: DISTILL.TEACHERS is empty")
+            return model
+        if len(cfg.DISTILL.TEACHERS) > 1:
+            raise ValueError(f"DISTILL.TEACHERS has {len(cfg.DISTILL.TEACHERS)} entries; one teacher at a time")
+        teacher = load_teacher(cfg.DISTILL.TEACHERS[0], cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER_BN)
+        if cfg.SOLVER.CHANNELS_LAST:
+            teacher.model.to(memory_format=torch.channels_last)
+        resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
+        return Distiller(
+            model,
+            teacher,
+            build_losses(cfg.DISTILL.LOSSES, student_shapes(model, resolution), teacher.shapes()).to(cfg.MODEL.DEVICE),
+            resolution,
+            w_det=cfg.DISTILL.W_DET,
+            factor=partial(
+                distillation_factor,
+                max_iter=cfg.SOLVER.MAX_ITER,
+                warmup_iters=cfg.DISTILL.WARMUP_ITERS,
+                decay_from=cfg.DISTILL.DECAY_FROM,
+                decay_to=cfg.DISTILL.DECAY_TO,
+            ),
+            downsample_mode=cfg.MSAD.DOWNSAMPLE,
+        )
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_train_loader(cfg, seed=cfg.SEED)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """COCO metrics; TEST.DETECTIONS_PER_IMAGE also bounds what the evaluator counts."""
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
+            max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
+
+    def build_hooks(self) -> list:
+        """detectron2's hooks, writing the student alone, and ours."""
+        distiller = self.distiller
+        model, extra = self._trainer.model, {}
+        if distiller is not None:
+            model = distiller.student
+            if any(True for _ in distiller.losses.parameters()):
+                extra["distill_losses"] = distiller.losses
+        self.checkpointer = CheckedCheckpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **extra)
+        hooks = super().build_hooks()
+        ours = [ExactResume(self.cfg.SEED, self.checkpointer.model, self._trainer.data_loader)]
+        if distiller is not None and len(distiller.losses):
+            ours.append(LossBalance())
+        return ours + hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resume the last checkpoint of OUTPUT_DIR if asked and there; otherwise load weights and start the student.
+
+        A resumed student keeps its weights: the teacher initialises it only at the very beginning.
+        """
+        super().resume_or_load(resume)
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if self.distiller is not None and not resumed:
+            init_student(self.distiller.student, self.distiller.teacher.detector, self.cfg.DISTILL.INIT_STUDENT)
+        self._trainer.data_loader.start_iter = self.start_iter

@@ -1,0 +1,73 @@
+"""Crossing feature-level fusion (C-FF): one gate weighs the aligned maps of all resolutions."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import ShapeSpec
+from fvcore.nn import weight_init
+from torch import nn
+
+
+def masked_mean(x: torch.Tensor, sizes: list[tuple[int, int]] | None) -> torch.Tensor:
+    """Spatial mean of each channel over the valid top-left rectangle of each image.
+
+    Args:
+        x: (N, C, h, w).
+        sizes: per image, the valid (rows, columns) in cells of ``x``; None: everything is valid.
+
+    Returns:
+        (N, C). Contracts one axis after the other, so no masked copy of ``x`` is made.
+    """
+    if sizes is None:
+        return x.mean(dim=(2, 3))
+    n, _, h, w = x.shape
+    extent = torch.tensor(sizes, dtype=torch.float32).to(x.device, non_blocking=True)  # (N, 2)
+    rows = (torch.arange(h, device=x.device) < extent[:, :1]).to(x.dtype) / extent[:, :1].to(x.dtype)
+    cols = (torch.arange(w, device=x.device) < extent[:, 1:]).to(x.dtype) / extent[:, 1:].to(x.dtype)
+    per_row = torch.matmul(x, cols.view(n, 1, w, 1)).squeeze(-1)  # (N, C, h)
+    return torch.matmul(per_row, rows.view(n, h, 1)).squeeze(-1)
+
+
+class CrossFeatureLevelFusion(nn.Module):
+    """C-FF of MSAD (CVPR 2021): softmax gate over the resolutions, one weight per image and level.
+
+    ``a = softmax(W2 relu(W1 [pool(x_1); ...; pool(x_n)]))`` and ``fused = sum_i a_i x_i``. The gate's two linear
+    layers have no bias and are shared by all levels.
+
+    Args:
+        channels: C of every map.
+        num_branches: n, in the order in which :meth:`forward` gets the maps (H first).
+        reduction: hidden width is ``n * channels / reduction``.
+        mask_padding: pool over the image only and not over its padding, so that an image's gate does not depend
+            on the sizes of the others in its batch (the released code pools over everything).
+    """
+
+    def __init__(self, channels: int, num_branches: int, reduction: int = 16, mask_padding: bool = True) -> None:
+        super().__init__()
+        hidden = max(num_branches * channels // reduction, 1)
+        self.mask_padding = mask_padding
+        self.squeeze = nn.Linear(num_branches * channels, hidden, bias=False)
+        self.excite = nn.Linear(hidden, num_branches, bias=False)
+        weight_init.c2_xavier_fill(self.squeeze)
+        weight_init.c2_xavier_fill(self.excite)
+
+    @classmethod
+    def from_shapes(cls, shapes: dict[str, ShapeSpec], num_branches: int, **kwargs) -> CrossFeatureLevelFusion:
+        """Build for maps of these shapes; ValueError if their channel counts differ."""
+        channels = {s.channels for s in shapes.values()}
+        if len(channels) != 1:
+            raise ValueError(f"fused levels must have equal channels, got { {k: s.channels for k, s in shapes.items()} }")
+        return cls(channels.pop(), num_branches, **kwargs)
+
+    def gates(self, maps: list[torch.Tensor], sizes: list[tuple[int, int]] | None = None) -> torch.Tensor:
+        """Softmax weights (N, n) for n aligned maps (N, C, h, w); ``sizes`` as in :func:`masked_mean`."""
+        pooled = torch.cat([masked_mean(x, sizes if self.mask_padding else None) for x in maps], dim=1)
+        return self.excite(torch.relu(self.squeeze(pooled))).softmax(dim=1)
+
+    def forward(self, maps: list[torch.Tensor], sizes: list[tuple[int, int]] | None = None) -> torch.Tensor:
+        """Fuse n aligned maps (N, C, h, w) of one level into one (N, C, h, w)."""
+        gates = self.gates(maps, sizes).to(maps[0].dtype)[:, :, None, None, None]
+        fused = gates[:, 0] * maps[0]
+        for i, x in enumerate(maps[1:], start=1):
+            fused = torch.addcmul(fused, gates[:, i], x)
+        return fused

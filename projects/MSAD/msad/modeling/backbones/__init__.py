@@ -1,0 +1,3 @@
+"""Backbones and necks that detectron2 does not have, registered for yaml."""
+
+from . import fpn, resnet  # noqa: F401

@@ -1,0 +1,124 @@
+"""A feature pyramid that makes only the levels somebody reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from fvcore.nn import weight_init
+from torch import nn
+
+from ...resolution import level_of
+
+
+class _ExtraLevels(nn.Module):
+    """P6 and P7 by stride-2 convolutions of C5 and of ReLU(P6) (RetinaNet, Sec. 4), as many as are wanted."""
+
+    def __init__(self, in_channels: int, out_channels: int, last_level: int) -> None:
+        super().__init__()
+        for level in range(6, last_level + 1):
+            source = in_channels if level == 6 else out_channels
+            conv = nn.Conv2d(source, out_channels, 3, stride=2, padding=1)
+            weight_init.c2_xavier_fill(conv)
+            self.add_module(f"p{level}", conv)
+
+    def forward(self, c5: torch.Tensor, last_level: int) -> dict[str, torch.Tensor]:
+        outputs, x = {}, c5
+        for level in range(6, last_level + 1):
+            x = getattr(self, f"p{level}")(x if level == 6 else F.relu(x))
+            outputs[f"p{level}"] = x
+        return outputs
+
+
+class LevelFPN(Backbone):
+    """FPN (Lin et al., CVPR 2017) on chosen levels P1..P7, with detectron2's parameter names.
+
+    Lateral and output convolutions exist for the chosen levels only, and a call can ask for fewer. A branch that
+    reads P3-P7 never pays for P2, whose 3x3 convolution at stride 4 alone costs more than half of a ResNet-50.
+
+    Args:
+        bottom_up: network whose outputs, named in ``in_features``, have strides 2, 4, ..., 32 without gaps.
+        in_features: finest first; the last has stride 32.
+        out_channels: C of every level.
+        levels: levels that can be asked for, e.g. ["p2", ..., "p6"].
+        norm: normalisation of the lateral and output convolutions, "" for none.
+    """
+
+    selects_levels = True
+
+    def __init__(
+        self, bottom_up: Backbone, in_features: Sequence[str], out_channels: int, levels: Sequence[str], norm: str = ""
+    ) -> None:
+        super().__init__()
+        shapes = bottom_up.output_shape()
+        sources = {shapes[name].stride.bit_length() - 1: name for name in in_features}
+        wanted = sorted(level_of(name) for name in levels)
+        self._finest = min(wanted[0], 5)
+        missing = [f"p{level}" for level in range(self._finest, 6) if level not in sources]
+        if missing or wanted[-1] > 7:
+            raise ValueError(
+                f"MODEL.FPN: levels {list(levels)} need a bottom-up map for each of p{self._finest}..p5, "
+                f"but {list(in_features)} have strides {[shapes[name].stride for name in in_features]}"
+                + (f"; missing {missing}" if missing else "; p7 is the coarsest level")
+            )
+        self._sources = {level: sources[level] for level in range(self._finest, 6)}
+        for level, name in self._sources.items():
+            bias = norm == ""
+            lateral = Conv2d(shapes[name].channels, out_channels, 1, bias=bias, norm=get_norm(norm, out_channels))
+            weight_init.c2_xavier_fill(lateral)
+            self.add_module(f"fpn_lateral{level}", lateral)
+            if level in wanted:
+                output = Conv2d(out_channels, out_channels, 3, padding=1, bias=bias, norm=get_norm(norm, out_channels))
+                weight_init.c2_xavier_fill(output)
+                self.add_module(f"fpn_output{level}", output)
+        self.bottom_up = bottom_up
+        if wanted[-1] > 5:
+            self.top_block = _ExtraLevels(shapes[sources[5]].channels, out_channels, wanted[-1])
+        self._out_features = [f"p{level}" for level in wanted]
+        self._out_feature_strides = {f"p{level}": 2**level for level in wanted}
+        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
+
+    @property
+    def size_divisibility(self) -> int:
+        """Input sides must divide by the stride of C5."""
+        return 32
+
+    def forward(self, x: torch.Tensor, levels: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """Pyramid of ``x``.
+
+        Args:
+            x: (N, 3, H, W), H and W multiples of 32.
+            levels: what to compute; default all. ValueError if one is not among the constructor's ``levels``.
+
+        Returns:
+            level name -> (N, C, ceil(H / 2^l), ceil(W / 2^l)), finest first.
+        """
+        names = self._out_features if levels is None else sorted(levels, key=level_of)
+        unknown = [name for name in names if name not in self._out_features]
+        if unknown:
+            raise ValueError(f"levels {unknown} were not built; this FPN has {self._out_features}")
+        wanted = [level_of(name) for name in names]
+        bottom_up = self.bottom_up(x)
+        outputs = {}
+        top_down = None
+        for level in range(5, wanted[0] - 1, -1):
+            lateral = getattr(self, f"fpn_lateral{level}")(bottom_up[self._sources[level]])
+            top_down = lateral if top_down is None else lateral + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
+            if level in wanted:
+                outputs[f"p{level}"] = getattr(self, f"fpn_output{level}")(top_down)
+        if wanted[-1] > 5:
+            outputs.update(self.top_block(bottom_up[self._sources[5]], wanted[-1]))
+        return {name: outputs[name] for name in names}
+
+
+@BACKBONE_REGISTRY.register()
+def build_level_fpn_backbone(cfg, input_shape: ShapeSpec) -> LevelFPN:
+    """LevelFPN of MODEL.FPN.LEVELS over the bottom-up network that MODEL.FPN.BOTTOM_UP names."""
+    options = cfg.MODEL.FPN
+    if not options.LEVELS:
+        raise ValueError('MODEL.FPN.LEVELS is empty: list the levels the head reads, e.g. ["p3", "p4", "p5", "p6", "p7"]')
+    bottom_up = BACKBONE_REGISTRY.get(options.BOTTOM_UP)(cfg, input_shape)
+    return LevelFPN(bottom_up, options.IN_FEATURES, options.OUT_CHANNELS, options.LEVELS, options.NORM)

@@ -1,0 +1,112 @@
+"""Run a detectron2 detector from given pyramid features, or only as far as its features.
+
+detectron2's detectors go from image to output in one ``forward``. The teacher needs the half after the neck (for
+several sets of features) and distillation the half before it. Both are here, once for every detector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from torch import nn
+
+Features = dict[str, torch.Tensor]
+
+
+def _dense(detector: nn.Module) -> DenseDetector:
+    if not isinstance(detector, DenseDetector):
+        raise TypeError(
+            f"{type(detector).__name__} cannot be run from features: only dense detectors "
+            "(subclasses of detectron2's DenseDetector, such as RetinaNet and FCOS) are supported"
+        )
+    return detector
+
+
+def head_levels(detector: nn.Module) -> list[str]:
+    """Names of the levels that the detector's head reads, finest first."""
+    return list(_dense(detector).head_in_features)
+
+
+def losses(detector: nn.Module, images: ImageList, features: Features, gt: list[Instances]) -> Features:
+    """Detection losses of ``detector`` (in training mode) on ``features`` in the frame of ``gt``."""
+    dense = _dense(detector)
+    maps = [features[name] for name in dense.head_in_features]
+    return dense.forward_training(images, maps, dense.head(maps), gt)
+
+
+def predict(detector: nn.Module, images: ImageList, features: Features) -> list[Instances]:
+    """Detections of ``detector`` (in eval mode), in pixels of ``images``."""
+    dense = _dense(detector)
+    maps = [features[name] for name in dense.head_in_features]
+    return dense.forward_inference(images, maps, dense.head(maps))
+
+
+def postprocess(results: list[Instances], batched_inputs: list[dict], images: ImageList) -> list[dict]:
+    """Detections in network input pixels -> detectron2's output dicts in original image pixels."""
+    output = []
+    for result, item, size in zip(results, batched_inputs, images.image_sizes):
+        height, width = item.get("height", size[0]), item.get("width", size[1])
+        output.append({"instances": detector_postprocess(result, height, width)})
+    return output
+
+
+@contextmanager
+def targets_once(detector: nn.Module) -> Iterator[None]:
+    """Inside, ``detector`` assigns ground truth to anchors once and reuses the result.
+
+    For several forward passes over feature sets that share one grid and one ground truth: the aligned branches of a
+    multi-resolution teacher.
+    """
+    dense = _dense(detector)
+    assign, memo = dense.label_anchors, []
+
+    def assign_once(anchors, gt_instances):
+        if not memo:
+            memo.append(assign(anchors, gt_instances))
+        return memo[0]
+
+    dense.label_anchors = assign_once
+    try:
+        yield
+    finally:
+        del dense.label_anchors  # uncover the method
+
+
+def run_neck(backbone: nn.Module, x: torch.Tensor, levels: list[str]) -> Features:
+    """``levels`` of the pyramid of ``x`` (N, 3, H, W); a backbone that can leave out the others does."""
+    if getattr(backbone, "selects_levels", False):
+        return backbone(x, levels)
+    features = backbone(x)
+    return {name: features[name] for name in levels}
+
+
+@contextmanager
+def tap_neck(detector: nn.Module) -> Iterator[Features]:
+    """Inside, a forward pass of ``detector`` also fills the yielded dict with its pyramid features."""
+    taken: Features = {}
+    handle = detector.backbone.register_forward_hook(lambda _module, _args, output: taken.update(output))
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+def freeze_unread_levels(detector: nn.Module) -> list[str]:
+    """Stop training what only serves pyramid levels that no head reads; names of the frozen parameters.
+
+    detectron2's stock FPN builders make P7 together with P6. A student on P2-P6 never reads its P7: without
+    gradient it would stop DistributedDataParallel with an unused-parameter error.
+    """
+    last = max(int(name[1:]) for name in head_levels(detector) if name[1:].isdigit())
+    frozen = []
+    for name, parameter in detector.named_parameters():
+        part = name.split(".")
+        if part[:2] == ["backbone", "top_block"] and part[2][1:].isdigit() and int(part[2][1:]) > last:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen

@@ -1,0 +1,161 @@
+"""Resolutions, and everything that follows from halving an image: views, level names, padding.
+
+A resolution is ``1 / 2**shift`` of the full input H. The *H frame* is the pixel grid of H. Pyramid level
+``p{l}`` has stride ``2**l`` in the pixels of its own input, so ``p{l}`` of the image at shift m lies on the
+grid of ``p{l+m}`` of H: alignment is a renaming of levels, and nothing is resized (MSAD, CVPR 2021, Sec. 1).
+
+This is the only module that knows about powers of two.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Keypoints, PolygonMasks
+
+
+class Resolution(NamedTuple):
+    """A named input size: the short side of H divided by ``2**shift``."""
+
+    name: str
+    shift: int
+
+
+RESOLUTIONS = {r.name: r for r in (Resolution("H", 0), Resolution("L", 1), Resolution("EL", 2))}
+_LEVEL = re.compile(r"^p(\d+)$")
+
+
+def get_resolution(name: str) -> Resolution:
+    """Look a resolution up by name ("H", "L", "EL"); ValueError names the known ones."""
+    if name not in RESOLUTIONS:
+        raise ValueError(f"unknown resolution {name!r}; known: {', '.join(RESOLUTIONS)}")
+    return RESOLUTIONS[name]
+
+
+def level_of(name: str) -> int:
+    """Pyramid level of a feature name: ``"p3"`` -> 3."""
+    match = _LEVEL.match(name)
+    if match is None:
+        raise ValueError(f"feature {name!r} is not a pyramid level; aligned levels are named p1, p2, ...")
+    return int(match.group(1))
+
+
+def shift_names(names: list[str] | tuple[str, ...], shift: int) -> list[str]:
+    """Rename levels by ``shift``: +m takes names at shift m to the H frame, -m takes them back."""
+    levels = [level_of(n) + shift for n in names]
+    if min(levels, default=1) < 1:
+        raise ValueError(
+            f"levels {list(names)} cannot be moved by {shift}: p1 (stride 2) is the finest level there is"
+        )
+    return [f"p{level}" for level in levels]
+
+
+def shift_levels(features: dict[str, torch.Tensor], shift: int) -> dict[str, torch.Tensor]:
+    """The same tensors under the names that their grids have in another frame, see :func:`shift_names`."""
+    return dict(zip(shift_names(list(features), shift), features.values()))
+
+
+def pad_divisibility(base: int, shift: int, max_shift: int) -> int:
+    """Divisibility of the padded input at ``shift`` so that all branches up to ``max_shift`` share grids.
+
+    If the network needs ``base`` (32 for C5) at its own input, H is padded to a multiple of
+    ``base * 2**max_shift`` and the input at shift m to ``2**m`` times less: exactly the same area.
+    """
+    if not 0 <= shift <= max_shift:
+        raise ValueError(f"shift {shift} outside [0, {max_shift}]")
+    return base * 2 ** (max_shift - shift)
+
+
+def reduced_size(size: tuple[int, int], shift: int) -> tuple[int, int]:
+    """(h, w) in H pixels -> (h, w) of its view at ``shift``: an odd last row or column still counts."""
+    k = 2**shift
+    return -(-size[0] // k), -(-size[1] // k)
+
+
+def downsample(image: torch.Tensor, shift: int, mode: str = "antialias") -> torch.Tensor:
+    """Reduce one image by exactly ``2**shift``.
+
+    Args:
+        image: (C, h, w) in H pixels, any dtype.
+        mode: "antialias" (triangle filter; an odd side is first completed by repeating its last line, so that the
+            L grid is exactly the H grid at half the density) or "nearest" (the released code's sampling).
+
+    Returns:
+        (C, ceil(h / 2^m), ceil(w / 2^m)), float for shift > 0.
+    """
+    if shift == 0:
+        return image
+    k = 2**shift
+    if mode == "nearest":
+        return image[:, ::k, ::k].float()
+    if mode != "antialias":
+        raise ValueError(f"MSAD.DOWNSAMPLE must be 'antialias' or 'nearest', not {mode!r}")
+    image = image.float()[None]
+    h, w = image.shape[-2:]
+    if h % k or w % k:
+        image = F.pad(image, (0, -w % k, 0, -h % k), mode="replicate")
+        h, w = image.shape[-2:]
+    return F.interpolate(image, size=(h // k, w // k), mode="bilinear", antialias=True)[0]
+
+
+def _scale_bitmasks(masks: BitMasks, size: tuple[int, int], shift: int) -> BitMasks:
+    k = 2**shift
+    h, w = masks.tensor.shape[-2:]
+    tensor = F.pad(masks.tensor.float(), (0, size[1] * k - w, 0, size[0] * k - h))
+    # A reduced pixel belongs to the object if at least half of its area does.
+    return BitMasks(F.avg_pool2d(tensor[:, None], k)[:, 0] >= 0.5)
+
+
+def scale_instances(instances: Instances, shift: int) -> Instances:
+    """Ground truth in H pixels -> the same ground truth in the pixels of the view at ``shift``.
+
+    Boxes, masks and keypoints are scaled by exactly ``2**-shift``; other fields are shared, not copied.
+    """
+    if shift == 0:
+        return instances
+    size = reduced_size(instances.image_size, shift)
+    s = 0.5**shift
+    out = Instances(size)
+    for name, value in instances.get_fields().items():
+        if isinstance(value, Boxes):
+            value = Boxes(value.tensor * s)
+        elif isinstance(value, PolygonMasks):
+            value = PolygonMasks([[p * s for p in polygons] for polygons in value.polygons])
+        elif isinstance(value, BitMasks):
+            value = _scale_bitmasks(value, size, shift)
+        elif isinstance(value, Keypoints):
+            value = Keypoints(value.tensor * value.tensor.new_tensor([s, s, 1.0]))
+        out.set(name, value)
+    return out
+
+
+def view(batched_inputs: list[dict], shift: int, device: torch.device | str, mode: str = "antialias") -> list[dict]:
+    """The batch as a model at ``1 / 2**shift`` of H sees it.
+
+    Args:
+        batched_inputs: detectron2's input dicts with "image" (C, h, w) and, in training, "instances", in H pixels.
+        shift: how many times the input is halved.
+        device: where the reduced images are made; H images are moved there first.
+
+    Returns:
+        New dicts; "image" and "instances" are in the reduced frame, every other entry is the original object.
+        The input dicts are not modified.
+    """
+    out = []
+    for item in batched_inputs:
+        item = dict(item)
+        item["image"] = downsample(item["image"].to(device, non_blocking=True), shift, mode)
+        if "instances" in item:
+            item["instances"] = scale_instances(item["instances"], shift)
+        out.append(item)
+    return out
+
+
+def batch_images(
+    images: list[torch.Tensor], pixel_mean: torch.Tensor, pixel_std: torch.Tensor, divisibility: int
+) -> ImageList:
+    """Normalise (C, h, w) images and pad them with zeros to one batch whose sides divide by ``divisibility``."""
+    return ImageList.from_tensors([(x - pixel_mean) / pixel_std for x in images], divisibility)

@@ -1,0 +1,26 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="msad",
+    version="0.1.0",
+    description="Low-resolution detection by distillation on detectron2: MSAD and its peers",
+    license="Apache-2.0",
+    package_dir={"": "projects/MSAD"},
+    packages=find_packages("projects/MSAD", include=["msad", "msad.*"]),
+    python_requires=">=3.10",
+    # The engine is left out on purpose: the package index has no detectron2. Install ./lite or the real one.
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "fvcore>=0.1.5.post20221221",
+        "iopath>=0.1.9",
+        "pycocotools>=2.0.7",
+        "opencv-python",
+        "numpy",
+        "matplotlib",
+        "tqdm",
+        "tabulate",
+        "tensorboard",
+    ],
+    extras_require={"test": ["pytest>=8", "pytest-timeout", "ruff"], "fast-eval": ["hotcoco"]},
+)
