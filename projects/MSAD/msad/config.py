@@ -90,6 +90,8 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.DISTILL.GAMMA = 0.8
 
     # --- evaluation and speed ------------------------------------------------------------------------------------
+    # "SGD" (detectron2's) or "AdamW", which trains small networks from scratch in far fewer iterations.
+    cfg.SOLVER.OPTIMIZER = "SGD"
     # Memory format torch.channels_last for the convolutions.
     cfg.SOLVER.CHANNELS_LAST = False
     # torch.compile the backbones of student and teacher.

@@ -1,0 +1,82 @@
+"""Reading images and converting between pixel formats."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from detectron2.utils.file_io import PathManager
+
+
+class SizeMismatchError(ValueError):
+    """An image file does not have the size that its annotations say."""
+
+
+def convert_PIL_to_numpy(image: Image.Image, format: str | None) -> np.ndarray:
+    """Pixels of a PIL image as ``H x W x C`` uint8.
+
+    Args:
+        image: any PIL image.
+        format: "BGR", or a mode of PIL such as "RGB" or "L" (which gives C = 1). None keeps the image's own
+            mode, whose array may be ``H x W``.
+    """
+    if format not in (None, "BGR", *Image.MODES):
+        raise ValueError(f"Unknown image format {format!r}; use 'BGR', 'RGB', 'L' or another mode of PIL.")
+    if format is not None:
+        image = image.convert("RGB" if format == "BGR" else format)
+    pixels = np.asarray(image)
+    if format == "BGR":
+        return pixels[:, :, ::-1]
+    return pixels[:, :, None] if format == "L" else pixels
+
+
+def convert_image_to_rgb(image: np.ndarray | torch.Tensor, format: str) -> np.ndarray:
+    """An ``H x W x C`` image of format "BGR", "RGB" or "L" as ``H x W x 3`` RGB, for display."""
+    pixels = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
+    if format == "BGR":
+        return pixels[:, :, ::-1]
+    if format not in ("RGB", "L"):
+        raise ValueError(f"Cannot convert images of format {format!r}, only 'BGR', 'RGB' and 'L'.")
+    pixels = pixels.astype(np.uint8)
+    return pixels if format == "RGB" else pixels.repeat(3, axis=2)
+
+
+def read_image(file_name: str, format: str | None = None) -> np.ndarray:
+    """Read an image file, turned upright if its EXIF data asks for that.
+
+    Args:
+        file_name: path or URL.
+        format: see :func:`convert_PIL_to_numpy`.
+
+    Returns:
+        ``H x W x C`` uint8; ``H x W`` for a grey image read with ``format=None``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it is not an image, or truncated; the message names the file.
+    """
+    with PathManager.open(file_name, "rb") as stream:
+        try:
+            image = ImageOps.exif_transpose(Image.open(stream))
+            return convert_PIL_to_numpy(image, format)
+        except OSError as error:
+            raise OSError(f"Cannot read image '{file_name}': {error}") from error
+
+
+def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:
+    """Compare the size of ``image`` with "height" and "width" of its dict, or fill these in when missing.
+
+    Raises:
+        SizeMismatchError: they differ.
+    """
+    height, width = image.shape[:2]
+    expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
+    if expected != (height, width):
+        raise SizeMismatchError(
+            f"Image '{dataset_dict.get('file_name', dataset_dict.get('image_id', '?'))}' is {width} x {height} "
+            f"(width x height) but its annotations say {expected[1]} x {expected[0]}. If the sides are "
+            f"swapped, the annotations were probably made without regard to EXIF orientation."
+        )
+    dataset_dict.setdefault("width", width)
+    dataset_dict.setdefault("height", height)

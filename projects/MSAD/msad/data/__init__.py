@@ -1,0 +1,17 @@
+"""Data: data sets declared in yaml, their checks, the exactly resumable training loader, synthetic scenes."""
+
+from .checks import DatasetReport, check_dataset, clean
+from .loader import TrainLoader, build_train_loader
+from .register import register_datasets
+from .synthetic import make_dataset, register_entries
+
+__all__ = [
+    "DatasetReport",
+    "TrainLoader",
+    "build_train_loader",
+    "check_dataset",
+    "clean",
+    "make_dataset",
+    "register_datasets",
+    "register_entries",
+]

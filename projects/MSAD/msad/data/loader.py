@@ -1,0 +1,293 @@
+"""Training loader whose batch i is a function of (data, seed, i) and nothing else.
+
+detectron2's loader draws augmentations from generators that live in the workers, so a resumed run, or one with another
+number of workers, sees other images. Here the stream of indices comes from detectron2's sampler with a fixed seed,
+every sample carries its position in that stream, and its augmentations are drawn from generators seeded by
+(seed, position). Resuming replays indices, which costs nothing, and loads no image that is not trained on.
+"""
+
+import contextlib
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator
+
+import cv2
+import numpy as np
+import torch
+import torch.utils.data
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+
+from .checks import check_dataset, clean
+
+logger = logging.getLogger(__name__)
+
+# So many unusable images in a row are no accident.
+MAX_CONSECUTIVE_FAILURES = 20
+
+
+def build_train_loader(
+    cfg: CfgNode, *, seed: int, start_iter: int = 0, mapper: Callable[[dict], dict] | None = None
+) -> "TrainLoader":
+    """The loader of ``cfg.DATASETS.TRAIN``: checked, cleaned, sampled and batched as the config says.
+
+    Args:
+        seed: not negative, and the same in every process.
+        start_iter: number of batches that are passed over.
+        mapper: from a dataset dict to a model input; default ``DatasetMapper(cfg, True)``.
+
+    Raises:
+        ValueError, FileNotFoundError: the data and the config do not fit, see ``checks.check_dataset``.
+    """
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a positive multiple of the number of "
+            f"processes, {world_size}"
+        )
+    dicts = load_train_dicts(cfg)
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    repeat_factors = None
+    if sampler == "RepeatFactorTrainingSampler":
+        repeat_factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+    elif sampler != "TrainingSampler":
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN is {sampler!r}; supported are TrainingSampler and RepeatFactorTrainingSampler"
+        )
+    return TrainLoader(
+        dicts,
+        mapper or DatasetMapper(cfg, True),
+        cfg.SOLVER.IMS_PER_BATCH // world_size,
+        seed=seed,
+        start_iter=start_iter,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        group_by_aspect=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        repeat_factors=repeat_factors,
+    )
+
+
+def load_train_dicts(cfg: CfgNode) -> list[dict]:
+    """Dataset dicts of ``cfg.DATASETS.TRAIN``, checked against the config and cleaned; logs a line a data set."""
+    names = cfg.DATASETS.TRAIN
+    if not names:
+        raise ValueError("DATASETS.TRAIN is empty")
+    config_key, num_classes = _classes_of_model(cfg)
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else [None] * len(names)
+    if len(proposals) != len(names):
+        raise ValueError(f"DATASETS.PROPOSAL_FILES_TRAIN has {len(proposals)} files for {len(names)} data sets")
+    loaded: list[dict] = []
+    for name, proposal_file in zip(names, proposals):
+        dicts = get_detection_dataset_dicts(
+            [name],
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=[proposal_file] if proposal_file else None,
+        )
+        first, this = (MetadataCatalog.get(n).get("thing_classes") for n in (names[0], name))
+        if first != this:
+            raise ValueError(f"DATASETS.TRAIN: {names[0]!r} and {name!r} have different classes: {first}, {this}")
+        report = check_dataset(
+            dicts,
+            name,
+            num_classes,
+            config_key=config_key,
+            num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None,
+            need_masks=cfg.MODEL.MASK_ON,
+        )
+        logger.info("%s", report)
+        dicts = clean(dicts, drop_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        if not dicts:
+            raise ValueError(f"data set {name!r}: none of the images has a usable instance ({report})")
+        loaded += dicts
+    return loaded
+
+
+def _classes_of_model(cfg: CfgNode) -> tuple[str, int | None]:
+    """Config key and number of classes of the model's head; None where the architecture does not say."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "MultiScaleTeacher":  # its head is that of the detector inside
+        architecture = cfg.MSAD.DETECTOR
+    node = "ROI_HEADS" if architecture in ("GeneralizedRCNN", "PanopticFPN") else architecture.upper()
+    return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL.get(node, {}).get("NUM_CLASSES")
+
+
+class TrainLoader:
+    """Endless iterable over batches, each a list of model inputs (dicts) of this process.
+
+    ``start_iter`` and ``seed`` can be set until the first batch is asked for: a trainer learns both from a checkpoint,
+    after the loader is built. Every model input carries ``skipped``, the number of unusable images that it replaces.
+    Batches depend on the number of processes, on nothing else of how the run is carried out.
+
+    Args:
+        dicts: dataset dicts; ``width`` and ``height`` decide on the group of an image.
+        mapper: from a dataset dict to a model input; draws from torch's CPU, numpy's and Python's global generators.
+        batch_size: images per batch in this process.
+        group_by_aspect: do not put wide and tall images into the same batch.
+        repeat_factors: (len(dicts),) how often an image comes per epoch; None: once.
+    """
+
+    def __init__(
+        self,
+        dicts: list[dict],
+        mapper: Callable[[dict], dict],
+        batch_size: int,
+        *,
+        seed: int,
+        start_iter: int = 0,
+        num_workers: int = 0,
+        group_by_aspect: bool = True,
+        repeat_factors: torch.Tensor | None = None,
+    ) -> None:
+        self._started = False
+        self.seed = seed
+        self.start_iter = start_iter
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        # Serialized, so that workers share one buffer instead of copying a heap of Python objects page by page.
+        self._dataset = DatasetFromList(dicts, copy=False)
+        self._mapper = mapper
+        self._wide = [d["width"] > d["height"] for d in dicts] if group_by_aspect else [False] * len(dicts)
+        self._repeat_factors = repeat_factors
+        self._reported: set[str] = set()
+
+    @property
+    def start_iter(self) -> int:
+        """Index of the first batch."""
+        return self._start_iter
+
+    @start_iter.setter
+    def start_iter(self, value: int) -> None:
+        self._start_iter = self._settable("start_iter", value)
+
+    @property
+    def seed(self) -> int:
+        """Of the order of the images and of their augmentations."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = self._settable("seed", value)
+
+    def _settable(self, name: str, value: int) -> int:
+        if self._started:
+            raise RuntimeError(f"the loader has started; {name} cannot be changed any more")
+        if value < 0:
+            raise ValueError(f"{name} of the training loader must not be negative, got {value}")
+        return int(value)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        # A generator: nothing below runs before the first batch is asked for.
+        self._started = True
+        loader = torch.utils.data.DataLoader(
+            _SeededSamples(self._dataset, self._mapper, self.seed),
+            batch_sampler=_Batches(self),
+            num_workers=self.num_workers,
+            collate_fn=_as_list,
+            worker_init_fn=_start_worker,
+            # DataLoader draws a base seed on its own; not from the generator that the model uses.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        for batch in loader:
+            for _, failures in batch:
+                self._report(failures)
+            yield [sample for sample, _ in batch]
+
+    def index_batches(self) -> Iterator[list[tuple[int, int]]]:
+        """Batches of (dataset index, position in the joint stream of all processes) from ``start_iter`` on."""
+        return itertools.islice(self._all_index_batches(), self.start_iter, None)
+
+    def _all_index_batches(self) -> Iterator[list[tuple[int, int]]]:
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        if self._repeat_factors is None:
+            sampler = TrainingSampler(len(self._dataset), seed=self.seed)
+        else:
+            sampler = RepeatFactorTrainingSampler(self._repeat_factors, seed=self.seed)
+        # Samplers deal the joint stream out to the processes in turn.
+        positions = itertools.count(rank, world_size)
+        waiting: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        for index, position in zip(sampler, positions):
+            group = waiting[self._wide[index]]
+            group.append((index, position))
+            if len(group) == self.batch_size:
+                yield group.copy()
+                group.clear()
+
+    def _report(self, failures: list[tuple[str, str]]) -> None:
+        # Here and not in the workers, where each would have its own idea of what was said before.
+        for file, reason in failures:
+            if file not in self._reported:
+                self._reported.add(file)
+                logger.warning("skipped %s, used another image instead: %s", file, reason)
+
+
+class _Batches:
+    """Batch sampler; an object, because DataLoader asks it for a fresh iterator."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self._loader.index_batches()
+
+
+class _SeededSamples(torch.utils.data.Dataset):
+    """From (index, position) to (model input, [(file, reason) of every image that could not be used])."""
+
+    def __init__(self, dataset, mapper: Callable[[dict], dict], seed: int) -> None:
+        self._dataset = dataset
+        self._mapper = mapper
+        self._seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[dict, list[tuple[str, str]]]:
+        index, position = key
+        failures: list[tuple[str, str]] = []
+        for step in range(MAX_CONSECUTIVE_FAILURES + 1):
+            record = self._dataset[(index + step) % len(self._dataset)]
+            file = str(record.get("file_name", f"item {(index + step) % len(self._dataset)}"))
+            try:
+                with seeded(self._seed, position):
+                    sample = self._mapper(record)
+                if sample is None:
+                    raise ValueError("the mapper returned None")
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise nearly anything at a broken file
+                failures.append((file, f"{type(error).__name__}: {error}"))
+                last = error
+                continue
+            sample["skipped"] = len(failures)
+            return sample, failures
+        raise RuntimeError(
+            f"{len(failures)} images in a row cannot be used, the last of them {file}: {failures[-1][1]}"
+        ) from last
+
+
+@contextlib.contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seed torch's CPU, numpy's and Python's generators from ``entropy`` inside, and put their states back after."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    seeds = np.random.SeedSequence(entropy).generate_state(3)
+    # CPU only: the devices' generators belong to the model, and torch.manual_seed would reset them as well.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seeds[0]))
+        np.random.seed(seeds[1])
+        random.seed(int(seeds[2]))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _as_list(samples: list) -> list:
+    return samples
+
+
+def _start_worker(worker_id: int) -> None:
+    # One thread a worker, as torch does for itself; OpenCV would start one a core in each of them.
+    cv2.setNumThreads(0)

@@ -1,0 +1,1 @@
+"""What detectors cost and what they reach."""

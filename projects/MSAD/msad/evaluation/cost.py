@@ -1,0 +1,247 @@
+"""Cost of whole detectors by part: parameters, multiply-adds, latency, and the price of a distillation step.
+
+The backbone alone says little at low resolution: the head reads as many locations at L as at H and outweighs
+everything else there. Parts are ``bottom_up``, ``neck``, ``fusion`` (teachers only), ``head``, and what surrounds
+them: ``preprocessing`` (moving, reducing, normalising and padding images) and ``postprocessing`` (decoding, NMS,
+rescaling). All are measured in one real forward pass: what a model skips costs nothing, and what it computes in vain
+is counted. Peak memory is in :mod:`msad.evaluation.memory`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from detectron2.evaluation import inference_context
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..distill.distiller import Distiller
+from ..resolution import view
+
+PARTS = ("preprocessing", "bottom_up", "neck", "fusion", "head", "postprocessing")
+TOTAL = "total"
+STEPS = ("student_step", "teacher_neck", "distillation_step")
+RATIO = "ratio"
+
+
+def part_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that make up the parts of a dense detector or of a teacher around one.
+
+    The module of ``neck`` is the backbone around its ``bottom_up``, which counts as a part of its own; a backbone
+    that has none is ``bottom_up`` as a whole.
+
+    Raises:
+        TypeError: the detector is not a dense one.
+    """
+    detector = getattr(model, "detector", model)
+    if not isinstance(detector, DenseDetector):
+        raise TypeError(
+            "cost by part is known for dense detectors (RetinaNet, FCOS, ...) and teachers around them, "
+            f"not for {type(detector).__name__}"
+        )
+    if hasattr(detector.backbone, "bottom_up"):
+        modules = {"bottom_up": detector.backbone.bottom_up, "neck": detector.backbone}
+    else:
+        modules = {"bottom_up": detector.backbone}
+    if detector is not model:
+        modules["fusion"] = model.fusion
+    modules["head"] = detector.head
+    return modules
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Number of parameters by part, and ``total``. Buffers, such as frozen batch norms, are not parameters."""
+    counts = dict.fromkeys(PARTS, 0)
+    counts.update((part, _num_parameters(module)) for part, module in part_modules(model).items())
+    if counts["neck"]:
+        counts["neck"] -= counts["bottom_up"]
+    return {**counts, TOTAL: _num_parameters(model)}
+
+
+def random_inputs(height: int, width: int, batch: int = 1, boxes: int = 0, seed: int = 0) -> list[dict]:
+    """Inputs of random pixels in detectron2's format, on the CPU.
+
+    Args:
+        height, width: of each image (3, height, width), uint8.
+        batch: number of images.
+        boxes: ground truth boxes of class 0 in each; 0: no "instances".
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = []
+    for _ in range(batch):
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+        item = {"image": image, "height": height, "width": width}
+        if boxes:
+            low, high = torch.rand(2, boxes, 2, generator=generator).sort(dim=0).values
+            gt = item["instances"] = Instances((height, width))
+            gt.gt_boxes = Boxes(torch.cat([low * 0.9, high * 0.9 + 0.1], dim=1) * torch.tensor([width, height] * 2))
+            gt.gt_classes = torch.zeros(boxes, dtype=torch.int64)
+        inputs.append(item)
+    return inputs
+
+
+@contextmanager
+def _marks_at_parts(model: nn.Module, mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any]]]:
+    """Inside, a pass of ``model`` appends (part that begins, ``mark()``) whenever the innermost part changes.
+
+    What lies outside the modules is ``preprocessing`` until the head has returned and ``postprocessing`` from then.
+    """
+    active = ["preprocessing"]
+    begun = []
+
+    def enter(part: str) -> None:
+        active.append(part)
+        begun.append((part, mark()))
+
+    def leave() -> None:
+        if active.pop() == "head":
+            active[0] = "postprocessing"
+        begun.append((active[-1], mark()))
+
+    handles = []
+    for part, module in part_modules(model).items():
+        handles.append(module.register_forward_pre_hook(lambda _module, _args, part=part: enter(part)))
+        handles.append(module.register_forward_hook(lambda _module, _args, _output: leave()))
+    begun.append((active[0], mark()))
+    try:
+        yield begun
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_part(
+    model: nn.Module, inputs: list[dict], mark: Callable[[], Any], difference: Callable[[Any, Any], float]
+) -> dict[str, float]:
+    """One inference pass: by how much ``mark()`` grows within each part, and in ``total``."""
+    with inference_context(model), torch.no_grad(), _marks_at_parts(model, mark) as begun:
+        model(inputs)
+        begun.append(("", mark()))
+    costs = dict.fromkeys(PARTS, 0.0)
+    for (part, start), (_, stop) in pairwise(begun):
+        costs[part] += difference(start, stop)
+    costs[TOTAL] = difference(begun[0][1], begun[-1][1])
+    return costs
+
+
+def count_macs(model: nn.Module, height: int, width: int) -> dict[str, float]:
+    """Multiply-adds of one image by part, and ``total``, in GMACs: 1e9 multiply-adds, half of the GFLOPs.
+
+    Counts convolutions, linear layers, matrix products and attention on the image as the model pads it. Elementwise
+    operations, normalisation, pooling and resizing are left out, as is usual; post-processing consists of such.
+
+    Args:
+        model: a dense detector, or a teacher, of which only what its ``eval_branch`` needs is run.
+        height, width: of the image in pixels of the model's own input; for a teacher that is H.
+    """
+    counter = FlopCounterMode(display=False)
+    with counter:
+        flops = _by_part(model, random_inputs(height, width), counter.get_total_flops, lambda a, b: b - a)
+    return {part: value / 2 / 1e9 for part, value in flops.items()}
+
+
+def time_parts(model: nn.Module, inputs: list[dict]) -> dict[str, float]:
+    """Milliseconds of one inference pass by part, and ``total`` from images on the CPU to detections.
+
+    On a GPU, parts are told apart by events on its stream, and nothing is synchronised before the end of the pass.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return _by_part(model, inputs, time.perf_counter, lambda a, b: (b - a) * 1e3)
+    stream = torch.cuda.current_stream(device)
+
+    def milliseconds(start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    torch.cuda.synchronize(device)
+    return _by_part(model, inputs, lambda: stream.record_event(torch.cuda.Event(enable_timing=True)), milliseconds)
+
+
+def medians(passes: list[dict[str, float]]) -> dict[str, float]:
+    """Median over dicts of equal keys, key by key. Medians of parts need not add up to the median total."""
+    return {key: median(one[key] for one in passes) for key in passes[0]}
+
+
+def measure_latency(model: nn.Module, height: int, width: int, repeats: int = 10, warmup: int = 2) -> dict[str, float]:
+    """Median milliseconds for one image by part, and ``total``; arguments as in :func:`count_macs`.
+
+    To compare models on a machine that does other things too, alternate between them with :func:`time_parts`. With
+    random weights the number of candidates, and so the time of post-processing, is not that of a trained model.
+    """
+    inputs = random_inputs(height, width)
+    passes = [time_parts(model, inputs) for _ in range(warmup + repeats)]
+    return medians(passes[warmup:])
+
+
+def _milliseconds(function: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def training_step_cost(
+    distiller: Distiller,
+    batch: list[dict],
+    repeats: int = 5,
+    warmup: int = 1,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """What a distillation step costs beyond its ingredients.
+
+    Times, in every round and in turns, so that other work on the machine hits all alike: ``student_step``, the
+    student alone on images of its own resolution, forward and backward; ``teacher_neck``, the frozen teacher up to
+    its neck; ``distillation_step``, the distiller's forward and backward. The optimizer's update, the same in the
+    first and the last, is left out.
+
+    Args:
+        distiller: with a teacher and at least one loss. Its normalisation statistics change, its parameters do not.
+        batch: inputs with "instances" in H pixels.
+        on_round: called after every round, warm-up included.
+
+    Returns:
+        Median milliseconds, and ``ratio``: the median over rounds of distillation_step / (student_step +
+        teacher_neck); 1 means that distillation adds nothing to what it is made of.
+    """
+    if distiller.teacher is None or not len(distiller.losses):
+        raise ValueError("no distillation to measure: DISTILL.TEACHERS or DISTILL.LOSSES is empty")
+    shift, device = distiller.resolution.shift, distiller.device
+    reduced = view(batch, shift, device, distiller.downsample_mode)
+
+    def step(module: nn.Module, inputs: list[dict]) -> None:
+        sum(module(inputs).values()).backward()
+        module.zero_grad(set_to_none=True)
+
+    functions = {
+        "student_step": lambda: step(distiller.student, reduced),
+        "teacher_neck": lambda: distiller.teacher.features(batch, shift),
+        "distillation_step": lambda: step(distiller, batch),
+    }
+    distiller.train()
+    rounds = []
+    with EventStorage(0):
+        for i in range(warmup + repeats):
+            # Everybody is first, second and third equally often: what runs before leaves its traces in the caches.
+            turns = [STEPS[(i + k) % len(STEPS)] for k in range(len(STEPS))]
+            times = {name: _milliseconds(functions[name], device) for name in turns}
+            times[RATIO] = times["distillation_step"] / (times["student_step"] + times["teacher_neck"])
+            rounds.append(times)
+            on_round()
+    return medians(rounds[warmup:])

@@ -1,0 +1,76 @@
+"""Peak memory of inference, weights included."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch.nn import functional as F
+
+from .cost import random_inputs
+
+
+@torch.no_grad()
+def _build_and_run(cfg: CfgNode, height: int, width: int) -> None:
+    build_model(cfg).eval()(random_inputs(height, width))
+
+
+def _resident() -> tuple[int, int]:
+    """(current, highest so far) resident bytes of this process; both the highest where there is no /proc."""
+    try:
+        with open("/proc/self/status") as f:
+            fields = dict(line.split(":", 1) for line in f)
+        # Not getrusage: what that returns on Linux begins with the parent's memory at the time of the fork.
+        return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
+    except FileNotFoundError:
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return highest, highest
+
+
+def _child() -> None:
+    """Entry of the subprocess of :func:`peak_memory`: a request on stdin, bytes as the last line of stdout."""
+    import msad  # noqa: F401  (fills the registries)
+
+    request = json.load(sys.stdin)
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    # Whatever torch loads and allocates at its first convolution is not the model's.
+    F.conv2d(torch.zeros(1, 8, 32, 32), torch.zeros(8, 8, 3, 3))
+    before = _resident()[0]
+    _build_and_run(CfgNode.load_cfg(request["cfg"]), request["height"], request["width"])
+    print(_resident()[1] - before)
+
+
+def peak_memory(cfg: CfgNode, height: int, width: int, threads: int | None = None) -> int:
+    """Bytes that the model of ``cfg``, with random weights, needs at most to process one image.
+
+    On a GPU: the most that torch's allocator held at once. On a CPU: by how much the resident memory of a fresh
+    process grows from before the model is built, so it also contains what the allocator of the C library keeps.
+
+    Args:
+        height, width: of the image in pixels of the model's own input.
+        threads: of the fresh process; default: torch's choice.
+
+    Raises:
+        RuntimeError: the process failed; with the last line that it wrote.
+    """
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda":
+        before = torch.cuda.memory_allocated(cfg.MODEL.DEVICE)
+        torch.cuda.reset_peak_memory_stats(cfg.MODEL.DEVICE)
+        _build_and_run(cfg, height, width)
+        return torch.cuda.max_memory_allocated(cfg.MODEL.DEVICE) - before
+    child = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import _child; _child()"],
+        input=json.dumps({"cfg": cfg.dump(), "height": height, "width": width, "threads": threads}),
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for the parent, which ends the child
+    )
+    if child.returncode:
+        raise RuntimeError(f"measuring memory failed: {(child.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return int(child.stdout.split()[-1])

@@ -1,0 +1,18 @@
+"""Pictures for people: panels ground truth | teacher | student, training curves, accuracy against cost."""
+
+from .objects import Objects, ground_truth, predictions
+from .panels import Panel, draw_objects, save_panels
+from .plots import RowPoint, plot_ap_vs_cost, plot_curves, plot_results
+
+__all__ = [
+    "Objects",
+    "Panel",
+    "RowPoint",
+    "draw_objects",
+    "ground_truth",
+    "plot_ap_vs_cost",
+    "plot_curves",
+    "plot_results",
+    "predictions",
+    "save_panels",
+]

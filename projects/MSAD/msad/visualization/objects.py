@@ -1,0 +1,115 @@
+"""What is in an image, whoever says so: annotations and predictions in one form, ready to be drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from detectron2.structures import BoxMode, Instances
+from pycocotools import mask as rle
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What one source says is in an image, in that image's pixels.
+
+    ``boxes`` (N, 4) XYXY; ``classes`` (N,) contiguous indices; ``scores`` (N,) or None; ``masks`` N lists of polygons
+    (arrays x0, y0, x1, y1, ...) or N bool arrays (H, W), or None; ``keypoints`` (N, K, 3) with visibility or score,
+    or None.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray | None = None
+    masks: list | None = None
+    keypoints: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def above(self, threshold: float) -> Objects:
+        """Those with at least this score; all of them if there are no scores."""
+        if self.scores is None:
+            return self
+        keep = np.flatnonzero(self.scores >= threshold)
+        return Objects(
+            self.boxes[keep],
+            self.classes[keep],
+            self.scores[keep],
+            None if self.masks is None else [self.masks[i] for i in keep],
+            None if self.keypoints is None else self.keypoints[keep],
+        )
+
+
+def ground_truth(record: dict) -> Objects:
+    """The annotations of a detectron2 dataset dict; crowd regions, which nothing is scored on, are left out."""
+    annotations = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    masks = keypoints = None
+    if annotations and all(a.get("segmentation") for a in annotations):
+        masks = _masks([a["segmentation"] for a in annotations], record["height"], record["width"])
+    counts = {len(a.get("keypoints", ())) for a in annotations} - {0}
+    if len(counts) == 1:  # objects without the points of the others get points that are not visible
+        blank = [0] * counts.pop()
+        keypoints = np.array([a.get("keypoints") or blank for a in annotations], float).reshape(len(annotations), -1, 3)
+    return Objects(
+        np.array(boxes, float).reshape(-1, 4),
+        np.array([a["category_id"] for a in annotations], int),
+        masks=masks,
+        keypoints=keypoints,
+    )
+
+
+def predictions(instances: Instances) -> Objects:
+    """The detections of a model."""
+    instances = instances.to("cpu")
+    return Objects(
+        instances.pred_boxes.tensor.numpy(),
+        instances.pred_classes.numpy(),
+        instances.scores.numpy(),
+        list(instances.pred_masks.numpy().astype(bool)) if instances.has("pred_masks") else None,
+        instances.pred_keypoints.numpy() if instances.has("pred_keypoints") else None,
+    )
+
+
+def _masks(segmentations: list, height: int, width: int) -> list:
+    if all(isinstance(s, list) for s in segmentations):
+        return [[np.asarray(polygon, float) for polygon in s] for s in segmentations]
+    return [_bitmap(s, height, width) for s in segmentations]
+
+
+def _bitmap(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """COCO polygons or run lengths, compressed or not, as a bool array (H, W)."""
+    if isinstance(segmentation, list):
+        return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width))).astype(bool)
+    if isinstance(segmentation["counts"], list):
+        segmentation = rle.frPyObjects(segmentation, height, width)
+    return rle.decode(segmentation).astype(bool)
+
+
+def resized(objects: Objects, sx: float, sy: float, size: tuple[int, int]) -> Objects:
+    """The same objects in an image that is scaled by ``sx`` and ``sy`` to ``size`` (height, width)."""
+    masks = objects.masks
+    if masks is not None:
+        masks = [
+            cv2.resize(m.astype(np.float32), size[::-1]) >= 0.5
+            if isinstance(m, np.ndarray)
+            else [(polygon.reshape(-1, 2) * (sx, sy)).ravel() for polygon in m]
+            for m in masks
+        ]
+    points = objects.keypoints
+    return Objects(
+        objects.boxes * (sx, sy, sx, sy),
+        objects.classes,
+        objects.scores,
+        masks,
+        None if points is None else points * (sx, sy, 1.0),
+    )
+
+
+def as_objects(source: Objects | Instances | dict) -> Objects:
+    """Objects as they are, those of a dataset dict or of a model's Instances."""
+    if isinstance(source, Objects):
+        return source
+    return ground_truth(source) if isinstance(source, dict) else predictions(source)

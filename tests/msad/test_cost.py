@@ -1,0 +1,351 @@
+"""Costs against sums over convolutions that are written out here, independently of any model code."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from msad import load_config
+from msad.distill.distiller import Distiller, FrozenTeacher, student_shapes
+from msad.distill.losses import build_losses
+from msad.evaluation import cost
+from msad.evaluation.memory import _resident, peak_memory
+from msad.resolution import RESOLUTIONS
+
+C = 16  # channels of the pyramid
+WIDTHS = {2: 8, 3: 16, 4: 32, 5: 64}  # of the tiny bottom-up's stages, by level
+CONV_DIMS = [16, 24]
+CLASSES = 3
+SIZE = (128, 192)  # needs no padding at H, nor at L after halving
+HALF = (64, 96)
+H_LEVELS = (3, 4, 5, 6, 7)
+L_LEVELS = (2, 3, 4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def names(levels):
+    return [f"p{level}" for level in levels]
+
+
+def tiny_cfg(levels=H_LEVELS, arch="FCOS"):
+    cfg = load_config("")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = arch
+    cfg.MODEL.BACKBONE.NAME = "build_level_fpn_backbone"
+    cfg.MODEL.FPN.BOTTOM_UP = "build_tiny_resnet_backbone"
+    cfg.MODEL.FPN.OUT_CHANNELS = C
+    cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.LEVELS = cfg.MODEL.FCOS.IN_FEATURES = names(levels)
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = WIDTHS[2]
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.FCOS.NORM = ""
+    cfg.MODEL.FCOS.CONV_DIMS = CONV_DIMS
+    cfg.MODEL.FCOS.NUM_CLASSES = CLASSES
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return build_model(tiny_cfg(arch="MultiScaleTeacher"))
+
+
+@pytest.fixture(scope="module")
+def fcos():
+    torch.manual_seed(0)
+    return build_model(tiny_cfg())
+
+
+def cells(size, level):
+    k = 2**level
+    return -(-size[0] // k) * -(-size[1] // k)
+
+
+def bottom_up_macs(size):
+    macs = 3 * WIDTHS[2] * 49 * cells(size, 1) + 2 * WIDTHS[2] ** 2 * 9 * cells(size, 2)
+    for level in (3, 4, 5):
+        narrow, wide = WIDTHS[level - 1], WIDTHS[level]
+        macs += (narrow * wide + narrow * wide * 9 + wide * wide * 9) * cells(size, level)  # shortcut, conv1, conv2
+    return macs
+
+
+def neck_macs(size, levels, channels=C, widths=WIDTHS):
+    macs = sum(widths[level] * channels * cells(size, level) for level in range(min(levels), 6))
+    macs += sum(channels * channels * 9 * cells(size, level) for level in levels if level <= 5)
+    macs += widths[5] * channels * 9 * cells(size, 6)
+    if 7 in levels:
+        macs += channels * channels * 9 * cells(size, 7)
+    return macs
+
+
+def fcos_head_macs(size, levels):
+    tower = C * CONV_DIMS[0] + CONV_DIMS[0] * CONV_DIMS[1]
+    per_cell = 9 * (2 * tower + CONV_DIMS[1] * (CLASSES + 4 + 1))
+    return per_cell * sum(cells(size, level) for level in levels)
+
+
+def fusion_macs(size, branches=2, reduction=16):
+    hidden = branches * C // reduction
+    macs = 0
+    for level in H_LEVELS:
+        rows = -(-size[0] // 2**level)
+        macs += branches * C * (cells(size, level) + rows)  # mean over columns, then over rows
+        macs += branches * C * hidden + hidden * branches
+    return macs
+
+
+def macs(model, size):
+    return {part: round(value * 1e9) for part, value in cost.count_macs(model, *size).items()}
+
+
+def expected(bottom_up, neck, head, fusion=0):
+    return {
+        "preprocessing": 0,
+        "bottom_up": bottom_up,
+        "neck": neck,
+        "fusion": fusion,
+        "head": head,
+        "postprocessing": 0,
+        "total": bottom_up + neck + fusion + head,
+    }
+
+
+@pytest.mark.parametrize("size, levels", [(SIZE, H_LEVELS), (HALF, L_LEVELS)])
+def test_fcos_macs_equal_the_sum_over_its_convolutions(size, levels):
+    model = build_model(tiny_cfg(levels))
+    assert macs(model, size) == expected(bottom_up_macs(size), neck_macs(size, levels), fcos_head_macs(size, levels))
+
+
+def test_macs_are_those_of_the_padded_image(fcos):
+    assert macs(fcos, (SIZE[0] - 20, SIZE[1] - 31)) == macs(fcos, SIZE)
+
+
+def test_unread_p2_has_neither_macs_nor_parameters(fcos):
+    # Lateral and output convolution of P2 are most of a full pyramid; nothing of them may be left.
+    p2 = (WIDTHS[2] * C + C * C * 9) * cells(SIZE, 2)
+    everything = neck_macs(SIZE, (2, *H_LEVELS))
+    assert p2 > everything / 2
+    assert macs(fcos, SIZE)["neck"] == everything - p2
+    lateral = sum(WIDTHS[level] * C + C for level in (3, 4, 5))
+    output = 3 * (C * C * 9 + C)
+    top = WIDTHS[5] * C * 9 + C + C * C * 9 + C
+    assert cost.count_parameters(fcos)["neck"] == lateral + output + top
+
+
+@pytest.mark.parametrize("branch, size, levels", [("H", SIZE, H_LEVELS), ("L", HALF, L_LEVELS)])
+def test_teacher_branch_costs_what_a_detector_at_its_resolution_does(teacher, branch, size, levels):
+    seen = []
+    handle = teacher.detector.backbone.bottom_up.register_forward_pre_hook(
+        lambda _, args: seen.append(tuple(args[0].shape))
+    )
+    teacher.set_eval_branch(branch)
+    try:
+        result = macs(teacher, SIZE)
+    finally:
+        handle.remove()
+        teacher.set_eval_branch("fused")
+    assert result == expected(bottom_up_macs(size), neck_macs(size, levels), fcos_head_macs(size, levels))
+    assert seen == [(1, 3, *size)]
+
+
+def test_fused_teacher_costs_both_branches_and_the_gate(teacher):
+    assert macs(teacher, SIZE) == expected(
+        bottom_up_macs(SIZE) + bottom_up_macs(HALF),
+        neck_macs(SIZE, H_LEVELS) + neck_macs(HALF, L_LEVELS),
+        fcos_head_macs(SIZE, H_LEVELS),
+        fusion_macs(SIZE),
+    )
+
+
+def test_stock_retinanet_student_wastes_less_than_a_thousandth_on_its_unread_p7():
+    cfg = load_config("")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.RETINANET.IN_FEATURES = names(L_LEVELS)
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
+    result = macs(build_model(cfg), SIZE)
+    widths = {2: 64, 3: 128, 4: 256, 5: 512}
+    assert result["neck"] == neck_macs(SIZE, (*L_LEVELS, 7), channels=256, widths=widths)
+    anchors = 3
+    per_cell = 9 * (2 * 4 * 256 * 256 + 256 * anchors * (80 + 4))
+    assert result["head"] == per_cell * sum(cells(SIZE, level) for level in L_LEVELS)
+    unread = 256 * 256 * 9 * cells(SIZE, 7)
+    assert 0 < unread < 1e-3 * result["total"]
+
+
+def test_backbone_without_bottom_up_counts_as_one():
+    cfg = tiny_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_tiny_resnet_backbone"
+    cfg.MODEL.FCOS.IN_FEATURES = ["res4"]
+    model = build_model(cfg)
+    result = macs(model, SIZE)
+    # What the single level does not need is still computed, except stages after the last output.
+    assert result["neck"] == 0
+    assert result["bottom_up"] == bottom_up_macs(SIZE)
+    parameters = cost.count_parameters(model)
+    assert parameters["neck"] == 0
+    assert parameters["bottom_up"] == sum(p.numel() for p in model.backbone.parameters())
+
+
+def test_parameters_of_the_parts_add_up(teacher):
+    counts = cost.count_parameters(teacher)
+    total = counts.pop("total")
+    assert total == sum(p.numel() for p in teacher.parameters()) == sum(counts.values())
+    assert counts["fusion"] == sum(p.numel() for p in teacher.fusion.parameters()) > 0
+    assert counts["head"] == sum(p.numel() for p in teacher.detector.head.parameters()) > 0
+
+
+def test_other_models_are_refused_by_name():
+    with pytest.raises(TypeError, match="not for Linear"):
+        cost.count_parameters(nn.Linear(1, 1))
+
+
+def slowed(function, seconds):
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+@pytest.mark.parametrize(
+    "part, owner, method",
+    [
+        ("preprocessing", "", "preprocess_image"),
+        ("bottom_up", "backbone.bottom_up", "forward"),
+        ("neck", "backbone", "forward"),
+        ("head", "head", "forward"),
+        ("postprocessing", "", "forward_inference"),
+    ],
+)
+def test_time_is_attributed_to_the_part_that_spends_it(fcos, monkeypatch, part, owner, method):
+    module = fcos.get_submodule(owner)
+    images = cost.random_inputs(64, 64)
+    cost.time_parts(fcos, images)
+    monkeypatch.setattr(module, method, slowed(getattr(module, method), 0.2))
+    times = cost.time_parts(fcos, images)
+    total = times.pop("total")
+    assert set(times) == set(cost.PARTS)
+    assert max(times, key=times.get) == part
+    assert times[part] >= 200
+    assert sum(times.values()) == pytest.approx(total)
+
+
+def test_measuring_leaves_the_model_as_it_was(fcos, monkeypatch):
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in fcos.modules())
+
+    before = hooks()
+    fcos.train()
+    cost.measure_latency(fcos, 64, 64, repeats=1, warmup=0)
+    assert fcos.training and hooks() == before
+    with monkeypatch.context() as patched:
+        patched.setattr(fcos.head, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cost.count_macs(fcos, 64, 64)
+    assert hooks() == before
+
+
+def test_latency_is_the_median_without_the_warm_up(fcos, monkeypatch):
+    totals = iter([100.0, 3.0, 1.0, 2.0])
+    monkeypatch.setattr(cost, "time_parts", lambda *_: {"total": next(totals)})
+    assert cost.measure_latency(fcos, 64, 64, repeats=3, warmup=1) == {"total": 2.0}
+
+
+def test_random_inputs_are_valid_ground_truth():
+    inputs = cost.random_inputs(50, 70, batch=3, boxes=20)
+    assert len(inputs) == 3
+    for item in inputs:
+        assert item["image"].shape == (3, 50, 70) and item["image"].dtype == torch.uint8
+        boxes = item["instances"].gt_boxes
+        assert len(boxes) == 20 and bool(boxes.nonempty().all())
+        assert bool((boxes.tensor >= 0).all()) and bool((boxes.tensor <= torch.tensor([70, 50, 70, 50])).all())
+    assert not torch.equal(inputs[0]["image"], inputs[1]["image"])
+
+
+def make_distiller(teacher, losses=({"NAME": "AlignedL1", "WEIGHT": 0.6},)):
+    student, frozen = build_model(tiny_cfg(L_LEVELS)), FrozenTeacher(teacher)
+    resolution = RESOLUTIONS["L"]
+    return Distiller(
+        student, frozen, build_losses(list(losses), student_shapes(student, resolution), frozen.shapes()), resolution
+    )
+
+
+def test_training_step_cost_times_the_three_in_every_round():
+    distiller = make_distiller(build_model(tiny_cfg(arch="MultiScaleTeacher")))
+    parameters = {name: p.clone() for name, p in distiller.student.named_parameters()}
+    calls = []
+
+    def count(label, function):
+        def counted(*args):
+            calls.append(label)
+            time.sleep(0.05 if label == "teacher" else 0.0)
+            return function(*args)
+
+        return counted
+
+    distiller.teacher.features = count("teacher", distiller.teacher.features)
+    distiller.student.forward = count("student", distiller.student.forward)
+    finished = []
+    result = cost.training_step_cost(
+        distiller,
+        cost.random_inputs(64, 96, batch=2, boxes=3),
+        1,
+        warmup=1,
+        on_round=lambda: finished.append(len(calls)),
+    )
+    assert finished == [4, 8]
+    assert sorted(calls) == ["student"] * 4 + ["teacher"] * 4
+    assert set(result) == {*cost.STEPS, cost.RATIO}
+    assert result["teacher_neck"] >= 50 and result["distillation_step"] >= 50
+    whole = result["student_step"] + result["teacher_neck"]
+    assert result["ratio"] == pytest.approx(result["distillation_step"] / whole)
+    for name, p in distiller.student.named_parameters():
+        assert p.grad is None and torch.equal(p, parameters[name])
+
+
+def test_training_step_cost_needs_distillation(teacher):
+    with pytest.raises(ValueError, match=r"DISTILL\.LOSSES"):
+        cost.training_step_cost(make_distiller(teacher, losses=()), cost.random_inputs(64, 64, boxes=1))
+
+
+def test_resident_memory_follows_what_is_allocated():
+    now, highest = _resident()
+    assert 0 < now <= highest
+    block = torch.ones(64 * 2**20 // 4)
+    after, highest = _resident()
+    assert after - now > 60 * 2**20 and highest >= after
+    del block
+
+
+def test_peak_memory_holds_the_weights():
+    cfg = tiny_cfg()
+    cfg.MODEL.FCOS.CONV_DIMS = [1024, 1024]
+    weights = 4 * cost.count_parameters(build_model(cfg))["total"]
+    assert weights > 70 * 2**20
+    peak = peak_memory(cfg, 64, 64, threads=1)
+    assert weights < peak < weights + 200 * 2**20
+
+
+def test_peak_memory_reports_why_it_failed(tmp_path, monkeypatch):
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho first >&2\necho 'MemoryError: too large' >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(failing))
+    with pytest.raises(RuntimeError, match="MemoryError: too large"):
+        peak_memory(tiny_cfg(), 64, 64)

@@ -1,0 +1,284 @@
+#!/usr/bin/env python
+"""What detectors cost, part by part: parameters, multiply-adds, latency, peak memory, and a distillation step.
+
+All numbers are those of the model with random weights; nothing is downloaded. Every model is measured on one image at
+the size of its own resolution. Timings alternate between the models, so that other work on the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import detectron2
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from tabulate import tabulate
+from tqdm import tqdm
+
+from msad import load_config
+from msad.engine import DistillTrainer
+from msad.evaluation import cost
+from msad.evaluation.memory import peak_memory
+from msad.modeling.teacher import MultiScaleTeacher
+from msad.resolution import get_resolution, reduced_size
+
+EXAMPLES = """
+a config is measured at the size of its resolution, given as PATH@H, PATH@L (1/2) or PATH@EL (1/4); default H.
+A multi-resolution teacher always gets the H image; for it, @fused, @H, ... choose the branch that is evaluated.
+
+examples:
+  # what half-resolution students save over the full-resolution baseline, as a whole and by part
+  tools/benchmark.py --size 192 320 --config-file configs/quickstart/baseline_H.yaml \\
+      --config-file configs/quickstart/student_L.yaml@L --config-file configs/quickstart/student_L_light.yaml@L
+
+  # the teacher as it is configured, and one of its branches, on a GPU
+  tools/benchmark.py --config-file TEACHER.yaml --config-file TEACHER.yaml@L --device cuda --output teacher.json
+
+  # overhead of a distillation step, eight images of 192x320 in H, on one core
+  tools/benchmark.py --train-step configs/quickstart/student_L.yaml configs/quickstart/teacher.yaml \\
+      --size 192 320 --batch-size 8 --threads 1
+
+  # a lighter head without another yaml; keys after the options go to all configs
+  tools/benchmark.py --config-file STUDENT.yaml@L MODEL.FCOS.CONV_DIMS "[128, 128]"
+"""
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file", action="append", default=[], metavar="PATH[@RESOLUTION]", help="a model; can be repeated"
+    )
+    parser.add_argument(
+        "--train-step",
+        nargs=2,
+        metavar=("STUDENT", "TEACHER"),
+        help="two yaml files: time the student's own step, the teacher's neck and the distillation step of the "
+        "student's DISTILL settings with this teacher",
+    )
+    parser.add_argument(
+        "--size", nargs=2, type=int, default=[800, 1333], metavar=("HEIGHT", "WIDTH"),
+        help="image in H pixels (default: 800 1333)",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=2, help="images in the training step (default: 2)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed passes; the median counts (default: 10)")
+    parser.add_argument("--warmup", type=int, default=2, help="passes before them (default: 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, or cpu"
+    )
+    parser.add_argument("--output", metavar="FILE", help="also write everything to this JSON file")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, for all configs")
+    args = parser.parse_args(argv)
+    if not args.config_file and not args.train_step:
+        parser.error("nothing to measure: give --config-file or --train-step")
+    for name, least in (("repeats", 1), ("warmup", 0), ("batch_size", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no GPU")
+    if min(args.size) < 1:
+        parser.error(f"--size must be positive, got {args.size}")
+    if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
+        parser.error(f"--output: no folder {os.path.dirname(args.output)}")
+    return args
+
+
+def split_resolution(name: str) -> tuple[str, str]:
+    """``PATH@RESOLUTION`` -> (path, resolution or ""); an existing file may have an @ in its name."""
+    path, at, resolution = name.rpartition("@")
+    return (path, resolution) if at and not os.path.isfile(name) else (name, "")
+
+
+class BadInput(Exception):
+    """A config that cannot be measured; the message names it."""
+
+
+@contextmanager
+def blaming(path: str) -> Iterator[None]:
+    """Turn what configs raise into BadInput with the name of the file."""
+    try:
+        yield
+    except (AssertionError, OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        message = str(error.args[0] if isinstance(error, KeyError) else error)
+        raise BadInput(message if path in message else f"{path}: {message}") from error
+
+
+def configure(path: str, args: argparse.Namespace) -> CfgNode:
+    """The config of a yaml file with the command line's overrides and without pretrained weights."""
+    with blaming(path):
+        return load_config(path, [*args.opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
+
+
+def describe(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], CfgNode]:
+    """The row of one --config-file without its numbers, and its config."""
+    path, resolution = split_resolution(name)
+    cfg = configure(path, args)
+    size = tuple(args.size)
+    if MultiScaleTeacher.__name__ == cfg.MODEL.META_ARCHITECTURE:
+        resolution = cfg.MSAD.EVAL_BRANCH = resolution or cfg.MSAD.EVAL_BRANCH
+    else:
+        resolution = resolution or "H"
+        with blaming(name):
+            size = reduced_size(size, get_resolution(resolution).shift)
+    label = f"{os.path.splitext(os.path.basename(path))[0]}@{resolution}"
+    return {"name": label, "config": path, "resolution": resolution, "input": list(size)}, cfg
+
+
+def build(cfg: CfgNode) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    return model.to(memory_format=torch.channels_last) if cfg.SOLVER.CHANNELS_LAST else model
+
+
+def benchmark_models(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row of results for each --config-file."""
+    described = [describe(name, args) for name in args.config_file]
+    rows, models = [row for row, _ in described], []
+    rounds = args.warmup + args.repeats
+    with tqdm(total=len(rows) * (2 + rounds), unit="pass", desc="models") as bar:
+        for row, cfg in described:
+            bar.set_postfix_str(f"{row['name']}: multiply-adds")
+            with blaming(row["config"]):
+                model = build(cfg)
+                row["parameters"] = cost.count_parameters(model)
+            row["gmacs"] = cost.count_macs(model, *row["input"])
+            bar.update()
+            bar.set_postfix_str(f"{row['name']}: memory")
+            row["peak_memory_bytes"] = peak_memory(cfg, *row["input"], threads=args.threads)
+            bar.update()
+            models.append(model)
+        inputs = [cost.random_inputs(*row["input"]) for row in rows]
+        passes: list[list[dict[str, float]]] = [[] for _ in rows]
+        bar.set_postfix_str("latency")
+        for _ in range(rounds):
+            for model, images, times in zip(models, inputs, passes):
+                times.append(cost.time_parts(model, images))
+                bar.update()
+    for row, times in zip(rows, passes):
+        row["milliseconds"] = cost.medians(times[args.warmup :])
+        for key in ("gmacs", "milliseconds"):
+            row[f"{key}_ratio"] = row[key][cost.TOTAL] / rows[0][key][cost.TOTAL]
+    return rows
+
+
+def benchmark_train_step(args: argparse.Namespace) -> dict[str, Any]:
+    """Times of --train-step, with the distiller that training would build."""
+    student, teacher = (configure(path, args) for path in args.train_step)
+    if not student.DISTILL.LOSSES:
+        raise BadInput(f"{args.train_step[0]}: DISTILL.LOSSES is empty, so there is no distillation to measure")
+    with tempfile.TemporaryDirectory() as folder, blaming(" and ".join(args.train_step)):
+        # The trainer insists on weights, for good reasons; these are random.
+        entry = {"CONFIG": os.path.join(folder, "teacher.yaml"), "WEIGHTS": os.path.join(folder, "teacher.pth")}
+        with open(entry["CONFIG"], "w") as f:
+            f.write(teacher.dump())
+        torch.save({"model": build(teacher).state_dict()}, entry["WEIGHTS"])
+        student.DISTILL.TEACHERS = [entry]
+        distiller = DistillTrainer.build_model(student)
+    batch = cost.random_inputs(*args.size, batch=args.batch_size, boxes=10)
+    with tqdm(total=args.warmup + args.repeats, unit="round", desc="training step") as bar:
+        times = cost.training_step_cost(distiller, batch, args.repeats, args.warmup, on_round=bar.update)
+    return {
+        "student": args.train_step[0],
+        "teacher": args.train_step[1],
+        "resolution": student.DISTILL.STUDENT_RESOLUTION,
+        "batch_size": args.batch_size,
+        "ratio": times.pop(cost.RATIO),
+        "milliseconds": times,
+    }
+
+
+def format_models(rows: list[dict[str, Any]]) -> str:
+    """Two tables: what the models compute, and how long they take."""
+
+    def parts(key: str) -> dict[str, list[float]]:
+        # A part that no model has, or that consists of uncounted operations, needs no column.
+        used = [part for part in (*cost.PARTS, cost.TOTAL) if any(row[key][part] for row in rows)]
+        return {part.replace("_", "-"): [row[key][part] for row in rows] for part in used}
+
+    name = {"config": [row["name"] for row in rows]}
+    compute = {
+        **name,
+        "input": ["x".join(map(str, row["input"])) for row in rows],
+        "params (M)": [row["parameters"][cost.TOTAL] / 1e6 for row in rows],
+        **parts("gmacs"),
+        "of first": [f"{row['gmacs_ratio']:.3f}x" for row in rows],
+    }
+    latency = {
+        **name,
+        **parts("milliseconds"),
+        "of first": [f"{row['milliseconds_ratio']:.3f}x" for row in rows],
+        "peak MiB": [round(row["peak_memory_bytes"] / 2**20) for row in rows],
+    }
+    return "\n\n".join(
+        f"{title}\n{tabulate(columns, headers='keys', floatfmt='.4g')}"
+        for title, columns in (
+            ("Compute for one image, GMACs (1e9 multiply-adds)", compute),
+            ("Inference on one image, median milliseconds", latency),
+        )
+    )
+
+
+def format_train_step(step: dict[str, Any]) -> str:
+    lines = [[name.replace("_", " "), step["milliseconds"][name]] for name in cost.STEPS]
+    table = tabulate(lines, headers=[f"training, batch of {step['batch_size']}", "median ms"], floatfmt=".4g")
+    return f"{table}\ndistillation step / (student step + teacher neck) = {step['ratio']:.3f}"
+
+
+def run(args: argparse.Namespace, command: list[str]) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    result = {
+        "engine": detectron2.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "size": args.size,
+        "command": shlex.join(command),
+    }
+    tables = []
+    if args.config_file:
+        result["models"] = benchmark_models(args)
+        tables.append(format_models(result["models"]))
+    if args.train_step:
+        result["train_step"] = benchmark_train_step(args)
+        tables.append(format_train_step(result["train_step"]))
+    print(
+        f"detectron2 {result['engine']}, torch {result['torch']}, {result['device']}, {result['threads']} threads",
+        *tables, sep="\n\n",
+    )  # fmt: skip
+    if args.output:
+        with open(args.output, "w") as f:
+            json.dump(result, f, indent=2)
+            f.write("\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    try:
+        run(args, ["tools/benchmark.py", *argv])
+    except KeyboardInterrupt:
+        print("\nbenchmark.py: interrupted, nothing written", file=sys.stderr)
+        return 130
+    except BadInput as error:
+        print(f"\nbenchmark.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
