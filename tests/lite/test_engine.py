@@ -5,6 +5,7 @@ import json
 import logging
 from types import SimpleNamespace
 
+import detectron2
 import numpy as np
 import pytest
 import torch
@@ -174,6 +175,29 @@ def test_metrics_can_be_gathered_rarely():
     rarely.train(0, 7)
     assert [i for _, i in rarely.storage.history("total_loss").values()] == [2, 5]
     assert curve(rarely) == [curve(often)[2], curve(often)[5]]
+
+
+def test_losses_of_several_types_are_reported_exactly():
+    losses = {
+        "half": torch.tensor(0.1, dtype=torch.float16),
+        "single": torch.tensor([0.1]),
+        "double": torch.tensor(0.1, dtype=torch.float64),
+    }
+    with EventStorage() as storage:
+        SimpleTrainer.write_metrics(losses, 0.0, 0)
+    assert {name: storage.latest()[name][0] for name in losses} == {k: v.item() for k, v in losses.items()}
+
+
+@pytest.mark.skipif("lite" not in detectron2.__version__, reason="the other engine only logs such an error")
+def test_an_error_in_the_metrics_thread_is_raised():
+    trainer = toy_trainer(async_write_metrics=True)
+    forward = trainer.model.forward
+    trainer.model.forward = lambda batch: {**forward(batch), "bad": batch.sum() * float("nan")}
+    with pytest.raises(FloatingPointError, match="bad"):
+        trainer.train(0, 3)
+    trainer.model.forward = forward
+    trainer.train(0, 3)
+    assert len(curve(trainer)) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

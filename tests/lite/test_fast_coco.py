@@ -1,4 +1,4 @@
-"""The adapter of COCO evaluation packages, which detectron2-lite alone has: all give the numbers of pycocotools."""
+"""The adapter of COCO evaluation packages (in detectron2-lite alone): all give the numbers of pycocotools."""
 
 import json
 import sys

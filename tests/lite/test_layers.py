@@ -130,29 +130,28 @@ class TestNorms:
         assert norm[0].running_mean[0] < 1 < norm[1].running_mean[0]
 
 
-def normalize_a_share(rank, init_file, sizes, batch):
-    """One process of a group: normalize its share of the batch and check it against the joint batch."""
+def normalize_shares(rank, init_file, splits):
+    """One process of two: normalize its share of a batch and check it against the joint batch."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=len(sizes))
-    start = sum(sizes[:rank])
-    share = batch[start : start + sizes[rank]].clone().requires_grad_()
-    whole = batch.clone().requires_grad_()
-    ours, theirs = NaiveSyncBatchNorm(3, stats_mode="N"), nn.BatchNorm2d(3)
-    y, joint = ours(share), theirs(whole)
-    y.pow(3).sum().backward()
-    joint.pow(3).sum().backward()
-    torch.testing.assert_close(y, joint[start : start + sizes[rank]], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(share.grad, whole.grad[start : start + sizes[rank]], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
-    biased = 0.9 + 0.1 * batch.var(dim=(0, 2, 3), unbiased=False)
-    torch.testing.assert_close(ours.running_var, biased)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    for sizes in splits:
+        batch = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
+        mine = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
+        share, whole = batch[mine].clone().requires_grad_(), batch.clone().requires_grad_()
+        ours, theirs = NaiveSyncBatchNorm(3, stats_mode="N"), nn.BatchNorm2d(3)
+        y, joint = ours(share), theirs(whole)
+        y.pow(3).sum().backward()
+        joint.pow(3).sum().backward()
+        torch.testing.assert_close(y, joint[mine], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(share.grad, whole.grad[mine], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+        biased = 0.9 + 0.1 * batch.var(dim=(0, 2, 3), unbiased=False)
+        torch.testing.assert_close(ours.running_var, biased)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (4, 0)])
-def test_naive_sync_normalizes_the_joint_batch(tmp_path, sizes):
-    batch = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
-    mp.spawn(normalize_a_share, (tmp_path / "init", sizes, batch), nprocs=2)
+def test_naive_sync_normalizes_the_joint_batch(tmp_path):
+    mp.spawn(normalize_shares, (tmp_path / "init", [(3, 1), (4, 0)]), nprocs=2)
 
 
 class TestConvolutions:

@@ -172,7 +172,9 @@ class TestResNet:
         assert [b.conv2.dilation for b in model.res5] == [(2, 2)] * 3
         assert model.res3[0].conv2.groups == 2
 
-    @pytest.mark.parametrize("freeze_at, frozen", [(0, ""), (1, "stem"), (3, "stem res2 res3"), (9, "stem res2 res3 res4")])
+    @pytest.mark.parametrize(
+        "freeze_at, frozen", [(0, ""), (1, "stem"), (3, "stem res2 res3"), (9, "stem res2 res3 res4")]
+    )
     def test_freeze(self, freeze_at, frozen):
         model = tiny_resnet(freeze_at=freeze_at)
         for name in ("stem", "res2", "res3", "res4"):

@@ -62,7 +62,10 @@ class TestAnchors:
 
     @pytest.mark.parametrize(
         "options",
-        [{"sizes": []}, {"sizes": [[1], [2], [3]]}, {"aspect_ratios": [[1], [1], [2]]}, {"offset": 1.0}, {"offset": -0.1}],
+        [
+            {"sizes": []}, {"sizes": [[1], [2], [3]]}, {"aspect_ratios": [[1], [1], [2]]}, {"offset": 1.0},
+            {"offset": -0.1},
+        ],
     )
     def test_refused(self, options):
         with pytest.raises(REFUSED):

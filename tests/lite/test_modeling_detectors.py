@@ -171,7 +171,7 @@ class TestCommon:
 
     @both
     def test_training_without_annotations_is_refused(self, make):
-        with pytest.raises(REFUSED, match="(?i)instances|annotations"):
+        with pytest.raises(REFUSED, match=r"(?i)instances|annotations"):
             train(make(), [{"image": torch.zeros(3, 16, 16)}])
 
     @both
@@ -236,7 +236,7 @@ class TestCommon:
 
     def test_transposed_predictions(self):
         model = make_fcos()
-        predictions = [[torch.rand(2, 6, 3, 4), torch.rand(2, 6, 1, 2)], [torch.rand(2, 8, 3, 4), torch.rand(2, 8, 1, 2)]]
+        predictions = [[torch.rand(2, c, 3, 4), torch.rand(2, c, 1, 2)] for c in (6, 8)]
         result = model._transpose_dense_predictions(predictions, [3, 4])
         assert [[tuple(x.shape) for x in p] for p in result] == [[(2, 24, 3), (2, 4, 3)], [(2, 24, 4), (2, 4, 4)]]
         with pytest.raises(REFUSED):
@@ -279,7 +279,8 @@ class TestHeads:
 class TestRetinaNet:
     def test_labels_by_hand(self):
         model = make_retinanet()
-        anchors = [Boxes([[0.0, 0, 10, 10], [0, 0, 10, 20], [20, 20, 30, 30]]), Boxes([[0, 0, 10, 23.0], [50, 50, 60, 60]])]
+        fine = Boxes([[0.0, 0, 10, 10], [0, 0, 10, 20], [20, 20, 30, 30]])
+        anchors = [fine, Boxes([[0.0, 0, 10, 23], [50, 50, 60, 60]])]
         gt = [instances((64, 64), [[0, 0, 10, 10], [51, 51, 54, 54]], [2, 0]), instances((64, 64), *NONE)]
         labels, boxes = model.label_anchors(anchors, gt)
         # IoU with the first box: 1, 0.5, 0, 10/23 (ignored); the second box has only its low-quality match.
@@ -357,6 +358,30 @@ class TestRetinaNet:
             pass
 
         assert Narrow(cfg, num_classes=4).num_classes == 4
+
+    def test_visualization(self, monkeypatch):
+        model = make_retinanet(test_score_thresh=0.0, max_detections_per_image=3).eval()
+        drawn = []
+        with EventStorage() as storage, torch.no_grad():
+            monkeypatch.setattr(storage, "put_image", lambda name, image: drawn.append((name, image)))
+            inputs = batch(TWO)
+            model.visualize_training(inputs, [x["instances"] for x in model(inputs)])
+        ((name, image),) = drawn
+        assert isinstance(name, str) and image.shape == (3, 80, 60)
+
+    def test_mixed_precision(self):
+        model = make_retinanet()
+        exact = train(model, batch(TWO))
+        del model.loss_normalizer
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = train(model, batch(TWO))
+            assert all(x.dtype == torch.float32 for x in losses.values())
+            total(losses).backward()
+            with torch.no_grad():
+                assert model.eval()(batch(ONE))[0]["instances"].pred_boxes.tensor.dtype == torch.float32
+        for name, value in exact.items():
+            torch.testing.assert_close(losses[name], value, rtol=0.03, atol=0)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
     def test_levels_with_unequal_anchors_are_refused(self):
         cfg = get_cfg()

@@ -29,18 +29,18 @@ class _PickledList:
 
     def __init__(self, items: list):
         pickles = [pickle.dumps(item, protocol=-1) for item in items]
-        lengths = torch.tensor([len(p) for p in pickles], dtype=torch.int64)
-        self._ends = torch.cumsum(lengths, dim=0)
+        lengths = torch.tensor([0, *map(len, pickles)], dtype=torch.int64)
+        self._bounds = torch.cumsum(lengths, dim=0)
         self._bytes = torch.from_numpy(np.frombuffer(b"".join(pickles), dtype=np.uint8).copy())
         logger.info("Packed %d samples into %.2f MiB.", len(items), self._bytes.numel() / 2**20)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]
-        begin = self._ends[index - 1].item() if index else 0
-        return pickle.loads(memoryview(self._bytes[begin : self._ends[index].item()].numpy()))
+        begin, end = self._bounds[index : index + 2].tolist()
+        return pickle.loads(memoryview(self._bytes[begin:end].numpy()))
 
 
 class DatasetFromList(torchdata.Dataset):
@@ -108,19 +108,22 @@ class MapDataset(torchdata.Dataset):
         return len(self._dataset)
 
     def __getitem__(self, idx: int) -> Any:
-        current, failures = int(idx), 0
-        while True:
-            sample = self._map_func(self._dataset[current])
-            if sample is not None:
-                self._usable.add(current)
-                return sample
+        sample = self._mapped(int(idx))
+        failures = 0
+        while sample is None:
             failures += 1
-            self._usable.discard(current)
             if not self._usable:
                 raise RuntimeError("The mapper returned None for every sample of the data set.")
             if failures >= _WARN_AFTER_RETRIES:
                 logger.warning("The mapper returned None %d times in a row for sample %d.", failures, idx)
-            current = self._rng.choice(sorted(self._usable))
+            sample = self._mapped(self._rng.choice(sorted(self._usable)))
+        return sample
+
+    def _mapped(self, index: int) -> Any:
+        sample = self._map_func(self._dataset[index])
+        remember = self._usable.discard if sample is None else self._usable.add
+        remember(index)
+        return sample
 
 
 class ToIterableDataset(torchdata.IterableDataset):

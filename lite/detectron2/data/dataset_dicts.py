@@ -96,13 +96,8 @@ def print_instances_class_histogram(dataset_dicts: list[dict], class_names: list
     rows = [cells[start : start + row_length] for start in range(0, len(cells), row_length)]
     if len(class_names) > 1:
         rows += [[], ["total", int(counts.sum())]]
-    table = tabulate(
-        rows,
-        headers=["category", "#instances"] * (row_length // 2),
-        tablefmt="pipe",
-        stralign="center",
-        numalign="left",
-    )
+    style = {"tablefmt": "pipe", "numalign": "left", "stralign": "center"}
+    table = tabulate(rows, headers=["category", "#instances"] * (row_length // 2), **style)
     message = f"Instances of the {len(class_names)} categories:\n{colored(table, 'cyan')}"
     log_first_n(logging.INFO, message, key="message")
 

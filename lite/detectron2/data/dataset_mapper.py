@@ -53,34 +53,27 @@ class DatasetMapper:
         if recompute_boxes and not use_instance_mask:
             raise AssertionError("recompute_boxes takes boxes from masks, so it needs use_instance_mask.")
         self.is_train = is_train
-        self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
-        self.use_instance_mask = use_instance_mask
-        self.use_keypoint = use_keypoint
-        self.instance_mask_format = instance_mask_format
-        self.keypoint_hflip_indices = keypoint_hflip_indices
-        self.proposal_topk = precomputed_proposal_topk
+        self.augmentations = T.AugmentationList(augmentations)
+        self.use_instance_mask, self.instance_mask_format = use_instance_mask, instance_mask_format
         self.recompute_boxes = recompute_boxes
+        self.use_keypoint, self.keypoint_hflip_indices = use_keypoint, keypoint_hflip_indices
+        self.proposal_topk = precomputed_proposal_topk
         logger.info("Augmentations for %s: %s", "training" if is_train else "inference", augmentations)
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True) -> dict:
+        inputs, model = cfg.INPUT, cfg.MODEL
         augmentations = utils.build_augmentation(cfg, is_train)
-        crops = is_train and cfg.INPUT.CROP.ENABLED
+        crops = is_train and inputs.CROP.ENABLED
         if crops:
-            augmentations = [T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE), *augmentations]
-        arguments = {
-            "is_train": is_train,
-            "augmentations": augmentations,
-            "image_format": cfg.INPUT.FORMAT,
-            "use_instance_mask": cfg.MODEL.MASK_ON,
-            "use_keypoint": cfg.MODEL.KEYPOINT_ON,
-            "instance_mask_format": cfg.INPUT.MASK_FORMAT,
-            "recompute_boxes": crops and cfg.MODEL.MASK_ON,
-        }
-        if cfg.MODEL.KEYPOINT_ON:
+            augmentations = [T.RandomCrop(inputs.CROP.TYPE, inputs.CROP.SIZE), *augmentations]
+        arguments = {"is_train": is_train, "augmentations": augmentations, "image_format": inputs.FORMAT}
+        arguments |= {"use_instance_mask": model.MASK_ON, "instance_mask_format": inputs.MASK_FORMAT}
+        arguments |= {"use_keypoint": model.KEYPOINT_ON, "recompute_boxes": crops and model.MASK_ON}
+        if model.KEYPOINT_ON:
             arguments["keypoint_hflip_indices"] = utils.create_keypoint_hflip_indices(cfg.DATASETS.TRAIN)
-        if cfg.MODEL.LOAD_PROPOSALS:
+        if model.LOAD_PROPOSALS:
             split = "TRAIN" if is_train else "TEST"
             arguments["precomputed_proposal_topk"] = cfg.DATASETS[f"PRECOMPUTED_PROPOSAL_TOPK_{split}"]
         return arguments

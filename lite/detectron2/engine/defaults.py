@@ -11,12 +11,7 @@ import detectron2.data.transforms as T
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    inference_on_dataset,
-    print_csv_format,
-    verify_results,
-)
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format, verify_results
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
@@ -25,17 +20,10 @@ from detectron2.utils.logger import setup_logger
 
 from . import hooks
 from .loop import HookBase, TrainerBase
-from .startup import create_ddp_model, default_argument_parser, default_setup, default_writers
+from .startup import create_ddp_model, default_argument_parser, default_setup, default_writers  # noqa: F401
 from .train_loop import AMPTrainer, SimpleTrainer
 
-__all__ = [
-    "DefaultPredictor",
-    "DefaultTrainer",
-    "create_ddp_model",
-    "default_argument_parser",
-    "default_setup",
-    "default_writers",
-]
+__all__ = ["DefaultPredictor", "DefaultTrainer"]
 
 
 class DefaultPredictor:
@@ -110,21 +98,19 @@ class DefaultTrainer(TrainerBase):
         super().__init__()
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
 
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
-        model = create_ddp_model(model, broadcast_buffers=False)
-        step_maker = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step_maker(model, data_loader, optimizer)
-
+        bare_model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, bare_model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        loader = self.build_train_loader(cfg)
+        # Buffers (running statistics of batch norm) stay those of each process, as in a single one.
+        model = create_ddp_model(bare_model, broadcast_buffers=False)
+        step_maker = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = step_maker(model, loader, optimizer)
         # The checkpointer must not keep the trainer, which owns it, alive.
         self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -245,23 +231,19 @@ class DefaultTrainer(TrainerBase):
         if evaluators is not None and len(evaluators) != len(names):
             raise ValueError(f"{len(evaluators)} evaluators for {len(names)} data sets in DATASETS.TEST.")
         logger = logging.getLogger(__name__)
-        results: OrderedDict = OrderedDict()
+        results: OrderedDict = OrderedDict((name, {}) for name in names)
         for index, name in enumerate(names):
-            data_loader = cls.build_test_loader(cfg, name)
-            if evaluators is not None:
-                evaluator = evaluators[index]
-            else:
-                try:
-                    evaluator = cls.build_evaluator(cfg, name)
-                except NotImplementedError as error:
-                    logger.warning("%s is not evaluated. %s", name, error)
-                    results[name] = {}
-                    continue
-            results[name] = inference_on_dataset(model, data_loader, evaluator)
+            loader = cls.build_test_loader(cfg, name)
+            try:
+                evaluator = cls.build_evaluator(cfg, name) if evaluators is None else evaluators[index]
+            except NotImplementedError as error:
+                logger.warning("%s is not evaluated. %s", name, error)
+                continue
+            results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
                 logger.info("Results on %s, ready to paste as csv:", name)
                 print_csv_format(results[name])
-        return next(iter(results.values())) if len(results) == 1 else results
+        return results[names[0]] if len(names) == 1 else results
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -279,22 +261,21 @@ class DefaultTrainer(TrainerBase):
                 f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is no multiple of "
                 f"SOLVER.REFERENCE_WORLD_SIZE {reference}."
             )
-        was_frozen = cfg.is_frozen()
-        cfg = cfg.clone()
-        cfg.defrost()
+        scaled = cfg.clone()
+        scaled.defrost()
         factor = num_workers / reference
-        solver = cfg.SOLVER
+        solver = scaled.SOLVER
         solver.REFERENCE_WORLD_SIZE = num_workers
         solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * factor)
         solver.BASE_LR = solver.BASE_LR * factor
         solver.STEPS = tuple(round(step / factor) for step in solver.STEPS)
         for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
             solver[key] = round(solver[key] / factor)
-        cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / factor)
+        scaled.TEST.EVAL_PERIOD = round(scaled.TEST.EVAL_PERIOD / factor)
+        if cfg.is_frozen():
+            scaled.freeze()
         logging.getLogger(__name__).info(
             f"Schedule scaled from {reference} to {num_workers} processes: batch {solver.IMS_PER_BATCH}, "
             f"learning rate {solver.BASE_LR:g}, {solver.MAX_ITER} iterations, warm-up {solver.WARMUP_ITERS}"
         )
-        if was_frozen:
-            cfg.freeze()
-        return cfg
+        return scaled

@@ -8,33 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from fvcore.common.checkpoint import Checkpointer
-from fvcore.common.checkpoint import PeriodicCheckpointer as _FvcorePeriodicCheckpointer
+from fvcore.common import checkpoint
 from fvcore.common.param_scheduler import ParamScheduler
 from fvcore.common.timer import Timer
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 
-import detectron2.utils.comm as comm
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
 from .loop import HookBase
 from .profiling import AutogradProfiler, TorchMemoryStats, TorchProfiler
 
-__all__ = [
-    "AutogradProfiler",
-    "BestCheckpointer",
-    "CallbackHook",
-    "EvalHook",
-    "IterationTimer",
-    "LRScheduler",
-    "PeriodicCheckpointer",
-    "PeriodicWriter",
-    "PreciseBN",
-    "TorchMemoryStats",
-    "TorchProfiler",
-]
+__all__ = ["AutogradProfiler", "BestCheckpointer", "CallbackHook", "EvalHook", "IterationTimer"]
+__all__ += ["LRScheduler", "PeriodicCheckpointer", "PeriodicWriter", "PreciseBN", "TorchMemoryStats"]
+__all__ += ["TorchProfiler"]
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +141,7 @@ class PeriodicWriter(HookBase):
             writer.close()
 
 
-class PeriodicCheckpointer(_FvcorePeriodicCheckpointer, HookBase):
+class PeriodicCheckpointer(checkpoint.PeriodicCheckpointer, HookBase):
     """fvcore's periodic checkpointer as a hook; `max_iter` comes from the trainer."""
 
     def before_train(self) -> None:
@@ -160,64 +149,6 @@ class PeriodicCheckpointer(_FvcorePeriodicCheckpointer, HookBase):
 
     def after_step(self) -> None:
         self.step(self.trainer.iter)
-
-
-class BestCheckpointer(HookBase):
-    """Saves `<file_prefix>.pth` whenever a metric in the event storage is better than before.
-
-    Register it after the `EvalHook` that writes the metric.
-
-    Args:
-        eval_period: the period of that `EvalHook`.
-        checkpointer: saves the model.
-        val_metric: name in the event storage, for instance "bbox/AP50".
-        mode: "max" or "min", which direction is better.
-        file_prefix: name of the file without its ending.
-    """
-
-    def __init__(
-        self,
-        eval_period: int,
-        checkpointer: Checkpointer,
-        val_metric: str,
-        mode: str = "max",
-        file_prefix: str = "model_best",
-    ) -> None:
-        if mode not in ("max", "min"):
-            raise ValueError(f"BestCheckpointer: mode is 'max' or 'min', got {mode!r}.")
-        self._period = eval_period
-        self._checkpointer = checkpointer
-        self._val_metric = val_metric
-        self._sign = 1 if mode == "max" else -1
-        self._file_prefix = file_prefix
-        self.best_metric: float | None = None
-        self.best_iter: int | None = None
-
-    def _save_if_better(self) -> None:
-        latest = self.trainer.storage.latest().get(self._val_metric)
-        if latest is None:
-            logger.warning("No metric %r has been written; the best checkpoint stays.", self._val_metric)
-            return
-        value, iteration = latest
-        if not math.isfinite(value):
-            return
-        if self.best_metric is not None and self._sign * (value - self.best_metric) <= 0:
-            return
-        previous, self.best_metric, self.best_iter = self.best_metric, value, iteration
-        self._checkpointer.save(self._file_prefix, iteration=iteration)
-        logger.info(
-            f"Saved {self._file_prefix}.pth: {self._val_metric} is {value:.5f} after iteration {iteration} "
-            f"(before: {previous})"
-        )
-
-    def after_step(self) -> None:
-        # The evaluation of the last iteration happens in after_train.
-        if _is_due(self.trainer.iter, self._period) and self.trainer.iter + 1 != self.trainer.max_iter:
-            self._save_if_better()
-
-    def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._save_if_better()
 
 
 class LRScheduler(HookBase):
@@ -230,23 +161,18 @@ class LRScheduler(HookBase):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None = None, scheduler=None) -> None:
-        self._optimizer = optimizer
-        self._scheduler = scheduler
+        self._given_optimizer, self._given_scheduler = optimizer, scheduler
 
     @property
     def scheduler(self):
-        return self._scheduler or self.trainer.scheduler
+        return self._given_scheduler or self.trainer.scheduler
 
     def before_train(self) -> None:
-        self._optimizer = self._optimizer or self.trainer.optimizer
+        optimizer = self._given_optimizer or self.trainer.optimizer
         if isinstance(self.scheduler, ParamScheduler):
-            self._scheduler = LRMultiplier(
-                self._optimizer,
-                self.scheduler,
-                self.trainer.max_iter,
-                last_iter=self.trainer.iter - 1,
-            )
-        self._best_param_group_id = self.get_best_param_group_id(self._optimizer)
+            start, end = self.trainer.iter, self.trainer.max_iter
+            self._given_scheduler = LRMultiplier(optimizer, self.scheduler, end, last_iter=start - 1)
+        self._optimizer, self._logged_group = optimizer, self.get_best_param_group_id(optimizer)
 
     @staticmethod
     def get_best_param_group_id(optimizer: torch.optim.Optimizer) -> int:
@@ -260,20 +186,20 @@ class LRScheduler(HookBase):
         return rates.index(Counter(rates).most_common(1)[0][0])
 
     def after_step(self) -> None:
-        rate = self._optimizer.param_groups[self._best_param_group_id]["lr"]
+        rate = self._optimizer.param_groups[self._logged_group]["lr"]
         self.trainer.storage.put_scalar("lr", rate, smoothing_hint=False)
         self.scheduler.step()
 
     def state_dict(self) -> dict:
-        # A ParamScheduler has no state, its position is the iteration.
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
-            return self.scheduler.state_dict()
-        return {}
+        return self.scheduler.state_dict() if self._has_state() else {}
 
     def load_state_dict(self, state_dict: Mapping) -> None:
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler):
-            logger.info("Restoring the learning rate scheduler")
+        if self._has_state():
             self.scheduler.load_state_dict(state_dict)
+
+    def _has_state(self) -> bool:
+        # A ParamScheduler has none, its position is the iteration.
+        return isinstance(self.scheduler, torch.optim.lr_scheduler.LRScheduler)
 
 
 class EvalHook(HookBase):
@@ -322,6 +248,65 @@ def _as_scalars(results: Mapping) -> dict[str, float]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"Evaluation result {name!r} is not a number: {value!r}") from error
     return scalars
+
+
+class BestCheckpointer(HookBase):
+    """Saves `<file_prefix>.pth` whenever a metric in the event storage is better than before.
+
+    Register it after the `EvalHook` that writes the metric.
+
+    Args:
+        eval_period: the period of that `EvalHook`.
+        checkpointer: a fvcore `Checkpointer`, saves the model.
+        val_metric: name in the event storage, for instance "bbox/AP50".
+        mode: "max" or "min", which direction is better.
+        file_prefix: name of the file without its ending.
+    """
+
+    best_metric: float | None = None
+    best_iter: int | None = None
+
+    def __init__(
+        self,
+        eval_period: int,
+        checkpointer,
+        val_metric: str,
+        mode: str = "max",
+        file_prefix: str = "model_best",
+    ) -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"BestCheckpointer: mode is 'max' or 'min', got {mode!r}.")
+        self._period = eval_period
+        self._checkpointer = checkpointer
+        self._val_metric = val_metric
+        self._sign = 1 if mode == "max" else -1
+        self._file_prefix = file_prefix
+
+    def _save_if_better(self) -> None:
+        latest = self.trainer.storage.latest().get(self._val_metric)
+        if latest is None:
+            logger.warning("No metric %r has been written; the best checkpoint stays.", self._val_metric)
+            return
+        value, iteration = latest
+        if not math.isfinite(value):
+            return
+        if self.best_metric is not None and self._sign * (value - self.best_metric) <= 0:
+            return
+        previous, self.best_metric, self.best_iter = self.best_metric, value, iteration
+        self._checkpointer.save(self._file_prefix, iteration=iteration)
+        logger.info(
+            f"Saved {self._file_prefix}.pth: {self._val_metric} is {value:.5f} after iteration {iteration} "
+            f"(before: {previous})"
+        )
+
+    def after_step(self) -> None:
+        # The evaluation of the last iteration happens in after_train.
+        if _is_due(self.trainer.iter, self._period) and self.trainer.iter + 1 != self.trainer.max_iter:
+            self._save_if_better()
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._save_if_better()
 
 
 class PreciseBN(HookBase):

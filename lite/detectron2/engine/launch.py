@@ -3,11 +3,11 @@
 import logging
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch import distributed, multiprocessing
 
 from detectron2.utils import comm
 
@@ -51,10 +51,8 @@ def launch(
     if not 0 <= machine_rank < num_machines:
         raise ValueError(f"machine_rank is {machine_rank}, it must be in 0..{num_machines - 1}.")
     url = _meeting_point(dist_url, num_machines)
-    job = (main_func, world_size, num_gpus_per_machine, machine_rank, url, args, timeout)
-    mp.start_processes(
-        _run_process, args=job, nprocs=num_gpus_per_machine, daemon=False, start_method="spawn"
-    )
+    job = _Job(main_func, args, num_gpus_per_machine, num_machines, machine_rank, url, timeout)
+    multiprocessing.start_processes(_run_process, (job,), nprocs=num_gpus_per_machine, start_method="spawn")
 
 
 def _meeting_point(dist_url: str | None, num_machines: int) -> str:
@@ -71,30 +69,36 @@ def _meeting_point(dist_url: str | None, num_machines: int) -> str:
     return dist_url
 
 
-def _run_process(
-    local_rank: int,
-    main_func: Callable,
-    world_size: int,
-    processes_here: int,
-    machine_rank: int,
-    dist_url: str,
-    args: tuple,
-    timeout: timedelta,
-) -> None:
+@dataclass
+class _Job:
+    """What every process of this machine is told."""
+
+    main_func: Callable
+    args: tuple
+    processes_here: int
+    num_machines: int
+    machine_rank: int
+    url: str
+    timeout: timedelta
+
+
+def _run_process(local_rank: int, job: _Job) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        if processes_here > torch.cuda.device_count():
-            raise ValueError(f"{processes_here} GPUs asked for, there are {torch.cuda.device_count()} here.")
+        if job.processes_here > torch.cuda.device_count():
+            raise ValueError(
+                f"{job.processes_here} GPUs asked for, there are {torch.cuda.device_count()} here."
+            )
         # Before NCCL starts: it takes the current device.
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(
-        backend="nccl" if on_gpu else "gloo",
-        init_method=dist_url,
-        world_size=world_size,
-        rank=machine_rank * processes_here + local_rank,
-        timeout=timeout,
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=job.url,
+        rank=job.machine_rank * job.processes_here + local_rank,
+        world_size=job.num_machines * job.processes_here,
+        timeout=job.timeout,
     )
-    comm.create_local_process_group(processes_here)
+    comm.create_local_process_group(job.processes_here)
     comm.synchronize()
-    main_func(*args)
-    dist.destroy_process_group()
+    job.main_func(*job.args)
+    distributed.destroy_process_group()

@@ -50,12 +50,12 @@ def _hook_key(hook: HookBase) -> str:
 class TrainerBase:
     """Runs `run_step` from one iteration to another and calls the hooks around it."""
 
+    max_iter: int
+    storage: EventStorage
+
     def __init__(self) -> None:
         self._hooks: list[HookBase] = []
-        self.iter: int = 0
-        self.start_iter: int = 0
-        self.max_iter: int
-        self.storage: EventStorage
+        self.iter = self.start_iter = 0
 
     def register_hooks(self, hooks: list[HookBase | None]) -> None:
         """Append `hooks` in order; None entries are ignored, so that callers can write conditionals."""

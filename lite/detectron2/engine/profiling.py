@@ -50,8 +50,8 @@ class TorchProfiler(HookBase):
         self._profiler = torch.profiler.profile(
             activities=self._activities,
             on_trace_ready=on_trace_ready,
-            record_shapes=True,
             profile_memory=True,
+            record_shapes=True,
         )
         self._profiler.__enter__()
 

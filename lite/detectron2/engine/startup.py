@@ -15,6 +15,8 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+__all__ = ["create_ddp_model", "default_argument_parser", "default_setup", "default_writers"]
+
 
 def create_ddp_model(model: torch.nn.Module, *, fp16_compression: bool = False, **kwargs) -> torch.nn.Module:
     """Wrap `model` in `DistributedDataParallel`, if there is more than one process.
@@ -83,8 +85,8 @@ def default_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         PathManager.mkdirs(output_dir)
 
     rank = comm.get_rank()
-    setup_logger(output_dir, distributed_rank=rank, name="fvcore")
-    logger = setup_logger(output_dir, distributed_rank=rank)
+    for name in ("fvcore", "detectron2"):
+        logger = setup_logger(output_dir, distributed_rank=rank, name=name)
     logger.info("This is process %d of %d.", rank, comm.get_world_size())
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Arguments: %s", args)

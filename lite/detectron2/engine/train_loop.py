@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from torch import Tensor
 
 import detectron2.utils.comm as comm
 from detectron2.utils.events import get_event_storage
@@ -28,7 +29,7 @@ class SimpleTrainer(TrainerBase):
         zero_grad_before_forward: clear gradients before the forward pass instead of before the backward
             pass. The latter overlaps with the forward pass, the former is needed by models that touch
             gradients in forward.
-        async_write_metrics: collect in a thread. An error in it is raised at the following collection
+        async_write_metrics: collect in a thread. An error in it is raised in one of the following steps
             or at the end of training.
     """
 
@@ -42,16 +43,13 @@ class SimpleTrainer(TrainerBase):
         async_write_metrics: bool = False,
     ) -> None:
         super().__init__()
-        model.train()
-        self.model = model
-        self.data_loader = data_loader
-        self.optimizer = optimizer
-        self.gather_metric_period = gather_metric_period
+        self.model, self.optimizer = model.train(), optimizer
+        self.data_loader, self._data_loader_iter_obj = data_loader, None
         self.zero_grad_before_forward = zero_grad_before_forward
+        self.gather_metric_period = gather_metric_period
         self.async_write_metrics = async_write_metrics
-        self._data_loader_iter_obj = None
-        self._metric_thread = ThreadPoolExecutor(max_workers=1) if async_write_metrics else None
-        self._pending_metrics: Future | None = None
+        self._metric_thread: ThreadPoolExecutor | None = None
+        self._unfinished_writes: list[Future] = []
 
     @property
     def _data_loader_iter(self):
@@ -82,12 +80,12 @@ class SimpleTrainer(TrainerBase):
         batch = next(self._data_loader_iter)
         return batch, time.perf_counter() - began
 
-    def _forward(self, data) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _forward(self, data) -> tuple[dict[str, Tensor], Tensor]:
         """Losses by name and their sum, with gradients cleared on one side of the forward pass."""
         if self.zero_grad_before_forward:
             self.optimizer.zero_grad()
         output = self.model(data)
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, Tensor):
             loss_dict, total = {"total_loss": output}, output
         else:
             loss_dict, total = output, sum(output.values())
@@ -95,22 +93,19 @@ class SimpleTrainer(TrainerBase):
             self.optimizer.zero_grad()
         return loss_dict, total
 
-    def _report(self, loss_dict: Mapping[str, torch.Tensor], data_time: float) -> None:
+    def _report(self, loss_dict: Mapping[str, Tensor], data_time: float) -> None:
         if not self.async_write_metrics:
             self._write_metrics(loss_dict, data_time)
             return
-        if self._pending_metrics is not None and self._pending_metrics.done():
-            self._pending_metrics.result()
-        self._pending_metrics = self._metric_thread.submit(
-            self._write_metrics, loss_dict, data_time, iter=self.iter
-        )
+        self._metric_thread = self._metric_thread or ThreadPoolExecutor(max_workers=1)
+        while self._unfinished_writes and self._unfinished_writes[0].done():
+            # Raises here what was raised there.
+            self._unfinished_writes.pop(0).result()
+        job = self._metric_thread.submit(self._write_metrics, loss_dict, data_time, iter=self.iter)
+        self._unfinished_writes.append(job)
 
     def _write_metrics(
-        self,
-        loss_dict: Mapping[str, torch.Tensor],
-        data_time: float,
-        prefix: str = "",
-        iter: int | None = None,
+        self, loss_dict: Mapping[str, Tensor], data_time: float, prefix: str = "", iter: int | None = None
     ) -> None:
         now = self.iter if iter is None else iter
         if (now + 1) % self.gather_metric_period == 0:
@@ -118,7 +113,7 @@ class SimpleTrainer(TrainerBase):
 
     @staticmethod
     def write_metrics(
-        loss_dict: Mapping[str, torch.Tensor], data_time: float, cur_iter: int, prefix: str = ""
+        loss_dict: Mapping[str, Tensor], data_time: float, cur_iter: int, prefix: str = ""
     ) -> None:
         """Average the losses over the processes and put them into the event storage of the main one.
 
@@ -154,20 +149,21 @@ class SimpleTrainer(TrainerBase):
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
     def after_train(self) -> None:
-        pending, self._pending_metrics = self._pending_metrics, None
+        writes, self._unfinished_writes = self._unfinished_writes, []
         if self._metric_thread is not None:
             self._metric_thread.shutdown(wait=True)
+            self._metric_thread = None
         super().after_train()
-        if pending is not None:
-            pending.result()
+        for write in writes:
+            write.result()
 
 
-def _to_floats(loss_dict: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def _to_floats(loss_dict: Mapping[str, Tensor]) -> dict[str, float]:
     """Scalars as Python numbers, with one device-to-host copy for all of them."""
     if not loss_dict:
         return {}
-    values = torch.stack([loss.detach().reshape(()).to(torch.float64) for loss in loss_dict.values()])
-    return dict(zip(loss_dict, values.tolist()))
+    values = [loss.detach().reshape(1) for loss in loss_dict.values()]
+    return dict(zip(loss_dict, torch.cat([value.to(values[0].device) for value in values]).tolist()))
 
 
 def _check_finite(losses: Mapping[str, float], iteration: int) -> float:

@@ -1,9 +1,5 @@
 """COCO metrics (average precision of boxes, masks and keypoints) of a model's detections."""
 
-import contextlib
-import copy
-import io
-import itertools
 import json
 import logging
 import os
@@ -13,20 +9,19 @@ from collections.abc import Sequence
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from pycocotools.coco import COCO
 from tabulate import tabulate
 
-import detectron2.utils.comm as comm
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.structures import BoxMode, Instances
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
 from .evaluator import DatasetEvaluator
-from .fast_coco import BOX_LIMITS, CocoMetrics, evaluate_coco
+from .fast_coco import BOX_LIMITS, CocoMetrics, evaluate_coco, load_annotations
 
-__all__ = ["COCOEvaluator", "instances_to_coco_json"]
+__all__ = ["COCOEvaluator"]
 
 METRICS = {
     "bbox": ["AP", "AP50", "AP75", "APs", "APm", "APl"],
@@ -82,10 +77,9 @@ class COCOEvaluator(DatasetEvaluator):
             if not output_dir:
                 raise ValueError(f"{dataset_name!r} has no json_file; its conversion needs output_dir.")
             path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
-            self._metadata.json_file = path
             convert_to_coco_json(dataset_name, path, allow_cached=allow_cached_coco)
-        with contextlib.redirect_stdout(io.StringIO()):
-            self._coco_api = COCO(PathManager.get_local_path(self._metadata.json_file))
+            self._metadata.json_file = path
+        self._coco_api = load_annotations(PathManager.get_local_path(self._metadata.json_file))
         # Test sets are published without annotations; then only files are written.
         self._do_evaluation = "annotations" in self._coco_api.dataset
         self.reset()
@@ -120,7 +114,7 @@ class COCOEvaluator(DatasetEvaluator):
         predictions = self._predictions
         if self._distributed:
             comm.synchronize()
-            predictions = list(itertools.chain.from_iterable(comm.gather(predictions, dst=0)))
+            predictions = [one for part in comm.gather(predictions, dst=0) for one in part]
             if not comm.is_main_process():
                 return None
         if not predictions:
@@ -132,7 +126,7 @@ class COCOEvaluator(DatasetEvaluator):
             PathManager.mkdirs(self._output_dir)
             with PathManager.open(os.path.join(self._output_dir, "instances_predictions.pth"), "wb") as f:
                 torch.save(predictions, f)
-        return copy.deepcopy(self._evaluate_instances(predictions, img_ids))
+        return self._evaluate_instances(predictions, img_ids)
 
     def _evaluate_instances(self, predictions: list[dict], img_ids: Sequence | None) -> OrderedDict:
         detections = self._with_dataset_categories(predictions)
@@ -163,7 +157,7 @@ class COCOEvaluator(DatasetEvaluator):
 
     def _with_dataset_categories(self, predictions: list[dict]) -> list[dict]:
         """All detections, with the category ids of the annotation file."""
-        detections = [d for prediction in predictions for d in prediction["instances"]]
+        detections = [dict(d) for prediction in predictions for d in prediction["instances"]]
         to_contiguous = getattr(self._metadata, "thing_dataset_id_to_contiguous_id", None)
         if to_contiguous is None:
             return detections

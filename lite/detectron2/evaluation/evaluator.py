@@ -12,6 +12,8 @@ import torch
 from detectron2.utils.comm import get_world_size, is_main_process
 from detectron2.utils.logger import log_every_n_seconds
 
+__all__ = ["DatasetEvaluator", "DatasetEvaluators", "inference_context", "inference_on_dataset"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -95,7 +97,7 @@ def inference_on_dataset(
     Returns:
         What `evaluator.evaluate()` returns; an empty dict if that is None.
     """
-    if not isinstance(evaluator, DatasetEvaluator):
+    if evaluator is None or isinstance(evaluator, (list, tuple)):
         evaluator = DatasetEvaluators(list(evaluator or []))
     callbacks = callbacks or {}
 

@@ -5,16 +5,15 @@ hundred times faster; it is optional. Both give arrays of precision and recall, 
 because the summaries of the packages disagree once the limit on detections is not 100.
 """
 
-import contextlib
 import io
 import math
-import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools import coco, cocoeval
 from tabulate import tabulate
 
 BOX_LIMITS = (1, 10, 100)
@@ -83,6 +82,12 @@ class CocoMetrics:
         return tabulate(self.rows(), headers=["metric", "area", "detections", "value"], floatfmt=".4f")
 
 
+def load_annotations(path: str) -> coco.COCO:
+    """The annotations in a COCO json file."""
+    with redirect_stdout(io.StringIO()):
+        return coco.COCO(path)
+
+
 def _load_hotcoco():
     try:
         import hotcoco
@@ -91,7 +96,7 @@ def _load_hotcoco():
     return hotcoco
 
 
-def _are_ordinary_ids(ground_truth: COCO) -> bool:
+def _are_ordinary_ids(ground_truth: coco.COCO) -> bool:
     """Whether both packages read the ids alike.
 
     hotcoco takes non-negative integers alone. pycocotools takes an object with the id 0 for "no match", and
@@ -106,7 +111,7 @@ def _are_ordinary_ids(ground_truth: COCO) -> bool:
     )
 
 
-def _check_detections(ground_truth: COCO, detections: list[dict]) -> None:
+def _check_detections(ground_truth: coco.COCO, detections: list[dict]) -> None:
     for detection in detections:
         if detection["image_id"] not in ground_truth.imgs:
             raise ValueError(
@@ -119,7 +124,7 @@ def _check_detections(ground_truth: COCO, detections: list[dict]) -> None:
 
 
 def evaluate_coco(
-    ground_truth: COCO,
+    ground_truth: coco.COCO,
     detections: list[dict],
     iou_type: str,
     *,
@@ -151,14 +156,14 @@ def evaluate_coco(
     limits = tuple(limits or (KEYPOINT_LIMITS if iou_type == "keypoints" else BOX_LIMITS))
 
     hotcoco = _load_hotcoco() if fast and _are_ordinary_ids(ground_truth) else None
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with redirect_stdout(io.StringIO()), catch_warnings():
         # pycocotools prints its progress, hotcoco warns of parameters that are not COCO's.
-        warnings.simplefilter("ignore", UserWarning)
+        simplefilter("ignore", UserWarning)
         if hotcoco is not None:
             truth = hotcoco.COCO(ground_truth.dataset)
             run = hotcoco.COCOeval(truth, truth.loadRes(detections), iou_type)
         else:
-            run = COCOeval(ground_truth, ground_truth.loadRes(detections), iou_type)
+            run = cocoeval.COCOeval(ground_truth, ground_truth.loadRes(detections), iou_type)
         run.params.maxDets = list(limits)
         if len(oks_sigmas):
             run.params.kpt_oks_sigmas = np.asarray(oks_sigmas, dtype=np.float64)

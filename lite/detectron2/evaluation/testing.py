@@ -5,6 +5,8 @@ import math
 import sys
 from collections.abc import Mapping
 
+__all__ = ["print_csv_format", "verify_results"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -119,7 +119,8 @@ def _dense_box_regression_loss(
     boxes = torch.cat([a.tensor if isinstance(a, Boxes) else a for a in anchors])
     # The indices are found once; only foreground rows are ever encoded or decoded.
     image, anchor = fg_mask.nonzero(as_tuple=True)
-    predicted = torch.cat(pred_anchor_deltas, dim=1)[image, anchor]
+    # In float32 under mixed precision too: 16 bits do not resolve pixels of a large image.
+    predicted = torch.cat(pred_anchor_deltas, dim=1)[image, anchor].float()
     targets, boxes = torch.stack(list(gt_boxes))[image, anchor], boxes[anchor]
     if box_reg_loss_type == "smooth_l1":
         wanted = box2box_transform.get_deltas(boxes, targets)

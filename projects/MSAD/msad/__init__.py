@@ -9,5 +9,5 @@ from .modeling import backbones as _backbones  # noqa: F401  (fills BACKBONE_REG
 from .modeling import detectors as _detectors  # noqa: F401  (fills META_ARCH_REGISTRY)
 from .modeling import teacher as _teacher  # noqa: F401
 
-__all__ = ["add_msad_config", "load_config", "__version__"]
+__all__ = ["__version__", "add_msad_config", "load_config"]
 __version__ = "0.1.0"

@@ -28,20 +28,29 @@ def add_msad_config(cfg: CN) -> CN:
 
     # --- FCOS ----------------------------------------------------------------------------------------------------
     cfg.MODEL.FCOS = CN()
+    # Classes of the data set, without background.
     cfg.MODEL.FCOS.NUM_CLASSES = 80
+    # Levels the head reads, finest first. A detector in the L frame reads p2 to p6.
     cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     # Output channels of the 3x3 convolutions of each tower; fewer or narrower ones make a light head.
     cfg.MODEL.FCOS.CONV_DIMS = [256, 256, 256, 256]
+    # Normalisation in the towers: "GN" (32 groups), "BN", ... or "" for none.
     cfg.MODEL.FCOS.NORM = "GN"
+    # Initial score of every class (bias of the classification layer).
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Initial predicted distance to each box side, in strides (bias of the regression layer; detectron2's is 0).
+    cfg.MODEL.FCOS.PRIOR_DISTANCE = 1.0
     # In strides (FCOS, improved version).
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    # Focal loss: weight of the foreground, background gets 1 - alpha.
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    # Focal loss: exponent that plays down easy cells.
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
     # On sqrt(class score * centerness).
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.05
     # Candidates per level before NMS.
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    # IoU above which the lower-scored of two boxes of one class is dropped.
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
     # --- the multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiScaleTeacher) -------------------------------
@@ -83,10 +92,13 @@ def add_msad_config(cfg: CN) -> CN:
     # End of distillation: from DECAY_FROM to DECAY_TO (fractions of SOLVER.MAX_ITER) the weight falls linearly to 0.
     # [1.0, 1.0] keeps it to the end, as the paper and the released code do.
     cfg.DISTILL.DECAY_FROM = 1.0
+    # See DECAY_FROM.
     cfg.DISTILL.DECAY_TO = 1.0
     # Weights from the paper's lambda and gamma: "" (W_DET, LOSSES as written), "A" or "B"; see docs/CONFIG.md.
     cfg.DISTILL.READING = ""
+    # Lambda of the paper, used by READING only (3x schedule: 0.4).
     cfg.DISTILL.LAMBDA = 0.4
+    # Gamma of the paper, used by READING only (3x schedule: 0.8).
     cfg.DISTILL.GAMMA = 0.8
 
     # --- evaluation and speed ------------------------------------------------------------------------------------
@@ -122,8 +134,8 @@ def _unknown_key(error: KeyError, cfg: CN, source: str) -> KeyError:
 def load_config(config_file: str | os.PathLike, opts: list[str] | tuple = ()) -> CN:
     """detectron2's defaults, the project's, a yaml file and ``KEY VALUE`` overrides, in this order.
 
-    Relative CONFIG entries of DISTILL.TEACHERS that do not exist in the working directory are looked up beside
-    ``config_file``.
+    Relative CONFIG entries of DISTILL.TEACHERS are looked up beside ``config_file``, as ``_BASE_`` is, and then in the
+    working directory.
 
     Raises:
         FileNotFoundError: no such yaml file.
@@ -149,7 +161,7 @@ def load_config(config_file: str | os.PathLike, opts: list[str] | tuple = ()) ->
             raise _unknown_key(KeyError(key), cfg, "command line") from None
     folder = os.path.dirname(config_file)
     for teacher in cfg.DISTILL.TEACHERS:
-        path = teacher.get("CONFIG", "")
-        if path and not os.path.isfile(path) and os.path.isfile(os.path.join(folder, path)):
-            teacher["CONFIG"] = os.path.join(folder, path)
+        beside = os.path.join(folder, teacher.get("CONFIG", ""))
+        if os.path.isfile(beside):
+            teacher["CONFIG"] = beside
     return cfg

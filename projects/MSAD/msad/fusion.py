@@ -56,7 +56,8 @@ class CrossFeatureLevelFusion(nn.Module):
         """Build for maps of these shapes; ValueError if their channel counts differ."""
         channels = {s.channels for s in shapes.values()}
         if len(channels) != 1:
-            raise ValueError(f"fused levels must have equal channels, got { {k: s.channels for k, s in shapes.items()} }")
+            found = {name: s.channels for name, s in shapes.items()}
+            raise ValueError(f"fused levels must have equal channels, got {found}")
         return cls(channels.pop(), num_branches, **kwargs)
 
     def gates(self, maps: list[torch.Tensor], sizes: list[tuple[int, int]] | None = None) -> torch.Tensor:

@@ -101,12 +101,10 @@ def downsample(image: torch.Tensor, shift: int, mode: str = "antialias") -> torc
     return F.interpolate(image, size=(h // k, w // k), mode="bilinear", antialias=True)[0]
 
 
-def _scale_bitmasks(masks: BitMasks, size: tuple[int, int], shift: int) -> BitMasks:
-    k = 2**shift
-    h, w = masks.tensor.shape[-2:]
-    tensor = F.pad(masks.tensor.float(), (0, size[1] * k - w, 0, size[0] * k - h))
-    # A reduced pixel belongs to the object if at least half of its area does.
-    return BitMasks(F.avg_pool2d(tensor[:, None], k)[:, 0] >= 0.5)
+def _scale_bitmasks(masks: BitMasks, shift: int) -> BitMasks:
+    # A reduced pixel belongs to the object if at least half of its area does; of a pixel at an odd border counts
+    # the area inside the image.
+    return BitMasks(F.avg_pool2d(masks.tensor.float()[:, None], 2**shift, ceil_mode=True)[:, 0] >= 0.5)
 
 
 def scale_instances(instances: Instances, shift: int) -> Instances:
@@ -116,16 +114,15 @@ def scale_instances(instances: Instances, shift: int) -> Instances:
     """
     if shift == 0:
         return instances
-    size = reduced_size(instances.image_size, shift)
     s = 0.5**shift
-    out = Instances(size)
+    out = Instances(reduced_size(instances.image_size, shift))
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):
             value = Boxes(value.tensor * s)
         elif isinstance(value, PolygonMasks):
             value = PolygonMasks([[p * s for p in polygons] for polygons in value.polygons])
         elif isinstance(value, BitMasks):
-            value = _scale_bitmasks(value, size, shift)
+            value = _scale_bitmasks(value, shift)
         elif isinstance(value, Keypoints):
             value = Keypoints(value.tensor * value.tensor.new_tensor([s, s, 1.0]))
         out.set(name, value)

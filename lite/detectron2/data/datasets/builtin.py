@@ -12,20 +12,26 @@ import os
 from .builtin_meta import _get_builtin_metadata
 from .coco import register_coco_instances
 
-# Name of the split: (folder of its images, suffix of its annotation file).
-_LABELLED_SPLITS = {
-    "2014_train": ("train2014", "train2014"),
-    "2014_val": ("val2014", "val2014"),
-    "2014_minival": ("val2014", "minival2014"),
-    "2014_valminusminival": ("val2014", "valminusminival2014"),
-    "2017_train": ("train2017", "train2017"),
-    "2017_val": ("val2017", "val2017"),
-    "2017_val_100": ("val2017", "val2017_100"),
-}
-_TEST_SPLITS = {
-    "2017_test": ("test2017", "test2017"),
-    "2017_test-dev": ("test2017", "test-dev2017"),
-}
+_LABELLED_SPLITS = (
+    "2014_train",
+    "2014_val",
+    "2014_minival",
+    "2014_valminusminival",
+    "2017_train",
+    "2017_val",
+    "2017_val_100",
+)
+_TEST_SPLITS = ("2017_test", "2017_test-dev")
+
+
+def _locate(split: str) -> tuple[str, str]:
+    """Folder of the images of a split and suffix of its annotation file.
+
+    COCO writes the year last, and both halves of the validation set of 2014 share its folder.
+    """
+    year, kind, *part = split.split("_")
+    folder = {"train": "train", "test": "test", "test-dev": "test"}.get(kind, "val") + year
+    return folder, "_".join([kind + year, *part])
 
 
 def register_all_coco(root: str) -> None:
@@ -36,13 +42,11 @@ def register_all_coco(root: str) -> None:
         ("keypoints_coco", "person_keypoints", "coco_person", _LABELLED_SPLITS),
     )
     for family, file_prefix, metadata, splits in families:
-        for split, (folder, suffix) in splits.items():
-            register_coco_instances(
-                f"{family}_{split}",
-                _get_builtin_metadata(metadata),
-                os.path.join(root, "coco/annotations", f"{file_prefix}_{suffix}.json"),
-                os.path.join(root, "coco", folder),
-            )
+        for split in splits:
+            folder, suffix = _locate(split)
+            json_file = os.path.join(root, f"coco/annotations/{file_prefix}_{suffix}.json")
+            images = os.path.join(root, "coco", folder)
+            register_coco_instances(f"{family}_{split}", _get_builtin_metadata(metadata), json_file, images)
 
 
 register_all_coco(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))

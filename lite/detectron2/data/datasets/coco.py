@@ -28,10 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_coco_json(
-    json_file: str,
-    image_root: str,
-    dataset_name: str | None = None,
-    extra_annotation_keys: Iterable[str] | None = None,
+    json_file: str, image_root: str, dataset_name: str | None = None, extra_annotation_keys: Iterable[str] | None = None
 ) -> list[dict]:
     """Read a COCO annotation file (instances or person keypoints).
 
@@ -244,16 +241,16 @@ def convert_to_coco_json(dataset_name: str, output_file: str, allow_cached: bool
 
     Args:
         dataset_name: which.
-        output_file: where. Processes that do this at the same time wait for each other.
+        output_file: local path. Processes that do this at the same time wait for each other.
         allow_cached: leave a file that exists already as it is.
     """
     os.makedirs(os.path.dirname(os.path.abspath(output_file)), exist_ok=True)
     with file_lock(output_file):
-        if allow_cached and PathManager.exists(output_file):
+        if allow_cached and os.path.exists(output_file):
             logger.warning("Using the existing %s; delete it if the data set has changed.", output_file)
             return
         content = json.dumps(convert_to_coco_dict(dataset_name))
         partial = f"{output_file}.partial"
-        with PathManager.open(partial, "w") as stream:
+        with open(partial, "w") as stream:
             stream.write(content)
-        PathManager.mv(partial, output_file)
+        os.replace(partial, output_file)

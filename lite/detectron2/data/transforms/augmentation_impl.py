@@ -147,12 +147,7 @@ class ResizeScale(Augmentation):
     """Scale, keeping the aspect ratio, to fit into the target size times a factor from [min_scale, max_scale)."""
 
     def __init__(
-        self,
-        min_scale: float,
-        max_scale: float,
-        target_height: int,
-        target_width: int,
-        interp: int = Image.BILINEAR,
+        self, min_scale: float, max_scale: float, target_height: int, target_width: int, interp: int = Image.BILINEAR
     ):
         self._init(locals())
 

@@ -80,7 +80,7 @@ class ExtentTransform(Transform):
         src_rect: (x0, y0, x1, y1) in pixels of the input.
         output_size: (height, width) in pixels.
         interp: PIL resampling code.
-        fill: value of what lies outside the input.
+        fill: without effect, as in detectron2; what lies outside the input is 0.
     """
 
     def __init__(
@@ -96,12 +96,7 @@ class ExtentTransform(Transform):
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         out_h, out_w = self.output_size
         resample = self.interp if interp is None else interp
-        return _through_pil(
-            img,
-            lambda image: image.transform(
-                (out_w, out_h), Image.EXTENT, self.src_rect, resample=resample, fillcolor=self.fill
-            ),
-        )
+        return _through_pil(img, lambda i: i.transform((out_w, out_h), Image.EXTENT, self.src_rect, resample))
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         rect = np.asarray(self.src_rect, dtype=np.float32)

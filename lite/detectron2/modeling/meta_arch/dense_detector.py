@@ -91,7 +91,7 @@ class DenseDetector(nn.Module):
         )
 
     def _move_to_current_device(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.device, non_blocking=True)
+        return x.to(self.device)
 
     @staticmethod
     def _to_output_size(batched_inputs: list[dict], detections: list[Instances]) -> list[dict]:
@@ -138,7 +138,8 @@ class DenseDetector(nn.Module):
         scores, order = flat[above].topk(min(topk_candidates, above.numel()))
         chosen = above[order]
         anchor = chosen.div(num_classes, rounding_mode="floor")
-        boxes = self.box2box_transform.apply_deltas(pred_deltas[anchor], anchors.tensor[anchor])
+        # In float32 under mixed precision too: 16 bits do not resolve pixels of a large image.
+        boxes = self.box2box_transform.apply_deltas(pred_deltas[anchor].float(), anchors.tensor[anchor])
         return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=chosen % num_classes)
 
     def _decode_multi_level_predictions(
@@ -150,7 +151,7 @@ class DenseDetector(nn.Module):
             self._decode_per_level_predictions(*level, score_thresh, topk_candidates, image_size)
             for level in zip(anchors, pred_scores, pred_deltas)
         ]
-        return decoded[0].cat(decoded)
+        return Instances.cat(decoded)
 
     def visualize_training(self, batched_inputs: list[dict], results: list[Instances]) -> None:
         """Draw the first image into the event storage: ground truth above, the 20 best of ``results`` below.

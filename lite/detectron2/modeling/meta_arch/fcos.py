@@ -116,11 +116,12 @@ class FCOS(DenseDetector):
         regression = _dense_box_regression_loss(
             anchors, self.box2box_transform, pred_anchor_deltas, gt_boxes, foreground, box_reg_loss_type="giou"
         )
+        chosen = foreground.nonzero(as_tuple=True)
         centerness = F.binary_cross_entropy_with_logits(
-            torch.cat(pred_centerness, dim=1).squeeze(2)[foreground],
-            self.compute_ctrness_targets(anchors, gt_boxes)[foreground], reduction="sum",
+            torch.cat(pred_centerness, dim=1).squeeze(2)[chosen],
+            self.compute_ctrness_targets(anchors, gt_boxes)[chosen], reduction="sum",
         )
-        count = foreground.sum().item()
+        count = len(chosen[0])
         get_event_storage().put_scalar("num_pos_anchors", count / len(labels))
         normalizer = self._ema_update("loss_normalizer", max(count, 1), 300)
         terms = {"loss_fcos_cls": classification, "loss_fcos_loc": regression, "loss_fcos_ctr": centerness}

@@ -120,7 +120,8 @@ class TrainLoader:
     """Endless iterable over batches, each a list of model inputs (dicts) of this process.
 
     ``start_iter`` and ``seed`` can be set until the first batch is asked for: a trainer learns both from a checkpoint,
-    after the loader is built. Every model input carries ``skipped``, the number of unusable images that it replaces.
+    after the loader is built. Every model input carries ``skipped``, the number of unusable images that it replaces;
+    the loader's own ``skipped`` is their sum over the batches that it has yielded.
     Batches depend on the number of processes, on nothing else of how the run is carried out.
 
     Args:
@@ -154,6 +155,7 @@ class TrainLoader:
         self._wide = [d["width"] > d["height"] for d in dicts] if group_by_aspect else [False] * len(dicts)
         self._repeat_factors = repeat_factors
         self._reported: set[str] = set()
+        self.skipped = 0
 
     @property
     def start_iter(self) -> int:
@@ -195,6 +197,7 @@ class TrainLoader:
         for batch in loader:
             for _, failures in batch:
                 self._report(failures)
+                self.skipped += len(failures)
             yield [sample for sample, _ in batch]
 
     def index_batches(self) -> Iterator[list[tuple[int, int]]]:

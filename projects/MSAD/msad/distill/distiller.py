@@ -11,7 +11,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..modeling import features as F_
-from ..resolution import Resolution, batch_images, pad_divisibility, shift_names, view
+from ..resolution import Resolution, batch_images, pad_divisibility, shift_levels, shift_names, view
 from .losses import DistillBatch
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,10 @@ class FrozenTeacher:
         if batch_norm == "batch":
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    # Without tracking, train mode normalises by the batch and leaves the buffers alone.
+                    # Without tracking, train mode normalises by the batch and leaves the buffers alone; so does a
+                    # synchronised BatchNorm that updates them by itself, if the update has no weight.
                     module.track_running_stats = False
+                    module.momentum = 0.0
                     module.train()
 
     @property
@@ -117,13 +119,12 @@ class Distiller(nn.Module):
         shift = self.resolution.shift
         moved = [dict(item, image=item["image"].to(self.device, non_blocking=True)) for item in batched_inputs]
         reduced = view(moved, shift, self.device, self.downsample_mode)
-        factor = self.factor(get_event_storage().iter) if len(self.losses) else 0.0
-        if not len(self.losses):
-            return {name: self.w_det * value for name, value in self.student(reduced).items()}
-
         with F_.tap_neck(self.student) as taken:
             output = {name: self.w_det * value for name, value in self.student(reduced).items()}
-        student = dict(zip(shift_names(list(taken), shift), taken.values()))
+        if not len(self.losses):
+            return output
+        factor = self.factor(get_event_storage().iter)
+        student = shift_levels(taken, shift)
         teacher = self._on_student_grid(self.teacher.features(moved, shift), student)
         batch = DistillBatch(
             image_sizes=[tuple(item["image"].shape[-2:]) for item in moved],
@@ -144,8 +145,8 @@ class Distiller(nn.Module):
             if t.shape[-2] < h or t.shape[-1] < w or t.shape[0] != student[name].shape[0]:
                 raise ValueError(
                     f"level {name} (H frame): teacher map {tuple(t.shape)} does not cover the student's "
-                    f"{tuple(student[name].shape)}; is DISTILL.STUDENT_RESOLUTION {self.resolution.name} the resolution "
-                    "that the student's levels and strides are made for?"
+                    f"{tuple(student[name].shape)}; is DISTILL.STUDENT_RESOLUTION {self.resolution.name} the "
+                    "resolution that the student's levels and strides are made for?"
                 )
             out[name] = t[..., :h, :w]
         return out

@@ -1,28 +1,66 @@
-"""Checkpoint loading that does not pass over a file that fits nothing."""
+"""Checkpoints that are whole or absent, and loading that does not pass over a file that fits nothing."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 
+@contextmanager
+def replacing(path: str, mode: str = "wb") -> Iterator[IO]:
+    """Write a local file under a temporary name that becomes ``path`` at the end, unless the block raises."""
+    temporary = f"{path}.tmp"
+    with open(temporary, mode) as file:
+        yield file
+    os.replace(temporary, path)
+
+
 class CheckedCheckpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that stops if not a single tensor of the file fits the model.
+    """DetectionCheckpointer that stops if not a single tensor of the file fits the model, and writes atomically.
 
     detectron2 logs what is missing and goes on; a detector trained or a student distilled from random weights that
     were meant to be pretrained is the commonest cause of unexplained low accuracy.
+
+    Attributes:
+        unfit: names of the model's tensors that the last loaded file lacks or has in another shape.
     """
 
+    unfit: tuple[str, ...] = ()
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``{save_dir}/{name}.pth`` and note it as the last; a run killed meanwhile keeps the one before."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict()}
+        content.update({key: part.state_dict() for key, part in self.checkpointables.items()})
+        content.update(kwargs)
+        folder = self.path_manager.get_local_path(self.save_dir)
+        self.logger.info("Saving checkpoint to %s", os.path.join(folder, f"{name}.pth"))
+        with replacing(os.path.join(folder, f"{name}.pth")) as file:
+            torch.save(content, file)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note from which file of ``save_dir`` a run resumes."""
+        folder = self.path_manager.get_local_path(self.save_dir)
+        with replacing(os.path.join(folder, "last_checkpoint"), "w") as file:
+            file.write(last_filename_basename)
+
     def _load_model(self, checkpoint: Any) -> Any:
-        total = len(self.model.state_dict())
+        # BatchNorm's counters are never reported as missing.
+        total = sum(not name.endswith("num_batches_tracked") for name in self.model.state_dict())
         incompatible = super()._load_model(checkpoint)
-        unfit = len(incompatible.missing_keys) + len(incompatible.incorrect_shapes)
-        if total and unfit >= total:
+        self.unfit = (*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes))
+        if total and len(self.unfit) >= total:
             raise ValueError(
                 f"no tensor of the checkpoint fits {type(self.model).__name__}: the model wants e.g. "
-                f"{(incompatible.missing_keys or [incompatible.incorrect_shapes[0][0]])[0]}, the file has e.g. "
+                f"{self.unfit[0]}, the file has e.g. "
                 f"{next(iter(incompatible.unexpected_keys), 'other shapes')}"
             )
-        self.logger.info("%d of %d tensors of %s loaded", total - unfit, total, type(self.model).__name__)
+        self.logger.info("%d of %d tensors of %s loaded", total - len(self.unfit), total, type(self.model).__name__)
         return incompatible

@@ -1,7 +1,8 @@
-"""Hooks of DistillTrainer: exact resume and the balance of the losses."""
+"""Hooks of DistillTrainer: exact resume, the balance of the losses, the count of skipped images."""
 
 from __future__ import annotations
 
+import logging
 import random
 
 import numpy as np
@@ -10,25 +11,31 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+logger = logging.getLogger(__name__)
+
 
 class ExactResume(HookBase):
     """Make an interrupted and resumed run repeat the uninterrupted one.
 
     Randomness of a step is a function of (seed, iteration, rank), so no generator state has to be saved. What dense
-    detectors keep outside their state_dict, the running count of positives that normalises their losses, is saved.
+    detectors keep outside their state_dict, the running count of positives that normalises their losses, is saved for
+    every process: each counts for itself. Register it before the hook that writes checkpoints.
 
     Args:
         seed: of the run; a resumed run takes the saved one.
         model: whose modules may have a ``loss_normalizer``.
         loader: training loader with a ``seed`` attribute.
+        period: iterations from one checkpoint to the next.
     """
 
     _scalar = "loss_normalizer"
 
-    def __init__(self, seed: int, model: nn.Module, loader) -> None:
+    def __init__(self, seed: int, model: nn.Module, loader, period: int) -> None:
         self.seed = seed
         self.model = model
         self.loader = loader
+        self.period = period
+        self._of_ranks: list[dict[str, float]] = []
 
     def before_step(self) -> None:
         entropy = (self.seed, self.trainer.iter, comm.get_rank())
@@ -37,19 +44,64 @@ class ExactResume(HookBase):
         np.random.seed(step_seed)
         torch.manual_seed(step_seed)
 
-    def state_dict(self) -> dict:
-        scalars = {
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self.period == 0 or done == self.trainer.max_iter:
+            # Here, because state_dict() is called in the main process only.
+            self._of_ranks = comm.all_gather(self._scalars())
+
+    def _scalars(self) -> dict[str, float]:
+        return {
             name: float(getattr(module, self._scalar))
             for name, module in self.model.named_modules()
             if hasattr(module, self._scalar)
         }
-        return {"seed": self.seed, "scalars": scalars}
+
+    def state_dict(self) -> dict:
+        return {"seed": self.seed, "scalars": self._of_ranks or [self._scalars()]}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.seed = self.loader.seed = state_dict["seed"]
+        of_ranks = state_dict["scalars"]
         modules = dict(self.model.named_modules())
-        for name, value in state_dict["scalars"].items():
+        # Resumed with more processes than before, the new ones start from the first one's.
+        for name, value in of_ranks[comm.get_rank() if comm.get_rank() < len(of_ranks) else 0].items():
             setattr(modules[name], self._scalar, value)
+
+
+class SkippedImages(HookBase):
+    """Log how many images of the training loader were unusable since the run began ("skipped_images").
+
+    Register it before the hook that writes checkpoints.
+
+    Args:
+        loader: training loader that counts in its ``skipped``, in every process for itself.
+        periods: the processes' counts are summed and logged whenever one of these numbers of iterations is over.
+    """
+
+    def __init__(self, loader, periods: tuple[int, ...] = (20,)) -> None:
+        self.loader = loader
+        self.periods = periods
+        self.total = 0  # over all processes, of this run and of those that it resumes
+        self._counted = 0  # how much of the loader's count is in the total
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done != self.trainer.max_iter and all(done % period for period in self.periods):
+            return
+        self.total += sum(comm.all_gather(self.loader.skipped - self._counted))
+        self._counted = self.loader.skipped
+        self.trainer.storage.put_scalar("skipped_images", self.total, smoothing_hint=False)
+
+    def after_train(self) -> None:
+        if self.total:
+            logger.warning("%d images could not be used in training; others took their places", self.total)
+
+    def state_dict(self) -> dict:
+        return {"total": self.total}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.total = state_dict["total"]
 
 
 class LossBalance(HookBase):

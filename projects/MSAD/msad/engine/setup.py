@@ -28,7 +28,13 @@ def engine_name() -> str:
 
 
 def load_model(cfg: CfgNode, weights: str = "") -> nn.Module:
-    """The model of ``cfg`` in eval mode (for a student: the student alone) with ``weights`` or MODEL.WEIGHTS."""
+    """The model of ``cfg`` in eval mode (for a student: the student alone) with ``weights`` or MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: no weights are given, or they fit nothing.
+    """
+    if not (weights or cfg.MODEL.WEIGHTS):
+        raise ValueError("MODEL.WEIGHTS is empty: which checkpoint is to be evaluated?")
     model = build_model(cfg)
     CheckedCheckpointer(model).load(weights or cfg.MODEL.WEIGHTS)
     return model.eval()

@@ -36,7 +36,8 @@ class Row:
         config: yaml file in the study's folder.
         opts: overrides of it.
         needs: rows that must be finished first.
-        budget: "same" iterations as in the yaml; "iterations" or "seconds": as many as teacher and student together.
+        budget: "same" iterations as in the yaml; "iterations" or "seconds" (of the processor where there is no GPU):
+            as many as teacher and student together.
     """
 
     config: str
@@ -45,8 +46,11 @@ class Row:
     budget: str = "same"
 
 
-def _weight(value: float) -> tuple:
-    return ("DISTILL.LOSSES", [{"NAME": "AlignedL1", "WEIGHT": value}])
+def _constant_weight(value: float) -> tuple:
+    """The paper's loss at a fixed weight to the end of training."""
+    return (
+        "DISTILL.LOSSES", [{"NAME": "AlignedL1", "WEIGHT": value}], "DISTILL.DECAY_FROM", 1.0, "DISTILL.DECAY_TO", 1.0,
+    )  # fmt: skip
 
 
 _STUDENT = ("teacher",)
@@ -58,9 +62,8 @@ ROWS: dict[str, Row] = {
     "teacher": Row("teacher.yaml"),
     "student_L_control": Row("student_L.yaml", ("DISTILL.LOSSES", []), _STUDENT),
     "student_L": Row("student_L.yaml", (), _STUDENT),
-    "student_L_w0.1": Row("student_L.yaml", _weight(0.1), _STUDENT),
-    "student_L_w0.6": Row("student_L.yaml", _weight(0.6), _STUDENT),
-    "student_L_w2": Row("student_L.yaml", _weight(2.0), _STUDENT),
+    "student_L_w0.6": Row("student_L.yaml", _constant_weight(0.6), _STUDENT),
+    "student_L_w2": Row("student_L.yaml", _constant_weight(2.0), _STUDENT),
     "student_L_scratch": Row("student_L.yaml", ("DISTILL.INIT_STUDENT", "none"), _STUDENT),
     "student_L_light": Row("student_L_light.yaml", (), _STUDENT),
     "baseline_L_2x": Row("baseline_L_shifted.yaml", (), ("teacher", "student_L"), "iterations"),
@@ -78,6 +81,7 @@ class Study:
         opts: overrides for every row, e.g. of the data set.
         seeds: SOLVER seeds; every row runs once with each.
         rows: names in ROWS.
+        short_side: of H in pixels; scales all input sizes of the yaml files alike. None: as they are.
     """
 
     configs: Path
@@ -85,12 +89,15 @@ class Study:
     opts: list = field(default_factory=list)
     seeds: tuple[int, ...] = (0,)
     rows: tuple[str, ...] = tuple(ROWS)
+    short_side: int | None = None
 
     def config(self, name: str, seed: int) -> CfgNode:
         """The frozen config of a row; budgets that depend on other rows are read from their results."""
         row = ROWS[name]
         cfg = load_config(self.configs / row.config, [])
         cfg.merge_from_list([*self.opts, *row.opts, "SEED", seed, "OUTPUT_DIR", str(self.folder(name, seed))])
+        if self.short_side:
+            _scale_inputs(cfg, self.short_side / load_config(self.configs / "Base.yaml").INPUT.MIN_SIZE_TEST)
         if cfg.DISTILL.TEACHERS:
             teacher = self.folder("teacher", seed)
             cfg.DISTILL.TEACHERS = [
@@ -101,10 +108,9 @@ class Study:
             if row.budget == "iterations":
                 cfg.SOLVER.MAX_ITER = sum(r["iterations"] for r in results)
             else:
+                clock = "cpu_seconds" if cfg.MODEL.DEVICE == "cpu" else "seconds"
                 own = self.result("baseline_L_shifted", seed)
-                cfg.SOLVER.MAX_ITER = round(
-                    sum(r["seconds"] for r in results) * own["iterations"] / max(own["seconds"], 1e-9)
-                )
+                cfg.SOLVER.MAX_ITER = round(sum(r[clock] for r in results) * own["iterations"] / own[clock])
         cfg.freeze()
         return cfg
 
@@ -134,28 +140,39 @@ class Study:
         return out
 
 
+def _scale_inputs(cfg: CfgNode, factor: float) -> None:
+    sizes = cfg.INPUT
+    sizes.MIN_SIZE_TRAIN = tuple(round(size * factor) for size in sizes.MIN_SIZE_TRAIN)
+    for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+        sizes[key] = round(sizes[key] * factor)
+
+
 def _fingerprint(cfg: CfgNode) -> str:
     return hashlib.sha1(cfg.dump().encode()).hexdigest()[:12]
 
 
 class _Progress(HookBase):
-    """A progress bar with ETA and the current loss, and the seconds that training took, over resumes."""
+    """A progress bar with ETA and the current loss, and the seconds that training took, over resumes.
+
+    Seconds are those of the wall clock and, as other work on the machine falsifies them, of the processors.
+    """
 
     def __init__(self, title: str, clock: Path) -> None:
         self.title = title
         self.clock = clock  # file with the seconds of earlier, interrupted attempts
-        self.before = float(clock.read_text()) if clock.is_file() else 0.0
+        self.before = json.loads(clock.read_text()) if clock.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
 
     def before_train(self) -> None:
-        self.start = time.perf_counter()
+        self.start = (time.perf_counter(), time.process_time())
         self.bar = tqdm(
             total=self.trainer.max_iter, initial=self.trainer.start_iter, desc=self.title, unit="it",
             mininterval=0.5, dynamic_ncols=True,
         )  # fmt: skip
 
-    @property
-    def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.start
+    def _save_clock(self) -> None:
+        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+        now = {"seconds": self.before["seconds"] + wall, "cpu_seconds": self.before["cpu_seconds"] + cpu}
+        self.clock.write_text(json.dumps({key: round(value, 1) for key, value in now.items()}))
 
     def after_step(self) -> None:
         self.bar.update()
@@ -163,11 +180,11 @@ class _Progress(HookBase):
             loss = self.trainer.storage.latest().get("total_loss")
             if loss:
                 self.bar.set_postfix(loss=f"{loss[0]:.3f}", refresh=False)
-            self.clock.write_text(str(self.seconds))
+            self._save_clock()
 
     def after_train(self) -> None:
         self.bar.close()
-        self.clock.write_text(str(self.seconds))
+        self._save_clock()
 
 
 @contextlib.contextmanager
@@ -207,13 +224,9 @@ def run_row(study: Study, name: str, seed: int) -> dict:
         prepare(cfg)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=True)
-        progress = _Progress(f"{name} (seed {seed})", folder / "seconds.txt")
         if trainer.start_iter < cfg.SOLVER.MAX_ITER:
-            trainer.register_hooks([progress])
+            trainer.register_hooks([_Progress(f"{name} (seed {seed})", folder / "clock.json")])
             trainer.train()
-            seconds = float((folder / "seconds.txt").read_text())
-        else:
-            seconds = progress.before
         model = load_model(cfg, str(folder / "model_final.pth"))
         if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
             results = {f"{name}_{branch}": r for branch, r in evaluate_branches(cfg, model).items()}
@@ -222,7 +235,7 @@ def run_row(study: Study, name: str, seed: int) -> dict:
     result = {
         "fingerprint": _fingerprint(cfg),
         "iterations": cfg.SOLVER.MAX_ITER,
-        "seconds": round(seconds, 1),
+        **json.loads((folder / "clock.json").read_text()),
         "results": results,
     }
     temporary = folder / "result.json.tmp"
@@ -261,7 +274,8 @@ def collect(study: Study) -> dict[str, dict]:
             entry["per_seed"] = [p["bbox"]["AP"] for p in per_seed]
             if len(runs) > 1:
                 entry["std"] = {"AP": float(np.std(entry["per_seed"], ddof=1))}
-            entry["seconds"] = float(np.mean([r["seconds"] for r in runs]))
+            for clock in ("seconds", "cpu_seconds"):
+                entry[clock] = round(float(np.mean([r[clock] for r in runs])), 1)
             entry["iterations"] = int(np.mean([r["iterations"] for r in runs]))
             table[evaluated] = entry
     return table

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling import build_model
@@ -26,7 +27,7 @@ from ..modeling.features import freeze_unread_levels
 from ..modeling.teacher import MultiScaleTeacher
 from ..resolution import get_resolution
 from .checkpoint import CheckedCheckpointer
-from .hooks import ExactResume, LossBalance
+from .hooks import ExactResume, LossBalance, SkippedImages
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,32 @@ def apply_reading(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def scale_warmup(cfg: CfgNode, num_processes: int) -> CfgNode:
+    """DISTILL.WARMUP_ITERS for ``num_processes``, as SOLVER.REFERENCE_WORLD_SIZE makes detectron2 scale the schedule."""
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, num_processes):
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DISTILL.WARMUP_ITERS = round(cfg.DISTILL.WARMUP_ITERS * reference / num_processes)
+    cfg.freeze()
+    return cfg
+
+
+def compile_backbone(detector: nn.Module) -> None:
+    """torch.compile what ``detector.backbone`` computes, in place; compilation happens at the first calls.
+
+    The method is compiled and not the module: the hooks by which distillation reads the pyramid stay outside the
+    compiled code, and parameter names do not change.
+    """
+    detector.backbone.forward = torch.compile(detector.backbone.forward)
+
+
 def load_teacher(entry: dict, device: str, batch_norm: str = "eval") -> FrozenTeacher:
     """Build and load the teacher of one DISTILL.TEACHERS entry {CONFIG, WEIGHTS}.
 
     Raises:
-        ValueError: a wrong entry, or a checkpoint without a single fitting tensor.
+        ValueError: a wrong entry, or a checkpoint that does not have all of the teacher's tensors.
         FileNotFoundError: CONFIG or WEIGHTS does not exist.
     """
     if set(entry) - {"CONFIG", "WEIGHTS"} or not entry.get("CONFIG") or not entry.get("WEIGHTS"):
@@ -58,7 +80,13 @@ def load_teacher(entry: dict, device: str, batch_norm: str = "eval") -> FrozenTe
         raise FileNotFoundError(f"DISTILL.TEACHERS: no checkpoint {entry['WEIGHTS']}")
     cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", device])
     model = build_model(cfg)
-    CheckedCheckpointer(model).load(entry["WEIGHTS"])
+    checkpointer = CheckedCheckpointer(model)
+    checkpointer.load(entry["WEIGHTS"])
+    if checkpointer.unfit:
+        raise ValueError(
+            f"DISTILL.TEACHERS: {entry['WEIGHTS']} is not a checkpoint of {entry['CONFIG']}: {len(checkpointer.unfit)} "
+            f"tensors are absent or of another shape, e.g. {', '.join(checkpointer.unfit[:3])}"
+        )
     return FrozenTeacher(model, batch_norm)
 
 
@@ -77,7 +105,7 @@ class DistillTrainer(DefaultTrainer):
             cfg.SEED = comm.shared_random_seed() % 2**31
             cfg.freeze()
             logger.info("SEED is not set; this run uses %d", cfg.SEED)
-        super().__init__(apply_reading(cfg))
+        super().__init__(scale_warmup(apply_reading(cfg), comm.get_world_size()))
 
     @property
     def distiller(self) -> Distiller | None:
@@ -95,6 +123,8 @@ class DistillTrainer(DefaultTrainer):
                 logger.info("Not trained, because no head reads their level: %s", ", ".join(frozen))
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
+        if cfg.SOLVER.COMPILE:
+            compile_backbone(getattr(model, "detector", model))
         if not cfg.DISTILL.TEACHERS:
             if cfg.DISTILL.LOSSES:
                 raise ValueError("DISTILL.LOSSES need a teacher: DISTILL.TEACHERS is empty")
@@ -104,6 +134,8 @@ class DistillTrainer(DefaultTrainer):
         teacher = load_teacher(cfg.DISTILL.TEACHERS[0], cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER_BN)
         if cfg.SOLVER.CHANNELS_LAST:
             teacher.model.to(memory_format=torch.channels_last)
+        if cfg.SOLVER.COMPILE:
+            compile_backbone(teacher.detector)
         resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
         return Distiller(
             model,
@@ -144,12 +176,16 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """COCO metrics; TEST.DETECTIONS_PER_IMAGE also bounds what the evaluator counts."""
+        """COCO metrics; TEST.DETECTIONS_PER_IMAGE also bounds what the evaluator counts.
+
+        Without TEST.KEYPOINT_OKS_SIGMAS the data set's own sigmas are used, if it has any.
+        """
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS or MetadataCatalog.get(dataset_name).get("keypoint_oks_sigmas", [])
         return COCOEvaluator(
             dataset_name,
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
             max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            kpt_oks_sigmas=sigmas,
         )
 
     def build_hooks(self) -> list:
@@ -162,7 +198,11 @@ class DistillTrainer(DefaultTrainer):
                 extra["distill_losses"] = distiller.losses
         self.checkpointer = CheckedCheckpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **extra)
         hooks = super().build_hooks()
-        ours = [ExactResume(self.cfg.SEED, self.checkpointer.model, self._trainer.data_loader)]
+        loader, period = self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD
+        ours = [
+            ExactResume(self.cfg.SEED, self.checkpointer.model, loader, period),
+            SkippedImages(loader, (20, period)),
+        ]
         if distiller is not None and len(distiller.losses):
             ours.append(LossBalance())
         return ours + hooks

@@ -6,6 +6,7 @@ several sets of features) and distillation the half before it. Both are here, on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,10 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import nn
 
+from ..resolution import level_of
+
 Features = dict[str, torch.Tensor]
+_TOP_BLOCK = re.compile(r"backbone\.top_block\.p(\d+)\.")
 
 
 def _dense(detector: nn.Module) -> DenseDetector:
@@ -102,11 +106,10 @@ def freeze_unread_levels(detector: nn.Module) -> list[str]:
     detectron2's stock FPN builders make P7 together with P6. A student on P2-P6 never reads its P7: without
     gradient it would stop DistributedDataParallel with an unused-parameter error.
     """
-    last = max(int(name[1:]) for name in head_levels(detector) if name[1:].isdigit())
     frozen = []
     for name, parameter in detector.named_parameters():
-        part = name.split(".")
-        if part[:2] == ["backbone", "top_block"] and part[2][1:].isdigit() and int(part[2][1:]) > last:
+        made_for = _TOP_BLOCK.match(name)
+        if made_for and int(made_for[1]) > max(level_of(level) for level in head_levels(detector)):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen

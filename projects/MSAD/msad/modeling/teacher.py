@@ -14,6 +14,7 @@ from ..resolution import (
     batch_images,
     downsample,
     get_resolution,
+    level_of,
     pad_divisibility,
     reduced_size,
     shift_levels,
@@ -22,6 +23,12 @@ from ..resolution import (
 from . import features as F_
 
 FUSED = "fused"
+
+
+def _check_resolutions(resolutions: list[Resolution]) -> None:
+    names = [r.name for r in resolutions]
+    if not names or resolutions[0].shift != 0 or len(set(names)) != len(names):
+        raise ValueError(f"MSAD.RESOLUTIONS must be distinct and start with H, got {names}")
 
 
 def teacher_levels(levels: list[str], resolutions: list[Resolution]) -> list[str]:
@@ -59,19 +66,26 @@ class MultiScaleTeacher(nn.Module):
         downsample_mode: str = "antialias",
     ) -> None:
         super().__init__()
-        if not resolutions or resolutions[0].shift != 0 or len({r.shift for r in resolutions}) != len(resolutions):
-            raise ValueError(f"MSAD.RESOLUTIONS must be distinct and start with H, got {[r.name for r in resolutions]}")
+        _check_resolutions(resolutions)
         self.detector = detector
         self.resolutions = list(resolutions)
         self.fusion = fusion
         self.w_fuse = w_fuse
         self.downsample_mode = downsample_mode
         self.levels = F_.head_levels(detector)
+        made = detector.backbone.output_shape()
+        absent = [name for name in teacher_levels(self.levels, self.resolutions) if name not in made]
+        if absent:
+            raise ValueError(
+                f"the branches {[r.name for r in resolutions]} of a head on {self.levels} need {absent}, "
+                f"which the backbone does not make (it has {list(made)})"
+            )
         self.set_eval_branch(eval_branch)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         resolutions = [get_resolution(name) for name in cfg.MSAD.RESOLUTIONS]
+        _check_resolutions(resolutions)  # before the backbone, whose levels follow from them
         inner = cfg.clone()
         inner.defrost()
         inner.MODEL.META_ARCHITECTURE = cfg.MSAD.DETECTOR
@@ -137,7 +151,7 @@ class MultiScaleTeacher(nn.Module):
         return {
             name: self.fusion(
                 [features[name] for features in branches],
-                [reduced_size(size, int(name[1:])) for size in image_sizes],
+                [reduced_size(size, level_of(name)) for size in image_sizes],
             )
             for name in self.levels
         }

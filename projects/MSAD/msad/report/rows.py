@@ -27,11 +27,12 @@ KINDS = (
     Kind("baseline_L_shifted", "half resolution, levels one finer", "Ordinary training at half the resolution with "
          "levels P2-P6. The head then looks at as many locations as at full resolution, four times those of "
          "baseline_L, and costs accordingly more. It is the same model as the student, trained without a teacher."),
-    Kind("baseline_L_2x", "half resolution, iterations of both stages", "Ordinary training at half the resolution for "
-         "as many iterations as teacher and student together. It shows what longer training alone gives."),
-    Kind("baseline_L_time", "half resolution, time of both stages", "Ordinary training at half the resolution for as "
-         "long by the clock as teacher and student together. It is the fairest rival: it has the whole budget."),
-    Kind("teacher_H", "teacher, full resolution", "The multi-resolution teacher, tested at full resolution only."),
+    Kind("baseline_L_2x", "finer levels, iterations of both stages", "As baseline_L_shifted, trained for as many "
+         "iterations as teacher and student together. It shows what longer training alone gives."),
+    Kind("baseline_L_time", "finer levels, time of both stages", "As baseline_L_shifted, trained for as long by the "
+         "clock as teacher and student together. It is the fairest rival: the same model with the whole budget."),
+    Kind("teacher_H", "teacher, full resolution", "The multi-resolution teacher, one network trained on "
+         "both resolutions at once, tested at full resolution only."),
     Kind("teacher_L", "teacher, half resolution", "The same teacher, tested at half the resolution only. Its pyramid "
          "is aligned: level P2 of the small image serves as P3."),
     Kind("teacher_fused", "teacher, both fused", "The same teacher, tested on the fusion of both resolutions. These "

@@ -116,8 +116,8 @@ def _aligned_training(rows: dict[str, Row], seeds: int) -> str | None:
         rival = max(rivals, key=lambda row: row.ap)
         budget = difference(control, rival, seeds)
         text += (
-            f" and {_relation(budget)} {rival.name}, which had the training budget of teacher and student "
-            f"together{_worth(budget)}"
+            f" and {_relation(budget)} {rival.name}, the same model trained for the budget of "
+            f"teacher and student together{_worth(budget)}"
         )
     return text + "."
 

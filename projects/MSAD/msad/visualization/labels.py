@@ -20,45 +20,50 @@ def label_dots(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, fl
     ``points`` are (name, x, y, half length of the error bar or None) in data coordinates.
     """
     at = axes.transData.transform([point[1:3] for point in points])
-    columns: list[list[int]] = []
-    for i in np.argsort(at[:, 0]):
-        if columns and at[i, 0] - at[columns[-1][0], 0] < 3 * OFFSET:
-            columns[-1].append(i)
-        else:
-            columns.append([i])
     line = 1.25 * LABEL_SIZE * figure.dpi / 72  # height of a line of text in pixels
-    for column in columns:
+    whiskers = [axes.bbox.height * (p[3] or 0.0) / float(np.ptp(axes.get_ylim())) for p in points]
+    taken = [(x - 10, y - w - 6, x + 10, y + w + 6) for (x, y), w in zip(at, whiskers)]
+    for column in _columns(at[:, 0]):
         column.sort(key=lambda i: at[i, 1])
         heights = _spread(at[column, 1], line, *axes.bbox.intervaly)
         first, last = at[column, 0].min(), at[column, 0].max()
-        others = [at[i] for i in range(len(points)) if i not in column]
         for i, height in zip(column, heights):
             x, y = at[i]
             extent = _text_width(figure, points[i][0])
-            reach = line + abs(_height(axes, points[i][3]))
-            # (text's left edge, height): right of the column, left of it, above the dot, below it
+            reach = whiskers[i] + line
+            # (text's left edge, height): right of the column, left of it, above the dot, below it, and further left
             places = [(last + OFFSET, height), (first - OFFSET - extent, height)]
-            places += [(x - extent / 2, y + reach), (x - extent / 2, y - reach)]
-            free = [p for p in places if p[0] > axes.bbox.x0 and not _hits(p[0], p[0] + extent, p[1], line, others)]
-            left, height = (free or places)[0]
-            above = left < x < left + extent
+            for share in (0.5, 0.8):
+                places += [(x - share * extent, y + reach), (x - share * extent, y - reach)]
+            # A little lower than a line: neighbours that _spread has put a line apart do not overlap.
+            boxes = [(left, mid - 0.45 * line, left + extent, mid + 0.45 * line) for left, mid in places]
+            fits = [box[0] > axes.bbox.x0 and not any(_overlap(box, other) for other in taken) for box in boxes]
+            best = fits.index(True) if True in fits else 0
+            taken.append(boxes[best])
+            left, height = places[best]
             side = 0.0 if left > x else 1.0
             leader = {"arrowstyle": "-", "color": FAINT, "shrinkA": 0, "shrinkB": 5, "relpos": (side, 0.5)}
             axes.annotate(
                 points[i][0], points[i][1:3], (left - x, height - y), textcoords="offset pixels",
                 va="center", fontsize=LABEL_SIZE, color=group_colour(points[i][0]),
-                arrowprops=None if above else leader,
+                arrowprops=leader if best < 2 else None,
             )  # fmt: skip
 
 
-def _height(axes: Axes, value: float | None) -> float:
-    """Length in pixels of a difference along the vertical axis."""
-    return axes.bbox.height * (value or 0.0) / float(np.ptp(axes.get_ylim()))
+def _columns(xs: np.ndarray) -> list[list[int]]:
+    """Indices of dots grouped by nearly equal place along the horizontal axis, from right to left."""
+    columns: list[list[int]] = []
+    for i in np.argsort(-xs):
+        if columns and xs[columns[-1][0]] - xs[i] < 3 * OFFSET:
+            columns[-1].append(i)
+        else:
+            columns.append([i])
+    return columns
 
 
-def _hits(left: float, right: float, height: float, line: float, dots: list[np.ndarray]) -> bool:
-    """Whether a label at ``height`` would lie over one of the dots, with some air around."""
-    return any(left - line < x < right + line and abs(y - height) < 2 * line for x, y in dots)
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    """Whether two boxes (x0, y0, x1, y1) have a common area."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _spread(wanted: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:

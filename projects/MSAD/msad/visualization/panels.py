@@ -120,9 +120,17 @@ def save_panels(
         ValueError: no panels, or none has a column.
     """
     path = Path(path)
+    figure = panels_figure(panels, metadata, threshold=threshold, cell_width=cell_width)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI, pil_kwargs={"quality": 92} if path.suffix.lower() != ".png" else None)
+    return path
+
+
+def panels_figure(panels: list[Panel], metadata: Metadata, *, threshold: float = 0.7, cell_width: int = 480) -> Figure:
+    """The figure of :func:`save_panels`, a pixel of the cells being a pixel of the figure."""
     titles = list(dict.fromkeys(title for panel in panels for title in panel.columns))
     if not titles:
-        raise ValueError(f"nothing to draw into {path}: no panel has a column")
+        raise ValueError("nothing to draw: no panel has a column")
     rows = [{t: as_objects(o).above(threshold) for t, o in panel.columns.items()} for panel in panels]
     shown = sorted({c for row in rows for objects in row.values() for c in objects.classes.tolist()})
     # Of many classes few are shown; by rank they get colours that are easier to tell apart.
@@ -133,10 +141,7 @@ def save_panels(
         style = {"width": cell_width, "labels": labels, "colours": colours}
         cells.append({t: draw_objects(panel.image, o, metadata, threshold=0, **style) for t, o in row.items()})
     legend = {class_name(metadata, c): colour for c, colour in colours.items()}
-    figure = _compose(titles, panels, rows, cells, legend, threshold, cell_width)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
-    return path
+    return _compose(titles, panels, rows, cells, legend, threshold, cell_width)
 
 
 def _compose(titles, panels, rows, cells, legend, threshold, cell_width) -> Figure:
@@ -172,7 +177,7 @@ def _compose(titles, panels, rows, cells, legend, threshold, cell_width) -> Figu
             if column == 0 and panel.caption:
                 text(x, below, _shorten(panel.caption, cell_width), ha="left", color=GREY)
         y += row_height + caption_height + _GAP
-    note = f"Predictions with a score of at least {threshold:g} are shown."
+    note = f"Predictions with a score of {threshold:g} or more."
     text(_GAP, height - legend_height + 10, note, color=GREY)
     if handles:
         figure.legend(

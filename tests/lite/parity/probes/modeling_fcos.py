@@ -44,12 +44,18 @@ def probe(workdir):
         out[f"quality.{radius}"] = model._match_anchors(Boxes(boxes), anchors)
     nearest = [boxes[torch.arange(sum(len(a) for a in anchors)) % 60]]
     out["centerness"] = model.compute_ctrness_targets(anchors, nearest)
-    head = FCOSHead(input_shape=[ShapeSpec(channels=32)] * 2, num_classes=3, conv_dims=[32, 16], norm="BN")
-    out["head_state_dict"] = list(head.state_dict())
+    for norm in ("", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "FrozenBN", "GN", "LN"):
+        head = FCOSHead(input_shape=[ShapeSpec(channels=32)] * 2, num_classes=3, conv_dims=[32, 64], norm=norm)
+        out[f"head_state_dict.{norm}"] = list(head.state_dict())
+        if norm not in ("SyncBN", "nnSyncBN"):  # They need a GPU.
+            torch.manual_seed(0)
+            torch.nn.init.normal_(head.cls_score.weight)
+            features = [torch.linspace(-1, 3, 32 * k * k).view(1, 32, k, k) for k in (4, 2)]
+            out[f"head_output.{norm}"] = [list(x) for x in head(features)][:1]
     torch.manual_seed(2)
     out["seeded"] = [float(x.double().sum()) for x in make_model().state_dict().values()]
 
-    # An image of the wrapped method: the losses must go through the instance's own label_anchors.
+    # The losses must go through a label_anchors that replaces the method on the instance.
     original = model.label_anchors
     model.label_anchors = lambda anchors, gt: original(anchors, [x[:1] for x in gt])
     model.train()

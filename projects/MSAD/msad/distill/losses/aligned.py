@@ -12,7 +12,8 @@ from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
 
 
 def standardise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Zero mean and unit variance per channel over batch and space; x: (N, C, h, w)."""
+    """Zero mean and unit variance per channel over batch and space, at least in float32; x: (N, C, h, w)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=0)
     return (x - mean) * torch.rsqrt(var + eps)
 
@@ -41,7 +42,7 @@ class AlignedL1(nn.Module):
         for name, s in student.items():
             t = teacher[name]
             if self.normalize:
-                s, t = standardise(s.float()), standardise(t.float())
+                s, t = standardise(s), standardise(t)
             if self.mask_padding:
                 sizes = [reduced_size(size, level_of(name)) for size in batch.image_sizes]
                 total = total + masked_mean((s - t).abs(), sizes).mean()

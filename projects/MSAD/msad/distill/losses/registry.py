@@ -92,17 +92,20 @@ def build_losses(
         weight = float(options.pop("weight", 1.0))
         levels = options.pop("levels", None) or [name for name in student if name in teacher]
         if not levels:
-            raise ValueError(f"student levels {sorted(student)} and teacher levels {sorted(teacher)} have none in common")
+            raise ValueError(
+                f"student levels {sorted(student)} and teacher levels {sorted(teacher)} have none in common"
+            )
         check_levels(student, teacher, levels)
         cls = DISTILL_LOSS_REGISTRY.get(kind)
-        valid = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "levels")]
+        parameters = inspect.signature(cls.__init__).parameters
+        valid = ["WEIGHT", "LEVELS", *(p.upper() for p in parameters if p not in ("self", "levels"))]
         for key in options:
-            if key not in valid:
+            if key.upper() not in valid:
                 raise ValueError(
-                    f"DISTILL.LOSSES: {kind} has no option {key.upper()}{nearest(key, valid).upper()}"
-                    f" (options: WEIGHT, LEVELS{''.join(', ' + v.upper() for v in valid)})"
+                    f"DISTILL.LOSSES: {kind} has no option {key.upper()}{nearest(key.upper(), valid)} "
+                    f"(options: {', '.join(valid)})"
                 )
-        label = kind if kind not in names else f"{kind}{names.count(kind) + 1}"
+        label = kind if kind not in names else f"{kind}_{names.count(kind) + 1}"
         names.append(kind)
         built.append(WeightedLoss(label, weight, list(levels), cls(levels=list(levels), **options)))
     return built

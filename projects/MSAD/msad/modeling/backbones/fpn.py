@@ -54,6 +54,9 @@ class LevelFPN(Backbone):
     ) -> None:
         super().__init__()
         shapes = bottom_up.output_shape()
+        absent = [name for name in in_features if name not in shapes]
+        if absent:
+            raise ValueError(f"MODEL.FPN.IN_FEATURES: {absent} are not made by the bottom-up, which has {list(shapes)}")
         sources = {shapes[name].stride.bit_length() - 1: name for name in in_features}
         wanted = sorted(level_of(name) for name in levels)
         self._finest = min(wanted[0], 5)
@@ -106,7 +109,9 @@ class LevelFPN(Backbone):
         top_down = None
         for level in range(5, wanted[0] - 1, -1):
             lateral = getattr(self, f"fpn_lateral{level}")(bottom_up[self._sources[level]])
-            top_down = lateral if top_down is None else lateral + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
+            if top_down is not None:
+                lateral = lateral + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
+            top_down = lateral
             if level in wanted:
                 outputs[f"p{level}"] = getattr(self, f"fpn_output{level}")(top_down)
         if wanted[-1] > 5:
@@ -119,6 +124,6 @@ def build_level_fpn_backbone(cfg, input_shape: ShapeSpec) -> LevelFPN:
     """LevelFPN of MODEL.FPN.LEVELS over the bottom-up network that MODEL.FPN.BOTTOM_UP names."""
     options = cfg.MODEL.FPN
     if not options.LEVELS:
-        raise ValueError('MODEL.FPN.LEVELS is empty: list the levels the head reads, e.g. ["p3", "p4", "p5", "p6", "p7"]')
+        raise ValueError("MODEL.FPN.LEVELS is empty: list the levels the head reads, e.g. [p3, p4, p5, p6, p7]")
     bottom_up = BACKBONE_REGISTRY.get(options.BOTTOM_UP)(cfg, input_shape)
     return LevelFPN(bottom_up, options.IN_FEATURES, options.OUT_CHANNELS, options.LEVELS, options.NORM)

@@ -62,11 +62,8 @@ def build_tiny_resnet_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     for i, blocks in enumerate(options.BLOCKS):
         width = options.RES2_OUT_CHANNELS * 2**i
         strides = [1 if i == 0 else 2] + [1] * (blocks - 1)
-        stages.append(
-            ResNet.make_stage(
-                BasicBlock, blocks, stride_per_block=strides, in_channels=channels, out_channels=width, norm=options.NORM
-            )
-        )
+        shape = {"in_channels": channels, "out_channels": width, "norm": options.NORM}
+        stages.append(ResNet.make_stage(BasicBlock, blocks, stride_per_block=strides, **shape))
         channels = width
     wanted = list(options.OUT_FEATURES)
     resnet = ResNet(stem, stages, out_features=[name for name in wanted if name != "c1"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos
+from torch import nn
 
 
 @META_ARCH_REGISTRY.register()
@@ -34,6 +35,9 @@ class FCOS(fcos.FCOS):
             norm=options.NORM,
             prior_prob=options.PRIOR_PROB,
         )
+        # Distances pass a ReLU: without a bias, half of the four outputs start dead, and small networks trained from
+        # scratch do not recover.
+        nn.init.constant_(head.bbox_pred.bias, options.PRIOR_DISTANCE)
         return {
             "backbone": backbone,
             "head": head,

@@ -1,0 +1,153 @@
+"""Tiny models and batches that the tests of the core share. Factories, so that a test says what is special about it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from msad import load_config
+from msad.distill.distiller import Distiller, FrozenTeacher, student_shapes
+from msad.distill.losses import build_losses
+from msad.resolution import get_resolution
+
+torch.set_num_threads(1)
+
+CHANNELS = 8
+CLASSES = 3
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_cfg():
+    """``tiny_cfg(arch, levels, resolutions, **options)``: config of a detector with an 8-channel pyramid.
+
+    With ``resolutions`` a MultiScaleTeacher of that detector. ``options`` are keys with "__" for the dots.
+    """
+
+    def make(arch="FCOS", levels=range(3, 8), resolutions=None, **options):
+        levels = list(levels)
+        names = [f"p{level}" for level in levels]
+        deepest_shift = {"EL": 2, "L": 1}.get((resolutions or ["H"])[-1], 0)
+        with_c1 = levels[0] - deepest_shift == 1
+        features = ["c1"] * with_c1 + ["res2", "res3", "res4", "res5"]
+        cfg = load_config("")
+        cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.WEIGHTS = ""
+        cfg.MODEL.META_ARCHITECTURE = arch
+        cfg.MODEL.BACKBONE.NAME = "build_level_fpn_backbone"
+        cfg.MODEL.FPN.BOTTOM_UP = "build_tiny_resnet_backbone"
+        cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES = features
+        cfg.MODEL.FPN.OUT_CHANNELS = CHANNELS
+        cfg.MODEL.FPN.LEVELS = cfg.MODEL.FCOS.IN_FEATURES = cfg.MODEL.RETINANET.IN_FEATURES = names
+        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 4
+        cfg.MODEL.RESNETS.NORM = "BN"
+        cfg.MODEL.FCOS.NORM = ""
+        cfg.MODEL.FCOS.CONV_DIMS = [8]
+        cfg.MODEL.FCOS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = CLASSES
+        cfg.MODEL.RETINANET.NUM_CONVS = 1
+        cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.02
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[4 * 2**level] for level in levels]
+        cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
+        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
+        if resolutions is not None:
+            cfg.MODEL.META_ARCHITECTURE = "MultiScaleTeacher"
+            cfg.MSAD.DETECTOR = arch
+            cfg.MSAD.RESOLUTIONS = list(resolutions)
+        for key, value in options.items():
+            cfg.merge_from_list([key.replace("__", "."), value])
+        return cfg
+
+    return make
+
+
+@torch.no_grad()
+def _shake(model: nn.Module, seed: int) -> nn.Module:
+    """As after some training: BatchNorm with statistics of its own, no zero bias, a head that sees differences."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.weight.uniform_(0.8, 1.2, generator=generator)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and "head." not in name:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        elif parameter.dim() == 4 and "head." in name:
+            parameter.normal_(0, 0.15, generator=generator)
+    return model
+
+
+@pytest.fixture
+def tiny_model(tiny_cfg):
+    """``tiny_model(..., seed=0)``: the model of ``tiny_cfg(...)`` with reproducible, uneven weights, in train mode."""
+
+    def make(*args, seed=0, **options):
+        torch.manual_seed(seed)
+        return _shake(build_model(tiny_cfg(*args, **options)), seed)
+
+    return make
+
+
+@pytest.fixture
+def make_batch():
+    """``make_batch(sizes, boxes=2, seed=0)``: detectron2 inputs of random images (h, w) with ``boxes`` objects each."""
+
+    def make(sizes, boxes=2, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        batch = []
+        for number, (h, w) in enumerate(sizes):
+            count = boxes[number] if isinstance(boxes, (list, tuple)) else boxes
+            corner = torch.rand(count, 2, generator=generator) * torch.tensor([w * 0.4, h * 0.4])
+            extent = (0.2 + 0.35 * torch.rand(count, 2, generator=generator)) * torch.tensor([w, h])
+            instances = Instances((h, w))
+            instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
+            instances.gt_classes = torch.randint(CLASSES, (count,), generator=generator)
+            image = torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
+            batch.append({"image": image, "instances": instances, "height": h, "width": w, "file_name": f"{number}.png"})
+        return batch
+
+    return make
+
+
+@pytest.fixture
+def same_detections():
+    """``same_detections(a, b)``: assert equal boxes (pixels), scores and classes, in the same order, and not none."""
+
+    def check(a, b, tolerance=1e-4):
+        assert len(a) == len(b)
+        assert sum(len(x["instances"]) for x in a) > 0
+        for x, y in zip(a, b):
+            x, y = x["instances"], y["instances"]
+            assert x.image_size == y.image_size and len(x) == len(y)
+            torch.testing.assert_close(x.pred_boxes.tensor, y.pred_boxes.tensor, rtol=1e-5, atol=tolerance)
+            torch.testing.assert_close(x.scores, y.scores, rtol=1e-5, atol=tolerance)
+            assert torch.equal(x.pred_classes, y.pred_classes)
+
+    return check
+
+
+@pytest.fixture
+def make_distiller(tiny_model):
+    """``make_distiller(resolution, teacher=None, student=None, losses=..., batch_norm="eval", **options)`` in train mode.
+
+    Default: an FCOS teacher on H and L, and an FCOS student whose levels are moved down as ``resolution`` asks.
+    """
+
+    def make(resolution="L", *, teacher=None, student=None, losses=({"NAME": "AlignedL1"},), batch_norm="eval", **options):
+        resolution = get_resolution(resolution)
+        if teacher is None:
+            teacher = tiny_model(resolutions=["H", "L"])
+        if student is None:
+            student = tiny_model(levels=range(3 - resolution.shift, 8 - resolution.shift), seed=1)
+        frozen = FrozenTeacher(teacher, batch_norm)
+        built = build_losses(list(losses), student_shapes(student, resolution), frozen.shapes())
+        return Distiller(student, frozen, built, resolution, **options).train()
+
+    return make

@@ -1,0 +1,280 @@
+"""tools/demo.py on tiny random models: what it writes, what it passes over, what it says."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from msad import load_config
+from msad.data import make_dataset, register_entries
+from msad.visualization import draw_objects
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "demo.py"
+DETECTOR = """
+VERSION: 2
+MODEL:
+  META_ARCHITECTURE: FCOS
+  DEVICE: cpu
+  BACKBONE: {NAME: build_level_fpn_backbone}
+  FPN:
+    BOTTOM_UP: build_tiny_resnet_backbone
+    IN_FEATURES: [res2, res3, res4, res5]
+    OUT_CHANNELS: 16
+    LEVELS: [p3, p4, p5, p6, p7]
+  RESNETS: {OUT_FEATURES: [res2, res3, res4, res5], STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8, NORM: BN}
+  FCOS: {CONV_DIMS: [16], NORM: "", NUM_CLASSES: 6, SCORE_THRESH_TEST: 0.0}
+TEST: {DETECTIONS_PER_IMAGE: 4}
+INPUT: {MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 160}
+"""
+STUDENT = """
+_BASE_: detector.yaml
+MODEL:
+  FPN: {LEVELS: [p2, p3, p4, p5, p6]}
+  FCOS: {IN_FEATURES: [p2, p3, p4, p5, p6]}
+INPUT: {MIN_SIZE_TEST: 48, MAX_SIZE_TEST: 80}
+"""
+TEACHER = "_BASE_: detector.yaml\nMODEL: {META_ARCHITECTURE: MultiScaleTeacher}\n"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("demo_tool", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield module
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Configs, random checkpoints, three scenes of 96 x 128 pixels with annotations, a video of 7 frames."""
+    root = tmp_path_factory.mktemp("demo")
+    for name, text in (("detector", DETECTOR), ("student", STUDENT), ("teacher", TEACHER)):
+        (root / f"{name}.yaml").write_text(text)
+        torch.manual_seed(0)
+        model = build_model(load_config(root / f"{name}.yaml"))
+        torch.save({"model": model.state_dict()}, root / f"{name}.pth")
+    make_dataset(root / "data", 0, 3, size=(96, 128), seed=1)
+    video = cv2.VideoWriter(str(root / "drive.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 12.0, (128, 96))
+    scenes = sorted((root / "data" / "images").glob("*.jpg"))
+    for i in range(7):
+        video.write(cv2.imread(str(scenes[i % 3])))
+    video.release()
+    return root
+
+
+def call(demo, world, *arguments, threshold="0", model="student"):
+    return demo.main(
+        ["--config-file", str(world / f"{model}.yaml"), "--weights", str(world / f"{model}.pth")]
+        + ["--threshold", threshold, *map(str, arguments)]
+    )
+
+
+def frames(path):
+    capture, found = cv2.VideoCapture(str(path)), []
+    while True:
+        good, frame = capture.read()
+        if not good:
+            return found, capture.get(cv2.CAP_PROP_FPS)
+        found.append(frame)
+
+
+def test_folder_of_images(demo, world, tmp_path, capsys):
+    assert call(demo, world, "--input", world / "data" / "images", "--output", tmp_path / "out") == 0
+    written = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in written] == ["val_000000.jpg", "val_000001.jpg", "val_000002.jpg"]
+    for path in written:
+        picture = cv2.imread(str(path))
+        assert picture.shape == (480, 640, 3)
+        plain = cv2.resize(cv2.imread(str(world / "data" / "images" / path.name)), (640, 480))
+        assert (np.abs(picture.astype(int) - plain).max(axis=2) > 60).mean() > 0.001  # something is drawn
+    assert "3 of 3 inputs" in capsys.readouterr().out
+
+
+def test_the_threshold_decides_what_is_drawn(demo, world, tmp_path):
+    image = world / "data" / "images" / "val_000000.jpg"
+    assert call(demo, world, "--input", image, "--output", tmp_path / "a.png", threshold="0.999") == 0
+    rgb = cv2.imread(str(image))[:, :, ::-1]
+    found = {"height": 96, "width": 128, "annotations": []}
+    plain = draw_objects(rgb, found, demo.MetadataCatalog.get("unnamed classes"))
+    assert np.array_equal(cv2.imread(str(tmp_path / "a.png"))[:, :, ::-1], plain)
+
+
+def test_the_student_sees_small_images_and_answers_in_original_pixels(demo, world):
+    predictor = demo.load_predictor(str(world / "student.yaml"), str(world / "student.pth"), "cpu", [])
+    seen = []
+    predictor.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-2:]))
+    found = predictor(cv2.imread(str(world / "data" / "images" / "val_000000.jpg")))["instances"]
+    assert seen == [(64, 64)]  # 48 x 64 padded to multiples of 32
+    assert found.image_size == (96, 128)
+    state = torch.load(world / "student.pth")["model"]
+    assert all(torch.equal(value, state[name]) for name, value in predictor.model.state_dict().items())
+
+
+def test_panels_ground_truth_teacher_student(demo, world, tmp_path):
+    annotations = world / "data" / "annotations_val.json"
+    arguments = ["--teacher-config", world / "teacher.yaml", "--teacher-weights", world / "teacher.pth"]
+    arguments += ["--ground-truth", annotations, "--input", world / "data" / "images" / "val_00000[01].jpg"]
+    assert call(demo, world, *arguments, "--output", tmp_path) == 0
+    pages = [cv2.imread(str(tmp_path / f"val_00000{i}.jpg")) for i in (0, 1)]
+    assert all(page.shape[1] == 3 * 488 + 8 for page in pages)
+    # The first column is the ground truth of this very image.
+    truth = demo.GroundTruth(str(annotations))
+    record = truth.find(world / "data" / "images" / "val_000001.jpg")
+    counts = [a["image_id"] for a in json.loads(annotations.read_text())["annotations"]]
+    assert len(record["annotations"]) == counts.count(2)
+    rgb = np.ascontiguousarray(cv2.imread(record["file_name"].replace("/data/", "/data/images/"))[:, :, ::-1])
+    drawn = draw_objects(rgb, record, truth.metadata, width=480, labels=True)
+    plain = cv2.resize(rgb, (480, 360), interpolation=cv2.INTER_CUBIC).astype(int)
+    marks = np.abs(drawn - plain).max(axis=2) > 80
+    shown = pages[1][40:400, 8:488, ::-1].astype(int)
+    assert marks.sum() > 300
+    assert np.abs(shown - drawn)[marks].mean() < 0.4 * np.abs(shown - plain)[marks].mean()  # not 0: it is a JPEG
+
+
+def test_ground_truth_finds_the_right_folder(demo, world, tmp_path):
+    image = {"height": 4, "width": 4}
+    content = {
+        "images": [{"id": 1, "file_name": "a/x.jpg", **image}, {"id": 2, "file_name": "b/x.jpg", **image}],
+        "annotations": [],
+        "categories": [{"id": 5, "name": "thing"}],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    truth = demo.GroundTruth(str(tmp_path / "gt.json"))
+    assert truth.find(Path("photos/b/x.jpg"))["image_id"] == 2 and truth.find(Path("photos/a/x.jpg"))["image_id"] == 1
+    assert truth.find(Path("photos/a/y.jpg")) is None
+    assert truth.metadata.thing_classes == ["thing"]
+
+
+def test_video_keeps_its_frames_and_rate(demo, world, tmp_path):
+    target = tmp_path / "out.mp4"
+    assert call(demo, world, "--input", world / "drive.mp4", "--output", target) == 0
+    found, rate = frames(target)
+    assert len(found) == 7 and rate == pytest.approx(12.0)
+    assert found[0].shape == (508, 640, 3)
+    arguments = ["--teacher-config", world / "teacher.yaml", "--teacher-weights", world / "teacher.pth"]
+    assert call(demo, world, *arguments, "--input", world / "drive.mp4", "--output", tmp_path / "both") == 0
+    found, _ = frames(tmp_path / "both" / "drive.mp4")
+    assert len(found) == 7 and found[0].shape == (508, 1280, 3)
+
+
+def test_unreadable_inputs_are_named_and_passed_over(demo, world, tmp_path, capsys):
+    good = world / "data" / "images" / "val_000000.jpg"
+    broken, cut, movie = tmp_path / "broken.png", tmp_path / "cut.jpg", tmp_path / "broken.mp4"
+    broken.write_bytes(b"no image")
+    cut.write_bytes(good.read_bytes()[:700])
+    movie.write_bytes(b"no video")
+    bad = [broken, cut, movie, tmp_path / "missing.jpg"]
+    assert call(demo, world, "--input", *bad, good, "--output", tmp_path / "out") == 0
+    output = capsys.readouterr()
+    assert all(f"skipped {path}: " in output.err for path in bad)
+    assert "1 of 5 inputs" in output.out and "4 skipped" in output.out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["val_000000.jpg"]
+    assert call(demo, world, "--input", *bad, "--output", tmp_path / "none") == 1
+    assert "0 of 4 inputs" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_annotations_of_another_size_are_not_drawn(demo, world, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "val_000000.jpg"), np.zeros((50, 70, 3), np.uint8))
+    arguments = ["--ground-truth", world / "data" / "annotations_val.json"]
+    assert call(demo, world, *arguments, "--input", tmp_path / "val_000000.jpg", "--output", tmp_path / "o") == 1
+    assert "70x50" in capsys.readouterr().err
+
+
+def test_outputs_do_not_overwrite_each_other(demo, tmp_path):
+    inputs = [Path("a/x.jpg"), Path("b/x.jpg"), Path("b/x.png"), Path("c/x.bmp"), Path("c/x.mov"), Path("d/x.PNG")]
+    names = [path.name for path in demo.choose_outputs(inputs, tmp_path)]
+    assert names == ["x.jpg", "x_2.jpg", "x.png", "x_2.png", "x.mp4", "x_3.png"]
+    with pytest.raises(ValueError, match="6 inputs"):
+        demo.choose_outputs(inputs, tmp_path / "one.png")
+    with pytest.raises(ValueError, match=r"cannot hold"):
+        demo.choose_outputs([Path("a.mp4")], tmp_path / "a.png")
+
+
+def test_ctrl_c_keeps_what_is_done(demo, world, tmp_path, monkeypatch, capsys):
+    detect, calls = demo.Demo.detect, []
+
+    def interrupted(self, image):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return detect(self, image)
+
+    monkeypatch.setattr(demo.Demo, "detect", interrupted)
+    assert call(demo, world, "--input", world / "drive.mp4", "--output", tmp_path / "cut.mp4") == 130
+    assert len(frames(tmp_path / "cut.mp4")[0]) == 3
+    calls.clear()
+    calls.append(1)
+    assert call(demo, world, "--input", world / "data" / "images", "--output", tmp_path / "out") == 130
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert "stopped, 2 of 3 inputs" in capsys.readouterr().out
+
+
+def test_class_names(demo, world, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    entries = register_entries(world / "data", f"demo_{tmp_path.name}")
+    known = load_config(world / "student.yaml", ["DATASETS.REGISTER", entries, "DATASETS.TEST", (entries[1]["NAME"],)])
+    demo.register_datasets(known)
+    assert demo.class_metadata(known, None).thing_classes[:2] == ["disc", "ring"]
+    gone = [{"NAME": f"gone_{tmp_path.name}", "JSON": str(tmp_path / "no.json"), "IMAGES": str(tmp_path)}]
+    unknown = load_config(world / "student.yaml", ["DATASETS.REGISTER", gone, "DATASETS.TEST", (gone[0]["NAME"],)])
+    demo.register_datasets(unknown)
+    assert demo.class_metadata(unknown, None).get("thing_classes") is None
+    assert "no.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--weights": "nowhere.pth"}, "nowhere.pth"),
+        ({"--config-file": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"--ground-truth": "nowhere.json"}, "nowhere.json"),
+        ({"--opts": "MODEL.FCOS.NUM_CLASES"}, "NUM_CLASSES"),
+    ],
+)
+def test_wrong_calls_get_one_clear_line(demo, world, tmp_path, capsys, change, message):
+    options = {
+        "--config-file": world / "student.yaml",
+        "--weights": world / "student.pth",
+        "--input": world / "drive.mp4",
+        "--output": tmp_path / "out.mp4",
+        **change,
+    }
+    arguments = [str(part) for pair in options.items() for part in pair]
+    assert demo.main(arguments + (["6"] if "--opts" in options else [])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_wrong_options_are_rejected(demo, world, capsys):
+    for extra in (["--threshold", "7"], ["--teacher-config", "x.yaml"]):
+        with pytest.raises(SystemExit) as stopped:
+            demo.main(["--config-file", "a", "--weights", "b", "--input", "c", "--output", "d", *extra])
+        assert stopped.value.code == 2
+        assert extra[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other, message", [("nothing", "no tensor of the checkpoint"), ("detector", "fpn_lateral2")])
+def test_weights_of_another_model_are_an_error(demo, world, tmp_path, capsys, other, message):
+    """A partly random model would draw nonsense: the detector has no P2, which the student has."""
+    torch.save({"model": {"other.weight": torch.zeros(3)}}, tmp_path / "nothing.pth")
+    weights = tmp_path / "nothing.pth" if other == "nothing" else world / "detector.pth"
+    options = ["--config-file", str(world / "student.yaml"), "--weights", str(weights)]
+    assert demo.main([*options, "--input", str(world / "drive.mp4"), "--output", str(tmp_path / "o.mp4")]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and message in error and not (tmp_path / "o.mp4").exists()
+
+
+def test_help_has_examples(demo, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and text.count("--config-file") >= 4 and "MIN_SIZE_TEST" in text

@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""How much of a full-resolution detector's accuracy does one at half the resolution keep? Train, compare, report.
+
+    tools/quickstart.py                                  synthetic scenes, one seed: minutes on two CPU cores
+    tools/quickstart.py --data DIR                       your data: DIR/images, DIR/annotations_{train,val}.json (COCO)
+    tools/quickstart.py --data DIR --short-side 320 --iterations 2000
+    tools/quickstart.py --configs configs/nuclei --seeds 0 1 2 --rows all      a full study of a configs folder
+
+Trains the conventional low-resolution detector, the one with aligned levels, the multi-resolution teacher, a student
+that is only initialised from the teacher (the control), and the MSAD student. An interrupted run goes on where it was
+with the same command. Results: OUTPUT/report.html, report.md, metrics.json, and a folder a seed and row.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from msad import load_config
+from msad.data.synthetic import make_dataset
+from msad.engine.setup import engine_name, load_model
+from msad.engine.study import ROWS, Study, run
+from msad.evaluation.cost import count_macs, count_parameters, measure_latency
+from msad.modeling.teacher import MultiScaleTeacher
+from msad.report import format_table, write_report
+from msad.visualization import Panel, plot_curves, save_panels
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+QUICK_ROWS = ("baseline_H", "baseline_L", "baseline_L_shifted", "teacher", "student_L_control", "student_L")
+SYNTHETIC = {"num_train": 600, "num_val": 100, "size": (160, 160), "objects": (6, 14), "min_size": 7.0, "seed": 0}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="default: %(default)s")
+    parser.add_argument("--data", type=Path, help="folder with images/, annotations_train.json, annotations_val.json")
+    parser.add_argument("--configs", type=Path, default=REPOSITORY / "configs/quickstart", help="folder of the models")
+    parser.add_argument("--rows", nargs="+", default=list(QUICK_ROWS), metavar="ROW", help=f"'all' or of {', '.join(ROWS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row runs once a seed; default: 0")
+    parser.add_argument("--iterations", type=int, help="of every stage; default: as the configs say")
+    parser.add_argument("--short-side", type=int, help="of H in pixels; default: as the configs say")
+    parser.add_argument("--device", help="default: as the configs say; 'cuda' for a GPU")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides for every row, after --")
+    return parser.parse_args()
+
+
+def data_opts(folder: Path) -> list:
+    """Overrides that make every row train and test on ``folder``."""
+    for name in ("images", "annotations_train.json", "annotations_val.json"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"--data {folder}: there is no {name} in it")
+    folder = folder.resolve()
+    categories = json.loads((folder / "annotations_train.json").read_text()).get("categories", [])
+    entries = [
+        {"NAME": f"{folder.name}_{split}", "JSON": str(folder / f"annotations_{split}.json"), "IMAGES": str(folder / "images")}
+        for split in ("train", "val")
+    ]  # fmt: skip
+    return [
+        "DATASETS.REGISTER", entries,
+        "DATASETS.TRAIN", (entries[0]["NAME"],),
+        "DATASETS.TEST", (entries[1]["NAME"],),
+        "MODEL.FCOS.NUM_CLASSES", len(categories),
+        "MODEL.RETINANET.NUM_CLASSES", len(categories),
+    ]  # fmt: skip
+
+
+def describe_data(study: Study) -> dict:
+    """Name and counts of the data that the study used."""
+    cfg = study.config("baseline_L_shifted", study.seeds[0])
+    train, val = (DatasetCatalog.get(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
+    return {
+        "name": cfg.DATASETS.TRAIN[0].removesuffix("_train"),
+        "images_train": len(train),
+        "images_val": len(val),
+        "instances_train": sum(len(d["annotations"]) for d in train),
+        "classes": list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes),
+    }
+
+
+def measure_costs(study: Study) -> dict[str, dict]:
+    """Parameters, GMACs and milliseconds of each evaluated model at its own input size."""
+    costs: dict[str, dict] = {}
+    by_config: dict[tuple, dict] = {}
+    for name in study.ordered():
+        seed = study.seeds[0]
+        cfg = study.config(name, seed)
+        model = load_model(cfg, str(study.folder(name, seed) / "model_final.pth"))
+        branches = model.branches if isinstance(model, MultiScaleTeacher) else [None]
+        for branch in branches:
+            if branch is not None:
+                model.set_eval_branch(branch)
+            key = (cfg.MODEL.dump(), cfg.INPUT.MIN_SIZE_TEST, branch)
+            if key not in by_config:
+                side = cfg.INPUT.MIN_SIZE_TEST
+                macs = {part: float(f"{value:.4g}") for part, value in count_macs(model, side, side).items()}
+                latency = {p: float(f"{v:.4g}") for p, v in measure_latency(model, side, side, repeats=15).items()}
+                parameters = sum(p.numel() for p in model.parameters())
+                parts = count_parameters(model)
+                by_config[key] = {
+                    "input": [side, side], "parameters": parameters, "parameters_by_part": parts,
+                    "gmacs": macs, "ms": latency,
+                }  # fmt: skip
+            costs[name if branch is None else f"{name}_{branch}"] = by_config[key]
+    return costs
+
+
+def draw_panels(study: Study, path: Path, count: int = 4, threshold: float = 0.35) -> None:
+    """Ground truth, teacher and the low-resolution models side by side on a few validation images."""
+    seed = study.seeds[0]
+    columns = {"teacher": "teacher (H + L)", "baseline_L": "baseline L", "student_L": "student L"}
+    columns = {name: title for name, title in columns.items() if name in study.ordered()}
+    predictors = {}
+    for name in columns:
+        cfg = study.config(name, seed).clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = str(study.folder(name, seed) / "model_final.pth")
+        predictors[name] = DefaultPredictor(cfg)
+    test = study.config("baseline_L_shifted", seed).DATASETS.TEST[0]
+    records = DatasetCatalog.get(test)
+    panels = []
+    for record in records[:: max(len(records) // count, 1)][:count]:
+        image = cv2.imread(record["file_name"])
+        found = {title: predictors[name](image)["instances"] for name, title in columns.items()}
+        panels.append(Panel(image[:, :, ::-1], {"ground truth": record, **found}, Path(record["file_name"]).name))
+    save_panels(path, panels, MetadataCatalog.get(test), threshold=threshold)
+
+
+def main() -> int:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    begin = time.time()
+    opts = [value for value in args.opts if value != "--"]
+    base = load_config(args.configs / "Base.yaml")
+    if args.data is not None:
+        opts = data_opts(args.data) + opts
+    elif not base.DATASETS.REGISTER and not base.DATASETS.TRAIN:
+        folder = args.output / "scenes"
+        print(f"Drawing {SYNTHETIC['num_train']} + {SYNTHETIC['num_val']} scenes in {folder}")
+        make_dataset(folder, **SYNTHETIC)
+        opts = data_opts(folder) + opts
+    if args.iterations:
+        opts += ["SOLVER.MAX_ITER", args.iterations]
+    if args.device:
+        opts += ["MODEL.DEVICE", args.device]
+    rows = tuple(ROWS) if args.rows == ["all"] else tuple(args.rows)
+    study = Study(args.configs, args.output, opts, tuple(args.seeds), rows, short_side=args.short_side)
+    try:
+        results = run(study)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
+        return 130
+
+    seconds_file = args.output / "seconds.json"
+    before = json.loads(seconds_file.read_text()) if seconds_file.is_file() else 0.0
+    metrics = {
+        "engine": engine_name(),
+        "seconds": round(max(before, time.time() - begin), 1),
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "seeds": args.seeds,
+        "data": describe_data(study),
+        "results": results,
+        "cost": measure_costs(study),
+    }
+    runs = {n: study.folder(n, args.seeds[0]) / "metrics.json" for n in study.ordered()}
+    plot_curves({n: f for n, f in runs.items() if f.is_file()}, args.output / "curves.png")
+    draw_panels(study, args.output / "panels.jpg")
+    seconds_file.write_text(json.dumps(metrics["seconds"]))
+    temporary = args.output / "metrics.json.tmp"
+    temporary.write_text(json.dumps(metrics, indent=1))
+    os.replace(temporary, args.output / "metrics.json")
+    report = write_report(metrics, args.output)
+    print(format_table(metrics))
+    print(f"\n{metrics['seconds']:.0f} s. Report: {report}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
