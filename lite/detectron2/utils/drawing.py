@@ -175,9 +175,9 @@ class Drawing:
         return max(round((self._line_width if width is None else width) * self.output.scale), 1)
 
     def _font_pixels(self, font_size: float | None) -> int:
-        return max(
-            round((self._default_font_size if font_size is None else font_size) * self.output.scale), 1
-        )
+        # Callers give points; the canvas has 100 dots per inch.
+        pixels = self._default_font_size if font_size is None else font_size * 100 / 72
+        return max(round(pixels * self.output.scale), 1)
 
 
 def to_array(value: Any) -> np.ndarray:

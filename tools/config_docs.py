@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Write docs/CONFIG.md: every key of msad.config with its default and the comment above it.
+
+    tools/config_docs.py            write the file
+    tools/config_docs.py --check    exit 1 if the file is not up to date
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCE = REPOSITORY / "projects/MSAD/msad/config.py"
+TARGET = REPOSITORY / "docs/CONFIG.md"
+HEAD = """# Configuration
+
+Keys that the project adds to detectron2's. Everything else is detectron2's and means what it means there.
+Generated from `projects/MSAD/msad/config.py` by `tools/config_docs.py`.
+"""
+
+
+def render(source: str) -> str:
+    """The Markdown page for the text of config.py."""
+    lines, comment = [HEAD], []
+    for line in source.splitlines():
+        line = line.strip()
+        section = re.match(r"# --- (.+?) -+$", line)
+        assignment = re.match(r"cfg\.([A-Z0-9_.]+) = (.+)$", line)
+        if section:
+            lines.append(f"\n## {section.group(1)[0].upper()}{section.group(1)[1:]}\n\n| key | default | meaning |\n| --- | --- | --- |")
+            comment = []
+        elif line.startswith("# "):
+            comment.append(line[2:])
+        elif assignment and assignment.group(2) != "CN()":
+            cells = [f"`{assignment.group(1)}`", f"`{assignment.group(2)}`", " ".join(comment)]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            comment = []
+        elif not assignment:
+            comment = []
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    page = render(SOURCE.read_text())
+    if parser.parse_args().check:
+        if not TARGET.is_file() or TARGET.read_text() != page:
+            print(f"{TARGET.name} is not up to date; run {Path(__file__).name}", file=sys.stderr)
+            return 1
+        return 0
+    TARGET.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
