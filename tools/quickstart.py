@@ -132,18 +132,23 @@ def draw_panels(study: Study, path: Path, count: int = 4, threshold: float = 0.3
     save_panels(path, panels, MetadataCatalog.get(test), threshold=threshold)
 
 
-def main() -> int:
-    args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    begin = time.time()
+def add_seconds(output: Path, seconds: float) -> float:
+    """Add to the time that the study has taken so far, over interruptions; returns the sum."""
+    file = output / "seconds.json"
+    total = (json.loads(file.read_text()) if file.is_file() else 0.0) + seconds
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(round(total, 1)))
+    return round(total, 1)
+
+
+def make_study(args: argparse.Namespace) -> Study:
+    """The study that the command line asks for; draws the synthetic scenes if it needs them."""
     opts = [value for value in args.opts if value != "--"]
-    base = load_config(args.configs / "Base.yaml")
     if args.data is not None:
         opts = data_opts(args.data) + opts
-    elif not base.DATASETS.REGISTER and not base.DATASETS.TRAIN:
+    elif not load_config(args.configs / "Base.yaml").DATASETS.TRAIN:
         folder = args.output / "scenes"
-        print(f"Drawing {SYNTHETIC['num_train']} + {SYNTHETIC['num_val']} scenes in {folder}")
+        print(f"Scenes: {SYNTHETIC['num_train']} for training, {SYNTHETIC['num_val']} for validation, in {folder}")
         make_dataset(folder, **SYNTHETIC)
         opts = data_opts(folder) + opts
     if args.iterations:
@@ -151,35 +156,49 @@ def main() -> int:
     if args.device:
         opts += ["MODEL.DEVICE", args.device]
     rows = tuple(ROWS) if args.rows == ["all"] else tuple(args.rows)
-    study = Study(args.configs, args.output, opts, tuple(args.seeds), rows, short_side=args.short_side)
-    try:
-        results = run(study)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
-        return 130
+    return Study(args.configs, args.output, opts, tuple(args.seeds), rows, args.short_side)
 
-    seconds_file = args.output / "seconds.json"
-    before = json.loads(seconds_file.read_text()) if seconds_file.is_file() else 0.0
+
+def finish(study: Study, results: dict, seconds: float) -> dict:
+    """Measure costs, draw the pictures, write metrics.json and the report; returns the metrics."""
     metrics = {
         "engine": engine_name(),
-        "seconds": round(max(before, time.time() - begin), 1),
+        "seconds": seconds,
         "command": " ".join(["python", *sys.argv]),
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "seeds": args.seeds,
+        "seeds": list(study.seeds),
         "data": describe_data(study),
         "results": results,
         "cost": measure_costs(study),
     }
-    runs = {n: study.folder(n, args.seeds[0]) / "metrics.json" for n in study.ordered()}
-    plot_curves({n: f for n, f in runs.items() if f.is_file()}, args.output / "curves.png")
-    draw_panels(study, args.output / "panels.jpg")
-    seconds_file.write_text(json.dumps(metrics["seconds"]))
-    temporary = args.output / "metrics.json.tmp"
+    runs = {name: study.folder(name, study.seeds[0]) / "metrics.json" for name in study.ordered()}
+    plot_curves({name: file for name, file in runs.items() if file.is_file()}, study.output / "curves.png")
+    draw_panels(study, study.output / "panels.jpg")
+    temporary = study.output / "metrics.json.tmp"
     temporary.write_text(json.dumps(metrics, indent=1))
-    os.replace(temporary, args.output / "metrics.json")
-    report = write_report(metrics, args.output)
+    os.replace(temporary, study.output / "metrics.json")
+    write_report(metrics, study.output)
+    return metrics
+
+
+def main() -> int:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    begin = time.time()
+    try:
+        study = make_study(args)
+        results = run(study)
+        metrics = finish(study, results, add_seconds(args.output, time.time() - begin))
+    except KeyboardInterrupt:
+        add_seconds(args.output, time.time() - begin)
+        print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
+        return 130
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(format_table(metrics))
-    print(f"\n{metrics['seconds']:.0f} s. Report: {report}")
+    print(f"\n{metrics['seconds']:.0f} s in all. Report: {args.output / 'report.html'}")
     return 0
 
 

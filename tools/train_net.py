@@ -41,14 +41,8 @@ def cli() -> int:
     except (FileNotFoundError, KeyError, ValueError) as error:
         parser.error(str(error.args[0]))
     try:
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        machines = {key: getattr(args, key) for key in ("num_machines", "machine_rank", "dist_url")}
+        launch(main, args.num_gpus, args=(args,), **machines)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command with --resume goes on from the last checkpoint.", file=sys.stderr)
         return 130

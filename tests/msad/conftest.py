@@ -110,7 +110,9 @@ def make_batch():
             instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
             instances.gt_classes = torch.randint(CLASSES, (count,), generator=generator)
             image = torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
-            batch.append({"image": image, "instances": instances, "height": h, "width": w, "file_name": f"{number}.png"})
+            batch.append(
+                {"image": image, "instances": instances, "height": h, "width": w, "file_name": f"{number}.png"}
+            )
         return batch
 
     return make
@@ -135,12 +137,14 @@ def same_detections():
 
 @pytest.fixture
 def make_distiller(tiny_model):
-    """``make_distiller(resolution, teacher=None, student=None, losses=..., batch_norm="eval", **options)`` in train mode.
+    """``make_distiller(resolution, teacher=, student=, losses=, batch_norm=, **options)``: a Distiller in train mode.
 
     Default: an FCOS teacher on H and L, and an FCOS student whose levels are moved down as ``resolution`` asks.
     """
 
-    def make(resolution="L", *, teacher=None, student=None, losses=({"NAME": "AlignedL1"},), batch_norm="eval", **options):
+    def make(
+        resolution="L", *, teacher=None, student=None, losses=({"NAME": "AlignedL1"},), batch_norm="eval", **options
+    ):
         resolution = get_resolution(resolution)
         if teacher is None:
             teacher = tiny_model(resolutions=["H", "L"])

@@ -193,7 +193,9 @@ def test_c1_is_the_stem_before_pooling(tiny_resnet):
 def test_c1_on_a_stock_resnet_from_yaml(tiny_cfg):
     """Depth, weights' names and freezing are detectron2's."""
     cfg = tiny_cfg()
-    cfg.MODEL.RESNETS.merge_from_list(["DEPTH", 18, "RES2_OUT_CHANNELS", 64, "STEM_OUT_CHANNELS", 8, "NORM", "FrozenBN"])
+    cfg.MODEL.RESNETS.merge_from_list(
+        ["DEPTH", 18, "RES2_OUT_CHANNELS", 64, "STEM_OUT_CHANNELS", 8, "NORM", "FrozenBN"]
+    )
     cfg.MODEL.BACKBONE.FREEZE_AT = 1
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3"]
     cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"

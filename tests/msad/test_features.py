@@ -89,7 +89,8 @@ def test_targets_are_assigned_once(tiny_model, make_batch, monkeypatch, arch):
     monkeypatch.setattr(type(detector), "label_anchors", lambda self, *a: calls.append(1) or original(self, *a))
     images = ImageList(torch.zeros(2, 3, 64, 64), [(64, 64)] * 2)
     gt = [item["instances"] for item in make_batch([(64, 64)] * 2)]
-    first, second = ({f"p{i}": torch.randn(2, 8, -(-64 // 2**i), -(-64 // 2**i)) for i in range(3, 8)} for _ in range(2))
+    sides = {"p3": 8, "p4": 4, "p5": 2, "p6": 1, "p7": 1}
+    first, second = ({name: torch.randn(2, 8, n, n) for name, n in sides.items()} for _ in range(2))
     with EventStorage(0):
         with F_.targets_once(detector):
             found = [F_.losses(detector, images, maps, gt) for maps in (first, second)]

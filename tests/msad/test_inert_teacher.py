@@ -79,6 +79,9 @@ def test_only_batchnorm_trains_under_batch_statistics(tiny_model, noisy_teacher)
 
 @pytest.mark.parametrize("batch_norm", ["eval", "batch"])
 def test_features_are_deterministic(noisy_teacher, make_batch, batch_norm):
+    with torch.no_grad():
+        first, second = (noisy_teacher.train().neck_features(make_batch(SIZES)) for _ in range(2))
+    assert not torch.equal(first["p5"], second["p5"]), "in train mode it is random"
     frozen = FrozenTeacher(noisy_teacher.train(), batch_norm)
     first, second = (frozen.features(make_batch(SIZES), 1) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -106,7 +109,7 @@ def test_batch_statistics_are_those_of_the_batch(tiny_model, make_batch):
     teacher = tiny_model()
     stem = teacher.backbone.bottom_up.stem.conv1
     seen = []
-    stem.norm.register_forward_hook(lambda _module, args, out: seen.append((args[0], out)))
+    stem.norm.register_forward_hook(lambda _module, args, out: seen.append((args[0].clone(), out.clone())))
     FrozenTeacher(teacher, "batch").features(make_batch([(64, 64)] * 2), 0)
     ((x, normalised),) = seen
     mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
@@ -186,9 +189,7 @@ def test_features_carry_no_graph_and_are_ordinary_tensors(make_distiller, make_b
     distiller = make_distiller()
     seen = {}
     original = FrozenTeacher.features
-    monkeypatch.setattr(
-        FrozenTeacher, "features", lambda self, *args: seen.update(original(self, *args)) or dict(seen)
-    )
+    monkeypatch.setattr(FrozenTeacher, "features", lambda self, *args: seen.update(original(self, *args)) or dict(seen))
     with EventStorage(0):
         distiller(make_batch(SIZES))
     assert len(seen) == 5

@@ -78,7 +78,8 @@ def test_divisibility_outside_the_branches_is_refused(shift, max_shift):
 
 
 @pytest.mark.parametrize(
-    ("size", "shift", "expected"), [((10, 7), 0, (10, 7)), ((10, 7), 1, (5, 4)), ((9, 8), 2, (3, 2)), ((1, 1), 2, (1, 1))]
+    ("size", "shift", "expected"),
+    [((10, 7), 0, (10, 7)), ((10, 7), 1, (5, 4)), ((9, 8), 2, (3, 2)), ((1, 1), 2, (1, 1))],
 )
 def test_reduced_size_rounds_up(size, shift, expected):
     assert reduced_size(size, shift) == expected
@@ -99,12 +100,13 @@ ODD_SIDES = [1, 31, 33, 63, 64, 65, 95, 97, 127, 129, 161, 191, 255, 257, 333, 5
 @pytest.mark.parametrize("max_shift", [1, 2])
 def test_padded_grids_are_equal_for_any_side(max_shift):
     """Of every side alone and of every pair of sides in one batch: each H level is the shifted level of each branch."""
+    zero = torch.zeros(1, 1, 1)
     for sides in itertools.combinations_with_replacement(ODD_SIDES, 2):
         padded = {}
         for shift in range(max_shift + 1):
             images = [torch.zeros(1, 1, reduced_size((1, side), shift)[1]) for side in sides]
-            divisibility = pad_divisibility(32, shift, max_shift)
-            padded[shift] = batch_images(images, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), divisibility).tensor.shape[-1]
+            batch = batch_images(images, zero, zero + 1, pad_divisibility(32, shift, max_shift))
+            padded[shift] = batch.tensor.shape[-1]
         step = 32 * 2**max_shift
         assert padded[0] == (max(sides) + step - 1) // step * step, "no more padding than needed"
         h_levels = _level_sizes(padded[0], range(3, 8))
@@ -317,7 +319,7 @@ def test_view_does_not_modify_its_input(make_batch, shift):
         assert item is not out and item.keys() == before[i].keys()
         assert all(item[key] is before[i][key] for key in item)
         assert torch.equal(item["image"], pixels[i]) and torch.equal(item["instances"].gt_boxes.tensor, boxes[i])
-        assert out["file_name"] is item["file_name"] and (out["height"], out["width"]) == (item["height"], item["width"])
+        assert all(out[key] is item[key] for key in ("file_name", "height", "width"))
         assert torch.equal(out["image"], downsample(pixels[i], shift))
         assert out["instances"].image_size == tuple(out["image"].shape[-2:])
         assert torch.equal(out["instances"].gt_boxes.tensor, boxes[i] * 0.5**shift)

@@ -293,7 +293,8 @@ def test_levels_a_shared_neck_must_make():
 
 
 def test_built_from_the_detectors_own_keys(tiny_cfg):
-    cfg = tiny_cfg(resolutions=["H", "L", "EL"], MSAD__W_FUSE=0.7, MSAD__FUSION__REDUCTION=4, MSAD__DOWNSAMPLE="nearest")
+    options = {"MSAD__W_FUSE": 0.7, "MSAD__FUSION__REDUCTION": 4, "MSAD__DOWNSAMPLE": "nearest"}
+    cfg = tiny_cfg(resolutions=["H", "L", "EL"], **options)
     before = cfg.dump()
     teacher = build_model(cfg)
     assert cfg.dump() == before, "the config is the user's"

@@ -119,16 +119,17 @@ class ResizeShortestEdge(Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        height, width = image.shape[:2]
-        if self.sample_style == "range":
-            low, high = self.short_edge_length
-            length = np.random.randint(low, high + 1)
-        else:
-            length = np.random.choice(self.short_edge_length)
-        if length == 0:
+        length = self._draw_length()
+        if not length:
             return NoOpTransform()
-        new_h, new_w = self.get_output_shape(height, width, length, self.max_size)
-        return ResizeTransform(height, width, new_h, new_w, self.interp)
+        old = image.shape[:2]
+        return ResizeTransform(*old, *self.get_output_shape(*old, length, self.max_size), self.interp)
+
+    def _draw_length(self) -> int:
+        if self.sample_style != "range":
+            return np.random.choice(self.short_edge_length)
+        low, high = self.short_edge_length
+        return np.random.randint(low, high + 1)
 
     @staticmethod
     def get_output_shape(oldh: int, oldw: int, short_edge_length: int, max_size: int) -> tuple[int, int]:

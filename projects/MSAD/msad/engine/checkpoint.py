@@ -55,7 +55,9 @@ class CheckedCheckpointer(DetectionCheckpointer):
         # BatchNorm's counters are never reported as missing.
         total = sum(not name.endswith("num_batches_tracked") for name in self.model.state_dict())
         incompatible = super()._load_model(checkpoint)
-        self.unfit = (*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes))
+        # Tensors of another shape are in both lists.
+        differing = [name for name, *_ in incompatible.incorrect_shapes]
+        self.unfit = tuple(dict.fromkeys([*incompatible.missing_keys, *differing]))
         if total and len(self.unfit) >= total:
             raise ValueError(
                 f"no tensor of the checkpoint fits {type(self.model).__name__}: the model wants e.g. "

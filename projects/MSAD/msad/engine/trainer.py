@@ -64,6 +64,10 @@ def compile_backbone(detector: nn.Module) -> None:
     The method is compiled and not the module: the hooks by which distillation reads the pyramid stay outside the
     compiled code, and parameter names do not change.
     """
+    # All backbones share the code of one method, which is specialised by network, resolution, mode and kind of size:
+    # more often than the 8 times after which torch silently stops compiling.
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, 64)
     detector.backbone.forward = torch.compile(detector.backbone.forward)
 
 
@@ -137,19 +141,27 @@ class DistillTrainer(DefaultTrainer):
         if cfg.SOLVER.COMPILE:
             compile_backbone(teacher.detector)
         resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
+        factor = partial(
+            distillation_factor,
+            max_iter=cfg.SOLVER.MAX_ITER,
+            warmup_iters=cfg.DISTILL.WARMUP_ITERS,
+            decay_from=cfg.DISTILL.DECAY_FROM,
+            decay_to=cfg.DISTILL.DECAY_TO,
+        )
+        factor(0)  # wrong values are an error here and not in the first step
+        levels = student_shapes(model, resolution), teacher.shapes()
+        if levels[0].keys() != levels[1].keys():
+            logger.warning(
+                "Student (%s) and teacher (%s) differ in their levels (H frame): is DISTILL.STUDENT_RESOLUTION %s right?",
+                *map(", ".join, levels), resolution.name,
+            )  # fmt: skip
         return Distiller(
             model,
             teacher,
-            build_losses(cfg.DISTILL.LOSSES, student_shapes(model, resolution), teacher.shapes()).to(cfg.MODEL.DEVICE),
+            build_losses(cfg.DISTILL.LOSSES, *levels).to(cfg.MODEL.DEVICE),
             resolution,
             w_det=cfg.DISTILL.W_DET,
-            factor=partial(
-                distillation_factor,
-                max_iter=cfg.SOLVER.MAX_ITER,
-                warmup_iters=cfg.DISTILL.WARMUP_ITERS,
-                decay_from=cfg.DISTILL.DECAY_FROM,
-                decay_to=cfg.DISTILL.DECAY_TO,
-            ),
+            factor=factor,
             downsample_mode=cfg.MSAD.DOWNSAMPLE,
         )
 
@@ -160,15 +172,12 @@ class DistillTrainer(DefaultTrainer):
             return super().build_optimizer(cfg, model)
         if cfg.SOLVER.OPTIMIZER != "AdamW":
             raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', not {cfg.SOLVER.OPTIMIZER!r}")
-        parameters = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
+        solver = cfg.SOLVER
+        groups = {"base_lr": solver.BASE_LR, "bias_lr_factor": solver.BIAS_LR_FACTOR}
+        decay = {"weight_decay_norm": solver.WEIGHT_DECAY_NORM, "weight_decay_bias": solver.WEIGHT_DECAY_BIAS}
+        parameters = get_default_optimizer_params(model, **groups, **decay)
         optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        return optimizer(parameters, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

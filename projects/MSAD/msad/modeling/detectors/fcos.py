@@ -10,7 +10,7 @@ from torch import nn
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
-    """FCOS (Tian et al., ICCV 2019) of detectron2 with the keys of MODEL.FCOS; adds no parameter and no code.
+    """FCOS (Tian et al., ICCV 2019) of detectron2 with the keys of MODEL.FCOS; adds no parameter.
 
     Regression ranges and centre radii follow from the strides of IN_FEATURES, so levels moved down by one (a student
     in the L frame) get halved ranges by themselves.
@@ -53,3 +53,8 @@ class FCOS(fcos.FCOS):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    def forward_training(self, images, features, predictions, gt_instances):
+        """detectron2's losses in float32: its GIoU does not take the half-precision boxes of mixed precision."""
+        predictions = [[x.float() for x in levels] for levels in predictions]
+        return super().forward_training(images, features, predictions, gt_instances)

@@ -1,0 +1,177 @@
+"""Loading of yaml files: defaults, overrides, and errors that name key and file."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+
+from msad import add_msad_config, config, load_config
+
+ROOT = Path(__file__).parents[2]
+YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def keys(cfg, prefix=""):
+    found = {}
+    for key, value in cfg.items():
+        found.update(keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value})
+    return found
+
+
+def test_adds_keys_and_changes_none_of_detectron2():
+    before, after = keys(get_cfg()), keys(load_config(""))
+    assert {key: after[key] for key in before} == before
+    assert {key.split(".")[0] for key in set(after) - set(before)} == {"DATASETS", "MODEL", "MSAD", "DISTILL", "SOLVER"}
+
+
+def test_defaults_are_fresh_every_time():
+    load_config("").DISTILL.LOSSES.append("changed")
+    assert load_config("").DISTILL.LOSSES == []
+    cfg = get_cfg()
+    assert add_msad_config(cfg) is cfg and cfg.MSAD.RESOLUTIONS == ["H", "L"]
+
+
+def test_defaults_of_the_methods():
+    cfg = load_config("")
+    assert (cfg.MSAD.EVAL_BRANCH, cfg.MSAD.DOWNSAMPLE, cfg.MSAD.FUSION.REDUCTION) == ("fused", "antialias", 16)
+    assert (cfg.DISTILL.TEACHERS, cfg.DISTILL.STUDENT_RESOLUTION) == ([], "L")
+    assert (cfg.DISTILL.INIT_STUDENT, cfg.DISTILL.TEACHER_BN) == ("full", "eval")
+
+
+def test_yaml_then_overrides(tmp_path):
+    write(tmp_path, "base.yaml", "MSAD: {W_FUSE: 0.1, EVAL_BRANCH: H}\nSOLVER: {MAX_ITER: 7}\n")
+    path = write(tmp_path, "leaf.yaml", "_BASE_: base.yaml\nMSAD: {W_FUSE: 0.2}\n")
+    cfg = load_config(path, ["SOLVER.MAX_ITER", "9", "MSAD.RESOLUTIONS", "['H', 'L', 'EL']"])
+    assert (cfg.MSAD.W_FUSE, cfg.MSAD.EVAL_BRANCH, cfg.SOLVER.MAX_ITER) == (0.2, "H", 9)
+    assert cfg.MSAD.RESOLUTIONS == ["H", "L", "EL"]
+    assert load_config(Path(path)).MSAD.W_FUSE == 0.2, "a pathlib path"
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_config_of_the_repository_loads(path):
+    cfg = load_config(str(path))
+    for teacher in cfg.DISTILL.TEACHERS:
+        assert Path(teacher["CONFIG"]).is_file()
+        assert load_config(teacher["CONFIG"]).MODEL.META_ARCHITECTURE
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "hint"),
+    [
+        ("DISTILL: {W_DETT: 0.5}", "DISTILL.W_DETT", "DISTILL.W_DET"),
+        ("MSAD: {FUSION: {MASK_PADING: True}}", "MSAD.FUSION.MASK_PADING", "MSAD.FUSION.MASK_PADDING"),
+        ("MODEL: {FCOS: {CONV_DIM: [8]}}", "MODEL.FCOS.CONV_DIM", "MODEL.FCOS.CONV_DIMS"),
+        ("SOLVER: {MAX_ITERS: 5}", "SOLVER.MAX_ITERS", "SOLVER.MAX_ITER"),
+    ],
+)
+def test_unknown_key_names_file_and_nearest_key(tmp_path, text, wrong, hint):
+    path = write(tmp_path, "wrong.yaml", text)
+    message = f"{path}: unknown config key {wrong}; did you mean {hint}?"
+    with pytest.raises(KeyError, match=re.escape(message)):
+        load_config(path)
+
+
+def test_unknown_key_without_anything_near(tmp_path):
+    path = write(tmp_path, "wrong.yaml", "ZZZZZZ: 1")
+    with pytest.raises(KeyError, match="unknown config key ZZZZZZ") as caught:
+        load_config(path)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_unknown_override_names_the_nearest_key():
+    with pytest.raises(KeyError, match=r"command line: unknown config key MSAD\.W_FUZE; did you mean MSAD\.W_FUSE\?"):
+        load_config("", ["MSAD.W_FUZE", "1.0"])
+
+
+def test_overrides_come_in_pairs():
+    with pytest.raises(ValueError, match=r"KEY VALUE pairs, got \['MSAD\.W_FUSE'\]"):
+        load_config("", ["MSAD.W_FUSE"])
+
+
+def test_wrong_type_is_not_called_an_unknown_key(tmp_path):
+    with pytest.raises(ValueError, match=r"MSAD\.W_FUSE"):
+        load_config("", ["MSAD.W_FUSE", "[1]"])
+    with pytest.raises(ValueError, match="W_FUSE"):
+        load_config(write(tmp_path, "wrong.yaml", "MSAD: {W_FUSE: [1]}"))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config file .*nowhere\.yaml"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+
+
+# --- the teacher's yaml -----------------------------------------------------------------------------------------------
+
+STUDENT = "DISTILL: {TEACHERS: [{CONFIG: %s, WEIGHTS: w.pth}]}"
+
+
+def teacher_of(path):
+    return load_config(path).DISTILL.TEACHERS[0]["CONFIG"]
+
+
+def test_teacher_is_found_beside_the_students_yaml(tmp_path, monkeypatch):
+    student = write(tmp_path, "a/student.yaml", STUDENT % "teacher.yaml")
+    beside = write(tmp_path, "a/teacher.yaml", "")
+    assert teacher_of(student) == beside
+    monkeypatch.chdir(tmp_path)
+    assert Path(teacher_of("a/student.yaml")) == Path("a/teacher.yaml")
+    write(tmp_path, "teacher.yaml", "")  # of another experiment, in the working directory
+    assert Path(teacher_of("a/student.yaml")) == Path("a/teacher.yaml")
+
+
+def test_teacher_relative_to_the_working_directory(tmp_path, monkeypatch):
+    student = write(tmp_path, "a/student.yaml", STUDENT % "b/teacher.yaml")
+    write(tmp_path, "b/teacher.yaml", "")
+    monkeypatch.chdir(tmp_path)
+    assert teacher_of(student) == "b/teacher.yaml"
+
+
+def test_teacher_by_absolute_path(tmp_path):
+    teacher = write(tmp_path, "b/teacher.yaml", "")
+    assert teacher_of(write(tmp_path, "a/student.yaml", STUDENT % teacher)) == teacher
+
+
+def test_a_missing_teacher_is_left_for_the_trainer_to_name(tmp_path):
+    assert teacher_of(write(tmp_path, "student.yaml", STUDENT % "nowhere.yaml")) == "nowhere.yaml"
+
+
+def test_a_saved_config_finds_the_same_teacher(tmp_path, monkeypatch):
+    """detectron2 writes the run's config to OUTPUT_DIR."""
+    write(tmp_path, "a/teacher.yaml", "")
+    student = write(tmp_path, "a/student.yaml", STUDENT % "teacher.yaml")
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("a/student.yaml")
+    saved = write(tmp_path, "output/config.yaml", cfg.dump())
+    assert Path(teacher_of(saved)) == Path("a/teacher.yaml") and Path(teacher_of(student)).is_file()
+
+
+# --- documentation ----------------------------------------------------------------------------------------------------
+
+
+def test_every_key_has_a_comment_and_a_reader():
+    source = Path(config.__file__)
+    lines = source.read_text().splitlines()
+    package = "".join(path.read_text() for path in source.parent.rglob("*.py") if path != source)
+    keys_found = 0
+    for above, line in itertools.pairwise(lines):
+        match = re.match(r"    cfg\.([A-Z0-9_.]+) = (?!CN\(\))", line)
+        if match:
+            keys_found += 1
+            key = match[1]
+            assert above.strip().startswith("# ") and "# ---" not in above, f"{key} has no comment"
+            assert re.search(rf"\.{key.split('.')[-1]}\b", package), f"nothing reads {key}"
+    assert keys_found == len(set(keys(load_config(""))) - set(keys(get_cfg())))

@@ -1,0 +1,102 @@
+"""A student that starts from its teacher."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from msad.distill.init import init_student
+from msad.resolution import view
+
+
+@pytest.fixture
+def teacher(tiny_model):
+    return tiny_model(resolutions=["H", "L"])
+
+
+def values(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("levels", "branch", "shift"), [(range(2, 7), "L", 1), (range(3, 8), "H", 0)])
+def test_full_copy_is_the_teachers_branch(tiny_model, teacher, make_batch, same_detections, levels, branch, shift):
+    """A student made from the whole teacher detects what the teacher detects on that resolution, untrained."""
+    student = tiny_model(levels=levels, seed=1)
+    counts = init_student(student, teacher.detector, "full")
+    assert counts == {"copied": len(student.state_dict()), "shape": 0, "absent": 0}
+    source = teacher.detector.state_dict()
+    assert all(torch.equal(value, source[name]) for name, value in student.state_dict().items())
+    batch = make_batch([(64, 128), (125, 60)])
+    batch = [dict(item, height=200, width=300) for item in batch]
+    teacher.set_eval_branch(branch)
+    with torch.no_grad():
+        found, expected = student.eval()(view(batch, shift, "cpu")), teacher.eval()(batch)
+    # Both are clipped to their input, which for an odd side ends half an H pixel apart.
+    same_detections(found[:1], expected[:1], tolerance=1e-3)
+    assert len(found[1]["instances"]) == len(expected[1]["instances"])
+
+
+def test_student_becomes_no_alias_of_the_teacher(tiny_model, teacher):
+    student = tiny_model(levels=range(2, 7), seed=1)
+    init_student(student, teacher.detector, "full")
+    before = values(teacher)
+    with torch.no_grad():
+        for tensor in (*student.parameters(), *student.buffers()):
+            tensor.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_neck_and_head_leaves_the_bottom_up_alone(tiny_model, teacher):
+    student = tiny_model(levels=range(2, 7), seed=1, MODEL__RESNETS__BLOCKS=[2, 1, 1, 1])
+    before, source = values(student), teacher.detector.state_dict()
+    counts = init_student(student, teacher.detector, "neck_and_head")
+    copied = 0
+    for name, value in student.state_dict().items():
+        if "bottom_up" in name:
+            assert torch.equal(value, before[name]), name
+        else:
+            assert torch.equal(value, source[name]), name
+            copied += 1
+    assert any(name.startswith("backbone.top_block.p6") for name in before)
+    assert counts == {"copied": copied, "shape": 0, "absent": 0}
+    student = tiny_model(levels=range(2, 7), seed=1)
+    init_student(student, teacher.detector, "full")
+    name = "backbone.bottom_up.res3.0.conv1.weight"
+    assert torch.equal(student.state_dict()[name], source[name])
+
+
+def test_none_leaves_everything(tiny_model, teacher):
+    student = tiny_model(levels=range(2, 7), seed=1)
+    before = values(student)
+    assert init_student(student, teacher.detector, "none") == {"copied": 0, "shape": 0, "absent": 0}
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_what_does_not_fit_is_counted_and_named(tiny_model, teacher, caplog):
+    """A light head keeps its own initialisation where it differs."""
+    student = tiny_model(levels=range(2, 7), seed=1, MODEL__FCOS__CONV_DIMS=[4], MODEL__RESNETS__BLOCKS=[1, 2, 1, 1])
+    before, source = values(student), teacher.detector.state_dict()
+    with caplog.at_level(logging.INFO, logger="msad.distill.init"):
+        counts = init_student(student, teacher.detector, "full")
+    absent = {name for name in before if name not in source}
+    shape = {name for name in before if name in source and source[name].shape != before[name].shape}
+    assert absent and all("res3.1" in name for name in absent)
+    assert "head.cls_score.weight" in shape and all(name.startswith("head.") for name in shape)
+    assert counts == {"copied": len(before) - len(absent | shape), "shape": len(shape), "absent": len(absent)}
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name] if name in absent | shape else source[name]), name
+    assert f"{counts['copied']} tensors copied" in caplog.text
+    assert "head.cls_subnet.0.weight (4, 8, 3, 3)" in caplog.text
+
+
+def test_nothing_fits_is_an_error(teacher):
+    with pytest.raises(ValueError, match=r"INIT_STUDENT 'full': no tensor.*0 differ in shape, 2 are absent"):
+        init_student(nn.Linear(2, 2), teacher.detector, "full")
+
+
+def test_unknown_mode_names_the_key(tiny_model, teacher):
+    with pytest.raises(ValueError, match=r"DISTILL\.INIT_STUDENT.*'head'"):
+        init_student(tiny_model(), teacher.detector, "head")

@@ -1,0 +1,231 @@
+"""AlignedL1 against NumPy, and how entries of DISTILL.LOSSES become losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
+from msad.distill.losses.aligned import AlignedL1, standardise
+
+H, W = 64, 96
+SIZES = [(64, 96), (40, 50)]
+BATCH = DistillBatch(image_sizes=SIZES, gt=[])
+
+
+def maps(levels=(3, 4, 5), n=2, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {f"p{i}": (n, 4, -(-H // 2**i), -(-W // 2**i)) for i in levels}
+    return {name: torch.randn(size, generator=generator, dtype=dtype) for name, size in sizes.items()}
+
+
+def shapes(levels=range(3, 8), channels=4, base=1):
+    return {f"p{i}": ShapeSpec(channels=channels, stride=base * 2**i) for i in levels}
+
+
+def numpy_l1(student, teacher, normalize=False, sizes=None):
+    total = 0.0
+    for name in student:
+        s, t = student[name].double().numpy(), teacher[name].double().numpy()
+        if normalize:
+            s, t = (x - x.mean((0, 2, 3), keepdims=True) for x in (s, t))
+            s, t = (x / np.sqrt((x**2).mean((0, 2, 3), keepdims=True) + 1e-6) for x in (s, t))
+        difference = np.abs(s - t)
+        if sizes is None:
+            total += difference.mean()
+        else:
+            stride = 2 ** int(name[1:])
+            crops = [d[:, : -(-h // stride), : -(-w // stride)] for d, (h, w) in zip(difference, sizes)]
+            total += np.mean([crop.mean() for crop in crops])
+    return total
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_aligned_l1_equals_numpy(normalize, mask_padding):
+    student, teacher = maps(seed=1), maps(seed=2)
+    loss = AlignedL1(levels=list(student), normalize=normalize, mask_padding=mask_padding)
+    (value,) = loss(student, teacher, BATCH).values()
+    assert value.shape == ()
+    expected = numpy_l1(student, teacher, normalize, SIZES if mask_padding else None)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_hand_value():
+    """Levels are summed, elements averaged: |1| + mean(|0|, |2|)."""
+    student = {"p3": torch.zeros(1, 1, 2, 2), "p4": torch.zeros(1, 1, 1, 2)}
+    teacher = {"p3": torch.ones(1, 1, 2, 2), "p4": torch.tensor([[[[0.0, 2.0]]]])}
+    assert AlignedL1(["p3", "p4"])(student, teacher, BATCH)["l1"].item() == 2.0
+
+
+def test_released_value():
+    """0.6 sum_l mean |S - T| is alpha T^2 mean |S / T - T / T| with alpha 0.2 and T 3."""
+    student, teacher = maps(seed=1), maps(seed=2)
+    released = sum((0.2 * 9 * (student[k] / 3 - teacher[k] / 3).abs().mean()).item() for k in student)
+    (loss,) = build_losses([{"NAME": "AlignedL1", "WEIGHT": 0.6}], shapes((3, 4, 5)), shapes((3, 4, 5)))
+    assert loss(student, teacher, BATCH)["loss_distill/AlignedL1"].item() == pytest.approx(released, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_identical_features_cost_nothing(normalize, mask_padding):
+    student = maps()
+    loss = AlignedL1(list(student), normalize=normalize, mask_padding=mask_padding)
+    assert loss(student, {k: v.clone() for k, v in student.items()}, BATCH)["l1"].item() == 0.0
+
+
+def test_normalised_loss_ignores_scale_and_offset():
+    student, teacher = maps(seed=1), maps(seed=2)
+    scaled = {k: 100 * v + 7 for k, v in teacher.items()}
+    plain, normal = AlignedL1(list(student)), AlignedL1(list(student), normalize=True)
+    torch.testing.assert_close(normal(student, scaled, BATCH), normal(student, teacher, BATCH), rtol=1e-4, atol=0)
+    assert plain(student, scaled, BATCH)["l1"] > 20 * plain(student, teacher, BATCH)["l1"]
+
+
+def test_standardised_maps():
+    x = 3 * torch.randn(2, 4, 5, 6) + torch.arange(4.0).view(4, 1, 1)
+    z = standardise(x)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(z.var((0, 2, 3), correction=0), torch.ones(4), rtol=1e-4, atol=0)
+    assert torch.isfinite(standardise(torch.full((1, 2, 3, 3), 5.0))).all(), "a constant channel"
+    assert standardise(x.half()).dtype == torch.float32 and standardise(x.double()).dtype == torch.float64
+
+
+def test_padding_counts_only_if_not_masked():
+    student, teacher = maps(seed=1), maps(seed=2)
+    spoilt = {k: v.clone() for k, v in student.items()}
+    for name, value in spoilt.items():
+        stride = 2 ** int(name[1:])
+        value[1, :, -(-40 // stride) :] = 50.0
+        value[1, :, :, -(-50 // stride) :] = 50.0
+    masked, plain = (AlignedL1(list(student), mask_padding=m) for m in (True, False))
+    torch.testing.assert_close(masked(spoilt, teacher, BATCH), masked(student, teacher, BATCH))
+    assert plain(spoilt, teacher, BATCH)["l1"] > 2 * plain(student, teacher, BATCH)["l1"]
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"mask_padding": True}])
+def test_batch_of_copies_costs_what_one_image_does(options):
+    one_s, one_t = maps(n=1, seed=1), maps(n=1, seed=2)
+    two_s, two_t = ({k: torch.cat([v, v]) for k, v in x.items()} for x in (one_s, one_t))
+    loss = AlignedL1(list(one_s), **options)
+    one = loss(one_s, one_t, DistillBatch([SIZES[1]], []))["l1"]
+    two = loss(two_s, two_t, DistillBatch([SIZES[1]] * 2, []))["l1"]
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"mask_padding": True}])
+def test_gradient(options):
+    student, teacher = maps((4, 5), dtype=torch.float64, seed=1), maps((4, 5), dtype=torch.float64, seed=2)
+    names = list(student)
+    loss = AlignedL1(names, **options)
+
+    def value(*tensors):
+        return loss(dict(zip(names, tensors)), teacher, BATCH)["l1"]
+
+    assert torch.autograd.gradcheck(value, [x.requires_grad_() for x in student.values()])
+    value(*student.values()).backward()
+    assert all(v.grad is None for v in teacher.values())
+    if not options:  # d/dS mean |S - T| = sign(S - T) / number of elements
+        expected = (student["p4"] - teacher["p4"]).detach().sign() / student["p4"].numel()
+        torch.testing.assert_close(student["p4"].grad, expected)
+
+
+def test_half_precision_features():
+    student, teacher = maps(seed=1), maps(seed=2)
+    expected = AlignedL1(list(student), mask_padding=True)(student, teacher, BATCH)["l1"]
+    student, teacher = ({k: v.bfloat16() for k, v in x.items()} for x in (student, teacher))
+    found = AlignedL1(list(student), mask_padding=True)(student, teacher, BATCH)["l1"]
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+# --- from DISTILL.LOSSES to losses ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_terms():
+    """A registered loss with two terms and a parameter."""
+
+    class TwoTerms(nn.Module):
+        def __init__(self, levels, gain=1.0):
+            super().__init__()
+            self.levels = levels
+            self.gain = nn.Parameter(torch.tensor(float(gain)))
+
+        def forward(self, student, teacher, batch):
+            assert list(student) == list(teacher) == self.levels
+            return {"a": self.gain * len(student), "b": 0 * self.gain}
+
+    DISTILL_LOSS_REGISTRY.register(TwoTerms)
+    yield TwoTerms
+    DISTILL_LOSS_REGISTRY._obj_map.pop("TwoTerms")
+
+
+def test_entry_becomes_a_weighted_loss():
+    entry = {"NAME": "AlignedL1", "WEIGHT": 0.5, "LEVELS": ["p4", "p5"], "NORMALIZE": True}
+    (loss,) = build_losses([entry], shapes(), shapes())
+    assert (loss.name, loss.weight, loss.levels) == ("AlignedL1", 0.5, ["p4", "p5"])
+    assert isinstance(loss.loss, AlignedL1) and loss.loss.normalize and not loss.loss.mask_padding
+    student, teacher = maps(range(3, 8), seed=1), maps(range(3, 8), seed=2)
+    expected = 0.5 * numpy_l1({k: student[k] for k in ("p4", "p5")}, teacher, normalize=True)
+    assert loss(student, teacher, BATCH)["loss_distill/AlignedL1"].item() == pytest.approx(expected, rel=1e-5)
+    assert entry == {"NAME": "AlignedL1", "WEIGHT": 0.5, "LEVELS": ["p4", "p5"], "NORMALIZE": True}
+
+
+def test_defaults_are_weight_one_and_all_common_levels():
+    (loss,) = build_losses([{"NAME": "AlignedL1"}], shapes(range(3, 8)), shapes(range(4, 9)))
+    assert loss.weight == 1.0 and loss.levels == ["p4", "p5", "p6", "p7"]
+
+
+def test_no_entries_no_losses():
+    assert len(build_losses([], shapes(), shapes())) == 0
+
+
+def test_terms_are_named_and_weighted(two_terms):
+    (loss,) = build_losses([{"NAME": "TwoTerms", "WEIGHT": 2, "GAIN": 3.0, "LEVELS": ["p3", "p4"]}], shapes(), shapes())
+    found = loss(maps(range(3, 8)), maps(range(3, 8)), BATCH)
+    assert {k: v.item() for k, v in found.items()} == {"loss_distill/TwoTerms/a": 12.0, "loss_distill/TwoTerms/b": 0.0}
+    assert [name for name, _ in loss.named_parameters()] == ["loss.gain"]
+
+
+def test_names_stay_apart(two_terms):
+    entries = [{"NAME": n} for n in ("AlignedL1", "TwoTerms", "AlignedL1", "AlignedL1")]
+    losses = build_losses(entries, shapes(), shapes())
+    assert [loss.name for loss in losses] == ["AlignedL1", "TwoTerms", "AlignedL1_2", "AlignedL1_3"]
+    names = [name for loss in losses for name in loss(maps(range(3, 8)), maps(range(3, 8)), BATCH)]
+    assert len(names) == len(set(names)) == 5
+
+
+@pytest.mark.parametrize("name", ["AlignedL2", "alignedl1", None])
+def test_unknown_loss_names_the_nearest(name):
+    message = rf"DISTILL\.LOSSES: unknown loss {name!r}; did you mean AlignedL1\?" if name else "unknown loss None"
+    with pytest.raises(ValueError, match=message):
+        build_losses([{"NAME": name} if name else {"WEIGHT": 1.0}], shapes(), shapes())
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(ValueError, match=r"AlignedL1 has no option NORMALISE; did you mean NORMALIZE\?.*MASK_PADDING"):
+        build_losses([{"NAME": "AlignedL1", "NORMALISE": True}], shapes(), shapes())
+    with pytest.raises(ValueError, match=r"no option WEIGTH; did you mean WEIGHT\?"):
+        build_losses([{"NAME": "AlignedL1", "WEIGTH": 2.0}], shapes(), shapes())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (shapes(), shapes(range(4, 8)), r"level p3 \(H frame\) does not exist in the teacher, which has .*LEVELS"),
+        (shapes(range(4, 8)), shapes(), r"level p3 \(H frame\) does not exist in the student"),
+        (shapes(channels=8), shapes(), r"p3 \(H frame\): student has stride 8 and 8 channels, teacher stride 8 and 4"),
+        (shapes(base=2), shapes(), r"p3 \(H frame\): student has stride 16 and 4 channels, teacher stride 8 and 4"),
+    ],
+)
+def test_wrong_levels_are_named(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        build_losses([{"NAME": "AlignedL1", "LEVELS": ["p3", "p5"]}], student, teacher)
+
+
+def test_nothing_in_common():
+    with pytest.raises(ValueError, match=r"student levels \['p3'\] and teacher levels \['p7'\] have none in common"):
+        build_losses([{"NAME": "AlignedL1"}], shapes([3]), shapes([7]))

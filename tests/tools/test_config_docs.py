@@ -1,0 +1,34 @@
+"""docs/CONFIG.md is what config.py says."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from detectron2.config import get_cfg
+
+from msad.config import _valid_keys, add_msad_config
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "config_docs.py"
+
+
+def test_page_is_up_to_date():
+    done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_key_has_a_row_and_a_meaning():
+    spec = importlib.util.spec_from_file_location("config_docs", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = {
+        cells[1].strip(" `"): cells[3].strip()
+        for cells in (line.split(" | ") for line in module.render(module.SOURCE.read_text()).splitlines())
+        if len(cells) == 3
+        for cells in [["", cells[0].lstrip("| "), cells[1], cells[2].rstrip("| ")]]
+    }
+    plain = get_cfg()
+    ours = {k for k in _valid_keys(add_msad_config(get_cfg())) if k not in _valid_keys(plain)}
+    leaves = {k for k in ours if not any(other.startswith(k + ".") for other in ours)}
+    assert leaves <= set(rows), leaves - set(rows)
+    assert all(rows[key] for key in leaves)
