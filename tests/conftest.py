@@ -99,7 +99,8 @@ MODEL:
   DEVICE: cpu
   BACKBONE: {NAME: build_retinanet_resnet_fpn_backbone, FREEZE_AT: 0}
   RESNETS:
-    {DEPTH: 18, RES2_OUT_CHANNELS: 64, OUT_FEATURES: [res2, res3, res4, res5], NORM: BN}
+    {DEPTH: 50, STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 16, WIDTH_PER_GROUP: 4,
+     OUT_FEATURES: [res2, res3, res4, res5], NORM: BN}
   FPN: {IN_FEATURES: [res2, res3, res4, res5], OUT_CHANNELS: 32}
   ANCHOR_GENERATOR: {SIZES: [[4], [8], [16], [32], [64]]}
   RETINANET: {IN_FEATURES: [p2, p3, p4, p5, p6], NUM_CLASSES: 6, NUM_CONVS: 1, SCORE_THRESH_TEST: 0.001}

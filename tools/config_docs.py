@@ -20,6 +20,21 @@ Generated from `projects/MSAD/msad/config.py` by `tools/config_docs.py`.
 """
 
 
+TAIL = """
+## Entries of DISTILL.LOSSES
+
+Every entry has `NAME` (a registered loss), `WEIGHT` (default 1) and `LEVELS` (H-frame names; default: all that both
+sides have). A name, option or level that does not exist is an error that says which are valid.
+
+| loss | options | formula |
+| --- | --- | --- |
+| `AlignedL1` | `NORMALIZE` (False): standardise maps per channel; `MASK_PADDING` (False): leave out padding | sum over levels of mean abs(S - T); MSAD |
+
+`DISTILL.READING` A or B overwrites `MSAD.W_FUSE`, `DISTILL.W_DET` and every `WEIGHT` by what the reading implies for
+`LAMBDA` and `GAMMA`; projects/MSAD/README.md has the table.
+"""
+
+
 def render(source: str) -> str:
     """The Markdown page for the text of config.py."""
     lines, comment = [HEAD], []
@@ -38,7 +53,7 @@ def render(source: str) -> str:
             comment = []
         elif not assignment:
             comment = []
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + TAIL
 
 
 def main() -> int:

@@ -13,7 +13,6 @@ with the same command. Results: OUTPUT/report.html, report.md, metrics.json, and
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from msad import load_config
 from msad.data.synthetic import make_dataset
+from msad.engine.checkpoint import replacing
 from msad.engine.setup import engine_name, load_model
 from msad.engine.study import ROWS, Study, run
 from msad.evaluation.cost import count_macs, count_parameters, measure_latency
@@ -174,9 +174,8 @@ def finish(study: Study, results: dict, seconds: float) -> dict:
     runs = {name: study.folder(name, study.seeds[0]) / "metrics.json" for name in study.ordered()}
     plot_curves({name: file for name, file in runs.items() if file.is_file()}, study.output / "curves.png")
     draw_panels(study, study.output / "panels.jpg")
-    temporary = study.output / "metrics.json.tmp"
-    temporary.write_text(json.dumps(metrics, indent=1))
-    os.replace(temporary, study.output / "metrics.json")
+    with replacing(str(study.output / "metrics.json"), "w") as file:
+        json.dump(metrics, file, indent=1)
     write_report(metrics, study.output)
     return metrics
 

@@ -187,12 +187,13 @@ def test_no_hook_is_left(make_distiller, make_batch):
 def test_features_carry_no_graph_and_are_ordinary_tensors(make_distiller, make_batch, monkeypatch):
     """no_grad, not inference_mode: losses that square a teacher's tensor fail on inference tensors."""
     distiller = make_distiller()
-    seen = {}
+    seen, recording = {}, []
+    distiller.teacher.detector.backbone.register_forward_pre_hook(lambda *_: recording.append(torch.is_grad_enabled()))
     original = FrozenTeacher.features
     monkeypatch.setattr(FrozenTeacher, "features", lambda self, *args: seen.update(original(self, *args)) or dict(seen))
     with EventStorage(0):
         distiller(make_batch(SIZES))
-    assert len(seen) == 5
+    assert len(seen) == 5 and recording == [False, False]
     for value in seen.values():
         assert not value.requires_grad and value.grad_fn is None and not value.is_inference()
     scale = torch.ones(1, requires_grad=True)

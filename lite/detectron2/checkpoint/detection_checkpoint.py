@@ -1,9 +1,11 @@
 """Checkpoints of detectors, and the file formats of pretrained models."""
 
 import os
+from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qsl
 
+import numpy as np
 import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
@@ -14,15 +16,17 @@ from detectron2.utils.file_io import PathManager, atomic_write
 from .c2_model_loading import align_and_update_state_dicts
 from .safe_files import load_pickle, load_torch
 
-# Buffers that old files lack and that follow from the configuration.
-_NEVER_MISSED = {"pixel_mean", "pixel_std"}
+# Buffers that the configuration sets; published checkpoints may lack them.
+_FROM_CONFIG = ("pixel_mean", "pixel_std")
+# Buffers that older checkpoints have and models now compute.
+_COMPUTED = "anchor_generator.cell_anchors"
 
 
 class DetectionCheckpointer(Checkpointer):
     """Saves checkpoints atomically and loads the formats in which detectors and backbones are published.
 
     * ``.pth``: what :meth:`save` writes, or a bare state dict.
-    * ``.pkl`` with "model" and "__author__": models of detectron2's zoo and converted backbones.
+    * ``.pkl`` with "model": models of detectron2's zoo and converted backbones.
     * ``.pkl`` without: Caffe2's ImageNet models, whose names are translated.
 
     A file with a true "matching_heuristics", a Caffe2 file, or a path that ends in "?matching_heuristics=True"
@@ -85,81 +89,68 @@ class DetectionCheckpointer(Checkpointer):
             FileNotFoundError, AssertionError: there is no such file.
             ValueError: the file is damaged, is no checkpoint, or the path has an unknown query.
         """
-        self._match_endings = False
-        self._source = path
-        query = parse_qs(urlparse(path).query) if path else {}
-        if "matching_heuristics" in query:
-            self._match_endings = query.pop("matching_heuristics") == ["True"]
-            path = path[: path.rindex("?")]
-            if query:
-                raise ValueError(f"{self._source}: only matching_heuristics can be asked for, not {sorted(query)}")
-        return super().load(path, *args, **kwargs)
+        self._source, self._match_endings = _split_query(path or "")
+        return super().load(self._source, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            content = _unpack_pkl(load_pickle(filename), filename)
+            checkpoint = _with_model(load_pickle(filename), bare=_from_caffe2)
         else:
-            content = _unpack_torch(load_torch(filename), filename)
-        _check_tensors(content["model"], filename)
-        if "__author__" in content:
-            self.logger.info("The weights in %s come from %s.", filename, content["__author__"])
-        if self._match_endings:
-            content["matching_heuristics"] = True
-        return content
+            checkpoint = _with_model(load_torch(filename), bare=lambda weights: {"model": weights})
+        _require_tensors(checkpoint["model"], filename)
+        return {**checkpoint, "matching_heuristics": True} if self._match_endings else checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        if checkpoint.get("matching_heuristics", False):
-            self._convert_ndarray_to_tensor(checkpoint["model"])
-            from_caffe2 = checkpoint.get("__author__") == "Caffe2"
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        if checkpoint.get("matching_heuristics"):
             checkpoint["model"] = align_and_update_state_dicts(
-                self.model.state_dict(), checkpoint["model"], c2_conversion=from_caffe2
+                self.model.state_dict(), checkpoint["model"], c2_conversion=checkpoint.get("__author__") == "Caffe2"
             )
         offered = len(checkpoint["model"])
-        incompatible = super()._load_model(checkpoint)
-        loaded = offered - len(incompatible.unexpected_keys) - len(incompatible.incorrect_shapes)
-        self._report(loaded, offered)
-
-        _drop(incompatible.missing_keys, lambda key: key in _NEVER_MISSED)
-        # anchors are no parameters, yet some files have them
-        _drop(incompatible.unexpected_keys, lambda key: "anchor_generator.cell_anchors" in key)
-        return incompatible
+        misfits = super()._load_model(checkpoint)
+        self._report(offered - len(misfits.unexpected_keys) - len(misfits.incorrect_shapes), offered)
+        return misfits._replace(
+            missing_keys=[name for name in misfits.missing_keys if name not in _FROM_CONFIG],
+            unexpected_keys=[name for name in misfits.unexpected_keys if _COMPUTED not in name],
+        )
 
     def _report(self, loaded: int, offered: int) -> None:
-        if loaded == 0:
-            self.logger.error(
-                "NOTHING was loaded: none of the %d tensors of %s fits this model, which keeps the values it had. "
-                "Is it a checkpoint of another architecture?", offered, self._source,
-            )  # fmt: skip
+        if loaded:
+            self.logger.info("Loaded %d of the %d tensors of %s", loaded, offered, self._source)
         else:
-            self.logger.info("Loaded %d of the %d tensors of %s.", loaded, offered, self._source)
-
-
-def _unpack_pkl(content: Any, filename: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{filename} holds a {type(content).__name__} instead of a dict of weights")
-    if "model" in content:
-        return content
-    weights = content.get("blobs", content)
-    weights = {name: value for name, value in weights.items() if not name.endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _unpack_torch(content: Any, filename: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{filename} holds a {type(content).__name__} instead of a dict of weights")
-    return content if "model" in content else {"model": content}
-
-
-def _check_tensors(weights: Any, filename: str) -> None:
-    if not isinstance(weights, dict):
-        raise ValueError(f"{filename}: 'model' is a {type(weights).__name__} instead of a dict of tensors")
-    for name, value in weights.items():
-        if not hasattr(value, "shape"):
-            raise ValueError(
-                f"{filename} is no checkpoint of detectron2: its entry {name!r} is a {type(value).__name__}, "
-                f"not a tensor (expected a key 'model' with a dict of tensors)"
+            self.logger.error(
+                "NOTHING was loaded: none of the %d tensors of %s has a name and shape of this %s",
+                offered,
+                self._source,
+                type(self.model).__name__,
             )
 
 
-def _drop(names: list[str], unwanted) -> None:
-    names[:] = [name for name in names if not unwanted(name)]
+def _split_query(path: str) -> tuple[str, bool]:
+    """The path without its query, and whether that asks for matching by endings."""
+    address, _, query = path.partition("?")
+    asked = dict(parse_qsl(query))
+    by_endings = asked.pop("matching_heuristics", None) == "True"
+    if asked:
+        raise ValueError(f"{path}: the only query known here is matching_heuristics=True")
+    return address, by_endings
+
+
+def _with_model(content: Any, bare: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """A file's content if it has its weights under "model", else what ``bare`` makes of it."""
+    return content if isinstance(content, dict) and "model" in content else bare(content)
+
+
+def _from_caffe2(content: Any) -> dict[str, Any]:
+    blobs = content.get("blobs", content) if isinstance(content, dict) else content
+    if isinstance(blobs, dict):
+        blobs = {name: blob for name, blob in blobs.items() if not str(name).endswith("_momentum")}
+    return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _require_tensors(weights: Any, filename: str) -> None:
+    if not isinstance(weights, dict):
+        raise ValueError(f"{filename} is no checkpoint: there is a {type(weights).__name__} in place of its weights")
+    for name, value in weights.items():
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise ValueError(f"{filename} is no checkpoint: its {name!r} is a {type(value).__name__}, not a tensor")

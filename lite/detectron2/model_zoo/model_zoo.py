@@ -85,10 +85,10 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode:
         config_path: see :func:`get_config_file`.
         trained: let MODEL.WEIGHTS be the trained detector instead of the pretrained backbone.
     """
+    options = ["MODEL.WEIGHTS", get_checkpoint_url(config_path)] if trained else []
     cfg = get_cfg()
     cfg.merge_from_file(get_config_file(config_path))
-    if trained:
-        cfg.MODEL.WEIGHTS = get_checkpoint_url(config_path)
+    cfg.merge_from_list(options)
     return cfg
 
 

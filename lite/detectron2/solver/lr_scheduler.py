@@ -1,18 +1,13 @@
 """Learning rates from fvcore's parameter schedulers, which map training progress in [0, 1] to a value."""
 
-from fvcore.common.param_scheduler import (
-    CompositeParamScheduler,
-    ConstantParamScheduler,
-    LinearParamScheduler,
-    ParamScheduler,
-)
+from fvcore.common.param_scheduler import ParamScheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 __all__ = ["LRMultiplier", "LRScheduler", "WarmupParamScheduler"]
 
 
-class WarmupParamScheduler(CompositeParamScheduler):
+class WarmupParamScheduler(ParamScheduler):
     """A scheduler whose beginning is replaced by a warm-up.
 
     Args:
@@ -23,27 +18,36 @@ class WarmupParamScheduler(CompositeParamScheduler):
             first value.
         rescale_interval: squeeze the whole ``scheduler`` into what remains after the warm-up. Otherwise its
             beginning is cut off.
+
+    Raises:
+        ValueError: unknown ``warmup_method``, or a ``warmup_length`` outside [0, 1].
     """
 
     def __init__(
-        self, scheduler: ParamScheduler, warmup_factor: float, warmup_length: float,
-        warmup_method: str = "linear", rescale_interval: bool = False,
-    ):  # fmt: skip
-        if rescale_interval and warmup_length >= 1:
-            raise ValueError("a warm-up as long as the training leaves nothing to squeeze the schedule into")
-        first = warmup_factor * scheduler(0.0)
-        handover = scheduler(0.0 if rescale_interval else warmup_length)
-        rises = {"linear": LinearParamScheduler(first, handover), "constant": ConstantParamScheduler(first)}
-        if warmup_method not in rises:
-            raise ValueError(f"warm-up method {warmup_method!r}, expected 'linear' or 'constant'")
-        super().__init__(
-            [rises[warmup_method], scheduler],
-            lengths=[warmup_length, 1 - warmup_length],
-            interval_scaling=["rescaled", "rescaled" if rescale_interval else "fixed"],
-        )
+        self,
+        scheduler: ParamScheduler,
+        warmup_factor: float,
+        warmup_length: float,
+        warmup_method: str = "linear",
+        rescale_interval: bool = False,
+    ):
+        if warmup_method not in ("linear", "constant"):
+            raise ValueError(f"a warm-up is linear or constant, not {warmup_method!r}")
+        if not 0 <= warmup_length <= 1:
+            raise ValueError(f"a warm-up takes between 0 and 1 of the training, not {warmup_length}")
+        self._main, self._length, self._squeeze = scheduler, warmup_length, rescale_interval
+        self._first = warmup_factor * scheduler(0.0)
+        self._rise = 0.0
+        if warmup_method == "linear":
+            self._rise = scheduler(0.0 if rescale_interval else warmup_length) - self._first
+
+    def __call__(self, where: float) -> float:
+        if where < self._length or self._length == 1:
+            return self._first + self._rise * where / self._length
+        return self._main((where - self._length) / (1 - self._length) if self._squeeze else where)
 
 
-class LRMultiplier(LRScheduler):
+class LRMultiplier(LambdaLR):
     """Multiplies the initial learning rate of each parameter group by a schedule.
 
     Args:
@@ -51,19 +55,20 @@ class LRMultiplier(LRScheduler):
         multiplier: the schedule; its values are factors.
         max_iter: iterations of the whole training, one ``step()`` each.
         last_iter: iterations already done, minus one; -1 begins.
+
+    Raises:
+        ValueError: ``multiplier`` is no ``ParamScheduler``.
     """
 
     def __init__(self, optimizer: Optimizer, multiplier: ParamScheduler, max_iter: int, last_iter: int = -1):
         if not isinstance(multiplier, ParamScheduler):
-            raise ValueError(f"multiplier must be a fvcore ParamScheduler, got {multiplier!r}")
-        self._multiplier = multiplier
-        self._max_iter = max_iter
-        super().__init__(optimizer, last_epoch=last_iter)
+            raise ValueError(f"the schedule of an LRMultiplier is a ParamScheduler of fvcore, not {multiplier!r}")
+        super().__init__(optimizer, lambda iteration: multiplier(iteration / max_iter), last_epoch=last_iter)
 
     def state_dict(self) -> dict:
         """The position and the initial rates; the schedule itself comes from the configuration again."""
-        return {name: getattr(self, name) for name in ("base_lrs", "last_epoch")}
+        return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
 
-    def get_lr(self) -> list[float]:
-        factor = self._multiplier(self.last_epoch / self._max_iter)
-        return [rate * factor for rate in self.base_lrs]
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue from a :meth:`state_dict`."""
+        LRScheduler.load_state_dict(self, state_dict)  # LambdaLR's wants the state of its functions too

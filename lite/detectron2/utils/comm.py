@@ -3,28 +3,39 @@
 Ranks are those of ``torch.distributed``. "Local" means: on the same machine.
 """
 
-import functools
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-_local_group: dist.ProcessGroup | None = None
+# Purpose: (the job's default group at the time, the group made for the purpose). A process can take part in one
+# job after another, and a group of a former job is of no use in the next.
+_groups: dict[str, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
-def _distributed() -> bool:
+def _remember(purpose: str, group: dist.ProcessGroup) -> dist.ProcessGroup:
+    _groups[purpose] = (dist.group.WORLD, group)
+    return group
+
+
+def _recall(purpose: str) -> dist.ProcessGroup | None:
+    job, group = _groups.get(purpose, (None, None))
+    return group if job is dist.group.WORLD else None
+
+
+def _in_job() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def get_world_size() -> int:
     """The number of processes of the job."""
-    return dist.get_world_size() if _distributed() else 1
+    return dist.get_world_size() if _in_job() else 1
 
 
 def get_rank() -> int:
     """The rank of this process in the job."""
-    return dist.get_rank() if _distributed() else 0
+    return dist.get_rank() if _in_job() else 0
 
 
 def is_main_process() -> bool:
@@ -32,7 +43,6 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-@functools.cache
 def create_local_process_group(num_workers_per_machine: int) -> None:
     """Make the process group of each machine; every process of the job calls it once.
 
@@ -43,16 +53,10 @@ def create_local_process_group(num_workers_per_machine: int) -> None:
     Raises:
         ValueError: the world size is not a multiple of ``num_workers_per_machine``.
     """
-    global _local_group
-    world = dist.get_world_size()
-    if world % num_workers_per_machine:
-        raise ValueError(f"{world} processes do not divide into machines of {num_workers_per_machine}")
-    for first in range(0, world, num_workers_per_machine):
-        # new_group is collective: processes outside a group have to call it as well
-        ranks = range(first, first + num_workers_per_machine)
-        group = dist.new_group(list(ranks))
-        if dist.get_rank() in ranks:
-            _local_group = group
+    if get_world_size() % num_workers_per_machine:
+        raise ValueError(f"{get_world_size()} processes cannot be {num_workers_per_machine} on each machine")
+    mine, _ = dist.new_subgroups(group_size=num_workers_per_machine)
+    _remember("machine", mine)
 
 
 def get_local_process_group() -> dist.ProcessGroup:
@@ -61,44 +65,36 @@ def get_local_process_group() -> dist.ProcessGroup:
     Raises:
         AssertionError: nobody has called :func:`create_local_process_group`.
     """
-    assert _local_group is not None, (
-        "the local process group is missing: start the job with detectron2.engine.launch, or call "
-        "comm.create_local_process_group after torch.distributed.init_process_group"
-    )
-    return _local_group
+    group = _recall("machine") if _in_job() else None
+    if group is None:
+        raise AssertionError("which processes share a machine is unknown: call create_local_process_group first")
+    return group
 
 
 def get_local_rank() -> int:
     """The rank of this process on its machine."""
-    return dist.get_rank(group=get_local_process_group()) if _distributed() else 0
+    return dist.get_rank(get_local_process_group()) if _in_job() else 0
 
 
 def get_local_size() -> int:
     """The number of processes on this machine."""
-    return dist.get_world_size(group=get_local_process_group()) if _distributed() else 1
+    return dist.get_world_size(get_local_process_group()) if _in_job() else 1
 
 
 def synchronize() -> None:
     """Wait until all processes have come here."""
     if get_world_size() > 1:
-        # without device_ids NCCL guesses the device and may use the wrong one
-        on_gpu = dist.get_backend() == dist.Backend.NCCL
-        dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
+        # NCCL would otherwise guess the GPU from the rank.
+        gpus = [torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
+        dist.barrier(device_ids=gpus)
 
 
-@functools.cache
 def _object_group() -> dist.ProcessGroup:
-    """A group that can send Python objects from host memory."""
-    if dist.get_backend() == dist.Backend.NCCL:
-        return dist.new_group(backend="gloo")
-    return dist.group.WORLD
-
-
-def _group_size(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int]:
-    if get_world_size() == 1:
-        return None, 1
-    group = group if group is not None else _object_group()
-    return group, dist.get_world_size(group)
+    """All processes, over gloo: NCCL would send pickled objects through the memory of the GPUs."""
+    known = _recall("objects")
+    if known is not None:
+        return known
+    return _remember("objects", dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
 
 
 def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -108,25 +104,22 @@ def all_gather(data: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         data: this rank's object.
         group: default: all processes, through gloo.
     """
-    group, size = _group_size(group)
-    if size == 1:
+    if get_world_size() == 1:
         return [data]
-    everyone = [None] * size
-    dist.all_gather_object(everyone, data, group=group)
-    return everyone
+    channel = group or _object_group()
+    everybody = [None] * channel.size()
+    dist.all_gather_object(everybody, data, group=channel)
+    return everybody
 
 
 def gather(data: Any, dst: int = 0, group: dist.ProcessGroup | None = None) -> list[Any]:
     """As :func:`all_gather`, but only rank ``dst`` (of the job) gets the list; the others get an empty one."""
-    group, size = _group_size(group)
-    if size == 1:
+    if get_world_size() == 1:
         return [data]
-    if dist.get_rank() != dst:
-        dist.gather_object(data, None, dst=dst, group=group)
-        return []
-    everyone = [None] * size
-    dist.gather_object(data, everyone, dst=dst, group=group)
-    return everyone
+    channel = group or _object_group()
+    received = [None] * channel.size() if get_rank() == dst else []
+    dist.gather_object(data, received or None, dst=dst, group=channel)
+    return received
 
 
 def shared_random_seed() -> int:
@@ -134,9 +127,13 @@ def shared_random_seed() -> int:
 
     It comes from numpy's global generator of rank 0.
     """
-    return all_gather(np.random.randint(2**31))[0]
+    proposal = [int(np.random.randint(2**31))]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(proposal, src=0, group=_object_group())
+    return proposal[0]
 
 
+@torch.no_grad()
 def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> dict[str, torch.Tensor]:
     """Add up (or average) scalar tensors over all ranks; the result is right on rank 0 only.
 
@@ -144,14 +141,10 @@ def reduce_dict(input_dict: dict[str, torch.Tensor], average: bool = True) -> di
         input_dict: scalar tensors, the same keys on every rank.
         average: divide by the number of ranks.
     """
-    size = get_world_size()
-    if size == 1:
+    world = get_world_size()
+    if world == 1:
         return input_dict
-    with torch.no_grad():
-        # a common order, for ranks may have filled their dicts in different ones
-        names = sorted(input_dict)
-        stacked = torch.stack([input_dict[name] for name in names])
-        dist.reduce(stacked, dst=0)
-        if average and is_main_process():
-            stacked /= size
-        return dict(zip(names, stacked, strict=True))
+    order = sorted(input_dict)  # insertion may have happened in another order elsewhere
+    sums = torch.stack([input_dict[name] for name in order])
+    dist.reduce(sums, dst=0)
+    return dict(zip(order, sums / world if average else sums))

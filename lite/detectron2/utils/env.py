@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import secrets
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ def seed_all_rng(seed: int | None = None) -> None:
     Args:
         seed: None draws a new one, which is logged.
     """
+    chosen = secrets.randbits(31) if seed is None else int(seed)
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(chosen)
+    # Hashes of this process are fixed already; those of the processes it starts follow.
+    os.environ["PYTHONHASHSEED"] = str(chosen)
     if seed is None:
-        seed = int.from_bytes(os.urandom(4), "little")
-        logging.getLogger(__name__).info("Random seed: %d", seed)
-    for seed_one in (random.seed, np.random.seed, torch.manual_seed):
-        seed_one(seed)
-    os.environ["PYTHONHASHSEED"] = str(seed)  # for processes started from here
+        logging.getLogger(__name__).info("No seed was given; this run uses %d.", chosen)

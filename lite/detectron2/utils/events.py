@@ -1,12 +1,9 @@
 """Where a training run reports what it measures, and the writers that print or store that."""
 
-import contextlib
 import datetime
 import json
 import logging
-import os
 import time
-from collections import defaultdict
 
 import torch
 
@@ -29,25 +26,27 @@ class EventWriter:
 
     def write(self) -> None:
         """Write what is new."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no write()")
 
     def close(self) -> None:
         """Flush and close files."""
 
 
-class _News:
-    """Tells a writer which scalars were put since it last asked."""
+class _Unwritten:
+    """Hands out each scalar once: those of later iterations than any it handed out before."""
 
     def __init__(self, window_size: int):
-        self._window = window_size
-        self._known_up_to = -1
+        self._window_size = window_size
+        self._newest = -1
 
-    def take(self, storage: EventStorage) -> list[tuple[str, float, int]]:
-        """(name, smoothed value, iteration) of each scalar of a later iteration than any taken before."""
-        scalars = storage.latest_with_smoothing_hint(self._window).items()
-        news = [(name, value, iteration) for name, (value, iteration) in scalars if iteration > self._known_up_to]
-        self._known_up_to = max((iteration for _, _, iteration in news), default=self._known_up_to)
-        return news
+    def by_iteration(self, storage: EventStorage) -> dict[int, dict[str, float]]:
+        """{iteration: {name: smoothed value}}."""
+        table: dict[int, dict[str, float]] = {}
+        for name, (value, iteration) in storage.latest_with_smoothing_hint(self._window_size).items():
+            if iteration > self._newest:
+                table.setdefault(iteration, {})[name] = float(value)
+        self._newest = max(table, default=self._newest)
+        return table
 
 
 class JSONWriter(EventWriter):
@@ -59,24 +58,16 @@ class JSONWriter(EventWriter):
     """
 
     def __init__(self, json_file: str, window_size: int = 20):
-        self._file = PathManager.open(json_file, "a")
-        self._news = _News(window_size)
+        # Line by line, so that a run which is killed leaves whole lines.
+        self._lines = PathManager.open(json_file, "a", buffering=1)
+        self._unwritten = _Unwritten(window_size)
 
     def write(self) -> None:
-        storage = get_event_storage()
-        rows: dict[int, dict[str, float]] = defaultdict(dict)
-        for name, value, iteration in self._news.take(storage):
-            rows[iteration][name] = float(value)
-        if not rows:
-            return
-        for iteration, row in rows.items():
-            self._file.write(json.dumps({**row, "iteration": iteration}, sort_keys=True) + "\n")
-        self._file.flush()
-        with contextlib.suppress(AttributeError, OSError):  # not a file of the operating system
-            os.fsync(self._file.fileno())
+        for iteration, values in self._unwritten.by_iteration(get_event_storage()).items():
+            print(json.dumps({**values, "iteration": iteration}, sort_keys=True), file=self._lines)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 class TensorboardXWriter(EventWriter):
@@ -89,36 +80,29 @@ class TensorboardXWriter(EventWriter):
     """
 
     def __init__(self, log_dir: str, window_size: int = 20, **kwargs):
-        self._news = _News(window_size)
-        self._arguments = {"log_dir": log_dir, **kwargs}
-        self._summary = None
-
-    @property
-    def _writer(self):
-        if self._summary is None:  # a run that never logs leaves no file and needs no tensorboard
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._summary = SummaryWriter(**self._arguments)
-        return self._summary
+        self._unwritten = _Unwritten(window_size)
+        self._options = {"log_dir": log_dir, **kwargs}
+        self._board = None
 
     def write(self) -> None:
+        if self._board is None:  # a run that writes nothing needs neither tensorboard nor a file
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(**self._options)
         storage = get_event_storage()
-        for name, value, iteration in self._news.take(storage):
-            self._writer.add_scalar(name, value, iteration)
-        for image in storage._vis_data:
-            self._writer.add_image(*image)
+        for iteration, values in self._unwritten.by_iteration(storage).items():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, iteration)
+        for name, image, iteration in storage._vis_data:
+            self._board.add_image(name, image, iteration)
         storage.clear_images()
         for histogram in storage._histograms:
-            self._writer.add_histogram_raw(**histogram)
+            self._board.add_histogram_raw(**histogram)
         storage.clear_histograms()
 
     def close(self) -> None:
-        if self._summary is not None:
-            self._summary.close()
-
-
-def _mean_of_all(storage: EventStorage, name: str) -> float:
-    return storage.history(name).global_avg()
+        if self._board is not None:
+            self._board.close()
 
 
 class CommonMetricPrinter(EventWriter):
@@ -130,53 +114,54 @@ class CommonMetricPrinter(EventWriter):
     """
 
     def __init__(self, max_iter: int | None = None, window_size: int = 20):
-        self._logger = logging.getLogger(__name__)
+        self.logger = logging.getLogger(__name__)
         self._max_iter = max_iter
-        self._window = window_size
-        self._previous: tuple[int, float] | None = None  # iteration and clock at the last write
-
-    def _get_eta(self, storage: EventStorage) -> str | None:
-        if self._max_iter is None:
-            return None
-        left = self._max_iter - storage.iter - 1
-        if "time" in storage.histories():
-            seconds = storage.history("time").median(1000) * left
-            storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
-            return str(datetime.timedelta(seconds=int(seconds)))
-        eta = None
-        now = time.perf_counter()
-        if self._previous is not None:
-            iteration, clock = self._previous
-            per_iteration = (now - clock) / max(storage.iter - iteration, 1)
-            eta = str(datetime.timedelta(seconds=int(per_iteration * left)))
-        self._previous = (storage.iter, now)
-        return eta
+        self._window_size = window_size
+        self._last_call: tuple[int, float] | None = None  # iteration, clock in seconds
 
     def write(self) -> None:
         storage = get_event_storage()
         if storage.iter == self._max_iter:
-            # hooks may write once more after the last iteration, when there is nothing to estimate
-            return
-        self._logger.info(" " + "  ".join(self._fields(storage)))
-
-    def _mean_of_window(self, storage: EventStorage, name: str) -> float:
-        return storage.history(name).avg(storage.count_samples(name, self._window))
-
-    def _fields(self, storage: EventStorage) -> list[str]:
-        fields = []
-        eta = self._get_eta(storage)
-        if eta is not None:
-            fields.append(f"eta: {eta}")
-        fields.append(f"iter: {storage.iter}")
-        for name, history in storage.histories().items():
-            if "loss" in name:
-                fields.append(f"{name}: {history.median(storage.count_samples(name, self._window)):.4g}")
-        for name, mean in (("time", _mean_of_all), ("data_time", self._mean_of_window)):
-            if name in storage.histories():
-                latest = storage.history(name).latest()
-                fields.append(f"{name}: {mean(storage, name):.4f}  last_{name}: {latest:.4f}")
-        lr = f"{storage.history('lr').latest():.5g}" if "lr" in storage.histories() else "N/A"
-        fields.append(f"lr: {lr}")
+            return  # called once more after the training, when nothing is new
+        fields = {"iter": storage.iter, **self._losses(storage), **self._times(storage)}
+        seconds = self._seconds_left(storage)
+        if seconds is not None:
+            fields = {"eta": datetime.timedelta(seconds=int(seconds)), **fields}
+        rate = storage.latest().get("lr")
+        fields["lr"] = "N/A" if rate is None else f"{rate[0]:.5g}"
         if torch.cuda.is_available():
-            fields.append(f"max_mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
-        return fields
+            fields["max_mem"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}M"
+        self.logger.info("  ".join(f"{name}: {value}" for name, value in fields.items()))
+
+    def _losses(self, storage: EventStorage) -> dict[str, str]:
+        return {
+            name: f"{history.median(storage.count_samples(name, self._window_size)):.4g}"
+            for name, history in storage.histories().items()
+            if "loss" in name
+        }
+
+    def _times(self, storage: EventStorage) -> dict[str, str]:
+        """Seconds an iteration takes: the mean of the whole run; for the data, which come in bursts, the window's."""
+        found = {}
+        for name in ("time", "data_time"):
+            history = storage.histories().get(name)
+            if history is not None:
+                samples = storage.count_samples(name, self._window_size)
+                mean = history.global_avg() if name == "time" else history.avg(samples)
+                found.update({name: f"{mean:.4f}", f"last_{name}": f"{history.latest():.4f}"})
+        return found
+
+    def _seconds_left(self, storage: EventStorage) -> float | None:
+        """From the time that iterations take, or, where nobody measures that, that passed since the last call."""
+        if self._max_iter is None:
+            return None
+        to_do = self._max_iter - 1 - storage.iter
+        before, self._last_call = self._last_call, (storage.iter, time.perf_counter())
+        if "time" in storage.histories():
+            seconds = to_do * storage.history("time").median(1000)
+            storage.put_scalar("eta_seconds", seconds, smoothing_hint=False)
+            return seconds
+        if before is None or before[0] >= storage.iter:
+            return None
+        iterations, passed = (now - then for now, then in zip(self._last_call, before))
+        return to_do * passed / iterations

@@ -1,52 +1,47 @@
 """Logging to the terminal and to one file per process, and log calls that repeat rarely."""
 
-import functools
+import copy
 import logging
-import os
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 from tabulate import tabulate
 from termcolor import colored
 
-from .file_io import PathManager
-
 __all__ = ["create_small_table", "log_every_n", "log_every_n_seconds", "log_first_n", "setup_logger"]
 
 _DATE_FORMAT = "%m/%d %H:%M:%S"
+_ALARM_COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "magenta"}
 
 
-class _ColorFormatter(logging.Formatter):
-    """Green origin, loud warnings and errors, and a short name for the root of the package."""
+class _TerminalFormatter(logging.Formatter):
+    """Alarms begin with their level; time and origin are green, and ``alias`` stands for the root of the origin."""
 
-    def __init__(self, root: str, abbreviation: str):
-        origin = colored("[%(asctime)s %(name)s]: ", "green")
-        super().__init__(origin + "%(message)s", datefmt=_DATE_FORMAT)
-        self._root = root
-        self._abbreviation = abbreviation
+    def __init__(self, root: str, alias: str):
+        super().__init__()
+        self._root, self._alias = f"{root}.", alias and f"{alias}."
+        plain = colored("[%(asctime)s %(name)s]", "green") + " %(message)s"
+        self._plain = logging.Formatter(plain, _DATE_FORMAT)
+        self._alarms = {
+            level: logging.Formatter(f"{colored('%(levelname)s', color, attrs=['bold'])} {plain}", _DATE_FORMAT)
+            for level, color in _ALARM_COLORS.items()
+        }
 
-    def _short(self, name: str) -> str:
-        if not name.startswith(self._root + "."):
-            return name
-        below = name[len(self._root) + 1 :]
-        return f"{self._abbreviation}.{below}" if self._abbreviation else below
-
-    def formatMessage(self, record):
-        own_name = record.name
-        record.name = self._short(own_name)
-        try:
-            text = super().formatMessage(record)
-        finally:
-            record.name = own_name  # other handlers see the same record
-        if record.levelno >= logging.ERROR:
-            return colored(record.levelname, "red", attrs=["blink", "underline"]) + " " + text
-        if record.levelno == logging.WARNING:
-            return colored(record.levelname, "red", attrs=["blink"]) + " " + text
-        return text
+    def format(self, record: logging.LogRecord) -> str:
+        shown = copy.copy(record)  # other handlers, such as the file's, get the full name
+        if record.name.startswith(self._root):
+            shown.name = self._alias + record.name[len(self._root) :]
+        return self._alarms.get(record.levelno, self._plain).format(shown)
 
 
-@functools.cache  # a second call with the same arguments must not double the handlers
+class _Terminal(logging.StreamHandler):
+    """Writes to what ``sys.stdout`` is at that time: it can be redirected after the set-up."""
+
+    stream = property(lambda self: sys.stdout, lambda self, stream: None)
+
+
 def setup_logger(
     output: str | None = None,
     distributed_rank: int = 0,
@@ -59,6 +54,8 @@ def setup_logger(
 ) -> logging.Logger:
     """Configure the logger ``name``: everything from DEBUG up, to the terminal (rank 0) and to a file.
 
+    Calling it again changes the settings; no message is written twice to the same place.
+
     Args:
         output: a file that ends in .txt or .log, or a folder that gets ``log.txt``; None writes no file. Ranks
             above 0 append ``.rank<N>`` to the file name.
@@ -69,36 +66,37 @@ def setup_logger(
         enable_propagation: pass messages on to the parent logger as well.
         configure_stdout: whether to log to the terminal.
     """
-    if abbrev_name is None:
-        abbrev_name = {"detectron2": "d2"}.get(name, name)
-    plain = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", datefmt=_DATE_FORMAT)
     logger = logging.getLogger(name)
     logger.propagate = enable_propagation
     logger.setLevel(logging.DEBUG)
+    lines = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", _DATE_FORMAT)
     if configure_stdout and distributed_rank == 0:
-        _add_handler(logger, sys.stdout, _ColorFormatter(name, abbrev_name) if color else plain)
+        alias = {"detectron2": "d2"}.get(name, name) if abbrev_name is None else abbrev_name
+        _route(logger, _Terminal(), _TerminalFormatter(name, alias) if color else lines)
     if output is not None:
-        _add_handler(logger, _open_log(_log_filename(os.fspath(output), distributed_rank)), plain)
+        _route(logger, logging.FileHandler(_log_file(output, distributed_rank)), lines)
     return logger
 
 
-def _add_handler(logger: logging.Logger, stream, formatter: logging.Formatter) -> None:
-    handler = logging.StreamHandler(stream)
+def _route(logger: logging.Logger, handler: logging.Handler, formatter: logging.Formatter) -> None:
+    """Add a handler, in the place of one that writes to the same file or to the terminal."""
+
+    def target(one: logging.Handler):
+        return getattr(one, "baseFilename", type(one))
+
+    for former in [one for one in logger.handlers if target(one) == target(handler)]:
+        logger.removeHandler(former)
+        former.close()
     handler.setFormatter(formatter)
     logger.addHandler(handler)
 
 
-def _log_filename(output: str, rank: int) -> str:
-    filename = output if output.endswith((".txt", ".log")) else os.path.join(output, "log.txt")
-    return f"{filename}.rank{rank}" if rank > 0 else filename
-
-
-@functools.cache  # several loggers may write to one file, through one stream
-def _open_log(filename: str):
-    folder = os.path.dirname(filename)
-    if folder:
-        PathManager.mkdirs(folder)
-    return PathManager.open(filename, "a")
+def _log_file(output: str, rank: int) -> Path:
+    path = Path(output)
+    if path.suffix not in (".txt", ".log"):
+        path /= "log.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.rank{rank}") if rank else path
 
 
 def _caller() -> tuple[str, tuple]:
@@ -156,6 +154,5 @@ def log_every_n_seconds(lvl: int, msg: str, n: float = 1, *, name: str | None = 
 
 def create_small_table(small_dict: dict) -> str:
     """A table with one row: keys as the header, values (floats with three decimals) below."""
-    columns = {name: [value] for name, value in small_dict.items()}
-    layout = {"tablefmt": "pipe", "floatfmt": ".3f", "stralign": "center", "numalign": "center"}
-    return tabulate(columns, headers="keys", **layout)
+    centered = dict.fromkeys(("numalign", "stralign"), "center")
+    return tabulate([small_dict], headers="keys", tablefmt="pipe", floatfmt=".3f", **centered)

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from detectron2.engine import HookBase
 from tqdm import tqdm
 
 from ..config import load_config
+from .checkpoint import replacing
 from .setup import evaluate, evaluate_branches, load_model, prepare
 from .trainer import DistillTrainer
 
@@ -238,9 +238,8 @@ def run_row(study: Study, name: str, seed: int) -> dict:
         **json.loads((folder / "clock.json").read_text()),
         "results": results,
     }
-    temporary = folder / "result.json.tmp"
-    temporary.write_text(json.dumps(result, indent=1))
-    os.replace(temporary, folder / "result.json")
+    with replacing(str(folder / "result.json"), "w") as file:
+        json.dump(result, file, indent=1)
     return result
 
 

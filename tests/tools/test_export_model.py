@@ -1,0 +1,58 @@
+"""tools/export_model.py from the command line."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from msad import load_config
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "export_model.py"
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    """Run the tool: (exit code, last line of stdout, last line of stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        out, err = (text.strip().splitlines() or [""] for text in capsys.readouterr())
+        return stop.value.code, out[-1], err[-1]
+
+    return run
+
+
+def test_exports_and_says_how_to_build_the_model(project, tmp_path, export):
+    file = project / "stock_student.yaml"
+    torch.save({"model": build_model(load_config(file)).state_dict()}, tmp_path / "trained.pth")
+    arguments = ["--config-file", file, "--weights", tmp_path / "trained.pth", "--output", tmp_path / "out"]
+    code, said, _ = export(*arguments)
+    assert (code, said) == (0, f"{tmp_path}/out/config.yaml builds this model in plain detectron2.")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.pth", "config.yaml"}
+
+    code, _, error = export(*arguments, "MODEL.RETINANET.NUM_CLASSES", 7)
+    assert code == 2 and "trained.pth is not a checkpoint of this config: 2 tensors" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", "absent.yaml", "--weights", "w.pth", "--output", "o"], "no config file absent.yaml"),
+        (["--config-file", "{student}", "--weights", "w.pth", "--output", "o"], "no checkpoint w.pth"),
+        (
+            ["--config-file", "{student}", "--weights", "w.pth", "--output", "o", "MODEL.FCOS.NUM_CLASES", "3"],
+            "unknown config key MODEL.FCOS.NUM_CLASES; did you mean MODEL.FCOS.NUM_CLASSES?",
+        ),
+    ],
+)
+def test_errors_are_one_line(project, tmp_path, export, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = export(*(a.format(student=project / "student.yaml") for a in arguments))
+    assert code == 2 and message in error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,32 @@
+#!/usr/bin/env python
+"""Take the student, or any other model, out of its training run.
+
+    tools/export_model.py --config-file configs/.../student.yaml --weights output/.../model_final.pth --output exported
+
+writes exported/model.pth, which holds the model's weights and nothing else, and exported/config.yaml, which has only
+keys that plain detectron2 knows. The last line printed says whether plain detectron2 builds the model from them.
+"""
+
+import argparse
+import sys
+
+from msad import load_config
+from msad.engine.export import export
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the yaml that the model was trained with")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and their values, KEY VALUE ...")
+    args = parser.parse_args()
+    try:
+        print(export(load_config(args.config_file, args.opts), args.weights, args.output))
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        parser.error(str(error.args[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
