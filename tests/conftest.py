@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+
 from msad import load_config
 from msad.data.synthetic import make_dataset, register_entries
 

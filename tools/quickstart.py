@@ -21,6 +21,7 @@ import cv2
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
+
 from msad import load_config
 from msad.data.synthetic import make_dataset
 from msad.engine.checkpoint import replacing

@@ -16,6 +16,7 @@ import sys
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+
 from msad import load_config
 from msad.engine.setup import evaluate, load_model, prepare, train
 

@@ -298,3 +298,15 @@ def test_autocast(make_distiller, tiny_model, make_batch, arch):
     sum(found.values()).backward()
     torch.testing.assert_close({k: v.float() for k, v in found.items()}, expected, rtol=0.1, atol=0.02)
     assert all(torch.isfinite(p.grad).all() for p in distiller.student.parameters())
+
+
+def test_teacher_rests_when_distillation_is_over(make_distiller, make_batch, monkeypatch):
+    distiller = make_distiller(factor=lambda iteration: 0.0)
+    calls = []
+    features = distiller.teacher.features
+    monkeypatch.setattr(distiller.teacher, "features", lambda *args: calls.append(1) or features(*args))
+    for iteration, runs in ((0, 1), (7, 0)):  # at the first iteration mistakes must still surface
+        calls.clear()
+        losses = run(distiller, make_batch(SIZES), iteration)
+        assert len(calls) == runs
+        assert any(name.startswith("loss_distill") for name in losses) == bool(runs)

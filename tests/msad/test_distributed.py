@@ -11,7 +11,6 @@ would differ too, hence FrozenBN here.
 from __future__ import annotations
 
 import functools
-import itertools
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,11 @@ from detectron2.engine import HookBase, create_ddp_model, defaults, launch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from test_resume import TEACHER, left_by_a_killed_run
+
 from msad import load_config
 from msad.data import register_datasets
 from msad.engine import DistillTrainer
-from test_resume import TEACHER, left_by_a_killed_run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
 
@@ -134,7 +134,9 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(project, ranks, nam
         assert largest > 1e-3
         for key, value in joint[part].items():
             assert torch.equal(first[key], second[key])
-            torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6 * largest, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                first[key], value, rtol=1e-5, atol=1e-6 * largest, msg=lambda text, key=key: f"{key}: {text}"
+            )
     moved = {key for key, value in joint["distillation"].items() if value.abs().max() > 0}
     assert moved and all(key.startswith("backbone.") for key in moved)
 
@@ -153,4 +155,4 @@ def test_two_processes_resume_exactly(ranks):
         assert resumed["losses"] == whole["losses"][3:]
     # BatchNorm's running statistics belong to each process and come from the main one's checkpoint.
     whole, resumed = (ranks[0][key]["weights"] for key in ("whole", "resumed"))
-    assert all(itertools.starmap(torch.equal, zip(whole.values(), resumed.values())))
+    assert all(map(torch.equal, whole.values(), resumed.values()))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.engine.train_loop import TrainerBase
+from torch import nn
+
 from msad.engine import hooks
 from msad.engine.hooks import ExactResume, LossBalance, SkippedImages
-from torch import nn
 
 
 class Idle(TrainerBase):

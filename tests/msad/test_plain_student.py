@@ -14,12 +14,13 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
-from msad import load_config
-from msad.engine.export import export, foreign_parts, split_config
-from msad.engine.setup import load_model
 from test_distributed import student_config
 from test_resume import assert_equal_weights, train
+
+from msad import load_config
 from msad.data import register_datasets
+from msad.engine.export import export, foreign_parts, split_config
+from msad.engine.setup import load_model
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "plain_fcos.py"
 
@@ -138,7 +139,7 @@ def test_exported_files(project, teacher_weights, tmp_path):
 
     plain = get_cfg()
     plain.merge_from_file(str(tmp_path / "out" / "config.yaml"))  # an unknown key is an error
-    assert plain.MODEL.WEIGHTS == str(tmp_path / "out" / "model.pth")
+    assert str(tmp_path / "out" / "model.pth") == plain.MODEL.WEIGHTS
     assert plain.MODEL.RESNETS.WIDTH_PER_GROUP == 4 and plain.INPUT.MIN_SIZE_TEST == 32
     text = (tmp_path / "out" / "config.yaml").read_text()
     for own in ("MSAD", "DISTILL", "REGISTER", "OPTIMIZER", "BOTTOM_UP", "LEVELS", "BLOCKS", "COMPILE"):
@@ -166,7 +167,7 @@ def test_teacher_can_be_exported_too(project, teacher_weights, tmp_path):
 
 def test_only_a_complete_checkpoint_is_exported(project, teacher_weights, tmp_path):
     cfg = load_config(project / "teacher.yaml")
-    with pytest.raises(FileNotFoundError, match="no checkpoint absent.pth"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint absent.pth"):
         export(cfg, "absent.pth", tmp_path / "out")
     weights = torch.load(teacher_weights["teacher"], weights_only=True)["model"]
     weights.pop("detector.head.cls_score.bias")

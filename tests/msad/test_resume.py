@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine import HookBase
+
 from msad import load_config
 from msad.data import register_datasets
 from msad.engine import DistillTrainer

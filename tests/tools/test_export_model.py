@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+
 from msad import load_config
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "export_model.py"

@@ -1,5 +1,6 @@
 """Start one process a GPU (or a CPU process, where there is no GPU) and connect them."""
 
+import gc
 import logging
 import socket
 from collections.abc import Callable
@@ -101,4 +102,15 @@ def _run_process(local_rank: int, job: _Job) -> None:
     comm.create_local_process_group(job.processes_here)
     comm.synchronize()
     job.main_func(*job.args)
+    _disconnect()
+
+
+def _disconnect() -> None:
+    """Close all process groups, with which their threads end.
+
+    A gloo thread that still wants to free a Python object while the interpreter shuts down aborts the process.
+    """
     distributed.destroy_process_group()
+    comm.forget_groups()
+    # Models wrapped for DDP keep groups alive, and reference cycles keep models alive.
+    gc.collect()

@@ -24,6 +24,11 @@ def _recall(purpose: str) -> dist.ProcessGroup | None:
     return group if job is dist.group.WORLD else None
 
 
+def forget_groups() -> None:
+    """Let go of all groups; for the end of a job."""
+    _groups.clear()
+
+
 def _in_job() -> bool:
     return dist.is_available() and dist.is_initialized()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 
+import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
@@ -138,7 +139,8 @@ def load_config(config_file: str | os.PathLike, opts: list[str] | tuple = ()) ->
     working directory.
 
     Raises:
-        FileNotFoundError: no such yaml file.
+        FileNotFoundError: no such yaml file, or none that it is based on.
+        ValueError: not a yaml file, or overrides that are not pairs or of the wrong type.
         KeyError: an unknown key; names the file and the nearest valid key.
     """
     cfg = add_msad_config(get_cfg())
@@ -150,6 +152,10 @@ def load_config(config_file: str | os.PathLike, opts: list[str] | tuple = ()) ->
             cfg.merge_from_file(config_file)
         except KeyError as error:
             raise _unknown_key(error, cfg, config_file) from None
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{config_file}: _BASE_: no file {error.filename}") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"{config_file} is not valid yaml: {' '.join(str(error).split())}") from None
     if len(opts) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, got {list(opts)}")
     for key, value in zip(opts[::2], opts[1::2]):

@@ -123,7 +123,10 @@ class Distiller(nn.Module):
             output = {name: self.w_det * value for name, value in self.student(reduced).items()}
         if not len(self.losses):
             return output
-        factor = self.factor(get_event_storage().iter)
+        iteration = get_event_storage().iter
+        factor = self.factor(iteration)
+        if factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters()):
+            return output  # distillation is over: the teacher need not run
         student = shift_levels(taken, shift)
         teacher = self._on_student_grid(self.teacher.features(moved, shift), student)
         batch = DistillBatch(

@@ -47,7 +47,7 @@ def apply_reading(cfg: CfgNode) -> CfgNode:
 
 
 def scale_warmup(cfg: CfgNode, num_processes: int) -> CfgNode:
-    """DISTILL.WARMUP_ITERS for ``num_processes``, as SOLVER.REFERENCE_WORLD_SIZE makes detectron2 scale the schedule."""
+    """DISTILL.WARMUP_ITERS for ``num_processes``, scaled like detectron2's schedule (SOLVER.REFERENCE_WORLD_SIZE)."""
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, num_processes):
         return cfg
@@ -71,11 +71,14 @@ def compile_backbone(detector: nn.Module) -> None:
     detector.backbone.forward = torch.compile(detector.backbone.forward)
 
 
-def load_teacher(entry: dict, device: str, batch_norm: str = "eval") -> FrozenTeacher:
+def load_teacher(
+    entry: dict, device: str, batch_norm: str = "eval", input_format: str | None = None
+) -> FrozenTeacher:
     """Build and load the teacher of one DISTILL.TEACHERS entry {CONFIG, WEIGHTS}.
 
     Raises:
-        ValueError: a wrong entry, or a checkpoint that does not have all of the teacher's tensors.
+        ValueError: a wrong entry, a checkpoint that does not have all of the teacher's tensors, or a channel order
+            other than the student's ``input_format``.
         FileNotFoundError: CONFIG or WEIGHTS does not exist.
     """
     if set(entry) - {"CONFIG", "WEIGHTS"} or not entry.get("CONFIG") or not entry.get("WEIGHTS"):
@@ -83,6 +86,11 @@ def load_teacher(entry: dict, device: str, batch_norm: str = "eval") -> FrozenTe
     if "://" not in entry["WEIGHTS"] and not os.path.isfile(entry["WEIGHTS"]):
         raise FileNotFoundError(f"DISTILL.TEACHERS: no checkpoint {entry['WEIGHTS']}")
     cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", device])
+    if input_format not in (None, cfg.INPUT.FORMAT):
+        raise ValueError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT} in the teacher's {entry['CONFIG']} and {input_format} for the "
+            "student; both get the same images"
+        )
     model = build_model(cfg)
     checkpointer = CheckedCheckpointer(model)
     checkpointer.load(entry["WEIGHTS"])
@@ -135,7 +143,9 @@ class DistillTrainer(DefaultTrainer):
             return model
         if len(cfg.DISTILL.TEACHERS) > 1:
             raise ValueError(f"DISTILL.TEACHERS has {len(cfg.DISTILL.TEACHERS)} entries; one teacher at a time")
-        teacher = load_teacher(cfg.DISTILL.TEACHERS[0], cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER_BN)
+        teacher = load_teacher(
+            cfg.DISTILL.TEACHERS[0], cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER_BN, cfg.INPUT.FORMAT
+        )
         if cfg.SOLVER.CHANNELS_LAST:
             teacher.model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
@@ -148,11 +158,13 @@ class DistillTrainer(DefaultTrainer):
             decay_from=cfg.DISTILL.DECAY_FROM,
             decay_to=cfg.DISTILL.DECAY_TO,
         )
+        losses = build_losses(cfg.DISTILL.LOSSES, student_shapes(model, resolution), teacher.shapes())
         factor(0)  # wrong values are an error here and not in the first step
         levels = student_shapes(model, resolution), teacher.shapes()
         if levels[0].keys() != levels[1].keys():
             logger.warning(
-                "Student (%s) and teacher (%s) differ in their levels (H frame): is DISTILL.STUDENT_RESOLUTION %s right?",
+                "Student (%s) and teacher (%s) differ in their levels (H frame): "
+                "is DISTILL.STUDENT_RESOLUTION %s right?",
                 *map(", ".join, levels), resolution.name,
             )  # fmt: skip
         return Distiller(

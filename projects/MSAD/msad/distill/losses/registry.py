@@ -8,7 +8,6 @@ DISTILL.LOSSES, and called as ``loss(student, teacher, batch)`` with H-frame fea
 from __future__ import annotations
 
 import inspect
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,6 @@ from torch import nn
 
 from ...config import nearest
 
-logger = logging.getLogger(__name__)
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 
 
@@ -92,12 +90,7 @@ def build_losses(
         if kind not in known:
             raise ValueError(f"DISTILL.LOSSES: unknown loss {kind!r}{nearest(str(kind), known)} (known: {known})")
         weight = float(options.pop("weight", 1.0))
-        levels = options.pop("levels", None)
-        if not levels:
-            levels = [name for name in student if name in teacher]
-            unmatched = [name for name in teacher if name not in student]
-            if levels and unmatched:
-                logger.warning("%s: the student has no counterpart of the teacher's levels %s", kind, unmatched)
+        levels = options.pop("levels", None) or [name for name in student if name in teacher]
         if not levels:
             raise ValueError(
                 f"student levels {sorted(student)} and teacher levels {sorted(teacher)} have none in common"

@@ -125,5 +125,7 @@ def build_level_fpn_backbone(cfg, input_shape: ShapeSpec) -> LevelFPN:
     options = cfg.MODEL.FPN
     if not options.LEVELS:
         raise ValueError("MODEL.FPN.LEVELS is empty: list the levels the head reads, e.g. [p3, p4, p5, p6, p7]")
+    if options.FUSE_TYPE != "sum":
+        raise ValueError(f"MODEL.FPN.FUSE_TYPE {options.FUSE_TYPE!r}: build_level_fpn_backbone adds levels up ('sum')")
     bottom_up = BACKBONE_REGISTRY.get(options.BOTTOM_UP)(cfg, input_shape)
     return LevelFPN(bottom_up, options.IN_FEATURES, options.OUT_CHANNELS, options.LEVELS, options.NORM)
