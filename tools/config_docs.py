@@ -28,7 +28,7 @@ sides have). A name, option or level that does not exist is an error that says w
 
 | loss | options | formula |
 | --- | --- | --- |
-| `AlignedL1` | `NORMALIZE` (False): standardise maps per channel; `MASK_PADDING` (False): leave out padding | sum over levels of mean abs(S - T); MSAD |
+| `AlignedL1` | `NORMALIZE`: standardise maps per channel; `MASK_PADDING`: leave it out | sum of mean abs(S - T); MSAD |
 
 `DISTILL.READING` A or B overwrites `MSAD.W_FUSE`, `DISTILL.W_DET` and every `WEIGHT` by what the reading implies for
 `LAMBDA` and `GAMMA`; projects/MSAD/README.md has the table.
@@ -43,7 +43,8 @@ def render(source: str) -> str:
         section = re.match(r"# --- (.+?) -+$", line)
         assignment = re.match(r"cfg\.([A-Z0-9_.]+) = (.+)$", line)
         if section:
-            lines.append(f"\n## {section.group(1)[0].upper()}{section.group(1)[1:]}\n\n| key | default | meaning |\n| --- | --- | --- |")
+            title = section.group(1)[0].upper() + section.group(1)[1:]
+            lines += ["", f"## {title}", "", "| key | default | meaning |", "| --- | --- | --- |"]
             comment = []
         elif line.startswith("# "):
             comment.append(line[2:])

@@ -23,7 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 from msad import load_config
-from msad.data.synthetic import make_dataset
+from msad.data.synthetic import make_dataset, register_entries
 from msad.engine.checkpoint import replacing
 from msad.engine.setup import engine_name, load_model
 from msad.engine.study import ROWS, Study, run
@@ -42,7 +42,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, help="folder with images/, annotations_train.json, annotations_val.json")
     parser.add_argument("--configs", type=Path, default=REPOSITORY / "configs/quickstart", help="folder of the models")
-    parser.add_argument("--rows", nargs="+", default=list(QUICK_ROWS), metavar="ROW", help=f"'all' or of {', '.join(ROWS)}")
+    rows = f"'all' or of {', '.join(ROWS)}; default: {' '.join(QUICK_ROWS)}"
+    parser.add_argument("--rows", nargs="+", default=list(QUICK_ROWS), metavar="ROW", help=rows)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row runs once a seed; default: 0")
     parser.add_argument("--iterations", type=int, help="of every stage; default: as the configs say")
     parser.add_argument("--short-side", type=int, help="of H in pixels; default: as the configs say")
@@ -59,10 +60,7 @@ def data_opts(folder: Path) -> list:
             raise FileNotFoundError(f"--data {folder}: there is no {name} in it")
     folder = folder.resolve()
     categories = json.loads((folder / "annotations_train.json").read_text()).get("categories", [])
-    entries = [
-        {"NAME": f"{folder.name}_{split}", "JSON": str(folder / f"annotations_{split}.json"), "IMAGES": str(folder / "images")}
-        for split in ("train", "val")
-    ]  # fmt: skip
+    entries = register_entries(folder, folder.name)
     return [
         "DATASETS.REGISTER", entries,
         "DATASETS.TRAIN", (entries[0]["NAME"],),

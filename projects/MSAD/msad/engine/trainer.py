@@ -158,7 +158,6 @@ class DistillTrainer(DefaultTrainer):
             decay_from=cfg.DISTILL.DECAY_FROM,
             decay_to=cfg.DISTILL.DECAY_TO,
         )
-        losses = build_losses(cfg.DISTILL.LOSSES, student_shapes(model, resolution), teacher.shapes())
         factor(0)  # wrong values are an error here and not in the first step
         levels = student_shapes(model, resolution), teacher.shapes()
         if levels[0].keys() != levels[1].keys():
