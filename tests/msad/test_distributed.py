@@ -91,7 +91,6 @@ class Record(HookBase):
 
 def train(cfg, resume=False) -> dict:
     register_datasets(cfg)
-    torch.manual_seed(5)
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume)
     record = Record()

@@ -61,7 +61,6 @@ def config(project, teacher_weights, name, output, **options):
 
 def train(cfg, resume=False):
     """The trainer after the run, its Trace, and the student's or baseline's weights before the first step."""
-    torch.manual_seed(5)  # of the initial weights; default_setup does it in the command line tool
     trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume)
     before = {k: v.clone() for k, v in trainer.checkpointer.model.state_dict().items()}
@@ -130,6 +129,17 @@ def test_run_without_a_seed_resumes_with_the_seed_it_drew(project, teacher_weigh
     left_by_a_killed_run(tmp_path / "whole", tmp_path / "killed")
     _, resumed, _ = train(config(project, teacher_weights, "fcos", tmp_path / "killed", SEED=-1), resume=True)
     assert resumed.steps == traces[0].steps[SAVED:]
+
+
+def test_initial_weights_depend_on_the_seed_alone(project, teacher_weights, tmp_path):
+    def start(seed):
+        cfg = config(project, teacher_weights, "fcos", tmp_path, SEED=seed)
+        return DistillTrainer(cfg).model.state_dict()
+
+    first = start(3)
+    torch.rand(5)
+    assert_equal_weights(start(3), first)
+    assert not torch.equal(start(4)["head.cls_score.weight"], first["head.cls_score.weight"])
 
 
 def test_resuming_a_finished_run_trains_nothing(project, teacher_weights, tmp_path):

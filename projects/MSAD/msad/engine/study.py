@@ -210,16 +210,18 @@ def _log_to(file: Path) -> Iterable[None]:
 def run_row(study: Study, name: str, seed: int) -> dict:
     """Train and evaluate one row unless its result is there; returns {evaluated name: metrics} and costs in time."""
     cfg = study.config(name, seed)
+    folder = Path(cfg.OUTPUT_DIR)
+    other = ValueError(f"{folder} holds a run of another configuration; choose another --output or delete it")
     done = study.result(name, seed)
     if done is not None:
         if done["fingerprint"] != _fingerprint(cfg) and ROWS[name].budget != "seconds":
-            raise ValueError(
-                f"{study.folder(name, seed)} holds a run of another configuration; choose another --output or delete it"
-            )
+            raise other
         return done
-    folder = Path(cfg.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(cfg.dump())
+    used = folder / "config.yaml"
+    if (folder / "last_checkpoint").is_file() and used.is_file() and used.read_text() != cfg.dump():
+        raise other
+    used.write_text(cfg.dump())
     with _log_to(folder / "log.txt"):
         prepare(cfg)
         trainer = DistillTrainer(cfg)

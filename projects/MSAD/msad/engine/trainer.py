@@ -15,6 +15,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..config import load_config
@@ -107,7 +108,8 @@ class DistillTrainer(DefaultTrainer):
 
     Without DISTILL.TEACHERS it trains any model of the config: a baseline or a teacher. With a teacher, the model of
     the config is the student: it alone is evaluated and checkpointed, under the parameter names it has by itself, so
-    its checkpoints load into plain detectron2. Interrupted runs resume exactly.
+    its checkpoints load into plain detectron2. Interrupted runs resume exactly. A trainer seeds the process with SEED:
+    initial weights do not depend on what ran before.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -117,6 +119,7 @@ class DistillTrainer(DefaultTrainer):
             cfg.SEED = comm.shared_random_seed() % 2**31
             cfg.freeze()
             logger.info("SEED is not set; this run uses %d", cfg.SEED)
+        seed_all_rng(cfg.SEED + comm.get_rank())
         super().__init__(scale_warmup(apply_reading(cfg), comm.get_world_size()))
 
     @property
