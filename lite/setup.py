@@ -31,4 +31,5 @@ setup(
         "torchvision>=0.19",
         "tqdm",
     ],
+    extras_require={"fast-eval": ["hotcoco"]},
 )

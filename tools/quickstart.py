@@ -34,7 +34,7 @@ from msad.visualization import Panel, plot_curves, save_panels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK_ROWS = ("baseline_H", "baseline_L", "baseline_L_shifted", "teacher", "student_L_control", "student_L")
-SYNTHETIC = {"num_train": 600, "num_val": 100, "size": (160, 160), "objects": (6, 14), "min_size": 7.0, "seed": 0}
+SYNTHETIC = {"num_train": 600, "num_val": 100, "size": (192, 192), "objects": (6, 14), "min_size": 7.0, "seed": 0}
 
 
 def parse_args() -> argparse.Namespace:
