@@ -60,10 +60,10 @@ def test_data_folder_must_be_complete(quickstart, monkeypatch, tmp_path, capsys)
 
 
 def test_short_side_scales_every_row(quickstart, tmp_path):
-    study = quickstart.Study(SCRIPT.parents[1] / "configs/quickstart", tmp_path, rows=("baseline_H",), short_side=320)
+    study = quickstart.Study(SCRIPT.parents[1] / "configs/quickstart", tmp_path, rows=("baseline_H",), short_side=384)
     high, low = study.config("baseline_H", 0), study.config("baseline_L", 0)
-    assert high.INPUT.MIN_SIZE_TEST == 320 and tuple(high.INPUT.MIN_SIZE_TRAIN) == (320,)
-    assert low.INPUT.MIN_SIZE_TEST == 160 and low.INPUT.MAX_SIZE_TEST == high.INPUT.MAX_SIZE_TEST // 2
+    assert high.INPUT.MIN_SIZE_TEST == 384 and tuple(high.INPUT.MIN_SIZE_TRAIN) == (384,)
+    assert low.INPUT.MIN_SIZE_TEST == 192 and low.INPUT.MAX_SIZE_TEST == high.INPUT.MAX_SIZE_TEST // 2
 
 
 def test_unknown_row_is_named(quickstart, tmp_path):
