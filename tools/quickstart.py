@@ -7,8 +7,9 @@
     tools/quickstart.py --configs configs/nuclei --seeds 0 1 2 --rows all      a full study of a configs folder
 
 Trains the conventional low-resolution detector, the one with aligned levels, the multi-resolution teacher, a student
-that is only initialised from the teacher (the control), and the MSAD student. An interrupted run goes on where it was
-with the same command. Results: OUTPUT/report.html, report.md, metrics.json, and a folder a seed and row.
+that is only initialised from the teacher (the control), the MSAD student, and the low-resolution detector once more
+with as many iterations as teacher and student together. An interrupted run goes on with the same command.
+Results: OUTPUT/report.html, report.md, metrics.json, and a folder a seed and row.
 """
 
 import argparse
@@ -33,7 +34,9 @@ from msad.report import format_table, write_report
 from msad.visualization import Panel, plot_curves, save_panels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-QUICK_ROWS = ("baseline_H", "baseline_L", "baseline_L_shifted", "teacher", "student_L_control", "student_L")
+QUICK_ROWS = (
+    "baseline_H", "baseline_L", "baseline_L_shifted", "teacher", "student_L_control", "student_L", "baseline_L_2x",
+)  # fmt: skip
 SYNTHETIC = {"num_train": 600, "num_val": 100, "size": (192, 192), "objects": (6, 14), "min_size": 7.0, "seed": 0}
 
 
@@ -110,7 +113,7 @@ def measure_costs(study: Study) -> dict[str, dict]:
     return costs
 
 
-def draw_panels(study: Study, path: Path, count: int = 4, threshold: float = 0.35) -> None:
+def draw_panels(study: Study, path: Path, count: int = 4, threshold: float = 0.5) -> None:
     """Ground truth, teacher and the low-resolution models side by side on a few validation images."""
     seed = study.seeds[0]
     columns = {"teacher": "teacher (H + L)", "baseline_L": "baseline L", "student_L": "student L"}

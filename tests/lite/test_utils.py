@@ -11,6 +11,7 @@ from pathlib import Path
 import detectron2
 import numpy as np
 import pytest
+import termcolor
 import torch
 import torch.multiprocessing as mp
 from detectron2.utils import comm
@@ -154,6 +155,9 @@ def logger_name(request):
 
 def test_setup_logger(tmp_path, capsys, logger_name, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
+    forget = getattr(getattr(termcolor, "can_colorize", None), "cache_clear", None)
+    if forget:  # newer versions decide once a process
+        forget()
     logger = setup_logger(str(tmp_path), name=logger_name, abbrev_name="short")
     assert setup_logger(str(tmp_path), name=logger_name, abbrev_name="short") is logger
     logging.getLogger(logger_name + ".part").warning("careful")

@@ -21,12 +21,12 @@ KINDS = (
     Kind("baseline_H", "full resolution", "Ordinary training and testing at the full resolution H. It is the accuracy "
          "that the low-resolution models are measured against, and the cost that they save."),
     Kind("baseline_L", "half resolution, usual levels", "Ordinary training at half the resolution with the usual "
-         "pyramid levels P3-P7: what one gets by feeding a stock detector smaller images."),
+         "pyramid levels (P3 and up): what one gets by feeding a stock detector smaller images."),
     Kind("baseline_L_multiscale", "half resolution, several training sizes", "As baseline_L, but trained on images of "
          "several sizes. It shows what resolution augmentation gives without any of our method."),
     Kind("baseline_L_shifted", "half resolution, levels one finer", "Ordinary training at half the resolution with "
-         "levels P2-P6. The head then looks at as many locations as at full resolution, four times those of "
-         "baseline_L, and costs accordingly more. It is the same model as the student, trained without a teacher."),
+         "levels one step finer (P2 and up). The head then looks at as many locations as at full resolution, four "
+         "times those of baseline_L, and costs accordingly more. It is the same model as the student, trained without a teacher."),
     Kind("baseline_L_2x", "finer levels, iterations of both stages", "As baseline_L_shifted, trained for as many "
          "iterations as teacher and student together. It shows what longer training alone gives."),
     Kind("baseline_L_time", "finer levels, time of both stages", "As baseline_L_shifted, trained for as long by the "

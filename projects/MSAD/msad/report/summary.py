@@ -94,7 +94,7 @@ def _level_shift(rows: dict[str, Row], seeds: int) -> str | None:
         return None
     before, after = rows["baseline_L"], rows["baseline_L_shifted"]
     text = (
-        "Level shift: at half the resolution, pyramid levels P2-P6 instead of P3-P7 (baseline_L_shifted, "
+        "Level shift: at half the resolution, pyramid levels one step finer (baseline_L_shifted, "
         f"{after.ap:.1f} AP) are {_relation(change)} the usual ones (baseline_L, {before.ap:.1f}){_worth(change)}"
     )
     if after.gmacs and before.gmacs:

@@ -29,10 +29,11 @@ class Objects:
         return len(self.boxes)
 
     def above(self, threshold: float) -> Objects:
-        """Those with at least this score; all of them if there are no scores."""
+        """Those with at least this score, the best last so that they are drawn on top; all if there are no scores."""
         if self.scores is None:
             return self
-        keep = np.flatnonzero(self.scores >= threshold)
+        order = np.argsort(self.scores, kind="stable")
+        keep = order[self.scores[order] >= threshold]
         return Objects(
             self.boxes[keep],
             self.classes[keep],
