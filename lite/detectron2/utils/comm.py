@@ -3,6 +3,7 @@
 Ranks are those of ``torch.distributed``. "Local" means: on the same machine.
 """
 
+import atexit
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,12 @@ def _recall(purpose: str) -> dist.ProcessGroup | None:
     return group if job is dist.group.WORLD else None
 
 
+@atexit.register
 def forget_groups() -> None:
-    """Let go of all groups; for the end of a job."""
+    """Let go of all groups; for the end of a job.
+
+    Also at exit: a gloo group that is freed when the interpreter is already half gone aborts the process.
+    """
     _groups.clear()
 
 

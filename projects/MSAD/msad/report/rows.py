@@ -26,7 +26,7 @@ KINDS = (
          "several sizes. It shows what resolution augmentation gives without any of our method."),
     Kind("baseline_L_shifted", "half resolution, levels one finer", "Ordinary training at half the resolution with "
          "levels one step finer (P2 and up). The head then looks at as many locations as at full resolution, four "
-         "times those of baseline_L, and costs accordingly more. It is the same model as the student, trained without a teacher."),
+         "times those of baseline_L, and costs accordingly more. It is the student, trained without a teacher."),
     Kind("baseline_L_2x", "finer levels, iterations of both stages", "As baseline_L_shifted, trained for as many "
          "iterations as teacher and student together. It shows what longer training alone gives."),
     Kind("baseline_L_time", "finer levels, time of both stages", "As baseline_L_shifted, trained for as long by the "
