@@ -1,0 +1,92 @@
+"""Time RetinaNet-R50-FPN at 320 px on detectron2 and on detectron2-lite, in turn, and print the ratios.
+
+    D2_PYTHON=/path/to/python python tests/lite/parity/bm_speed.py [--pairs 3]
+
+Both engines run in processes of their own, one after the other: reference, lite, reference, lite, ... One thread, two
+images, random weights; the time is the processor's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+
+def child() -> dict[str, float]:
+    """Median processor seconds of a training step (forward, backward) and of inference, on this process's engine."""
+    import torch
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+    from detectron2.structures import Boxes, Instances
+    from detectron2.utils.events import EventStorage
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)] for s in (32, 64, 128, 256, 512)]
+    model = build_model(cfg)
+    gt = Instances((320, 320))
+    gt.gt_boxes = Boxes(torch.tensor([[20.0, 30, 120, 200], [100, 100, 300, 310], [5, 200, 60, 250]]))
+    gt.gt_classes = torch.tensor([1, 5, 9])
+    inputs = [{"image": torch.randint(0, 255, (3, 320, 320)).float(), "instances": gt} for _ in range(2)]
+
+    def train() -> None:
+        sum(model(inputs).values()).backward()
+        model.zero_grad()
+
+    def infer() -> None:
+        with torch.no_grad():
+            model(inputs)
+
+    seconds = {}
+    with EventStorage():
+        for name, step in (("training", train), ("inference", infer)):
+            model.train(name == "training")
+            step()
+            times = []
+            for _ in range(5):
+                begin = time.process_time()
+                step()
+                times.append(time.process_time() - begin)
+            seconds[name] = statistics.median(times)
+    return seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child()))
+        return 0
+    reference = os.environ.get("D2_PYTHON")
+    if not reference:
+        parser.error("D2_PYTHON must name an interpreter that has detectron2")
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    ratios: dict[str, list[float]] = {"training": [], "inference": []}
+    for pair in range(args.pairs):
+        runs = [
+            json.loads(subprocess.check_output([python, "-W", "ignore", __file__, "--child"], env=env).splitlines()[-1])
+            for python, env in ((reference, plain), (sys.executable, dict(os.environ)))
+        ]
+        for name, values in ratios.items():
+            values.append(runs[1][name] / runs[0][name])
+        print(f"pair {pair + 1}: " + ", ".join(f"{n} {runs[0][n]:.3f} s -> {runs[1][n]:.3f} s" for n in ratios))
+    for name, values in ratios.items():
+        spread = f"min {min(values):.3f}, max {max(values):.3f}"
+        print(f"{name}: lite / detectron2 = {statistics.median(values):.3f} ({spread})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
