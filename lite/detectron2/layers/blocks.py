@@ -55,27 +55,15 @@ class DepthwiseSeparableConv2d(nn.Module):
             norm2, activation2: after the pointwise convolution.
         """
         super().__init__()
-        self.depthwise = Conv2d(
-            in_channels,
-            in_channels,
-            kernel_size,
-            padding=padding,
-            dilation=dilation,
-            groups=in_channels,
-            bias=not norm1,
-            norm=get_norm(norm1, in_channels),
-            activation=activation1,
-        )
-        self.pointwise = Conv2d(
-            in_channels,
-            out_channels,
-            1,
-            bias=not norm2,
-            norm=get_norm(norm2, out_channels),
-            activation=activation2,
-        )
-        for conv in (self.depthwise, self.pointwise):
-            weight_init.c2_msra_fill(conv)
+        def conv(channels: int, size: int, norm: Norm, activation, **window) -> Conv2d:
+            normed = {"bias": not norm, "norm": get_norm(norm, channels), "activation": activation}
+            return Conv2d(in_channels, channels, size, **normed, **window)
+
+        window = {"padding": padding, "dilation": dilation, "groups": in_channels}
+        self.depthwise = conv(in_channels, kernel_size, norm1, activation1, **window)
+        self.pointwise = conv(out_channels, 1, norm2, activation2)
+        for layer in (self.depthwise, self.pointwise):
+            weight_init.c2_msra_fill(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.depthwise(x))
