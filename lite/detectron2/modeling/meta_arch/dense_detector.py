@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from detectron2.layers import batched_nms
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
@@ -141,6 +142,20 @@ class DenseDetector(nn.Module):
         # In float32 under mixed precision too: 16 bits do not resolve pixels of a large image.
         boxes = self.box2box_transform.apply_deltas(pred_deltas[anchor].float(), anchors.tensor[anchor])
         return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=chosen % num_classes)
+
+    def inference_single_image(
+        self, anchors: list[Boxes], box_cls: list[torch.Tensor], box_delta: list[torch.Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """Decode and suppress the predictions of one image: per level scores (R_l, K) in [0, 1] and deltas (R_l, 4).
+
+        For subclasses that have the thresholds ``test_*`` and ``max_detections_per_image``.
+        """
+        found = self._decode_multi_level_predictions(
+            anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
+        )
+        kept = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
+        return found[kept[: self.max_detections_per_image]]
 
     def _decode_multi_level_predictions(
         self, anchors: list[Boxes], pred_scores: list[torch.Tensor], pred_deltas: list[torch.Tensor],

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.box_regression import Box2BoxTransformLinear, _dense_box_regression_loss
@@ -150,17 +150,6 @@ class FCOS(DenseDetector):
             self.inference_single_image(anchors, [s[i] for s in scores], [d[i] for d in deltas], size)
             for i, size in enumerate(images.image_sizes)
         ]
-
-    def inference_single_image(
-        self, anchors: list[Boxes], box_cls: list[torch.Tensor], box_delta: list[torch.Tensor],
-        image_size: tuple[int, int],
-    ) -> Instances:
-        """Decode and suppress the predictions of one image: scores (R_l, K) in [0, 1] and distances (R_l, 4)."""
-        found = self._decode_multi_level_predictions(
-            anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
-        )
-        kept = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
-        return found[kept[: self.max_detections_per_image]]
 
 
 class FCOSHead(RetinaNetHead):

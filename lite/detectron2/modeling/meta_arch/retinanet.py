@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from detectron2.config import configurable
-from detectron2.layers import CycleBatchNormList, ShapeSpec, batched_nms, get_norm
+from detectron2.layers import CycleBatchNormList, ShapeSpec, get_norm
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.backbone import Backbone, build_backbone
 from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
@@ -144,17 +144,6 @@ class RetinaNet(DenseDetector):
             self.inference_single_image(anchors, [s[i] for s in scores], [d[i] for d in deltas], size)
             for i, size in enumerate(images.image_sizes)
         ]
-
-    def inference_single_image(
-        self, anchors: list[Boxes], box_cls: list[torch.Tensor], box_delta: list[torch.Tensor],
-        image_size: tuple[int, int],
-    ) -> Instances:
-        """Decode and suppress the predictions of one image: scores (R_l, K) in [0, 1] and deltas (R_l, 4)."""
-        found = self._decode_multi_level_predictions(
-            anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
-        )
-        kept = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
-        return found[kept[: self.max_detections_per_image]]
 
 
 class RetinaNetHead(nn.Module):

@@ -109,9 +109,6 @@ class Distiller(nn.Module):
     def device(self) -> torch.device:
         return self.student.pixel_mean.device
 
-    def student_shapes(self) -> dict[str, ShapeSpec]:
-        return student_shapes(self.student, self.resolution)
-
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """Training: inputs in H pixels -> losses. Evaluation: the student's inputs -> the student's detections."""
         if not self.training:
