@@ -38,7 +38,7 @@ $(BASE): setup.py constraints.txt
 $(ENGINE): $(BASE) $(wildcard lite/setup.py)
 	$(PIP) uninstall -q -y detectron2 detectron2-lite
 	rm -f $(VENV)/.engine-*
-	$(PIP) install -q -c constraints.txt --no-build-isolation $(if $(wildcard $(D2)/setup.py),-e )'$(D2)'
+	$(PIP) install -q -c constraints.txt --no-build-isolation --use-pep517 $(if $(wildcard $(D2)/setup.py),-e )'$(D2)'
 	touch $@
 
 clean:
