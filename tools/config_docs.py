@@ -23,12 +23,23 @@ Generated from `projects/MSAD/msad/config.py` by `tools/config_docs.py`.
 TAIL = """
 ## Entries of DISTILL.LOSSES
 
-Every entry has `NAME` (a registered loss), `WEIGHT` (default 1) and `LEVELS` (H-frame names; default: all that both
-sides have). A name, option or level that does not exist is an error that says which are valid.
+A name, option, value or level that does not exist is an error that says which are valid. Every entry has
+
+| key | default | meaning |
+| --- | --- | --- |
+| `NAME` | | a registered loss |
+| `WEIGHT` | the loss's | factor on all of its terms |
+| `LEVELS` | all that have a partner | H-frame names of the teacher's levels |
+| `MATCH` | `by_stride` | levels of equal grid; `by_index`: the i-th of both sides, the student's resized |
+| `ADAPTOR` | `auto` | 1x1 convolution on the student's maps: `auto` (where channels differ), `always`, `none` |
+| `ADAPTOR_NORM` | `""` | normalisation after it (`BN`, ...) |
+
+and the options of its loss:
 
 | loss | options | formula |
 | --- | --- | --- |
 | `AlignedL1` | `NORMALIZE`: standardise maps per channel; `MASK_PADDING`: leave it out | sum of mean abs(S - T); MSAD |
+| `FitNet` | `GT_ONLY`: cells in ground truth boxes; `REDUCTION`: `mean`, `sum` | sum of mean (S - T)^2 |
 
 `DISTILL.READING` A or B overwrites `MSAD.W_FUSE`, `DISTILL.W_DET` and every `WEIGHT` by what the reading implies for
 `LAMBDA` and `GAMMA`; projects/MSAD/README.md has the table.

@@ -272,10 +272,39 @@ def test_student_with_stock_levels_lacks_the_finest(make_distiller, tiny_model):
         make_distiller(student=tiny_model(), losses=[{"NAME": "AlignedL1", "LEVELS": ["p3", "p4"]}])
 
 
-def test_student_of_another_width_is_named(make_distiller, tiny_model):
+def test_student_of_another_width(make_distiller, tiny_model, make_batch):
+    """Its maps go through 1x1 convolutions that are trained with it."""
     student = tiny_model(levels=range(2, 7), MODEL__FPN__OUT_CHANNELS=16)
-    with pytest.raises(ValueError, match=r"p3 .*: student has stride 8 and 16 channels, teacher stride 8 and 8"):
-        make_distiller(student=student)
+    distiller = make_distiller(student=student)
+    batch = make_batch(SIZES)
+    losses = run(distiller, batch)
+    adaptors = distiller.losses[0].adaptors
+    assert list(adaptors) == LEVELS
+    adapted = {name: adaptors[name](x) for name, x in student_features(distiller, batch).items()}
+    expected = manual_l1(adapted, distiller.teacher.model.neck_features(batch))
+    assert losses["loss_distill/AlignedL1"].item() == pytest.approx(expected, rel=1e-4)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in adaptors.parameters())
+    with pytest.raises(ValueError, match=r"p3 .*: student has 16 channels, teacher 8; ADAPTOR: auto"):
+        make_distiller(student=student, losses=[{"NAME": "AlignedL1", "ADAPTOR": "none"}])
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [(65, 100), (80, 60)]])
+def test_levels_paired_by_index(make_distiller, tiny_model, make_batch, sizes):
+    """A student with stock levels P3-P7 at L has P4-P8 of H; its i-th map is resized to the teacher's i-th."""
+    losses = [{"NAME": "AlignedL1", "MATCH": "by_index"}]
+    distiller = make_distiller(student=tiny_model(seed=1), losses=losses)
+    batch = make_batch(sizes)
+    found = run(distiller, batch)["loss_distill/AlignedL1"].item()
+    assert distiller.losses[0].levels == LEVELS
+    student = student_features(distiller, batch)
+    teacher = distiller.teacher.features(batch, 1)
+    height, width = (16 * side for side in student["p4"].shape[-2:])  # padded input in H pixels
+    resized = {}
+    for level in range(3, 8):
+        size = (-(-height // 2**level), -(-width // 2**level))
+        resized[f"p{level}"] = torch.nn.functional.interpolate(student[f"p{level + 1}"], size, mode="bilinear")
+    assert found == pytest.approx(manual_l1(resized, teacher), rel=1e-4)
 
 
 def test_student_without_a_common_level(make_distiller, tiny_model):

@@ -41,6 +41,8 @@ def student_config(project: Path, name: str, output: Path):
     cfg.DATASETS.REGISTER = load_config(project / "base.yaml").DATASETS.REGISTER
     cfg.DISTILL.TEACHERS = [{"CONFIG": str(project / f"{teacher}.yaml"), "WEIGHTS": str(project / f"{teacher}.pth")}]
     cfg.DISTILL.LOSSES = [{"NAME": "AlignedL1", "WEIGHT": 0.6}]
+    if name == "student":  # also with parts of the loss that are trained
+        cfg.DISTILL.LOSSES.append({"NAME": "FitNet", "WEIGHT": 0.1, "ADAPTOR": "always"})
     cfg.DISTILL.WARMUP_ITERS = 3
     cfg.SOLVER.IMS_PER_BATCH = 4
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 4, 3
@@ -73,10 +75,10 @@ def gradients(project: Path, name: str, batch: list[dict], count: float) -> dict
             model.zero_grad()
             with EventStorage():
                 sum(model(batch).values()).backward()
-        out[part] = {k: p.grad.clone() for k, p in distiller.student.named_parameters() if p.grad is not None}
+        trained = [*distiller.student.named_parameters(), *distiller.losses.named_parameters()]
+        out[part] = {k: p.grad.clone() for k, p in trained if p.grad is not None}
         if comm.get_world_size() > 1:
-            expected = [p for p in distiller.student.parameters() if p.requires_grad]
-            assert len(list(filter(lambda p: p.requires_grad, model.parameters()))) == len(expected)
+            assert sum(p.requires_grad for p in model.parameters()) == sum(p.requires_grad for _, p in trained)
     return out
 
 
@@ -137,7 +139,8 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(project, ranks, nam
                 first[key], value, rtol=1e-5, atol=1e-6 * largest, msg=lambda text, key=key: f"{key}: {text}"
             )
     moved = {key for key, value in joint["distillation"].items() if value.abs().max() > 0}
-    assert moved and all(key.startswith("backbone.") for key in moved)
+    assert moved and all(key.startswith(("backbone.", "1.adaptors.")) for key in moved)
+    assert any(key.startswith("1.adaptors.") for key in moved) == (name == "student")
 
 
 def test_the_processes_share_weights_and_see_different_images(ranks):

@@ -218,13 +218,13 @@ def test_unknown_option_names_the_nearest():
     [
         (shapes(), shapes(range(4, 8)), r"level p3 \(H frame\) does not exist in the teacher, which has .*LEVELS"),
         (shapes(range(4, 8)), shapes(), r"level p3 \(H frame\) does not exist in the student"),
-        (shapes(channels=8), shapes(), r"p3 \(H frame\): student has stride 8 and 8 channels, teacher stride 8 and 4"),
-        (shapes(base=2), shapes(), r"p3 \(H frame\): student has stride 16 and 4 channels, teacher stride 8 and 4"),
+        (shapes(channels=8), shapes(), r"p3 \(H frame\): student has 8 channels, teacher 4; ADAPTOR: auto"),
+        (shapes(base=2), shapes(), r"p3 \(H frame\): student has stride 16, teacher 8; MATCH: by_index"),
     ],
 )
 def test_wrong_levels_are_named(student, teacher, message):
     with pytest.raises(ValueError, match=message):
-        build_losses([{"NAME": "AlignedL1", "LEVELS": ["p3", "p5"]}], student, teacher)
+        build_losses([{"NAME": "AlignedL1", "LEVELS": ["p3", "p5"], "ADAPTOR": "none"}], student, teacher)
 
 
 def test_nothing_in_common():

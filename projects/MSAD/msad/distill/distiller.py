@@ -11,7 +11,16 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..modeling import features as F_
-from ..resolution import Resolution, batch_images, pad_divisibility, shift_levels, shift_names, view
+from ..resolution import (
+    Resolution,
+    batch_images,
+    level_of,
+    pad_divisibility,
+    reduced_size,
+    shift_levels,
+    shift_names,
+    view,
+)
 from .losses import DistillBatch
 
 logger = logging.getLogger(__name__)
@@ -137,17 +146,19 @@ class Distiller(nn.Module):
 
     def _on_student_grid(self, teacher: F_.Features, student: F_.Features) -> F_.Features:
         """Cut off what the teacher padded beyond the student's input; both grids begin at the image's corner."""
+        finest = min(student, key=level_of)
+        extent = tuple(side << level_of(finest) for side in student[finest].shape[-2:])  # padded input, H pixels
         out = {}
         for name, t in teacher.items():
-            if name not in student:
-                continue
-            h, w = student[name].shape[-2:]
-            if t.shape[-2] < h or t.shape[-1] < w or t.shape[0] != student[name].shape[0]:
-                raise ValueError(
-                    f"level {name} (H frame): teacher map {tuple(t.shape)} does not cover the student's "
-                    f"{tuple(student[name].shape)}; is DISTILL.STUDENT_RESOLUTION {self.resolution.name} the "
-                    "resolution that the student's levels and strides are made for?"
-                )
+            h, w = reduced_size(extent, level_of(name))
+            if name in student:
+                h, w = student[name].shape[-2:]
+                if t.shape[-2] < h or t.shape[-1] < w or t.shape[0] != student[name].shape[0]:
+                    raise ValueError(
+                        f"level {name} (H frame): teacher map {tuple(t.shape)} does not cover the student's "
+                        f"{tuple(student[name].shape)}; is DISTILL.STUDENT_RESOLUTION {self.resolution.name} the "
+                        "resolution that the student's levels and strides are made for?"
+                    )
             out[name] = t[..., :h, :w]
         return out
 

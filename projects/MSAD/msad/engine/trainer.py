@@ -172,7 +172,7 @@ class DistillTrainer(DefaultTrainer):
         return Distiller(
             model,
             teacher,
-            build_losses(cfg.DISTILL.LOSSES, *levels).to(cfg.MODEL.DEVICE),
+            build_losses(cfg.DISTILL.LOSSES, *levels, seed=cfg.SEED).to(cfg.MODEL.DEVICE),
             resolution,
             w_det=cfg.DISTILL.W_DET,
             factor=factor,

@@ -1,14 +1,24 @@
 """How a distillation loss is named, configured and called.
 
-A loss is an ``nn.Module`` registered by class name. It is built as ``Loss(levels=[...], **options)`` from an entry of
-DISTILL.LOSSES, and called as ``loss(student, teacher, batch)`` with H-frame feature dicts of equal names and shapes
-(N, C, h, w) per level; it returns a dict of scalar tensors. Losses know tensors, not models.
+A loss is an ``nn.Module`` registered by class name and built from an entry of DISTILL.LOSSES. Its constructor gets
+``levels`` (H-frame names) and the entry's options, and, if it has parameters of these names,
+
+- ``channels``: {level: C} of the teacher, which the student's maps have too when they arrive,
+- ``student_channels``: {level: C} of the student; who asks for them gets the student's maps without adaptor,
+- ``strides``: {level: stride in H pixels} of the grid on which maps are compared.
+
+It is called as ``loss(student, teacher, batch)`` with feature dicts of equal names, grids and (but for
+``student_channels``) shapes (N, C, h, w), and returns a dict of scalar tensors. The class attribute
+``default_weight`` is the WEIGHT of entries that have none. Losses know tensors, not models.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import logging
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -17,8 +27,13 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ...config import nearest
+from .pairing import LevelPair, build_adaptors, pair_levels, resize_to
 
+logger = logging.getLogger(__name__)
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
+# Entry keys that every loss has, in lower case, and parameters that are not options.
+COMMON = ("weight", "levels", "match", "adaptor", "adaptor_norm")
+GIVEN = ("self", "levels", "channels", "student_channels", "strides")
 
 
 @dataclass
@@ -32,54 +47,74 @@ class DistillBatch:
 
     image_sizes: list[tuple[int, int]]
     gt: list[Instances]
+    _boxes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def boxes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ground truth boxes of the whole batch, (K, 4) x0 y0 x1 y1 in H pixels, and their image index (K,).
+
+        Copied to ``device`` once, however many losses and levels ask.
+        """
+        if device not in self._boxes:
+            per_image = [instances.gt_boxes.tensor for instances in self.gt]
+            counts = torch.tensor([len(boxes) for boxes in per_image])
+            image = torch.arange(len(per_image)).repeat_interleave(counts)
+            boxes = torch.cat(per_image) if per_image else torch.zeros(0, 4)
+            self._boxes[device] = boxes.to(device, non_blocking=True), image.to(device, non_blocking=True)
+        return self._boxes[device]
 
 
 class WeightedLoss(nn.Module):
-    """A registered loss with the name, weight and levels of its DISTILL.LOSSES entry."""
+    """A registered loss with the name, weight, level pairs and adaptors of its DISTILL.LOSSES entry."""
 
-    def __init__(self, name: str, weight: float, levels: list[str], loss: nn.Module) -> None:
+    def __init__(
+        self,
+        name: str,
+        weight: float,
+        pairs: list[LevelPair],
+        loss: nn.Module,
+        adaptors: nn.ModuleDict,
+        resize: bool = False,
+    ) -> None:
         super().__init__()
-        self.name, self.weight, self.levels, self.loss = name, weight, levels, loss
+        self.name, self.weight, self.pairs, self.resize = name, weight, pairs, resize
+        self.loss = loss
+        self.adaptors = adaptors
+
+    @property
+    def levels(self) -> list[str]:
+        """Names of the pairs: the teacher's levels, on whose grids maps are compared."""
+        return [pair.teacher for pair in self.pairs]
 
     def forward(
         self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
     ) -> dict[str, torch.Tensor]:
         """Weighted terms, named ``loss_distill/{NAME}`` plus the term's own name if the loss has several."""
-        terms = self.loss({k: student[k] for k in self.levels}, {k: teacher[k] for k in self.levels}, batch)
+        adapted = {}
+        for pair in self.pairs:
+            x = student[pair.student]
+            if pair.teacher in self.adaptors:
+                x = self.adaptors[pair.teacher](x)
+            adapted[pair.teacher] = resize_to(x, teacher[pair.teacher]) if self.resize else x
+        terms = self.loss(adapted, {name: teacher[name] for name in adapted}, batch)
         return {
             f"loss_distill/{self.name}" + (f"/{term}" if len(terms) > 1 else ""): self.weight * value
             for term, value in terms.items()
         }
 
 
-def check_levels(student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], levels: list[str]) -> None:
-    """ValueError naming level and sides if a level is missing, or strides or channels differ (H frame)."""
-    for name in levels:
-        for side, shapes in (("student", student), ("teacher", teacher)):
-            if name not in shapes:
-                raise ValueError(
-                    f"distillation level {name} (H frame) does not exist in the {side}, which has {sorted(shapes)}; "
-                    "check DISTILL.STUDENT_RESOLUTION, DISTILL.LOSSES[].LEVELS and the IN_FEATURES of both models"
-                )
-        s, t = student[name], teacher[name]
-        if (s.stride, s.channels) != (t.stride, t.channels):
-            raise ValueError(
-                f"distillation level {name} (H frame): student has stride {s.stride} and {s.channels} channels, "
-                f"teacher stride {t.stride} and {t.channels} channels"
-            )
-
-
 def build_losses(
-    entries: list[dict], student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]
+    entries: list[dict], student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], seed: int = 0
 ) -> nn.ModuleList:
     """Build DISTILL.LOSSES.
 
     Args:
-        entries: {NAME, WEIGHT, LEVELS (default: all that both sides have), further options of the loss}.
+        entries: {NAME, WEIGHT, LEVELS (default: all that have a partner), MATCH, ADAPTOR, ADAPTOR_NORM, further
+            options of the loss}; see :func:`pair_levels` and :func:`build_adaptors`.
         student, teacher: H-frame shapes; strides in H pixels.
+        seed: initial weights of a loss are a function of it and of the loss's name alone.
 
     Raises:
-        ValueError: unknown loss, option or level; says which, and the nearest valid name.
+        ValueError: unknown loss, option, value or level; says which, and the nearest valid name.
     """
     built = nn.ModuleList()
     names: list[str] = []
@@ -89,23 +124,60 @@ def build_losses(
         known = [name for name, _ in DISTILL_LOSS_REGISTRY]
         if kind not in known:
             raise ValueError(f"DISTILL.LOSSES: unknown loss {kind!r}{nearest(str(kind), known)} (known: {known})")
-        weight = float(options.pop("weight", 1.0))
-        levels = options.pop("levels", None) or [name for name in student if name in teacher]
-        if not levels:
-            raise ValueError(
-                f"student levels {sorted(student)} and teacher levels {sorted(teacher)} have none in common"
-            )
-        check_levels(student, teacher, levels)
         cls = DISTILL_LOSS_REGISTRY.get(kind)
-        parameters = inspect.signature(cls.__init__).parameters
-        valid = ["WEIGHT", "LEVELS", *(p.upper() for p in parameters if p not in ("self", "levels"))]
-        for key in options:
-            if key.upper() not in valid:
-                raise ValueError(
-                    f"DISTILL.LOSSES: {kind} has no option {key.upper()}{nearest(key.upper(), valid)} "
-                    f"(options: {', '.join(valid)})"
-                )
+        options = check_options(kind, cls, options)
         label = kind if kind not in names else f"{kind}_{names.count(kind) + 1}"
         names.append(kind)
-        built.append(WeightedLoss(label, weight, list(levels), cls(levels=list(levels), **options)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{seed} {label}".encode()))
+            built.append(_build_loss(label, cls, options, student, teacher))
     return built
+
+
+def _build_loss(
+    label: str, cls: type[nn.Module], options: dict[str, Any], student: dict[str, ShapeSpec],
+    teacher: dict[str, ShapeSpec],
+) -> WeightedLoss:  # fmt: skip
+    weight = options.pop("weight", getattr(cls, "default_weight", 1.0))
+    match = options.pop("match", "by_stride")
+    pairs = pair_levels(student, teacher, match, options.pop("levels", None))
+    adaptor, norm = options.pop("adaptor", "auto"), options.pop("adaptor_norm", "")
+    wanted = inspect.signature(cls.__init__).parameters
+    if "student_channels" in wanted:
+        if adaptor != "auto" or norm:
+            raise ValueError(f"DISTILL.LOSSES: {label} adapts channels by itself and takes no ADAPTOR")
+        adaptors = nn.ModuleDict()
+    else:
+        adaptors = build_adaptors(pairs, student, teacher, adaptor, norm)
+    given = {
+        "channels": {pair.teacher: teacher[pair.teacher].channels for pair in pairs},
+        "student_channels": {pair.teacher: student[pair.student].channels for pair in pairs},
+        "strides": {pair.teacher: teacher[pair.teacher].stride for pair in pairs},
+    }
+    loss = cls(
+        levels=[pair.teacher for pair in pairs], **{k: v for k, v in given.items() if k in wanted}, **options
+    )
+    if adaptors:
+        logger.info("Distillation loss %s: 1x1 adaptors, trained with the student, at %s", label, ", ".join(adaptors))
+    return WeightedLoss(label, weight, pairs, loss, adaptors, resize=match == "by_index")
+
+
+def check_options(kind: str, cls: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` (lower-case keys) if the loss takes them, numbers as numbers: yaml reads 1e-3 as a text."""
+    parameters = inspect.signature(cls.__init__).parameters
+    own = [name for name in parameters if name not in GIVEN]
+    valid = [name.upper() for name in (*COMMON, *own)]
+    checked = {}
+    for key, value in options.items():
+        if key.upper() not in valid:
+            raise ValueError(
+                f"DISTILL.LOSSES: {kind} has no option {key.upper()}{nearest(key.upper(), valid)} "
+                f"(options: {', '.join(valid)})"
+            )
+        if key == "weight" or (key in own and isinstance(parameters[key].default, float)):
+            try:
+                value = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} must be a number, not {value!r}") from None
+        checked[key] = value
+    return checked

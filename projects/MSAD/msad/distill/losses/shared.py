@@ -1,0 +1,78 @@
+"""What several losses need: float32, attention maps, ground truth boxes on a grid. Pure functions."""
+
+from __future__ import annotations
+
+import torch
+
+
+def precise(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in float32 at least, so that sums over maps are safe under mixed precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def spatial_attention(x: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Where a map is active: h w softmax over the cells of mean_c |x| / T.
+
+    Args:
+        x: (N, C, h, w).
+
+    Returns:
+        (N, h, w), summing to h w in each image. FKD (ICLR 2021) and FGD (CVPR 2022).
+    """
+    n, _, h, w = x.shape
+    energy = precise(x).abs().mean(dim=1).flatten(1)
+    return h * w * (energy / temperature).softmax(dim=1).view(n, h, w)
+
+
+def channel_attention(x: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Which channels are active: C softmax over the channels of mean_hw |x| / T; (N, C, h, w) -> (N, C)."""
+    energy = precise(x).abs().mean(dim=(2, 3))
+    return x.shape[1] * (energy / temperature).softmax(dim=1)
+
+
+def paint_max(
+    rows: torch.Tensor, columns: torch.Tensor, image: torch.Tensor, values: torch.Tensor, num_images: int
+) -> torch.Tensor:
+    """Draw K rectangles; where several overlap, the largest value counts, and 0 where there is none.
+
+    Needs memory for K h w values.
+
+    Args:
+        rows: (K, h), whether a rectangle covers a row.
+        columns: (K, w), the same of columns.
+        image: (K,), index of the image on which it is drawn.
+        values: (K,), positive.
+
+    Returns:
+        (num_images, h, w) of the dtype of ``values``.
+    """
+    covers = rows[:, :, None] & columns[:, None, :]
+    canvas = values.new_zeros(num_images, *covers.shape[1:])
+    image = image[:, None, None].expand(covers.shape)
+    return canvas.scatter_reduce(0, image, covers * values[:, None, None], "amax")
+
+
+def cells_inside(
+    boxes: torch.Tensor, image: torch.Tensor, stride: int, size: tuple[int, int], num_images: int
+) -> torch.Tensor:
+    """Cells whose centre lies inside a box of their image.
+
+    Args:
+        boxes: (K, 4) x0 y0 x1 y1 in H pixels.
+        image: (K,) index of the box's image.
+        stride: of the grid in H pixels; the centre of cell i is at (i + 0.5) stride.
+        size: (h, w) of the grid.
+
+    Returns:
+        (num_images, h, w) float, 1 inside and 0 elsewhere.
+    """
+    boxes = precise(boxes)
+
+    def covered(low: torch.Tensor, high: torch.Tensor, length: int) -> torch.Tensor:
+        centre = (torch.arange(length, device=boxes.device) + 0.5) * stride
+        return (centre > low[:, None]) & (centre < high[:, None])
+
+    x0, y0, x1, y1 = boxes.unbind(1)
+    return paint_max(covered(y0, y1, size[0]), covered(x0, x1, size[1]), image, torch.ones_like(x0), num_images)
+
+
