@@ -34,12 +34,21 @@ A name, option, value or level that does not exist is an error that says which a
 | `ADAPTOR` | `auto` | 1x1 convolution on the student's maps: `auto` (where channels differ), `always`, `none` |
 | `ADAPTOR_NORM` | `""` | normalisation after it (`BN`, ...) |
 
-and the options of its loss:
+and the options of its loss, which sums over levels:
 
 | loss | options | formula |
 | --- | --- | --- |
-| `AlignedL1` | `NORMALIZE`: standardise maps per channel; `MASK_PADDING`: leave it out | sum of mean abs(S - T); MSAD |
-| `FitNet` | `GT_ONLY`: cells in ground truth boxes; `REDUCTION`: `mean`, `sum` | sum of mean (S - T)^2 |
+| `AlignedL1` | `NORMALIZE`: standardise maps per channel; `MASK_PADDING`: leave it out | mean abs(S - T); MSAD |
+| `FitNet` | `GT_ONLY`, `REDUCTION` | mean (S - T)^2 |
+| `CWD` | `TAU` | divergence of softmax over the cells of a channel |
+| `FKD` | `ALPHA`, `BETA`, `TEMPERATURE`, `PER_IMAGE` | norms: attended features, pools, non-local relations |
+| `FGD` | `ALPHA`, `BETA`, `GAMMA`, `LAM`, `TEMPERATURE` | attended L2 in and outside of objects, attention, context |
+| `MGD` | `MASK_RATIO` | L2 to maps generated from masked ones |
+| `PKD` | | 1 - Pearson's correlation per channel |
+| `NaiveL2`, `MagnitudeMD` | | raw features: mean (S - T)^2; its magnitude term |
+| `LAD`, `PAD`, `CAD`, `Angular` | `Angular`: `UNIT` | 2 (1 - cos) of layers, pixels, channels |
+
+[LOSSES.md](LOSSES.md) has sources, defaults and open questions of each.
 
 `DISTILL.READING` A or B overwrites `MSAD.W_FUSE`, `DISTILL.W_DET` and every `WEIGHT` by what the reading implies for
 `LAMBDA` and `GAMMA`; projects/MSAD/README.md has the table.

@@ -233,6 +233,16 @@ def test_adaptors_are_trained_saved_resumed_and_dropped(student, tmp_path):
     shutil.rmtree(tmp_path / "exported")
 
 
+def test_random_masks_and_trained_parts_resume(student, tmp_path):
+    losses = {"DISTILL.LOSSES": [{"NAME": "MGD", "WEIGHT": 1e-3}, {"NAME": "FKD"}, {"NAME": "FGD"}]}
+    whole, expected, _ = train(student(**losses))
+    left_by_a_killed_run(tmp_path / "run", tmp_path / "killed")
+    again, resumed, _ = train(student("killed", **losses), resume=True)
+    assert resumed.steps == expected.steps[SAVED:]
+    assert sum("loss_distill" in key for key in resumed.steps[0]["losses"]) == 1 + 4 + 4
+    assert_equal_weights(again.distiller.losses.state_dict(), whole.distiller.losses.state_dict())
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_adaptors_are_optimized_like_the_student(student, optimizer):
     decay = {"SOLVER.WEIGHT_DECAY": 0.3, "SOLVER.WEIGHT_DECAY_NORM": 0.1, "SOLVER.OPTIMIZER": optimizer}

@@ -1,0 +1,119 @@
+"""Focal and global distillation (FGD, Yang et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from .shared import channel_attention, paint_max, precise, spatial_attention
+
+
+def focal_masks(
+    boxes: torch.Tensor, image: torch.Tensor, stride: int, size: tuple[int, int], num_images: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of cells in objects and outside of them (FGD, eq. 4 to 6).
+
+    A box takes the cells from floor(low / stride) to ceil(high / stride), both included, and gives each the weight 1 /
+    their number, so that objects of all sizes count alike; where boxes overlap the smaller one counts. Cells of an
+    image outside all boxes have equal weights that sum to 1.
+
+    Args:
+        boxes: (K, 4) x0 y0 x1 y1 in H pixels.
+        image: (K,) index of the box's image.
+        stride: of the grid in H pixels.
+        size: (h, w) of the grid.
+
+    Returns:
+        foreground, background, each (num_images, h, w).
+    """
+    boxes = precise(boxes)
+    low, high = (boxes[:, :2] / stride).floor(), (boxes[:, 2:] / stride).ceil()
+
+    def covered(axis: int, length: int) -> torch.Tensor:
+        cells = torch.arange(length, device=boxes.device)
+        return (cells >= low[:, axis, None]) & (cells <= high[:, axis, None])
+
+    weight = 1 / (high - low + 1).prod(dim=1)
+    foreground = paint_max(covered(1, size[0]), covered(0, size[1]), image, weight, num_images)
+    background = (foreground == 0).to(foreground.dtype)
+    return foreground, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+
+
+def focal_loss(
+    s: torch.Tensor, t: torch.Tensor, foreground: torch.Tensor, background: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Differences in objects, outside of them, and of the attention, summed over maps (N, C, h, w) and divided by N.
+
+    The teacher's attention weighs the squared differences; both sides' attentions are compared by L1.
+    """
+    space_t, channels_t = spatial_attention(t, temperature), channel_attention(t, temperature)
+    space_s, channels_s = spatial_attention(s, temperature), channel_attention(s, temperature)
+    square = (precise(s) - precise(t)).square()
+    with torch.autocast(s.device.type, enabled=False):  # which would take float16 for what sums up squares
+        per_cell = space_t * torch.einsum("nchw,nc->nhw", square, channels_t)
+    attention = (space_s - space_t).abs().sum() + (channels_s - channels_t).abs().sum()
+    return tuple(term / len(s) for term in ((foreground * per_cell).sum(), (background * per_cell).sum(), attention))
+
+
+class GlobalContext(nn.Module):
+    """GcBlock: x plus a bottleneck of x averaged over cells with learned softmax weights. Begins as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 2, 1)
+        self.where = nn.Conv2d(channels, 1, 1, bias=False)  # softmax would not see a bias
+        self.transform = nn.Sequential(
+            nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels)
+        )
+        nn.init.zeros_(self.transform[-1].weight)
+        nn.init.zeros_(self.transform[-1].bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.where(x).flatten(1).softmax(dim=1)
+        context = torch.einsum("ncp,np->nc", x.flatten(2), weights.to(x.dtype))
+        return x + self.transform(context)[:, :, None, None]
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class FGD(nn.Module):
+    """Sum over levels of alpha foreground + beta background + gamma attention + lambda |R_t(F_t) - R_s(F_s)|^2 / N.
+
+    Sums over maps and means over images: the weights depend on the size of the maps. R_s and R_t are
+    :class:`GlobalContext`, trained with the student.
+
+    Args:
+        alpha, beta, gamma, lam: weights of the terms; defaults for RetinaNet and GFL. Two-stage: 5e-5, 2.5e-5, 5e-5,
+            5e-7; FCOS and RepPoints: 1.6e-3, 8e-4, 8e-4, 8e-6.
+        temperature: of the attention.
+    """
+
+    def __init__(
+        self,
+        levels: list[str],
+        channels: dict[str, int],
+        strides: dict[str, int],
+        alpha: float = 1e-3,
+        beta: float = 5e-4,
+        gamma: float = 5e-4,
+        lam: float = 5e-6,
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.strides, self.temperature = strides, temperature
+        self.weights = {"foreground": alpha, "background": beta, "attention": gamma, "global": lam}
+        self.student_context = nn.ModuleDict({name: GlobalContext(channels[name]) for name in levels})
+        self.teacher_context = nn.ModuleDict({name: GlobalContext(channels[name]) for name in levels})
+
+    def forward(
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+    ) -> dict[str, torch.Tensor]:
+        totals = dict.fromkeys(self.weights, 0.0)
+        for name, s in student.items():
+            t = teacher[name]
+            masks = focal_masks(*batch.boxes(s.device), self.strides[name], s.shape[-2:], len(s))
+            context = precise(self.student_context[name](s)) - precise(self.teacher_context[name](t))
+            terms = (*focal_loss(s, t, *masks, self.temperature), context.square().sum() / len(s))
+            for key, term in zip(totals, terms):
+                totals[key] = totals[key] + self.weights[key] * term
+        return totals

@@ -1,0 +1,125 @@
+"""Attention-guided and non-local distillation (FKD, Zhang and Ma, ICLR 2021)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from .shared import channel_attention, precise, spatial_attention
+
+SUBSAMPLE = (8, 4, 2, 2, 2)  # of the non-local module's keys and values, finest level first
+
+
+class NonLocal(nn.Module):
+    """Dot-product non-local block: x plus what every cell gathers from all cells. Begins as the identity.
+
+    Without a softmax, ``(q k^T) v = q (k^T v)``: the cost is linear in the number of cells.
+
+    Args:
+        channels: C of the map.
+        hidden: channels of queries, keys and values.
+        subsample: keys and values are max-pooled by it.
+    """
+
+    def __init__(self, channels: int, hidden: int, subsample: int) -> None:
+        super().__init__()
+        self.subsample = subsample
+        self.query, self.key, self.value = (nn.Conv2d(channels, hidden, 1) for _ in range(3))
+        self.output = nn.Conv2d(hidden, channels, 1, bias=False)
+        # Only ever used on batches of the training; running statistics would be state that nobody reads.
+        self.norm = nn.BatchNorm2d(channels, track_running_stats=False)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, _, h, w = x.shape
+        kernel = (min(self.subsample, h), min(self.subsample, w))
+        keys, values = (F.max_pool2d(layer(x), kernel).flatten(2) for layer in (self.key, self.value))
+        relation = torch.matmul(values, keys.transpose(1, 2) / keys.shape[2])  # (N, hidden, hidden)
+        gathered = torch.matmul(relation, self.query(x).flatten(2)).view(n, -1, h, w)
+        out = self.output(gathered)
+        if out.numel() == out.shape[1]:  # BatchNorm refuses a single value; two copies have the same statistics
+            return x + self.norm(torch.cat([out, out]))[:1]
+        return x + self.norm(out)
+
+
+def distance(s: torch.Tensor, t: torch.Tensor, per_image: bool) -> torch.Tensor:
+    """Euclidean distance of two batches of equal shape (N, ...): of all at once, or the mean over images."""
+    difference = precise(s) - precise(t)
+    norm = torch.linalg.vector_norm  # its gradient at 0 is 0
+    return norm(difference.flatten(1), dim=1).mean() if per_image else norm(difference)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class FKD(nn.Module):
+    """Sum over levels of a (attended features + non-local relations) + b (spatial + channel pools).
+
+    Every term is a norm and not its square, by default of the whole batch: the loss grows with the square root of
+    the number of images (of a process), as in the released code, for whose batches of two the weights were found.
+
+    Args:
+        alpha: weight a; one-stage detectors. Two-stage: 7e-5.
+        beta: weight b; one-stage detectors. Two-stage: 4e-3.
+        temperature: of the attention; released code: 0.1 for one-stage and 0.5 for two-stage detectors.
+        per_image: mean over images of norms instead, which does not depend on their number.
+    """
+
+    def __init__(
+        self,
+        levels: list[str],
+        channels: dict[str, int],
+        student_channels: dict[str, int],
+        alpha: float = 4.2e-4,
+        beta: float = 2.4e-2,
+        temperature: float = 0.1,
+        per_image: bool = False,
+    ) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.temperature, self.per_image = alpha, beta, temperature, per_image
+        self.levels = nn.ModuleDict()
+        for i, name in enumerate(levels):
+            s, t = student_channels[name], channels[name]
+            subsample = SUBSAMPLE[min(i, len(SUBSAMPLE) - 1)]
+            reduction = 4 if i < 2 else 2  # 64 of 256 channels on the two finest levels
+            self.levels[name] = nn.ModuleDict(
+                {
+                    "feature": nn.Conv2d(s, t, 1),
+                    "spatial": nn.Conv2d(1, 1, 3, padding=1),
+                    "channel": nn.Linear(s, t),
+                    "relation": nn.Conv2d(s, t, 1),
+                    "student_nonlocal": NonLocal(s, max(s // reduction, 1), subsample),
+                    "teacher_nonlocal": NonLocal(t, max(t // reduction, 1), subsample),
+                }
+            )
+
+    def forward(
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+    ) -> dict[str, torch.Tensor]:
+        totals = dict.fromkeys(("feature", "spatial", "channel", "relation"), 0.0)
+        for name, s in student.items():
+            for key, term in self._terms(self.levels[name], s, teacher[name]).items():
+                totals[key] = totals[key] + term
+        weights = {"feature": self.alpha, "spatial": self.beta, "channel": self.beta, "relation": self.alpha}
+        return {key: weights[key] * total for key, total in totals.items()}
+
+    def _terms(self, parts: nn.ModuleDict, s: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
+        adapted = parts["feature"](s)
+        root = self._attention(s if s.shape[1] == t.shape[1] else adapted, s, t).sqrt()
+        pairs = {
+            "feature": (root * precise(adapted), root * precise(t)),
+            "spatial": (parts["spatial"](s.mean(dim=1, keepdim=True)), t.mean(dim=1, keepdim=True)),
+            "channel": (parts["channel"](s.mean(dim=(2, 3))), t.mean(dim=(2, 3))),
+            "relation": (parts["relation"](parts["student_nonlocal"](s)), parts["teacher_nonlocal"](t)),
+        }
+        return {key: distance(*pair, self.per_image) for key, pair in pairs.items()}
+
+    @torch.no_grad()
+    def _attention(self, s_channels: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Product (N, C, h, w) of the two sides' mean spatial and mean channel attention.
+
+        The student's channels are weighed on ``s_channels``, a map with as many channels as the teacher's.
+        """
+        space = (spatial_attention(s, self.temperature) + spatial_attention(t, self.temperature)) / 2
+        channels = (channel_attention(s_channels, self.temperature) + channel_attention(t, self.temperature)) / 2
+        return space[:, None] * channels[:, :, None, None]
