@@ -22,6 +22,13 @@ def add_msad_config(cfg: CN) -> CN:
     # --- backbones and necks -------------------------------------------------------------------------------------
     # Basic blocks per stage of build_tiny_resnet_backbone; widths are RES2_OUT_CHANNELS * 2^stage.
     cfg.MODEL.RESNETS.BLOCKS = [1, 1, 1, 1]
+    cfg.MODEL.MOBILENETV2 = CN()
+    # Factor on the channels of build_mobilenetv2_backbone; slimmable weights exist for 0.35, 0.5, 0.75 and 1.0.
+    cfg.MODEL.MOBILENETV2.WIDTH = 1.0
+    # Maps that it returns: "c1" (stride 2), "res2" to "res5" (strides 4 to 32).
+    cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Its normalisation, as MODEL.RESNETS.NORM.
+    cfg.MODEL.MOBILENETV2.NORM = "BN"
     # Registered backbone under build_level_fpn_backbone.
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
     # Levels that build_level_fpn_backbone makes: those the head reads. A teacher adds those its branches need.
