@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from detectron2.structures import Instances
+from detectron2.structures import Instances, ROIMasks
 
 __all__ = ["detector_postprocess", "sem_seg_postprocess"]
 
@@ -14,7 +14,8 @@ def detector_postprocess(
     """Rescale detections from the network's input to an image of ``output_height`` x ``output_width`` pixels.
 
     Boxes (``pred_boxes``, or ``proposal_boxes`` where there are none) are scaled and clipped, and detections whose
-    box is then empty are dropped; keypoints are scaled; (N, 1, M, M) masks are pasted into (N, H, W) bitmaps.
+    box is then empty are dropped; keypoints are scaled; masks, a (N, 1, M, M) tensor or ROIMasks, are
+    pasted into bitmaps (N, H, W).
     """
     height, width = results.image_size
     new_height, new_width = (x.item() if isinstance(x, torch.Tensor) else x for x in (output_height, output_width))
@@ -31,12 +32,8 @@ def detector_postprocess(
     scaled = scaled[boxes.nonempty()]
 
     if scaled.has("pred_masks"):
-        # Imported here: only models with masks need it.
-        from detectron2.layers.mask_ops import paste_masks_in_image
-
-        scaled.pred_masks = paste_masks_in_image(
-            scaled.pred_masks[:, 0], scaled.pred_boxes, scaled.image_size, threshold=mask_threshold
-        )
+        masks = scaled.pred_masks if isinstance(scaled.pred_masks, ROIMasks) else ROIMasks(scaled.pred_masks[:, 0])
+        scaled.pred_masks = masks.to_bitmasks(scaled.get(field), *scaled.image_size, mask_threshold).tensor
     if scaled.has("pred_keypoints"):
         factors = scaled.pred_keypoints.new_tensor((scale_x, scale_y, 1.0))
         scaled.pred_keypoints = scaled.pred_keypoints * factors
