@@ -66,6 +66,29 @@ DISTILL:
   LOSSES: [{NAME: AlignedL1, WEIGHT: 0.6}]
   WARMUP_ITERS: 8
 """,
+    # GFL, whose losses are normalised by the batch alone.
+    "gfl.yaml": """
+_BASE_: fcos.yaml
+MODEL:
+  META_ARCHITECTURE: GFL
+  GFL: {CONV_DIMS: [32], NORM: "", NUM_CLASSES: 6, SCORE_THRESH_TEST: 0.001}
+""",
+    "gfl_teacher.yaml": """
+_BASE_: gfl.yaml
+MODEL: {META_ARCHITECTURE: MultiScaleTeacher}
+MSAD: {DETECTOR: GFL}
+""",
+    "gfl_student.yaml": """
+_BASE_: gfl.yaml
+MODEL:
+  FPN: {LEVELS: [p2, p3, p4, p5, p6]}
+  GFL: {IN_FEATURES: [p2, p3, p4, p5, p6]}
+INPUT: {MIN_SIZE_TEST: 32, MAX_SIZE_TEST: 32}
+DISTILL:
+  TEACHERS: [{CONFIG: gfl_teacher.yaml, WEIGHTS: not_trained_yet.pth}]
+  LOSSES: [{NAME: AlignedL1, WEIGHT: 0.6}]
+  WARMUP_ITERS: 8
+""",
     # RetinaNet on the project's tiny backbone.
     "retinanet.yaml": """
 _BASE_: fcos.yaml
@@ -129,9 +152,9 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher_weights(project) -> dict[str, str]:
-    """Checkpoints (of untrained, seeded networks) of the two teachers, by the name of their yaml."""
+    """Checkpoints (of untrained, seeded networks) of the teachers, by the name of their yaml."""
     files = {}
-    for name in ("teacher", "retinanet_teacher"):
+    for name in ("teacher", "retinanet_teacher", "gfl_teacher"):
         torch.manual_seed(11)
         files[name] = str(project / f"{name}.pth")
         torch.save({"model": build_model(load_config(project / f"{name}.yaml")).state_dict()}, files[name])

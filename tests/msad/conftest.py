@@ -51,6 +51,8 @@ def tiny_cfg():
         cfg.MODEL.FCOS.NORM = ""
         cfg.MODEL.FCOS.CONV_DIMS = [8]
         cfg.MODEL.FCOS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = CLASSES
+        cfg.MODEL.GFL.IN_FEATURES = names
+        cfg.MODEL.GFL.NORM, cfg.MODEL.GFL.CONV_DIMS, cfg.MODEL.GFL.NUM_CLASSES = "", [8], CLASSES
         cfg.MODEL.RETINANET.NUM_CONVS = 1
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.02
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[4 * 2**level] for level in levels]

@@ -27,7 +27,7 @@ from msad.engine import DistillTrainer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
 
-STUDENTS = ("student", "retinanet_student", "stock_student")
+STUDENTS = ("student", "retinanet_student", "gfl_student", "stock_student")
 PARTS = ("distillation", "detection", "both")
 # detectron2 asks for a GPU unless it is told that there is none.
 on_cpu = functools.partial(create_ddp_model, device_ids=None)

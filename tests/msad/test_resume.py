@@ -21,7 +21,7 @@ from msad.engine import DistillTrainer
 
 ITERATIONS, SAVED = 6, 3  # the checkpoint holds SAVED finished iterations
 TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"
-TEACHER = {"student": "teacher", "retinanet_student": "retinanet_teacher"}
+TEACHER = {"student": "teacher", "retinanet_student": "retinanet_teacher", "gfl_student": "gfl_teacher"}
 
 
 class Trace(HookBase):
@@ -84,7 +84,7 @@ def assert_equal_weights(first, second):
     assert not different
 
 
-@pytest.mark.parametrize("name", ["fcos", "retinanet", "teacher", "student", "retinanet_student"])
+@pytest.mark.parametrize("name", ["fcos", "retinanet", "teacher", "student", "retinanet_student", "gfl_student"])
 def test_resumed_run_repeats_the_uninterrupted_one(project, teacher_weights, tmp_path, name):
     whole, expected, _ = train(config(project, teacher_weights, name, tmp_path / "whole"))
     left_by_a_killed_run(tmp_path / "whole", tmp_path / "killed")

@@ -61,6 +61,39 @@ def add_msad_config(cfg: CN) -> CN:
     # IoU above which the lower-scored of two boxes of one class is dropped.
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
+    # --- GFL -----------------------------------------------------------------------------------------------------
+    cfg.MODEL.GFL = CN()
+    # Classes of the data set, without background.
+    cfg.MODEL.GFL.NUM_CLASSES = 80
+    # Levels the head reads, finest first. A detector in the L frame reads p2 to p6.
+    cfg.MODEL.GFL.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Output channels of the 3x3 convolutions of each tower; fewer or narrower ones make a light head.
+    cfg.MODEL.GFL.CONV_DIMS = [256, 256, 256, 256]
+    # Normalisation in the towers: "GN" (32 groups), "BN", ... or "" for none.
+    cfg.MODEL.GFL.NORM = "GN"
+    # Initial score of every class (bias of the classification layer).
+    cfg.MODEL.GFL.PRIOR_PROB = 0.01
+    # Largest distance from a cell to a box side, in strides; a side is a distribution over REG_MAX + 1 bins.
+    cfg.MODEL.GFL.REG_MAX = 16
+    # Sides of the anchors that ATSS assigns, in strides.
+    cfg.MODEL.GFL.ANCHOR_SIZE = 8.0
+    # ATSS: candidates a box takes from each level.
+    cfg.MODEL.GFL.ATSS_TOPK = 9
+    # Quality focal loss: exponent that plays down easy cells.
+    cfg.MODEL.GFL.QFL_BETA = 2.0
+    # Weight of the quality focal loss.
+    cfg.MODEL.GFL.QFL_WEIGHT = 1.0
+    # Weight of the distribution focal loss.
+    cfg.MODEL.GFL.DFL_WEIGHT = 0.25
+    # Weight of the GIoU loss.
+    cfg.MODEL.GFL.GIOU_WEIGHT = 2.0
+    # On the class score, which estimates the IoU.
+    cfg.MODEL.GFL.SCORE_THRESH_TEST = 0.05
+    # Candidates per level before NMS.
+    cfg.MODEL.GFL.TOPK_CANDIDATES_TEST = 1000
+    # IoU above which the lower-scored of two boxes of one class is dropped.
+    cfg.MODEL.GFL.NMS_THRESH_TEST = 0.6
+
     # --- the multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiScaleTeacher) -------------------------------
     cfg.MSAD = CN()
     # Meta-architecture of the detector inside the teacher, configured by its usual keys in the H frame.

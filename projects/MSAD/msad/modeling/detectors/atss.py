@@ -1,0 +1,97 @@
+"""Which cells of a pyramid are positive for which box: adaptive selection (ATSS, CVPR 2020, Algorithm 1).
+
+All boxes of a batch are handled at once: nearest cells are sought for the boxes of all images together, because the
+images of a batch share one grid, and boxes of one image that claim the same cell compete in a scatter.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
+
+
+class Candidates(NamedTuple):
+    """Cells near each of K boxes.
+
+    Attributes:
+        index: (K, C) in the cells of all levels.
+        iou: (K, C) of the box with the anchor around the cell.
+        threshold: (K,) mean plus standard deviation of ``iou``.
+    """
+
+    index: torch.Tensor
+    iou: torch.Tensor
+    threshold: torch.Tensor
+
+
+def centres(boxes: torch.Tensor) -> torch.Tensor:
+    """(..., 4) -> (..., 2)."""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2
+
+
+def anchors_around(cells: torch.Tensor, size: float) -> torch.Tensor:
+    """Boxes (..., 4) with the centres of ``cells`` and ``size`` times their sides."""
+    middle = centres(cells)
+    half = (cells[..., 2:] - cells[..., :2]) * (size / 2)
+    return torch.cat([middle - half, middle + half], dim=-1)
+
+
+def contains(boxes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Whether points (..., 2) lie inside boxes (..., 4), their edges excluded."""
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1).amin(dim=-1) > 0
+
+
+def find_candidates(cells: list[torch.Tensor], boxes: torch.Tensor, topk: int = 9, size: float = 8.0) -> Candidates:
+    """The ``topk`` cells of every level whose centres are nearest to each box's centre.
+
+    Args:
+        cells: (R_l, 4) of each level, squares with the sides of a stride.
+        boxes: (K, 4) in the pixels of ``cells``.
+        topk: cells of each level; a level with fewer gives all.
+        size: sides of the anchors with which IoU is taken, in strides.
+    """
+    middle = centres(boxes)
+    found, first = [], 0
+    for level in cells:
+        distance = (centres(level) - middle[:, None]).square().sum(dim=-1)
+        found.append(first + distance.topk(min(topk, len(level)), dim=1, largest=False).indices)
+        first += len(level)
+    index = torch.cat(found, dim=1)
+    anchors = anchors_around(torch.cat(cells)[index], size)
+    paired = boxes[:, None].expand_as(anchors)
+    iou = matched_pairwise_iou(Boxes(anchors.reshape(-1, 4)), Boxes(paired.reshape(-1, 4))).view(index.shape)
+    mean = iou.mean(dim=1)
+    variance = (iou - mean[:, None]).square().sum(dim=1) / max(iou.shape[1] - 1, 1)
+    return Candidates(index, iou, mean + variance.sqrt())
+
+
+def assign(
+    cells: list[torch.Tensor], boxes: torch.Tensor, image: torch.Tensor, num_images: int, topk: int = 9,
+    size: float = 8.0,
+) -> torch.Tensor:  # fmt: skip
+    """Match every cell of every image to a box.
+
+    A candidate is positive if its IoU reaches the box's threshold and its centre lies inside the box. Of several
+    boxes the one of largest IoU gets the cell, and the first of them if they are equal.
+
+    Args:
+        cells, topk, size: see :func:`find_candidates`.
+        boxes: (K, 4) of the whole batch.
+        image: (K,) index of the box's image.
+
+    Returns:
+        (num_images, R) int64 over all levels: index of the box, K where there is none.
+    """
+    flat = torch.cat(cells)
+    index, iou, threshold = find_candidates(cells, boxes, topk, size)
+    positive = (iou >= threshold[:, None]) & contains(boxes[:, None], centres(flat)[index])
+    slot = (image[:, None] * len(flat) + index).flatten()
+    claim = iou.masked_fill(~positive, -1.0).flatten()
+    best = claim.new_full((num_images * len(flat),), -1.0).scatter_reduce(0, slot, claim, "amax")
+    number = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(index).flatten()
+    number = number.masked_fill(~positive.flatten() | (claim < best[slot]), len(boxes))
+    nobody = number.new_full(best.shape, len(boxes))
+    return nobody.scatter_reduce(0, slot, number, "amin").view(num_images, len(flat))
