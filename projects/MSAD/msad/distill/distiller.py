@@ -125,16 +125,15 @@ class Distiller(nn.Module):
         shift = self.resolution.shift
         moved = [dict(item, image=item["image"].to(self.device, non_blocking=True)) for item in batched_inputs]
         reduced = view(moved, shift, self.device, self.downsample_mode)
+        factor = self._current_factor()
+        # The teacher runs first: what it needs is free again before the student keeps its activations.
+        imitated = {} if factor is None else self.teacher.features(moved, shift)
         with F_.tap_neck(self.student) as taken:
             output = {name: self.w_det * value for name, value in self.student(reduced).items()}
-        if not len(self.losses):
+        if factor is None:
             return output
-        iteration = get_event_storage().iter
-        factor = self.factor(iteration)
-        if factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters()):
-            return output  # distillation is over: the teacher need not run
         student = shift_levels(taken, shift)
-        teacher = self._on_student_grid(self.teacher.features(moved, shift), student)
+        teacher = self._on_student_grid(imitated, student)
         batch = DistillBatch(
             image_sizes=[tuple(item["image"].shape[-2:]) for item in moved],
             gt=[item["instances"] for item in moved],
@@ -143,6 +142,15 @@ class Distiller(nn.Module):
             for name, value in loss(student, teacher, batch).items():
                 output[name] = factor * value
         return output
+
+    def _current_factor(self) -> float | None:
+        """Factor on the distillation losses at this iteration; None: they, and so the teacher, need not be computed."""
+        if not len(self.losses):
+            return None
+        iteration = get_event_storage().iter
+        factor = self.factor(iteration)
+        over = factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters())
+        return None if over else factor
 
     def _on_student_grid(self, teacher: F_.Features, student: F_.Features) -> F_.Features:
         """Cut off what the teacher padded beyond the student's input; both grids begin at the image's corner."""
