@@ -22,5 +22,5 @@ setup(
         "tabulate",
         "tensorboard",
     ],
-    extras_require={"test": ["pytest>=8", "pytest-timeout", "ruff"], "fast-eval": ["hotcoco"]},
+    extras_require={"test": ["pytest>=8", "pytest-timeout", "ruff", "shapely"], "fast-eval": ["hotcoco"]},
 )

@@ -24,6 +24,7 @@ setup(
         "opencv-python",
         "Pillow",
         "pycocotools",
+        "shapely",
         "tabulate",
         "tensorboard",
         "termcolor",

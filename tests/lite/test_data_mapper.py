@@ -85,6 +85,47 @@ def test_boxes_from_masks(sample):
         make(recompute_boxes=True)
 
 
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_crops_cut_masks(sample, mask_format):
+    """A square that is cut, a fork of which the crop leaves two prongs, and a triangle outside of the crop."""
+    fork = [0.0, 0, 16, 0, 16, 12, 12, 12, 12, 2, 4, 2, 4, 12, 0, 12]
+    shapes = [[SQUARE], [fork], [[20.0, 10, 28, 10, 24, 18]]]
+    sample["annotations"] = [{**sample["annotations"][0], "segmentation": shape} for shape in shapes]
+    crop = T.CropTransform(2, 4, 14, 10)
+    for recompute in (False, True):
+        mapper = make(
+            augmentations=[crop], use_instance_mask=True, instance_mask_format=mask_format, recompute_boxes=recompute
+        )
+        instances = mapper(sample)["instances"]
+        assert instances.image_size == (10, 14) and len(instances) == 2
+        bitmaps = instances.gt_masks
+        if mask_format == "polygon":
+            assert [len(polygons) for polygons in bitmaps] == [1, 2] and bitmaps.area().tolist() == [3, 16 + 32]
+            bitmaps = BitMasks.from_polygon_masks(bitmaps, 10, 14)
+        assert bitmaps.tensor.sum(dim=(1, 2)).tolist() == [3, 48]
+        assert bitmaps.tensor[1, :8, :2].all() and bitmaps.tensor[1, :8, 10:].all()
+        # The annotated boxes are x 1..7, y 2..10.
+        tight = [[0, 0, 3, 1], [0, 0, 14, 8]]
+        assert instances.gt_boxes.tensor.tolist() == (tight if recompute else [[0, 0, 5, 6]] * 2)
+
+
+def test_keypoints_in_crops_and_rotations(sample):
+    sample["annotations"] = sample["annotations"][:1]
+    options = {"use_keypoint": True, "keypoint_hflip_indices": np.array([0, 2, 1])}
+    (cropped,) = make(augmentations=[T.CropTransform(2, 0, 12, 10)], **options)(sample)["instances"].gt_keypoints.tensor
+    assert cropped.tolist() == [[0, 0, 0], [0, 0, 0], [8, 3, 1]]  # one left, one without label, one inside
+    # A quarter turn counter-clockwise takes (x, y) of the 20 x 30 image to (y, 30 - x).
+    turn = [T.RotationTransform(20, 30, 90)]
+    (turned,) = make(augmentations=turn, **options)(sample)["instances"].gt_keypoints.tensor
+    np.testing.assert_allclose(turned, [[2.5, 28.5, 2], [0, 0, 0], [3, 20, 1]], atol=1e-5)
+    # Two mirrors are none; a mirror and a turn still exchange left and right.
+    flip = T.HFlipTransform(30)
+    (twice,) = make(augmentations=[flip, flip], **options)(sample)["instances"].gt_keypoints.tensor
+    np.testing.assert_allclose(twice, [[1.5, 2.5, 2], [0, 0, 0], [10, 3, 1]])
+    (both,) = make(augmentations=[flip, *turn], **options)(sample)["instances"].gt_keypoints.tensor
+    np.testing.assert_allclose(both, [[2.5, 1.5, 2], [3, 10, 1], [0, 0, 0]], atol=1e-5)
+
+
 def test_annotations_are_for_training_only(sample):
     mapped = make(is_train=False)(sample)
     assert set(mapped) == {"file_name", "height", "width", "image_id", "image"}

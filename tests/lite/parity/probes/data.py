@@ -120,7 +120,7 @@ def _mapper_outputs(samples, out):
     }
     samples = [dict(s, annotations=[a for a in s["annotations"] if "segmentation" in a]) for s in samples]
     for name, options in variants.items():
-        # cropping polygons needs the optional package shapely
+        # crops of polygons are in masks_keypoints
         augmentations = resize_and_flip if options.get("use_instance_mask") else [crop, *resize_and_flip]
         for is_train in (True, False):
             mapper = DatasetMapper(is_train, augmentations=augmentations, image_format="BGR", **options)
