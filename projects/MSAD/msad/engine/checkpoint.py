@@ -20,11 +20,19 @@ def replacing(path: str, mode: str = "wb") -> Iterator[IO]:
     os.replace(temporary, path)
 
 
+def part_of(name: str) -> str:
+    """Part of a detector that a tensor belongs to: "backbone.bottom_up", "backbone" (its neck), "head", ..."""
+    parts = name.removeprefix("detector.").split(".")
+    return ".".join(parts[:2]) if parts[:2] == ["backbone", "bottom_up"] else parts[0]
+
+
 class CheckedCheckpointer(DetectionCheckpointer):
     """DetectionCheckpointer that stops if not a single tensor of the file fits the model, and writes atomically.
 
     detectron2 logs what is missing and goes on; a detector trained or a student distilled from random weights that
-    were meant to be pretrained is the commonest cause of unexplained low accuracy.
+    were meant to be pretrained is the commonest cause of unexplained low accuracy. A part of the model that is loaded
+    only in part, or a bottom-up network that is not loaded at all, is worth a warning of its own: pretrained weights
+    rightly lack whole parts (neck, head) and nothing else.
 
     Attributes:
         unfit: names of the model's tensors that the last loaded file lacks or has in another shape.
@@ -65,4 +73,27 @@ class CheckedCheckpointer(DetectionCheckpointer):
                 f"{next(iter(incompatible.unexpected_keys), 'other shapes')}"
             )
         self.logger.info("%d of %d tensors of %s loaded", total - len(self.unfit), total, type(self.model).__name__)
+        for line in self._doubtful_parts():
+            self.logger.warning("PRETRAINED WEIGHTS DO NOT FIT: %s", line)
         return incompatible
+
+    def _doubtful_parts(self) -> list[str]:
+        """A line for each part of the model that got some of its tensors but not all, or no backbone at all.
+
+        Statistics of norms do not count: weights for frozen norms, such as detectron2's MSRA models, lack them.
+        """
+        names: dict[str, list[str]] = {}
+        for name in self.model.state_dict():
+            if not name.endswith((".running_mean", ".running_var", ".num_batches_tracked")):
+                names.setdefault(part_of(name), []).append(name)
+        unfit = set(self.unfit)
+        network = "backbone.bottom_up" if "backbone.bottom_up" in names else "backbone"
+        lines = []
+        for part, tensors in names.items():
+            without = [name for name in tensors if name in unfit]
+            if without and (len(without) < len(tensors) or part == network):
+                lines.append(
+                    f"{len(without)} of the {len(tensors)} tensors of {part} are not in the file or of another shape "
+                    f"and keep their random values: {', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
+                )
+        return lines
