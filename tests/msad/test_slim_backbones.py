@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,3 +356,42 @@ def test_cost_of_the_widths_is_that_of_the_papers(width, imagenet, teacher, stud
     assert width**2 * 1.25 == pytest.approx(teacher, abs=0.005) and width**2 / 4 == pytest.approx(student, abs=0.005)
     assert 0 <= both - width**2 * 1.25 < 0.0125
     assert 0 <= low - width**2 / 4 < 0.003
+
+
+# --- the yaml files of supplementary Table 1 --------------------------------------------------------------------------
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "MSAD"
+
+
+@pytest.mark.parametrize("role", ["T", "S_L", "S_H"])
+@pytest.mark.parametrize("width", RESNET_WIDTHS)
+def test_rows_of_table_1(width, role):
+    name = f"SLR{round(100 * width):03d}_50"
+    cfg = load_config(CONFIGS / f"fcos_{name}_{role}_1x.yaml")
+    with torch.device("meta"):
+        neck = build_backbone(cfg)
+    shapes = neck.bottom_up.output_shape()
+    assert [s.channels for s in shapes.values()] == [int(c * width) for c in (256, 512, 1024, 2048)]
+    assert neck.bottom_up.stem.conv1.out_channels == 64 * width
+    levels = {"T": range(3, 8), "S_L": range(2, 7), "S_H": range(3, 8)}[role]
+    assert list(neck.output_shape()) == cfg.MODEL.FCOS.IN_FEATURES == [f"p{i}" for i in levels]
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.PIXEL_STD[0] > 50, "as the slimmable weights were trained"
+    assert cfg.MODEL.WEIGHTS.endswith(f"R-50_{round(100 * width):03d}.pkl")
+    assert f"output/MSAD/fcos_{name}_{role}_1x" == cfg.OUTPUT_DIR
+    assert (400 if role == "S_L" else 800) == cfg.INPUT.MIN_SIZE_TEST
+    assert cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.MAX_ITER == 16 * 90000
+    if role == "T":
+        assert cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher"
+    else:
+        assert Path(cfg.DISTILL.TEACHERS[0]["CONFIG"]).name == f"fcos_{name}_T_1x.yaml"
+        assert role[-1] == cfg.DISTILL.STUDENT_RESOLUTION
+
+
+@pytest.mark.parametrize("name", ["MV2_T", "MV2_S_L", "SLMV2_100_T", "SLMV2_100_S_L"])
+def test_mobilenetv2_configs(name):
+    cfg = load_config(CONFIGS / f"fcos_{name}_1x.yaml")
+    cfg.MODEL.MOBILENETV2.NORM = "BN"
+    with torch.device("meta"):
+        neck = build_backbone(cfg)
+    assert isinstance(neck.bottom_up, MobileNetV2)
+    assert list(neck.output_shape()) == cfg.MODEL.FCOS.IN_FEATURES
