@@ -12,7 +12,7 @@ from fvcore.transforms.transform import CropTransform, HFlipTransform, Transform
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks, polygons_to_bitmask
 
 from . import transforms as T
-from .catalog import check_metadata_consistency, create_keypoint_hflip_indices
+from .catalog import MetadataCatalog, check_metadata_consistency, create_keypoint_hflip_indices
 from .image_io import SizeMismatchError, check_image_size, convert_image_to_rgb, convert_PIL_to_numpy, read_image
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "create_keypoint_hflip_indices",
     "filter_empty_instances",
     "gen_crop_transform_with_instance",
+    "get_fed_loss_cls_weights",
     "read_image",
     "transform_instance_annotations",
     "transform_keypoint_annotations",
@@ -264,6 +265,17 @@ def _draw_crop_start(center: float, crop: int, size: int) -> int:
     lowest = max(int(np.floor(center)) - crop, 0)
     highest = min(size - crop, int(np.ceil(center)))
     return int(np.random.randint(lowest, max(lowest, highest) + 1))
+
+
+def get_fed_loss_cls_weights(dataset_names: str | list[str], freq_weight_power: float = 1.0) -> torch.Tensor:
+    """Weights (K,) by which the federated loss draws classes: a power of the number of images that show each.
+
+    The numbers are the metadata ``class_image_count``, alike in all data sets: ``{"id", "image_count"}`` a class.
+    """
+    names = [dataset_names] if isinstance(dataset_names, str) else list(dataset_names)
+    check_metadata_consistency("class_image_count", names)
+    counts = sorted(MetadataCatalog.get(names[0]).class_image_count, key=lambda entry: entry["id"])
+    return torch.tensor([entry["image_count"] for entry in counts], dtype=torch.float32) ** freq_weight_power
 
 
 def build_augmentation(cfg, is_train: bool) -> list[T.Augmentation]:

@@ -15,14 +15,20 @@ _WEIGHTS_URL = "https://dl.fbaipublicfiles.com/detectron2/{folder}/{name}/{run}/
 # number of the training run and beginning of the file's hash
 _RUNS = {
     "COCO-Detection": """
+        faster_rcnn_R_50_C4_1x 137257644 721ade,   faster_rcnn_R_50_C4_3x          137849393 f97cb7
+        rpn_R_50_FPN_1x 137258492 02ce48
         faster_rcnn_R_50_FPN_1x 137257794 b275ba,  faster_rcnn_R_50_FPN_3x         137849458 280758
         faster_rcnn_R_101_FPN_3x 137851257 f6e8b1, faster_rcnn_X_101_32x8d_FPN_3x  139173657 68b088
         retinanet_R_50_FPN_1x 190397773 bfca0b,    retinanet_R_50_FPN_3x           190397829 5bd44e
         retinanet_R_101_FPN_3x 190397697 971ab9
     """,
     "COCO-InstanceSegmentation": """
+        mask_rcnn_R_50_C4_1x 137259246 9243eb,     mask_rcnn_R_50_C4_3x            137849525 4ce675
         mask_rcnn_R_50_FPN_1x 137260431 a54504,    mask_rcnn_R_50_FPN_3x           137849600 f10217
         mask_rcnn_R_101_FPN_3x 138205316 a3ec72,   mask_rcnn_X_101_32x8d_FPN_3x    139653917 2d9806
+    """,
+    "Misc": """
+        cascade_mask_rcnn_R_50_FPN_1x 138602847 e9d89b, cascade_mask_rcnn_R_50_FPN_3x 144998488 480dd8
     """,
     "COCO-Keypoints": """
         keypoint_rcnn_R_50_FPN_1x 137261548 04e291,  keypoint_rcnn_R_50_FPN_3x        137849621 a6e10b

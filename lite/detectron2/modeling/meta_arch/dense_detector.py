@@ -1,14 +1,14 @@
 """Common part of the detectors that predict boxes at every cell of a feature pyramid."""
 
-import numpy as np
 import torch
 from torch import nn
 
 from detectron2.layers import batched_nms
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils.events import get_event_storage
+from detectron2.structures import Boxes, Instances
+
+from .image_model import ImageModel, draw_training_image, ground_truth_of, to_output_size
 
 __all__ = ["DenseDetector", "permute_to_N_HWA_K"]
 
@@ -21,7 +21,7 @@ def permute_to_N_HWA_K(tensor: torch.Tensor, K: int) -> torch.Tensor:
     return tensor.permute(0, 2, 3, 1).reshape(n, -1, K)
 
 
-class DenseDetector(nn.Module):
+class DenseDetector(ImageModel):
     """Backbone, shared head and the way from images to losses or detections.
 
     A subclass implements ``forward_training(images, features, predictions, gt_instances) -> dict of losses`` and
@@ -39,18 +39,12 @@ class DenseDetector(nn.Module):
         self, backbone: Backbone, head: nn.Module, head_in_features: list[str] | None = None, *,
         pixel_mean, pixel_std,
     ):
-        super().__init__()
-        self.backbone, self.head = backbone, head
+        super().__init__(backbone, pixel_mean, pixel_std)
+        self.head = head
         if head_in_features is None:
             by_stride = sorted(backbone.output_shape().items(), key=lambda item: item[1].stride)
             head_in_features = [name for name, _ in by_stride]
         self.head_in_features = head_in_features
-        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
-
-    @property
-    def device(self) -> torch.device:
-        return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """
@@ -68,12 +62,8 @@ class DenseDetector(nn.Module):
         features = [maps[name] for name in self.head_in_features]
         predictions = self.head(features)
         if not self.training:
-            return self._to_output_size(batched_inputs, self.forward_inference(images, features, predictions))
-
-        without = [i for i, x in enumerate(batched_inputs) if "instances" not in x]
-        if without:
-            raise ValueError(f"training needs 'instances' with each image; missing in inputs {without}")
-        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+            return to_output_size(self.forward_inference(images, features, predictions), batched_inputs)
+        gt_instances = ground_truth_of(batched_inputs, self.device)
         return self.forward_training(images, features, predictions, gt_instances)
 
     def forward_training(self, images, features, predictions, gt_instances) -> dict[str, torch.Tensor]:
@@ -81,27 +71,6 @@ class DenseDetector(nn.Module):
 
     def forward_inference(self, images, features, predictions) -> list[Instances]:
         raise NotImplementedError(f"{type(self).__name__} does not implement forward_inference")
-
-    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Move the images to the device, normalise them and pad them into one batch."""
-        normalized = [(self._move_to_current_device(x["image"]) - self.pixel_mean) / self.pixel_std
-                      for x in batched_inputs]
-        return ImageList.from_tensors(
-            normalized, self.backbone.size_divisibility,
-            padding_constraints=self.backbone.padding_constraints,
-        )
-
-    def _move_to_current_device(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self.device)
-
-    @staticmethod
-    def _to_output_size(batched_inputs: list[dict], detections: list[Instances]) -> list[dict]:
-        processed = []
-        for asked, found in zip(batched_inputs, detections):
-            height, width = found.image_size
-            found = detector_postprocess(found, asked.get("height", height), asked.get("width", width))
-            processed.append({"instances": found})
-        return processed
 
     def _transpose_dense_predictions(
         self, predictions: list[list[torch.Tensor]], dims_per_anchor: list[int]
@@ -174,16 +143,6 @@ class DenseDetector(nn.Module):
         Args:
             results: detections in pixels of the network's input, best first. Needs ``self.input_format``.
         """
-        # Imported here: drawing needs matplotlib and OpenCV, training without pictures does not.
-        from detectron2.data.detection_utils import convert_image_to_rgb
-        from detectron2.utils.visualizer import Visualizer
-
         first = batched_inputs[0]
-        image = convert_image_to_rgb(first["image"].permute(1, 2, 0), self.input_format)
-        found = detector_postprocess(results[0], *image.shape[:2]).pred_boxes.tensor.detach().cpu()
-        panels = [
-            Visualizer(image, None).overlay_instances(boxes=boxes).get_image()
-            for boxes in (first["instances"].gt_boxes, found[:20].numpy())
-        ]
-        stacked = np.concatenate(panels, axis=0).transpose(2, 0, 1)
-        get_event_storage().put_image("Ground truth (top) and best 20 detections (bottom)", stacked)
+        found = detector_postprocess(results[0], *first["image"].shape[1:])
+        draw_training_image(first, found.pred_boxes.tensor, self.input_format, "detections")

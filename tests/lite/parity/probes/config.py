@@ -12,19 +12,22 @@ ZOO = [
     for folder, names in {
         "COCO-Detection": (
             "faster_rcnn_R_50_FPN_1x faster_rcnn_R_50_FPN_3x faster_rcnn_R_101_FPN_3x "
-            "faster_rcnn_X_101_32x8d_FPN_3x retinanet_R_50_FPN_1x retinanet_R_50_FPN_3x retinanet_R_101_FPN_3x"
+            "faster_rcnn_X_101_32x8d_FPN_3x retinanet_R_50_FPN_1x retinanet_R_50_FPN_3x retinanet_R_101_FPN_3x "
+            "faster_rcnn_R_50_C4_1x faster_rcnn_R_50_C4_3x rpn_R_50_FPN_1x"
         ),
         "COCO-InstanceSegmentation": (
-            "mask_rcnn_R_50_FPN_1x mask_rcnn_R_50_FPN_3x mask_rcnn_R_101_FPN_3x mask_rcnn_X_101_32x8d_FPN_3x"
+            "mask_rcnn_R_50_FPN_1x mask_rcnn_R_50_FPN_3x mask_rcnn_R_101_FPN_3x mask_rcnn_X_101_32x8d_FPN_3x "
+            "mask_rcnn_R_50_C4_1x mask_rcnn_R_50_C4_3x"
         ),
         "COCO-Keypoints": (
             "keypoint_rcnn_R_50_FPN_1x keypoint_rcnn_R_50_FPN_3x keypoint_rcnn_R_101_FPN_3x "
             "keypoint_rcnn_X_101_32x8d_FPN_3x"
         ),
+        "Misc": "cascade_mask_rcnn_R_50_FPN_1x cascade_mask_rcnn_R_50_FPN_3x",
     }.items()
     for name in names.split()
 ]
-BASES = ["Base-RCNN-FPN.yaml", "Base-RetinaNet.yaml", "COCO-Keypoints/Base-Keypoint-RCNN-FPN.yaml"]
+BASES = ["Base-RCNN-FPN.yaml", "Base-RCNN-C4.yaml", "Base-RetinaNet.yaml", "COCO-Keypoints/Base-Keypoint-RCNN-FPN.yaml"]
 
 
 def leaves(node, prefix=""):
