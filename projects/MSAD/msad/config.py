@@ -61,6 +61,15 @@ def add_msad_config(cfg: CN) -> CN:
     # IoU above which the lower-scored of two boxes of one class is dropped.
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
+    # --- MEInst (its boxes have the keys of MODEL.FCOS) ----------------------------------------------------------
+    cfg.MODEL.MEINST = CN()
+    # File of the mask code that tools/fit_mask_code.py makes from DATASETS.TRAIN.
+    cfg.MODEL.MEINST.CODE = ""
+    # Numbers in a code.
+    cfg.MODEL.MEINST.DIM = 60
+    # Weight of the loss of the codes.
+    cfg.MODEL.MEINST.CODE_LOSS_WEIGHT = 1.0
+
     # --- GFL -----------------------------------------------------------------------------------------------------
     cfg.MODEL.GFL = CN()
     # Classes of the data set, without background.

@@ -112,7 +112,8 @@ def _classes_of_model(cfg: CfgNode) -> tuple[str, int | None]:
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture == "MultiScaleTeacher":  # its head is that of the detector inside
         architecture = cfg.MSAD.DETECTOR
-    node = "ROI_HEADS" if architecture in ("GeneralizedRCNN", "PanopticFPN") else architecture.upper()
+    others = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "MEInst": "FCOS"}
+    node = others.get(architecture, architecture.upper())
     return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL.get(node, {}).get("NUM_CLASSES")
 
 

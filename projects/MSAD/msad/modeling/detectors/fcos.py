@@ -28,7 +28,8 @@ class FCOS(fcos.FCOS):
         absent = [name for name in options.IN_FEATURES if name not in shapes]
         if absent:
             raise ValueError(f"MODEL.FCOS.IN_FEATURES: {absent} are not made by the backbone, which has {list(shapes)}")
-        head = fcos.FCOSHead(
+        head = cls.build_head(
+            cfg,
             input_shape=[shapes[name] for name in options.IN_FEATURES],
             num_classes=options.NUM_CLASSES,
             conv_dims=list(options.CONV_DIMS),
@@ -53,6 +54,11 @@ class FCOS(fcos.FCOS):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    @classmethod
+    def build_head(cls, cfg, **kwargs) -> nn.Module:
+        """The head that goes with these arguments of detectron2's FCOSHead."""
+        return fcos.FCOSHead(**kwargs)
 
     def forward_training(self, images, features, predictions, gt_instances):
         """detectron2's losses in float32: its GIoU does not take the half-precision boxes of mixed precision."""
