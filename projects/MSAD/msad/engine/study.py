@@ -6,26 +6,16 @@ of the table are trained from which file, under which control. Finished rows are
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import logging
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
 from tqdm import tqdm
 
 from ..config import load_config
-from .checkpoint import replacing
-from .setup import evaluate, evaluate_branches, load_model, prepare
-from .trainer import DistillTrainer
-
-logger = logging.getLogger(__name__)
+from .runs import read_result, run_config
 
 
 @dataclass(frozen=True)
@@ -119,8 +109,7 @@ class Study:
 
     def result(self, name: str, seed: int) -> dict | None:
         """What the finished row left, or None."""
-        file = self.folder(name, seed) / "result.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return read_result(self.folder(name, seed))
 
     def ordered(self) -> list[str]:
         """Rows in an order in which nothing waits for a later one, including what they need."""
@@ -147,102 +136,10 @@ def _scale_inputs(cfg: CfgNode, factor: float) -> None:
         sizes[key] = round(sizes[key] * factor)
 
 
-def _fingerprint(cfg: CfgNode) -> str:
-    return hashlib.sha1(cfg.dump().encode()).hexdigest()[:12]
-
-
-class _Progress(HookBase):
-    """A progress bar with ETA and the current loss, and the seconds that training took, over resumes.
-
-    Seconds are those of the wall clock and, as other work on the machine falsifies them, of the processors.
-    """
-
-    def __init__(self, title: str, clock: Path) -> None:
-        self.title = title
-        self.clock = clock  # file with the seconds of earlier, interrupted attempts
-        self.before = json.loads(clock.read_text()) if clock.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
-
-    def before_train(self) -> None:
-        self.start = (time.perf_counter(), time.process_time())
-        self.bar = tqdm(
-            total=self.trainer.max_iter, initial=self.trainer.start_iter, desc=self.title, unit="it",
-            mininterval=0.5, dynamic_ncols=True,
-        )  # fmt: skip
-
-    def _save_clock(self) -> None:
-        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-        now = {"seconds": self.before["seconds"] + wall, "cpu_seconds": self.before["cpu_seconds"] + cpu}
-        self.clock.write_text(json.dumps({key: round(value, 1) for key, value in now.items()}))
-
-    def after_step(self) -> None:
-        self.bar.update()
-        if (self.trainer.iter + 1) % 20 == 0:
-            loss = self.trainer.storage.latest().get("total_loss")
-            if loss:
-                self.bar.set_postfix(loss=f"{loss[0]:.3f}", refresh=False)
-            self._save_clock()
-
-    def after_train(self) -> None:
-        self.bar.close()
-        self._save_clock()
-
-
-@contextlib.contextmanager
-def _log_to(file: Path) -> Iterable[None]:
-    """Send the engine's log and printed tables to ``file`` and keep the terminal for progress."""
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(message)s"))
-    names = ("detectron2", "fvcore", "msad")
-    saved = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate) for name in names}
-    for name in names:
-        log = logging.getLogger(name)
-        log.handlers, log.propagate = [handler], False
-        log.setLevel(logging.INFO)
-    try:
-        with open(file, "a") as stream, contextlib.redirect_stdout(stream):
-            yield
-    finally:
-        handler.close()
-        for name, (handlers, propagate) in saved.items():
-            logging.getLogger(name).handlers, logging.getLogger(name).propagate = handlers, propagate
-
-
 def run_row(study: Study, name: str, seed: int) -> dict:
-    """Train and evaluate one row unless its result is there; returns {evaluated name: metrics} and costs in time."""
-    cfg = study.config(name, seed)
-    folder = Path(cfg.OUTPUT_DIR)
-    other = ValueError(f"{folder} holds a run of another configuration; choose another --output or delete it")
-    done = study.result(name, seed)
-    if done is not None:
-        if done["fingerprint"] != _fingerprint(cfg) and ROWS[name].budget != "seconds":
-            raise other
-        return done
-    folder.mkdir(parents=True, exist_ok=True)
-    used = folder / "config.yaml"
-    if (folder / "last_checkpoint").is_file() and used.is_file() and used.read_text() != cfg.dump():
-        raise other
-    used.write_text(cfg.dump())
-    with _log_to(folder / "log.txt"):
-        prepare(cfg)
-        trainer = DistillTrainer(cfg)
-        trainer.resume_or_load(resume=True)
-        if trainer.start_iter < cfg.SOLVER.MAX_ITER:
-            trainer.register_hooks([_Progress(f"{name} (seed {seed})", folder / "clock.json")])
-            trainer.train()
-        model = load_model(cfg, str(folder / "model_final.pth"))
-        if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
-            results = {f"{name}_{branch}": r for branch, r in evaluate_branches(cfg, model).items()}
-        else:
-            results = {name: evaluate(cfg, model)}
-    result = {
-        "fingerprint": _fingerprint(cfg),
-        "iterations": cfg.SOLVER.MAX_ITER,
-        **json.loads((folder / "clock.json").read_text()),
-        "results": results,
-    }
-    with replacing(str(folder / "result.json"), "w") as file:
-        json.dump(result, file, indent=1)
-    return result
+    """Train and evaluate one row unless its result is there; see :func:`msad.engine.runs.run_config`."""
+    # How many iterations fit into a time is measured anew by every attempt.
+    return run_config(study.config(name, seed), name, f"{name} (seed {seed})", same=ROWS[name].budget != "seconds")
 
 
 def run(study: Study, report: Callable[[str], None] = tqdm.write) -> dict[str, dict]:

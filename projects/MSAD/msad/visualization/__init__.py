@@ -1,10 +1,12 @@
 """Pictures for people: panels ground truth | teacher | student, training curves, accuracy against cost."""
 
+from .intervals import IntervalRow, plot_intervals
 from .objects import Objects, ground_truth, predictions
 from .panels import Panel, draw_objects, save_panels
 from .plots import RowPoint, plot_ap_vs_cost, plot_curves, plot_results
 
 __all__ = [
+    "IntervalRow",
     "Objects",
     "Panel",
     "RowPoint",
@@ -12,6 +14,7 @@ __all__ = [
     "ground_truth",
     "plot_ap_vs_cost",
     "plot_curves",
+    "plot_intervals",
     "plot_results",
     "predictions",
     "save_panels",

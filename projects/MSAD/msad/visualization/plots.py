@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from .colours import FAINT, GREY, INK, PALETTE, group_colour
 from .labels import LABEL_SIZE, OFFSET, label_dots, make_room
 
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -120,7 +120,7 @@ def plot_curves(runs: Mapping[str, str | Path], path: str | Path, task: str = "b
     Raises:
         ValueError: no run has anything to show.
     """
-    return _save(curves_figure(runs, task), path)
+    return save_figure(curves_figure(runs, task), path)
 
 
 def curves_figure(runs: Mapping[str, str | Path], task: str = "bbox") -> Figure:
@@ -134,7 +134,7 @@ def curves_figure(runs: Mapping[str, str | Path], task: str = "bbox") -> Figure:
     if not curves:
         files = ", ".join(map(str, runs.values()))
         raise ValueError(f"no evaluation and no loss to plot in the metrics of {files or 'no run'}")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 4.4), layout="constrained")
         axes = figure.add_subplot()
         for i, (name, (x, y)) in enumerate(curves.items()):
@@ -155,13 +155,13 @@ def curves_figure(runs: Mapping[str, str | Path], task: str = "bbox") -> Figure:
 
 def plot_results(points: Sequence[RowPoint], path: str | Path, reference: str | None = None) -> Path:
     """Write a chart of AP by row, in the given order, with the spread over seeds and a line at row ``reference``."""
-    return _save(results_figure(points, reference), path)
+    return save_figure(results_figure(points, reference), path)
 
 
 def results_figure(points: Sequence[RowPoint], reference: str | None = None) -> Figure:
     """The figure of :func:`plot_results`."""
     points = _drawable(points)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.6, 1.1 + 0.32 * len(points)), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(False, axis="y")
@@ -195,13 +195,13 @@ def plot_ap_vs_cost(points: Sequence[RowPoint], path: str | Path, cost_label: st
     Raises:
         ValueError: no row has both AP and cost.
     """
-    return _save(ap_vs_cost_figure(points, cost_label), path)
+    return save_figure(ap_vs_cost_figure(points, cost_label), path)
 
 
 def ap_vs_cost_figure(points: Sequence[RowPoint], cost_label: str = "GMACs of the whole model") -> Figure:
     """The figure of :func:`plot_ap_vs_cost`."""
     points = _drawable([p for p in points if p.cost is not None])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.6, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for point in points:
@@ -230,9 +230,10 @@ def _drawable(points: Sequence[RowPoint]) -> list[RowPoint]:
     return points
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write ``figure`` in the style of all charts, making the folder; returns ``path``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(path)
     return path

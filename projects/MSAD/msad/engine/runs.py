@@ -1,0 +1,148 @@
+"""One training run that is finished, resumed or begun: the unit of which studies and comparisons are made."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from tqdm import tqdm
+
+from .checkpoint import replacing
+from .setup import evaluate, evaluate_branches, load_model, prepare
+from .trainer import DistillTrainer
+
+
+def read_result(folder: Path) -> dict | None:
+    """What the finished run in ``folder`` left, see :func:`run_config`, or None."""
+    file = folder / "result.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def run_config(cfg: CfgNode, name: str, title: str, *, same: bool = True, position: int = 0) -> dict:
+    """Train ``cfg`` in its OUTPUT_DIR, evaluate and note the result, unless it is there; goes on where it stopped.
+
+    Args:
+        cfg: frozen.
+        name: under which results are noted; those of a teacher as ``{name}_{branch}``.
+        title: of the progress bar.
+        same: whether a finished run must have had this very config.
+        position: line of the progress bar on the terminal.
+
+    Returns:
+        {"fingerprint": of the config, "iterations", "seconds" and "cpu_seconds" that training took, "steps" done in
+        that time (those that an interruption cost are done twice), "results": {name: {task: {metric: value}}}}.
+
+    Raises:
+        ValueError: the folder holds a run of another config.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    other = ValueError(f"{folder} holds a run of another configuration; choose another --output or delete it")
+    done = read_result(folder)
+    if done is not None:
+        if same and done["fingerprint"] != _fingerprint(cfg):
+            raise other
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    used = folder / "config.yaml"
+    if (folder / "last_checkpoint").is_file() and used.is_file() and used.read_text() != cfg.dump():
+        raise other
+    used.write_text(cfg.dump())
+    with _log_to(folder / "log.txt"):
+        prepare(cfg)
+        trainer = DistillTrainer(cfg)
+        trainer.resume_or_load(resume=True)
+        if trainer.start_iter < cfg.SOLVER.MAX_ITER:
+            trainer.register_hooks([_Progress(title, folder / "clock.json", position)])
+            trainer.train()
+        model = load_model(cfg, str(folder / "model_final.pth"))
+        if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
+            results = {f"{name}_{branch}": r for branch, r in evaluate_branches(cfg, model).items()}
+        else:
+            results = {name: evaluate(cfg, model)}
+    result = {
+        "fingerprint": _fingerprint(cfg),
+        "iterations": cfg.SOLVER.MAX_ITER,
+        **json.loads((folder / "clock.json").read_text()),
+        "results": results,
+    }
+    with replacing(str(folder / "result.json"), "w") as file:
+        json.dump(result, file, indent=1)
+    return result
+
+
+def _fingerprint(cfg: CfgNode) -> str:
+    return hashlib.sha1(cfg.dump().encode()).hexdigest()[:12]
+
+
+class _Progress(HookBase):
+    """A progress bar with ETA and the current loss, and the seconds that training took, over resumes.
+
+    Seconds are those of the wall clock and, as other work on the machine falsifies them, of the processors. They end
+    with the last step: evaluation that follows it is not training.
+    """
+
+    def __init__(self, title: str, clock: Path, position: int = 0) -> None:
+        self.title = title
+        self.position = position
+        self.clock = clock  # file with the seconds of earlier, interrupted attempts
+        self.before = {"seconds": 0.0, "cpu_seconds": 0.0, "steps": 0}
+        if clock.is_file():
+            self.before.update(json.loads(clock.read_text()))
+
+    def before_train(self) -> None:
+        self.start = (time.perf_counter(), time.process_time())
+        self.bar = tqdm(
+            total=self.trainer.max_iter, initial=self.trainer.start_iter, desc=self.title, unit="it",
+            mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True, position=self.position,
+            leave=self.position == 0,
+        )  # fmt: skip
+
+    def _save_clock(self) -> None:
+        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+        now = {
+            "seconds": round(self.before["seconds"] + wall, 1),
+            "cpu_seconds": round(self.before["cpu_seconds"] + cpu, 1),
+            "steps": self.before["steps"] + self.trainer.iter + 1 - self.trainer.start_iter,
+        }
+        with replacing(str(self.clock), "w") as file:
+            json.dump(now, file)
+
+    def after_step(self) -> None:
+        self.bar.update()
+        done = self.trainer.iter + 1
+        if done % 20 == 0 or done == self.trainer.max_iter:
+            loss = self.trainer.storage.latest().get("total_loss")
+            if loss:
+                self.bar.set_postfix(loss=f"{loss[0]:.3f}", refresh=False)
+            self._save_clock()
+
+    def after_train(self) -> None:
+        self.bar.close()
+
+
+@contextlib.contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    """Send the engine's log and printed tables to ``file`` and keep the terminal for progress."""
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(message)s"))
+    names = ("detectron2", "fvcore", "msad")
+    saved = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate) for name in names}
+    for name in names:
+        log = logging.getLogger(name)
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO)
+    try:
+        with open(file, "a") as stream, contextlib.redirect_stdout(stream):
+            yield
+    finally:
+        handler.close()
+        for name, (handlers, propagate) in saved.items():
+            logging.getLogger(name).handlers, logging.getLogger(name).propagate = handlers, propagate
