@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -11,6 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..modeling import features as F_
+from ..modeling.heads import tap_heads
 from ..resolution import (
     Resolution,
     batch_images,
@@ -21,6 +24,7 @@ from ..resolution import (
     shift_names,
     view,
 )
+from .heads import check_heads, pair_heads
 from .losses import DistillBatch
 
 logger = logging.getLogger(__name__)
@@ -113,6 +117,11 @@ class Distiller(nn.Module):
         self.w_det = w_det
         self.factor = factor
         self.downsample_mode = downsample_mode
+        self._compares_heads = False
+        for loss in losses:
+            if getattr(loss, "heads", ()):
+                check_heads(student, teacher.detector, resolution.shift, loss.heads, loss.name)
+                self._compares_heads = True
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +137,8 @@ class Distiller(nn.Module):
         factor = self._current_factor()
         # The teacher runs first: what it needs is free again before the student keeps its activations.
         imitated = {} if factor is None else self.teacher.features(moved, shift)
-        with F_.tap_neck(self.student) as taken:
+        tap = nullcontext() if factor is None or not self._compares_heads else tap_heads(self.student)
+        with F_.tap_neck(self.student) as taken, tap as record:
             output = {name: self.w_det * value for name, value in self.student(reduced).items()}
         if factor is None:
             return output
@@ -137,6 +147,7 @@ class Distiller(nn.Module):
         batch = DistillBatch(
             image_sizes=[tuple(item["image"].shape[-2:]) for item in moved],
             gt=[item["instances"] for item in moved],
+            pair_heads=record and partial(pair_heads, record, self.student, self.teacher.detector, teacher, shift),
         )
         for loss in self.losses:
             for name, value in loss(student, teacher, batch).items():

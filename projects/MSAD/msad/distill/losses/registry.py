@@ -10,6 +10,10 @@ A loss is an ``nn.Module`` registered by class name and built from an entry of D
 It is called as ``loss(student, teacher, batch)`` with feature dicts of equal names, grids and (but for
 ``student_channels``) shapes (N, C, h, w), and returns a dict of scalar tensors. The class attribute
 ``default_weight`` is the WEIGHT of entries that have none. Losses know tensors, not models.
+
+A loss that compares predictions instead of features has a class attribute ``heads``, the kinds of heads it can compare
+("dense", "distributions", "rcnn"). It is built without ``levels`` and called with empty feature dicts; predictions are
+in ``batch.heads``.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from __future__ import annotations
 import inspect
 import logging
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +34,7 @@ from torch import nn
 
 from ...config import nearest
 from .pairing import LevelPair, build_adaptors, pair_levels, resize_to
+from .predictions import HeadPair
 
 logger = logging.getLogger(__name__)
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
@@ -43,11 +50,24 @@ class DistillBatch:
     Attributes:
         image_sizes: (h, w) of each image in H pixels, without padding.
         gt: ground truth in H pixels.
+        pair_heads: computes :attr:`heads`.
     """
 
     image_sizes: list[tuple[int, int]]
     gt: list[Instances]
+    pair_heads: Callable[[], list[HeadPair]] | None = None
     _boxes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def heads(self) -> list[HeadPair]:
+        """Head predictions of student and teacher, one pair a head; the teacher's heads run when first asked.
+
+        Raises:
+            RuntimeError: no loss of this run declares that it needs them.
+        """
+        if self.pair_heads is None:
+            raise RuntimeError("head predictions were not recorded: a loss that reads batch.heads needs ``heads``")
+        return self.pair_heads()
 
     def boxes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Ground truth boxes of the whole batch, (K, 4) x0 y0 x1 y1 in H pixels, and their image index (K,).
@@ -79,6 +99,11 @@ class WeightedLoss(nn.Module):
         self.name, self.weight, self.pairs, self.resize = name, weight, pairs, resize
         self.loss = loss
         self.adaptors = adaptors
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Kinds of heads that the loss can compare; empty: it compares features."""
+        return getattr(self.loss, "heads", ())
 
     @property
     def levels(self) -> list[str]:
@@ -139,6 +164,11 @@ def _build_loss(
     teacher: dict[str, ShapeSpec],
 ) -> WeightedLoss:  # fmt: skip
     weight = options.pop("weight", getattr(cls, "default_weight", 1.0))
+    if getattr(cls, "heads", ()):
+        of_features = [key.upper() for key in COMMON if key in options]
+        if of_features:
+            raise ValueError(f"DISTILL.LOSSES: {label} compares predictions and takes no {', '.join(of_features)}")
+        return WeightedLoss(label, weight, [], cls(**options), nn.ModuleDict())
     match = options.pop("match", "by_stride")
     pairs = pair_levels(student, teacher, match, options.pop("levels", None))
     adaptor, norm = options.pop("adaptor", "auto"), options.pop("adaptor_norm", "")

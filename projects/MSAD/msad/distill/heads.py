@@ -1,0 +1,118 @@
+"""Pairs the head predictions of a student and its teacher for the losses that ask for them."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.structures import Boxes
+from torch import nn
+
+from ..modeling import heads as H_
+from ..modeling.detectors.distribution import DistributionTransform
+from ..resolution import shift_names
+from .losses.predictions import HeadPair
+
+
+def head_kind(detector: nn.Module) -> str:
+    """What losses declare in ``heads``: "distributions" (GFL), "dense" (RetinaNet, FCOS) or "rcnn"."""
+    head = H_.heads_of(detector).get(H_.DENSE)
+    if head is None:
+        return "rcnn"
+    return "distributions" if isinstance(head.owner.box2box_transform, DistributionTransform) else "dense"
+
+
+def check_heads(student: nn.Module, teacher: nn.Module, shift: int, kinds: tuple[str, ...], loss: str) -> None:
+    """Make sure that student (at ``shift``) and teacher (H frame) predict the same things for the same anchors.
+
+    Raises:
+        ValueError: another kind of heads than ``kinds``, or heads that differ in kind, levels, classes, box encoding
+            or anchors; names the loss and both sides.
+    """
+    both = {"student": student, "teacher": teacher}
+    for side, detector in both.items():
+        if head_kind(detector) not in kinds:
+            raise ValueError(
+                f"DISTILL.LOSSES: {loss} compares the predictions of {' or '.join(kinds)} heads; "
+                f"the {side} {type(detector).__name__} has {head_kind(detector)}"
+            )
+    ours, theirs = (H_.heads_of(detector) for detector in both.values())
+    if ours.keys() != theirs.keys():
+        names = " and ".join(f"a {type(detector).__name__} {side}" for side, detector in both.items())
+        raise ValueError(f"DISTILL.LOSSES: {loss} needs heads of one kind, not those of {names}")
+    for name, s in ours.items():
+        t = theirs[name]
+        differing = {
+            "levels (H frame)": (shift_names(s.levels, shift), t.levels),
+            "classes": (s.classes, t.classes),
+            "box encoding": (H_.box_code(s), H_.box_code(t)),
+        }
+        if name != H_.ROI:
+            scale = float(2**shift)
+            rounded = ([(scale * x).tolist() for x in H_.cell_anchors(s)], [x.tolist() for x in H_.cell_anchors(t)])
+            if not _nearly_equal(*rounded):
+                differing["anchors (H pixels)"] = rounded
+        else:
+            del differing["levels (H frame)"]  # every proposal finds its level in either pyramid
+        for what, (a, b) in differing.items():
+            if a != b:
+                raise ValueError(
+                    f"DISTILL.LOSSES: {loss} needs equal {what} in the {name} heads; student: {a}, teacher: {b}"
+                )
+
+
+def _nearly_equal(a: list, b: list, tolerance: float = 0.01) -> bool:
+    if len(a) != len(b) or [len(x) for x in a] != [len(x) for x in b]:
+        return False
+    return all(torch.allclose(torch.tensor(x), torch.tensor(y), atol=0.5, rtol=tolerance) for x, y in zip(a, b))
+
+
+def _rows(levels: list[torch.Tensor], width: int) -> torch.Tensor:
+    """(N, A width, h, w) of each level -> (N, R, width) in the order of detectron2's anchors."""
+    if all(x.shape[1] == width for x in levels):  # one anchor a cell: one copy instead of two
+        return torch.cat([x.flatten(2) for x in levels], dim=2).transpose(1, 2)
+    return torch.cat([permute_to_N_HWA_K(x, width) for x in levels], dim=1)
+
+
+def pair_heads(
+    record: H_.HeadRecord, student: nn.Module, teacher: nn.Module, features: dict[str, torch.Tensor], shift: int
+) -> list[HeadPair]:
+    """One pair a head.
+
+    Args:
+        record: of the student's step.
+        teacher: detector in evaluation mode, evaluated here without gradients.
+        features: the teacher's maps, H-frame names, on the student's grid.
+        shift: of the student.
+    """
+    scale = 2**shift
+    pairs = []
+    for name, head in H_.heads_of(student).items():
+        boxes = []
+        args, assigned = record.assigned[name]
+        if name == H_.ROI:
+            boxes = [Boxes(p.proposal_boxes.tensor * scale) for p in assigned]
+        with torch.no_grad():
+            output = H_.run_head(teacher, name, features, boxes)
+        outputs = record.outputs[name], output
+        if name == H_.ROI:
+            anchors, labels, targets = H_.proposal_targets(assigned)
+            sides = [(logits[None], deltas[None]) for logits, deltas in outputs]
+            labels, targets, sizes = labels[None], targets[None], [len(anchors)]
+        else:
+            anchors = torch.cat([level.tensor for level in args[0]])
+            labels, targets = (torch.stack(list(x)) for x in assigned)
+            if name == H_.RPN:  # 1 object, 0 background, -1 not drawn
+                labels = torch.where(labels < 0, -1, 1 - labels.long())
+            sizes = [len(level) for level in args[0]]
+            reg_max = getattr(head.owner.box2box_transform, "reg_max", None)
+            width = 4 if reg_max is None else 4 * (reg_max + 1)
+            sides = [(_rows(o[0], head.classes), _rows(o[1], width)) for o in outputs]
+        (s_logits, s_boxes), (t_logits, t_boxes) = sides
+        pairs.append(
+            HeadPair(
+                name, head.classes, s_logits, t_logits, s_boxes, t_boxes, labels, targets * scale, anchors * scale,
+                head.owner.box2box_transform, sizes,
+                {k: getattr(student, k) for k in ("anchor_size", "atss_topk") if hasattr(student, k)},
+            )
+        )  # fmt: skip
+    return pairs

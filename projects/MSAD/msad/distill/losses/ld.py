@@ -1,0 +1,113 @@
+"""Localisation distillation (LD, Zheng et al., CVPR 2022) for detectors whose box sides are distributions (GFL)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import box_iou, distance_box_iou
+
+from ...modeling.detectors import atss
+from .predictions import HeadPair
+from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from .shared import precise
+
+
+def mean_kl(s: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 times the mean over the last dimension of the terms of KL(softmax(t / T) || softmax(s / T)).
+
+    Args:
+        s, t: logits (..., n) of student and teacher.
+
+    Returns:
+        (...). The mean over n bins instead of their sum is that of the released code; weights belong to it.
+    """
+    log_s, log_t = ((precise(x) / temperature).log_softmax(dim=-1) for x in (s, t))
+    return temperature**2 * F.kl_div(log_s, log_t, reduction="none", log_target=True).mean(dim=-1)
+
+
+def valuable_region(
+    cells: list[torch.Tensor], boxes: torch.Tensor, image: torch.Tensor, num_images: int, topk: int, size: float,
+    lower: float,
+) -> torch.Tensor:  # fmt: skip
+    """Cells whose anchors nearly match a box (LD, Algorithm 1): lower thr <= DIoU < thr, thr being that of ATSS.
+
+    Needs memory for K R values.
+
+    Args:
+        cells, topk, size: see :func:`msad.modeling.detectors.atss.find_candidates`.
+        boxes: (K, 4) of the whole batch, in the pixels of ``cells``; ``image``: (K,).
+        lower: fraction of the threshold at which the region begins.
+
+    Returns:
+        (num_images, R), the largest IoU with a box in whose region the cell is, 0 outside of all.
+    """
+    anchors = atss.anchors_around(torch.cat(cells), size)
+    threshold = atss.find_candidates(cells, boxes, topk, size).threshold[:, None]
+    distance = distance_box_iou(boxes, anchors)
+    inside = (distance >= lower * threshold) & (distance < threshold)
+    iou = box_iou(boxes, anchors) * inside
+    canvas = iou.new_zeros(num_images, len(anchors))
+    return canvas.scatter_reduce(0, image[:, None].expand_as(iou), iou, "amax")
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class LD(nn.Module):
+    """Distillation of box distributions on positives and around them, and of class scores on positives.
+
+    Positives are those of the student's own assignment. The valuable region leaves them out.
+
+    - "main": w_main sum over positives and sides of max-score mean_kl(T) / 4, the student's largest class score as
+      weight, as its own box losses have.
+    - "vlr": w_vlr sum over the region and sides of IoU mean_kl(T) / 16.
+    - "cls": w_cls mean over positives of mean_kl(T_cls) of the class logits, read as a softmax. Nothing with a single
+      class.
+
+    "main" and "vlr" are sums over the batch, as in the released code, where they go with two images a process;
+    PER_IMAGE divides them by the number of images.
+
+    Args:
+        w_main, w_vlr, w_cls: weights; 0 leaves a term out.
+        temperature, cls_temperature: T and T_cls.
+        vlr_lower: where the region begins, as a fraction of the threshold.
+        per_image: means over images instead of sums.
+    """
+
+    heads = ("distributions",)
+
+    def __init__(
+        self, w_main: float = 0.25, w_vlr: float = 0.25, w_cls: float = 10.0, temperature: float = 10.0,
+        cls_temperature: float = 2.0, vlr_lower: float = 0.25, per_image: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.w_main, self.w_vlr, self.w_cls = w_main, w_vlr, w_cls
+        self.temperature, self.cls_temperature = temperature, cls_temperature
+        self.vlr_lower, self.per_image = vlr_lower, per_image
+
+    def forward(
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+    ) -> dict[str, torch.Tensor]:
+        (pair,) = batch.heads
+        share = 1 / len(pair.labels) if self.per_image else 1.0
+        terms = {}
+        if self.w_main:
+            score = precise(pair.student_logits[pair.positives].detach()).sigmoid().amax(dim=1)
+            terms["main"] = self.w_main * share * (score[:, None] * self._sides(pair, pair.positives)).sum() / 4
+        if self.w_vlr:
+            boxes, image = batch.boxes(pair.labels.device)
+            region = valuable_region(
+                list(pair.anchors.split(pair.level_sizes)), boxes, image, len(pair.labels),
+                pair.assignment["atss_topk"], pair.assignment["anchor_size"], self.vlr_lower,
+            )  # fmt: skip
+            region = region * (pair.labels == pair.classes)
+            place = region.nonzero(as_tuple=True)
+            terms["vlr"] = self.w_vlr * share * (region[place][:, None] * self._sides(pair, place)).sum() / 16
+        if self.w_cls:
+            s, t = pair.student_logits[pair.positives], pair.teacher_logits[pair.positives]
+            terms["cls"] = self.w_cls * mean_kl(s, t, self.cls_temperature).sum() / max(len(s), 1)
+        return terms
+
+    def _sides(self, pair: HeadPair, place: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """(P, 4) divergences at P cells."""
+        s, t = (x[place].unflatten(1, (4, -1)) for x in (pair.student_boxes, pair.teacher_boxes))
+        return mean_kl(s, t, self.temperature)

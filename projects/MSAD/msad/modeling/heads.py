@@ -1,0 +1,149 @@
+"""What the heads of a detector say: recorded while a training step runs, or evaluated for given maps and proposals.
+
+A dense detector has one head, "dense"; an R-CNN has "rpn" (on anchors) and "roi" (on proposals). No detector is edited:
+outputs are taken by forward hooks and targets by covering the method that assigns them, for the length of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from .detectors.distribution import DistributionTransform, integral
+
+DENSE, RPN, ROI = "dense", "rpn", "roi"
+
+
+class Head(NamedTuple):
+    """Where a head is found in its detector.
+
+    Attributes:
+        module: its output is (class logits, box predictions, ...).
+        owner: has ``box2box_transform`` and, but for "roi", ``anchor_generator``.
+        assigner: the module whose method ``assign`` gives the targets of a step.
+        levels: names of the maps it reads.
+        classes: without background.
+    """
+
+    module: nn.Module
+    owner: Any
+    assigner: nn.Module
+    assign: str
+    levels: list[str]
+    classes: int
+
+
+def heads_of(detector: nn.Module) -> dict[str, Head]:
+    """The heads whose predictions can be compared, by name.
+
+    Raises:
+        TypeError: neither a dense detector nor an R-CNN with one box predictor of softmax classes.
+    """
+    if isinstance(detector, DenseDetector):
+        levels = list(detector.head_in_features)
+        return {DENSE: Head(detector.head, detector, detector, "label_anchors", levels, detector.num_classes)}
+    rpn, roi = getattr(detector, "proposal_generator", None), getattr(detector, "roi_heads", None)
+    predictor = getattr(roi, "box_predictor", None)
+    # Cascades have a list of predictors, C4 models no pooler of boxes by itself.
+    if (
+        not hasattr(rpn, "rpn_head") or not hasattr(roi, "box_pooler") or not hasattr(predictor, "box2box_transform")
+        or getattr(predictor, "use_sigmoid_ce", False)
+    ):  # fmt: skip
+        raise TypeError(
+            f"the head predictions of a {type(detector).__name__} with {type(roi).__name__} cannot be compared: only "
+            "those of dense detectors and of R-CNNs with an RPN and StandardROIHeads (softmax) can"
+        )
+    return {
+        RPN: Head(rpn.rpn_head, rpn, rpn, "label_and_sample_anchors", list(rpn.in_features), 1),
+        ROI: Head(predictor, predictor, roi, "label_and_sample_proposals", list(roi.box_in_features), roi.num_classes),
+    }
+
+
+@dataclass
+class HeadRecord:
+    """What happened in one training step, by name of the head."""
+
+    outputs: dict[str, tuple] = field(default_factory=dict)
+    assigned: dict[str, tuple[tuple, Any]] = field(default_factory=dict)  # arguments and result
+
+
+@contextmanager
+def tap_heads(detector: nn.Module) -> Iterator[HeadRecord]:
+    """Inside, a training step of ``detector`` also fills the yielded record; nothing is computed twice."""
+    record, handles, covered = HeadRecord(), [], []
+
+    def keep(name: str) -> Callable:
+        return lambda _module, _args, output: record.outputs.update({name: output})
+
+    def recording(name: str, original: Callable) -> Callable:
+        def assign(*args):
+            result = original(*args)
+            record.assigned[name] = args, result
+            return result
+
+        return assign
+
+    try:
+        for name, head in heads_of(detector).items():
+            handles.append(head.module.register_forward_hook(keep(name)))
+            setattr(head.assigner, head.assign, recording(name, getattr(head.assigner, head.assign)))
+            covered.append(head)
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+        for head in covered:
+            delattr(head.assigner, head.assign)  # uncover the method
+
+
+def run_head(detector: nn.Module, name: str, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> tuple:
+    """Output of head ``name`` on ``features``; ``boxes`` of each image, in its pixels, are read by "roi" alone."""
+    head = heads_of(detector)[name]
+    maps = [features[level] for level in head.levels]
+    if name != ROI:
+        return head.module(maps)
+    roi = detector.roi_heads
+    return head.module(roi.box_head(roi.box_pooler(maps, boxes)))
+
+
+def box_code(head: Head) -> tuple:
+    """What must be equal for the box predictions of two heads to mean the same."""
+    transform = head.owner.box2box_transform
+    details = (getattr(transform, key, None) for key in ("reg_max", "weights", "normalize_by_size"))
+    return (type(transform).__name__, *(tuple(x) if isinstance(x, (list, tuple)) else x for x in details))
+
+
+def coordinates(transform: Any, predictions: torch.Tensor) -> torch.Tensor:
+    """Box predictions (..., B) -> the 4 numbers a side or delta that ``transform.get_deltas`` gives for a box.
+
+    Distributions become their means, and distances of a linear transform pass the ReLU that decoding has.
+    """
+    if isinstance(transform, DistributionTransform):
+        return integral(predictions.unflatten(-1, (4, -1)))
+    return predictions.relu() if isinstance(transform, Box2BoxTransformLinear) else predictions
+
+
+def cell_anchors(head: Head) -> list[torch.Tensor]:
+    """Anchors (A, 4) of each level around the origin, in the detector's own pixels."""
+    return list(head.owner.anchor_generator.cell_anchors)
+
+
+def proposal_targets(proposals: list[Instances]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Boxes (P, 4), classes (P,) and matched boxes (P, 4) of all images' sampled proposals.
+
+    Proposals of images without objects have no matched boxes and get their own.
+    """
+    matched = [p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes for p in proposals]
+    return (
+        torch.cat([p.proposal_boxes.tensor for p in proposals]),
+        torch.cat([p.gt_classes for p in proposals]),
+        torch.cat([boxes.tensor for boxes in matched]),
+    )
