@@ -47,6 +47,10 @@ and the options of its loss, which sums over levels:
 | `PKD` | | 1 - Pearson's correlation per channel |
 | `NaiveL2`, `MagnitudeMD` | | raw features: mean (S - T)^2; its magnitude term |
 | `LAD`, `PAD`, `CAD`, `Angular` | `Angular`: `UNIT` | 2 (1 - cos) of layers, pixels, channels |
+| `LD` | `W_MAIN`, `W_VLR`, `W_CLS`, `TEMPERATURE`, `CLS_TEMPERATURE`, `VLR_LOWER`, `PER_IMAGE` | KL of box sides |
+| `Chen` | `MU`, `NU`, `MARGIN`, `W_BG`, `FOCUS` | soft class labels, boxes bounded by the teacher's error |
+
+`LD` and `Chen` compare head predictions and take no `LEVELS`, `MATCH`, `ADAPTOR` or `ADAPTOR_NORM`.
 
 [LOSSES.md](LOSSES.md) has sources, defaults and open questions of each.
 
