@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from torch import nn
 
 from msad import load_config
@@ -17,6 +17,14 @@ torch.set_num_threads(1)
 
 CHANNELS = 8
 CLASSES = 3
+KEYPOINTS = 3
+# Detectors of detectron2's GeneralizedRCNN: what makes each of them, by name.
+RCNNS = {
+    "FasterRCNN": {},
+    "MaskRCNN": {"MODEL.MASK_ON": True},
+    "KeypointRCNN": {"MODEL.KEYPOINT_ON": True},
+    "CascadeRCNN": {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -24,15 +32,31 @@ def _seed():
     torch.manual_seed(0)
 
 
+def _make_rcnn(cfg, names) -> None:
+    """Tiny heads on levels ``names``; samples so many anchors and proposals that none is left out at random."""
+    cfg.MODEL.FPN.TOP_BLOCK = "maxpool"
+    rpn, roi = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
+    rpn.IN_FEATURES, roi.IN_FEATURES = names, names[:-1]
+    rpn.BATCH_SIZE_PER_IMAGE = roi.BATCH_SIZE_PER_IMAGE = 10**6
+    rpn.PRE_NMS_TOPK_TRAIN = rpn.PRE_NMS_TOPK_TEST = rpn.POST_NMS_TOPK_TRAIN = rpn.POST_NMS_TOPK_TEST = 40
+    roi.NUM_CLASSES, roi.SCORE_THRESH_TEST, roi.NAME = CLASSES, 0.02, "StandardROIHeads"
+    box, mask, keypoint = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.ROI_KEYPOINT_HEAD
+    box.NAME, box.NUM_FC, box.FC_DIM, box.POOLER_RESOLUTION = "FastRCNNConvFCHead", 1, 16, 3
+    mask.NAME, mask.NUM_CONV, mask.CONV_DIM, mask.POOLER_RESOLUTION = "MaskRCNNConvUpsampleHead", 1, 8, 4
+    keypoint.CONV_DIMS, keypoint.NUM_KEYPOINTS, keypoint.POOLER_RESOLUTION = [8], KEYPOINTS, 4
+    keypoint.MIN_KEYPOINTS_PER_IMAGE = 0
+
+
 @pytest.fixture
 def tiny_cfg():
     """``tiny_cfg(arch, levels, resolutions, **options)``: config of a detector with an 8-channel pyramid.
 
-    With ``resolutions`` a MultiScaleTeacher of that detector. ``options`` are keys with "__" for the dots.
+    ``arch`` is a meta-architecture or one of RCNNS, whose levels are P2-P6 by default. With ``resolutions`` a
+    MultiScaleTeacher of that detector. ``options`` are keys with "__" for the dots.
     """
 
-    def make(arch="FCOS", levels=range(3, 8), resolutions=None, **options):
-        levels = list(levels)
+    def make(arch="FCOS", levels=None, resolutions=None, **options):
+        levels = list(levels or (range(2, 7) if arch in RCNNS else range(3, 8)))
         names = [f"p{level}" for level in levels]
         deepest_shift = {"EL": 2, "L": 1}.get((resolutions or ["H"])[-1], 0)
         with_c1 = levels[0] - deepest_shift == 1
@@ -40,7 +64,7 @@ def tiny_cfg():
         cfg = load_config("")
         cfg.MODEL.DEVICE = "cpu"
         cfg.MODEL.WEIGHTS = ""
-        cfg.MODEL.META_ARCHITECTURE = arch
+        cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN" if arch in RCNNS else arch
         cfg.MODEL.BACKBONE.NAME = "build_level_fpn_backbone"
         cfg.MODEL.FPN.BOTTOM_UP = "build_tiny_resnet_backbone"
         cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES = features
@@ -58,9 +82,13 @@ def tiny_cfg():
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[4 * 2**level] for level in levels]
         cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0]]
         cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
+        if arch in RCNNS:
+            _make_rcnn(cfg, names)
+            for key, value in RCNNS[arch].items():
+                cfg.merge_from_list([key, value])
         if resolutions is not None:
+            cfg.MSAD.DETECTOR = cfg.MODEL.META_ARCHITECTURE
             cfg.MODEL.META_ARCHITECTURE = "MultiScaleTeacher"
-            cfg.MSAD.DETECTOR = arch
             cfg.MSAD.RESOLUTIONS = list(resolutions)
         for key, value in options.items():
             cfg.merge_from_list([key.replace("__", "."), value])
@@ -99,7 +127,10 @@ def tiny_model(tiny_cfg):
 
 @pytest.fixture
 def make_batch():
-    """``make_batch(sizes, boxes=2, seed=0)``: detectron2 inputs of random images (h, w) with ``boxes`` objects each."""
+    """``make_batch(sizes, boxes=2, seed=0)``: detectron2 inputs of random images (h, w) with ``boxes`` objects each.
+
+    The masks are diamonds in the boxes, the keypoints lie on the diagonals.
+    """
 
     def make(sizes, boxes=2, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -111,6 +142,14 @@ def make_batch():
             instances = Instances((h, w))
             instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
             instances.gt_classes = torch.randint(CLASSES, (count,), generator=generator)
+            boxes_list = instances.gt_boxes.tensor.tolist()
+            instances.gt_masks = PolygonMasks(
+                [[[(x0 + x1) / 2, y0, x1, (y0 + y1) / 2, (x0 + x1) / 2, y1, x0, (y0 + y1) / 2]]
+                 for x0, y0, x1, y1 in boxes_list]
+            )  # fmt: skip
+            along = torch.linspace(0.2, 0.8, KEYPOINTS)[None, :, None]
+            points = instances.gt_boxes.tensor[:, None, :2] * (1 - along) + instances.gt_boxes.tensor[:, None, 2:] * along
+            instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((count, KEYPOINTS, 1), 2.0)], dim=2))
             image = torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
             batch.append(
                 {"image": image, "instances": instances, "height": h, "width": w, "file_name": f"{number}.png"}

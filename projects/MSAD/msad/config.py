@@ -33,6 +33,9 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
     # Levels that build_level_fpn_backbone makes: those the head reads. A teacher adds those its branches need.
     cfg.MODEL.FPN.LEVELS = []
+    # How build_level_fpn_backbone makes the levels above P5: "conv" (P6, P7 by strided convolutions of C5; dense
+    # detectors) or "maxpool" (P6 is every second element of P5, no P7; R-CNNs).
+    cfg.MODEL.FPN.TOP_BLOCK = "conv"
 
     # --- FCOS ----------------------------------------------------------------------------------------------------
     cfg.MODEL.FCOS = CN()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from detectron2.evaluation import inference_context
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -33,28 +34,35 @@ STEPS = ("student_step", "teacher_neck", "distillation_step")
 RATIO = "ratio"
 
 
-def part_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that make up the parts of a dense detector or of a teacher around one.
+def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The modules that make up the parts of a detector or of a teacher around one.
 
     The module of ``neck`` is the backbone around its ``bottom_up``, which counts as a part of its own; a backbone
-    that has none is ``bottom_up`` as a whole.
+    that has none is ``bottom_up`` as a whole. An R-CNN's ``head`` is that of its proposals, the pooling and the heads
+    of its regions.
 
     Raises:
-        TypeError: the detector is not a dense one.
+        TypeError: the detector is neither dense nor an R-CNN.
     """
     detector = getattr(model, "detector", model)
-    if not isinstance(detector, DenseDetector):
+    if isinstance(detector, DenseDetector):
+        head = [detector.head]
+    elif isinstance(detector, GeneralizedRCNN) and detector.proposal_generator is not None:
+        regions = detector.roi_heads.children()
+        stages = [list(module) if isinstance(module, nn.ModuleList) else [module] for module in regions]
+        head = [detector.proposal_generator.rpn_head, *(module for stage in stages for module in stage)]
+    else:
         raise TypeError(
-            "cost by part is known for dense detectors (RetinaNet, FCOS, ...) and teachers around them, "
+            "cost by part is known for dense detectors (RetinaNet, FCOS, ...), R-CNNs and teachers around them, "
             f"not for {type(detector).__name__}"
         )
     if hasattr(detector.backbone, "bottom_up"):
-        modules = {"bottom_up": detector.backbone.bottom_up, "neck": detector.backbone}
+        modules = {"bottom_up": [detector.backbone.bottom_up], "neck": [detector.backbone]}
     else:
-        modules = {"bottom_up": detector.backbone}
+        modules = {"bottom_up": [detector.backbone]}
     if detector is not model:
-        modules["fusion"] = model.fusion
-    modules["head"] = detector.head
+        modules["fusion"] = [model.fusion]
+    modules["head"] = head
     return modules
 
 
@@ -65,7 +73,7 @@ def _num_parameters(module: nn.Module) -> int:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Number of parameters by part, and ``total``. Buffers, such as frozen batch norms, are not parameters."""
     counts = dict.fromkeys(PARTS, 0)
-    counts.update((part, _num_parameters(module)) for part, module in part_modules(model).items())
+    counts.update((part, sum(map(_num_parameters, modules))) for part, modules in part_modules(model).items())
     if counts["neck"]:
         counts["neck"] -= counts["bottom_up"]
     return {**counts, TOTAL: _num_parameters(model)}
@@ -97,7 +105,8 @@ def random_inputs(height: int, width: int, batch: int = 1, boxes: int = 0, seed:
 def _marks_at_parts(model: nn.Module, mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any]]]:
     """Inside, a pass of ``model`` appends (part that begins, ``mark()``) whenever the innermost part changes.
 
-    What lies outside the modules is ``preprocessing`` until the head has returned and ``postprocessing`` from then.
+    What lies outside the modules is ``preprocessing`` until the head has returned for the first time and
+    ``postprocessing`` from then; for R-CNNs this includes the selection of proposals.
     """
     active = ["preprocessing"]
     begun = []
@@ -112,9 +121,10 @@ def _marks_at_parts(model: nn.Module, mark: Callable[[], Any]) -> Iterator[list[
         begun.append((active[-1], mark()))
 
     handles = []
-    for part, module in part_modules(model).items():
-        handles.append(module.register_forward_pre_hook(lambda _module, _args, part=part: enter(part)))
-        handles.append(module.register_forward_hook(lambda _module, _args, _output: leave()))
+    for part, modules in part_modules(model).items():
+        for module in modules:
+            handles.append(module.register_forward_pre_hook(lambda _module, _args, part=part: enter(part)))
+            handles.append(module.register_forward_hook(lambda _module, _args, _output: leave()))
     begun.append((active[0], mark()))
     try:
         yield begun
@@ -144,7 +154,7 @@ def count_macs(model: nn.Module, height: int, width: int) -> dict[str, float]:
     operations, normalisation, pooling and resizing are left out, as is usual; post-processing consists of such.
 
     Args:
-        model: a dense detector, or a teacher, of which only what its ``eval_branch`` needs is run.
+        model: a detector, or a teacher, of which only what its ``eval_branch`` needs is run.
         height, width: of the image in pixels of the model's own input; for a teacher that is H.
     """
     counter = FlopCounterMode(display=False)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
@@ -22,32 +23,45 @@ Features = dict[str, torch.Tensor]
 _TOP_BLOCK = re.compile(r"backbone\.top_block\.p(\d+)\.")
 
 
-def _dense(detector: nn.Module) -> DenseDetector:
-    if not isinstance(detector, DenseDetector):
-        raise TypeError(
-            f"{type(detector).__name__} cannot be run from features: only dense detectors "
-            "(subclasses of detectron2's DenseDetector, such as RetinaNet and FCOS) are supported"
-        )
-    return detector
+def _is_rcnn(detector: nn.Module) -> bool:
+    """Whether the half after the neck is that of an R-CNN; TypeError for what is neither that nor a dense detector."""
+    if isinstance(detector, DenseDetector):
+        return False
+    if isinstance(detector, GeneralizedRCNN) and detector.proposal_generator is not None:
+        return True
+    raise TypeError(
+        f"{type(detector).__name__} cannot be run from features: only detectron2's dense detectors (RetinaNet, FCOS, "
+        "...) and R-CNNs with a proposal generator are supported"
+    )
 
 
 def head_levels(detector: nn.Module) -> list[str]:
-    """Names of the levels that the detector's head reads, finest first."""
-    return list(_dense(detector).head_in_features)
+    """Names of the levels that the detector's heads read, finest first."""
+    if not _is_rcnn(detector):
+        return list(detector.head_in_features)
+    roi_heads = detector.roi_heads
+    readers = [detector.proposal_generator.in_features]
+    readers += [getattr(roi_heads, f"{task}in_features", None) or [] for task in ("", "box_", "mask_", "keypoint_")]
+    return sorted({name for names in readers for name in names}, key=level_of)
 
 
 def losses(detector: nn.Module, images: ImageList, features: Features, gt: list[Instances]) -> Features:
     """Detection losses of ``detector`` (in training mode) on ``features`` in the frame of ``gt``."""
-    dense = _dense(detector)
-    maps = [features[name] for name in dense.head_in_features]
-    return dense.forward_training(images, maps, dense.head(maps), gt)
+    if _is_rcnn(detector):
+        proposals, rpn_losses = detector.proposal_generator(images, features, gt)
+        _, roi_losses = detector.roi_heads(images, features, proposals, gt)
+        return {**roi_losses, **rpn_losses}
+    maps = [features[name] for name in detector.head_in_features]
+    return detector.forward_training(images, maps, detector.head(maps), gt)
 
 
 def predict(detector: nn.Module, images: ImageList, features: Features) -> list[Instances]:
     """Detections of ``detector`` (in eval mode), in pixels of ``images``."""
-    dense = _dense(detector)
-    maps = [features[name] for name in dense.head_in_features]
-    return dense.forward_inference(images, maps, dense.head(maps))
+    if _is_rcnn(detector):
+        proposals, _ = detector.proposal_generator(images, features)
+        return detector.roi_heads(images, features, proposals)[0]
+    maps = [features[name] for name in detector.head_in_features]
+    return detector.forward_inference(images, maps, detector.head(maps))
 
 
 def postprocess(results: list[Instances], batched_inputs: list[dict], images: ImageList) -> list[dict]:
@@ -64,21 +78,25 @@ def targets_once(detector: nn.Module) -> Iterator[None]:
     """Inside, ``detector`` assigns ground truth to anchors once and reuses the result.
 
     For several forward passes over feature sets that share one grid and one ground truth: the aligned branches of a
-    multi-resolution teacher.
+    multi-resolution teacher. The targets of R-CNN's second stage depend on each branch's own proposals and are not
+    shared.
     """
-    dense = _dense(detector)
-    assign, memo = dense.label_anchors, []
+    if _is_rcnn(detector):
+        owner, method = detector.proposal_generator, "label_and_sample_anchors"
+    else:
+        owner, method = detector, "label_anchors"
+    assign, memo = getattr(owner, method), []
 
     def assign_once(anchors, gt_instances):
         if not memo:
             memo.append(assign(anchors, gt_instances))
         return memo[0]
 
-    dense.label_anchors = assign_once
+    setattr(owner, method, assign_once)
     try:
         yield
     finally:
-        del dense.label_anchors  # uncover the method
+        delattr(owner, method)  # uncover the method
 
 
 def run_neck(backbone: nn.Module, x: torch.Tensor, levels: list[str]) -> Features:

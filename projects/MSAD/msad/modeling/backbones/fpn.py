@@ -45,14 +45,24 @@ class LevelFPN(Backbone):
         out_channels: C of every level.
         levels: levels that can be asked for, e.g. ["p2", ..., "p6"].
         norm: normalisation of the lateral and output convolutions, "" for none.
+        top_block: how P6 and P7 are made: "conv" (convolutions of C5, dense detectors) or "maxpool" (P6 is every
+            second element of P5 and there is no P7, R-CNNs).
     """
 
     selects_levels = True
 
     def __init__(
-        self, bottom_up: Backbone, in_features: Sequence[str], out_channels: int, levels: Sequence[str], norm: str = ""
+        self,
+        bottom_up: Backbone,
+        in_features: Sequence[str],
+        out_channels: int,
+        levels: Sequence[str],
+        norm: str = "",
+        top_block: str = "conv",
     ) -> None:
         super().__init__()
+        if top_block not in ("conv", "maxpool"):
+            raise ValueError(f"MODEL.FPN.TOP_BLOCK must be 'conv' or 'maxpool', not {top_block!r}")
         shapes = bottom_up.output_shape()
         absent = [name for name in in_features if name not in shapes]
         if absent:
@@ -61,6 +71,8 @@ class LevelFPN(Backbone):
         wanted = sorted(level_of(name) for name in levels)
         self._finest = min(wanted[0], 5)
         missing = [f"p{level}" for level in range(self._finest, 6) if level not in sources]
+        if top_block == "maxpool" and (wanted[-1] > 6 or (wanted[-1] == 6 and 5 not in wanted)):
+            raise ValueError(f"MODEL.FPN: TOP_BLOCK 'maxpool' makes P6 from P5 and no P7, not levels {list(levels)}")
         if missing or wanted[-1] > 7:
             raise ValueError(
                 f"MODEL.FPN: levels {list(levels)} need a bottom-up map for each of p{self._finest}..p5, "
@@ -78,7 +90,8 @@ class LevelFPN(Backbone):
                 weight_init.c2_xavier_fill(output)
                 self.add_module(f"fpn_output{level}", output)
         self.bottom_up = bottom_up
-        if wanted[-1] > 5:
+        self._pools_p5 = top_block == "maxpool"
+        if wanted[-1] > 5 and not self._pools_p5:
             self.top_block = _ExtraLevels(shapes[sources[5]].channels, out_channels, wanted[-1])
         self._out_features = [f"p{level}" for level in wanted]
         self._out_feature_strides = {f"p{level}": 2**level for level in wanted}
@@ -107,14 +120,17 @@ class LevelFPN(Backbone):
         bottom_up = self.bottom_up(x)
         outputs = {}
         top_down = None
+        pooled = self._pools_p5 and wanted[-1] == 6
         for level in range(5, wanted[0] - 1, -1):
             lateral = getattr(self, f"fpn_lateral{level}")(bottom_up[self._sources[level]])
             if top_down is not None:
                 lateral = lateral + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
             top_down = lateral
-            if level in wanted:
+            if level in wanted or (level == 5 and pooled):
                 outputs[f"p{level}"] = getattr(self, f"fpn_output{level}")(top_down)
-        if wanted[-1] > 5:
+        if pooled:
+            outputs["p6"] = F.max_pool2d(outputs["p5"], kernel_size=1, stride=2)
+        elif wanted[-1] > 5:
             outputs.update(self.top_block(bottom_up[self._sources[5]], wanted[-1]))
         return {name: outputs[name] for name in names}
 
@@ -128,4 +144,6 @@ def build_level_fpn_backbone(cfg, input_shape: ShapeSpec) -> LevelFPN:
     if options.FUSE_TYPE != "sum":
         raise ValueError(f"MODEL.FPN.FUSE_TYPE {options.FUSE_TYPE!r}: build_level_fpn_backbone adds levels up ('sum')")
     bottom_up = BACKBONE_REGISTRY.get(options.BOTTOM_UP)(cfg, input_shape)
-    return LevelFPN(bottom_up, options.IN_FEATURES, options.OUT_CHANNELS, options.LEVELS, options.NORM)
+    return LevelFPN(
+        bottom_up, options.IN_FEATURES, options.OUT_CHANNELS, options.LEVELS, options.NORM, options.TOP_BLOCK
+    )
