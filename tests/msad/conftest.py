@@ -148,7 +148,8 @@ def make_batch():
                  for x0, y0, x1, y1 in boxes_list]
             )  # fmt: skip
             along = torch.linspace(0.2, 0.8, KEYPOINTS)[None, :, None]
-            points = instances.gt_boxes.tensor[:, None, :2] * (1 - along) + instances.gt_boxes.tensor[:, None, 2:] * along
+            points = instances.gt_boxes.tensor[:, None, :2] * (1 - along)
+            points = points + instances.gt_boxes.tensor[:, None, 2:] * along
             instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((count, KEYPOINTS, 1), 2.0)], dim=2))
             image = torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator)
             batch.append(

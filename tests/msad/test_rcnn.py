@@ -73,7 +73,7 @@ def test_levels_are_those_of_all_heads(tiny_model):
 def test_without_proposal_generator_it_is_refused(tiny_model):
     detector = tiny_model("FasterRCNN")
     detector.proposal_generator = None
-    with pytest.raises(TypeError, match="GeneralizedRCNN cannot be run from features.*proposal generator"):
+    with pytest.raises(TypeError, match="GeneralizedRCNN cannot be run from features"):
         F_.head_levels(detector)
 
 
