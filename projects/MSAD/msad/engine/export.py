@@ -18,6 +18,8 @@ from fvcore.common.registry import Registry
 from .checkpoint import CheckedCheckpointer, replacing
 
 logger = logging.getLogger(__name__)
+# Short files that build exported models of these meta-architectures without msad.
+PLAIN = {"FCOS": "docs/plain_fcos.py", "GeneralizedRCNN": "docs/plain_rcnn.py"}
 
 
 def split_config(cfg: CfgNode, stock: CfgNode) -> tuple[dict, dict]:
@@ -105,8 +107,9 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
         (output / "msad.yaml").unlink(missing_ok=True)
         return f"{output / 'config.yaml'} builds this model in plain detectron2."
     (output / "msad.yaml").write_text(yaml.safe_dump({"VERSION": cfg.VERSION, **own}))
+    plain = PLAIN.get(cfg.MODEL.META_ARCHITECTURE)
     return (
         f"To build this model, import msad, which registers {', '.join(foreign)}, and merge config.yaml and msad.yaml "
         "into msad.add_msad_config(get_cfg())"
-        + ("; docs/plain_fcos.py builds it without msad." if cfg.MODEL.META_ARCHITECTURE == "FCOS" else ".")
+        + (f"; {plain} builds it without msad." if plain else ".")
     )

@@ -51,11 +51,9 @@ class ExactResume(HookBase):
             self._of_ranks = comm.all_gather(self._scalars())
 
     def _scalars(self) -> dict[str, float]:
-        return {
-            name: float(getattr(module, self._scalar))
-            for name, module in self.model.named_modules()
-            if hasattr(module, self._scalar)
-        }
+        found = {name: getattr(module, self._scalar, None) for name, module in self.model.named_modules()}
+        # Keypoint heads have a setting of this name, which is a word.
+        return {name: float(value) for name, value in found.items() if value is not None and not isinstance(value, str)}
 
     def state_dict(self) -> dict:
         return {"seed": self.seed, "scalars": self._of_ranks or [self._scalars()]}
