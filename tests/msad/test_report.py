@@ -160,6 +160,25 @@ def test_other_tasks_get_columns(metrics):
     assert cell(metrics, "baseline_H", "mask AP") == "-"
 
 
+def test_few_classes_get_columns(metrics):
+    metrics["results"]["student_L"]["bbox"] |= {"AP-car": 50.0, "AP-bus": 2.0, "AP-tram": float("nan")}
+    headers, cells = table(metrics)
+    student = next(line for line in cells if line[0] == "student_L")
+    assert student[headers.index("AP car")] == "50.0" and student[headers.index("AP bus")] == "2.0"
+    assert "AP tram" not in headers  # no object of it: nothing to see
+    del metrics["results"]["student_L"]["bbox"]["AP-bus"]
+    assert "AP car" not in table(metrics)[0]  # a single class is the AP itself
+    metrics["results"]["student_L"]["bbox"] |= {f"AP-{number}": 1.0 for number in range(6)}
+    assert not [title for title in table(metrics)[0] if title.startswith("AP ")]  # too many to read
+
+
+def test_processor_time_is_shown_where_it_is_known(metrics):
+    assert "cpu s" not in table(metrics)[0]
+    metrics["results"]["student_L"]["cpu_seconds"] = 51.6
+    headers, cells = table(metrics)
+    assert [line[headers.index("cpu s")] for line in cells if line[0] == "student_L"] == ["52"]
+
+
 def test_markdown_and_terminal_tables_agree(metrics):
     metrics["results"]["a|b"] = row(1.0)
     headers, cells = table(metrics)

@@ -92,6 +92,11 @@ class Row:
         return _number(self.result.get("seconds"))
 
     @property
+    def cpu_seconds(self) -> float | None:
+        """Processor time of training, which other work on the machine does not lengthen much."""
+        return _number(self.result.get("cpu_seconds"))
+
+    @property
     def gmacs(self) -> float | None:
         """Of the whole model."""
         return _number((self.cost.get("gmacs") or {}).get("total"))

@@ -9,6 +9,7 @@ from tabulate import tabulate
 from .rows import Row, reference_of, rows_of
 
 MISSING = "-"
+MAX_CLASSES = 6
 _TASKS = {"segm": "mask AP", "keypoints": "keypoint AP"}
 
 
@@ -18,12 +19,15 @@ def table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     reference = reference_of(rows)
     columns: list[tuple[str, Callable[[Row], str | None]]] = [("AP", _ap)]
     columns += [(name, lambda row, name=name: _fixed(row.metric(name), 1)) for name in ("AP50", "APs", "APm", "APl")]
+    classes = _few_classes(rows)
+    columns += [(f"AP {name}", lambda row, name=name: _fixed(row.metric(f"AP-{name}"), 1)) for name in classes]
     for task, title in _TASKS.items():
         columns.append((title, lambda row, task=task: _fixed(row.metric("AP", task), 1)))
     columns += [
         (f"of {reference.name if reference else 'H'}", lambda row: _share(row, reference)),
         ("iterations", lambda row: _fixed(row.iterations, 0)),
         ("train s", lambda row: _fixed(row.seconds, 0)),
+        ("cpu s", lambda row: _fixed(row.cpu_seconds, 0)),
         ("GMACs", lambda row: _gmacs(row, reference)),
         ("ms", lambda row: _fixed(row.ms, 1)),
     ]
@@ -35,6 +39,13 @@ def table(metrics: dict) -> tuple[list[str], list[list[str]]]:
             for line, value in zip(cells, values):
                 line.append(MISSING if value is None else value)
     return headers, cells
+
+
+def _few_classes(rows: list[Row]) -> list[str]:
+    """Classes that a row has an AP for, if there are 2 to MAX_CLASSES: the mean over rare ones says little."""
+    names = [key.removeprefix("AP-") for row in rows for key in row.result.get("bbox") or () if key.startswith("AP-")]
+    found = [name for name in dict.fromkeys(names) if any(row.metric(f"AP-{name}") is not None for row in rows)]
+    return found if 2 <= len(found) <= MAX_CLASSES else []
 
 
 def markdown_table(metrics: dict) -> str:
