@@ -33,6 +33,12 @@ def test_named_resolutions_halve_and_halve_again():
         get_resolution("XL")
 
 
+@pytest.mark.parametrize("ratio", [0.75, "2/3", 3])
+def test_ratios_other_than_halvings_say_what_to_do_instead(ratio):
+    with pytest.raises(ValueError, match=rf"resolution {ratio!r};.*no other ratio.*INPUT\.MIN_SIZE_TRAIN"):
+        get_resolution(ratio)
+
+
 def test_level_of_a_name():
     assert [level_of(name) for name in ("p1", "p3", "p12")] == [1, 3, 12]
     for name in ("res3", "p", "p3x", "P3", "xp3", "3"):

@@ -131,7 +131,9 @@ def add_msad_config(cfg: CN) -> CN:
     # Entries {NAME: registered loss, WEIGHT: float, LEVELS: H-frame levels, ...}; see docs/CONFIG.md.
     # Empty: the student is only initialised from the teacher (the control of every comparison).
     cfg.DISTILL.LOSSES = []
-    # Resolution of the student; the loader's images are H and are reduced to it on the device.
+    # Resolution of the student: H, L (1/2) or EL (1/4); the loader's images are H and are reduced to it on the device.
+    # Pyramid levels align at halvings only, so another ratio is an error. For a student with a short side of S pixels,
+    # scale H: INPUT.MIN_SIZE_TRAIN 2 S (L) or 4 S (EL), for the teacher too.
     cfg.DISTILL.STUDENT_RESOLUTION = "L"
     # What the student copies from the teacher before training: "full", "neck_and_head" or "none".
     cfg.DISTILL.INIT_STUDENT = "full"
@@ -157,6 +159,10 @@ def add_msad_config(cfg: CN) -> CN:
     # --- evaluation and speed ------------------------------------------------------------------------------------
     # "SGD" (detectron2's) or "AdamW", which trains small networks from scratch in far fewer iterations.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Batch size that BASE_LR and all numbers of iterations were chosen for. If IMS_PER_BATCH is another one, both are
+    # scaled linearly and the log says how (old -> new). 0: nothing is scaled. With SOLVER.REFERENCE_WORLD_SIZE, which
+    # changes IMS_PER_BATCH with the number of processes, this comes first.
+    cfg.SOLVER.SCALE_TO_BATCH = 0
     # Memory format torch.channels_last for the convolutions.
     cfg.SOLVER.CHANNELS_LAST = False
     # torch.compile the backbones of student and teacher.

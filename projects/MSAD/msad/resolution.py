@@ -29,9 +29,16 @@ _LEVEL = re.compile(r"^p(\d+)$")
 
 
 def get_resolution(name: str) -> Resolution:
-    """Look a resolution up by name ("H", "L", "EL"); ValueError names the known ones."""
+    """Look a resolution up by name ("H", "L", "EL").
+
+    ValueError for anything else: only halvings align pyramid levels, and nothing is resized for other ratios.
+    """
     if name not in RESOLUTIONS:
-        raise ValueError(f"unknown resolution {name!r}; known: {', '.join(RESOLUTIONS)}")
+        raise ValueError(
+            f"unknown resolution {name!r}; known: {', '.join(RESOLUTIONS)} (the whole, a half and a quarter of the "
+            "image). Pyramid levels align at no other ratio: choose the size of H, INPUT.MIN_SIZE_TRAIN, so that the "
+            "wanted size is a half or a quarter of it"
+        )
     return RESOLUTIONS[name]
 
 

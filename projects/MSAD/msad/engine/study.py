@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..config import load_config
 from .runs import read_result, run_config
+from .scaling import scale_to_batch
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Study:
         row = ROWS[name]
         cfg = load_config(self.configs / row.config, [])
         cfg.merge_from_list([*self.opts, *row.opts, "SEED", seed, "OUTPUT_DIR", str(self.folder(name, seed))])
+        cfg = scale_to_batch(cfg)  # here, so that budgets count the iterations that are run
         if self.short_side:
             _scale_inputs(cfg, self.short_side / load_config(self.configs / "Base.yaml").INPUT.MIN_SIZE_TEST)
         if cfg.DISTILL.TEACHERS:

@@ -29,6 +29,7 @@ from ..modeling.teacher import MultiScaleTeacher
 from ..resolution import get_resolution
 from .checkpoint import CheckedCheckpointer
 from .hooks import ExactResume, LossBalance, SkippedImages
+from .scaling import scale_to_batch
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class DistillTrainer(DefaultTrainer):
             cfg.freeze()
             logger.info("SEED is not set; this run uses %d", cfg.SEED)
         seed_all_rng(cfg.SEED + comm.get_rank())
-        super().__init__(scale_warmup(apply_reading(cfg), comm.get_world_size()))
+        super().__init__(scale_warmup(scale_to_batch(apply_reading(cfg)), comm.get_world_size()))
 
     @property
     def distiller(self) -> Distiller | None:

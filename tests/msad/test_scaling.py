@@ -1,0 +1,98 @@
+"""SOLVER.SCALE_TO_BATCH: the linear rule by hand, what the log says, and that training uses it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from msad import load_config
+from msad.engine import DistillTrainer
+from msad.engine.scaling import scale_to_batch
+from msad.engine.setup import prepare
+from msad.engine.study import Study
+
+
+@pytest.fixture
+def cfg():
+    """A schedule of 90k iterations of 16 images."""
+    cfg = load_config("")
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.SCALE_TO_BATCH = 16, 16
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 0.01, 90000, (60000, 80000)
+    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CHECKPOINT_PERIOD = 500, 5000
+    cfg.DISTILL.WARMUP_ITERS, cfg.TEST.EVAL_PERIOD = 400, 0
+    return cfg
+
+
+def test_linear_rule_and_log(cfg, caplog):
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    before = cfg.dump()
+    with caplog.at_level(logging.INFO, logger="msad.engine.scaling"):
+        scaled = scale_to_batch(cfg)
+    solver = scaled.SOLVER
+    assert (solver.BASE_LR, solver.MAX_ITER, solver.STEPS) == (0.0025, 360000, (240000, 320000))
+    assert (solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD) == (2000, 20000)
+    assert (scaled.DISTILL.WARMUP_ITERS, scaled.TEST.EVAL_PERIOD) == (1600, 0)
+    assert solver.IMS_PER_BATCH == 4 and cfg.dump() == before
+    # Nothing else has changed, and as many images are seen.
+    changed = [line for line in scaled.dump().splitlines() if line not in before.splitlines()]
+    assert len(changed) == 8, changed
+    assert solver.MAX_ITER * 4 == cfg.SOLVER.MAX_ITER * 16
+    (said,) = caplog.messages
+    assert said.startswith("Schedule scaled from batches of 16 to batches of 4: ")
+    for change in (
+        "SOLVER.BASE_LR 0.01 -> 0.0025",
+        "SOLVER.STEPS (60000, 80000) -> (240000, 320000)",
+        "SOLVER.MAX_ITER 90000 -> 360000",
+        "SOLVER.WARMUP_ITERS 500 -> 2000",
+        "DISTILL.WARMUP_ITERS 400 -> 1600",
+        "SOLVER.CHECKPOINT_PERIOD 5000 -> 20000",
+    ):
+        assert change in said
+    assert "EVAL_PERIOD" not in said
+    assert scale_to_batch(scaled) is scaled
+
+
+@pytest.mark.parametrize(("reference", "batch"), [(0, 4), (16, 16)])
+def test_off_and_nothing_to_do(cfg, caplog, reference, batch):
+    cfg.SOLVER.SCALE_TO_BATCH, cfg.SOLVER.IMS_PER_BATCH = reference, batch
+    with caplog.at_level(logging.INFO, logger="msad.engine.scaling"):
+        assert scale_to_batch(cfg) is cfg
+    assert not caplog.messages
+
+
+def test_a_large_batch_keeps_short_warmups_and_periods(cfg):
+    cfg.SOLVER.IMS_PER_BATCH = 1600
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.WARMUP_ITERS, cfg.DISTILL.WARMUP_ITERS = 10, 20, 0
+    cfg.freeze()
+    scaled = scale_to_batch(cfg)
+    assert scaled.is_frozen()
+    assert (scaled.SOLVER.CHECKPOINT_PERIOD, scaled.SOLVER.WARMUP_ITERS, scaled.DISTILL.WARMUP_ITERS) == (1, 1, 0)
+
+
+def test_negative_is_an_error(cfg):
+    cfg.SOLVER.SCALE_TO_BATCH = -1
+    with pytest.raises(ValueError, match=r"SOLVER\.SCALE_TO_BATCH is a batch size.*-1"):
+        scale_to_batch(cfg)
+
+
+def test_it_comes_before_the_scaling_to_processes(cfg):
+    """16 images on 8 GPUs; the user halves the batch on 8 and then runs on 4: a quarter of the images."""
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = 8, 8
+    both = DistillTrainer.auto_scale_workers(scale_to_batch(cfg), 4)
+    assert both.SOLVER.IMS_PER_BATCH == 4
+    assert pytest.approx(0.0025) == both.SOLVER.BASE_LR
+    assert both.SOLVER.MAX_ITER == 360000
+
+
+def test_training_and_studies_use_it(project, tmp_path):
+    options = ["SOLVER.SCALE_TO_BATCH", 4, "SOLVER.MAX_ITER", 3, "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(project / "fcos.yaml", options)
+    prepare(cfg)
+    run = DistillTrainer(cfg)
+    assert run.max_iter == 6
+    assert run.optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.001)
+    (tmp_path / "baseline_H.yaml").write_text((project / "fcos.yaml").read_text())
+    (tmp_path / "base.yaml").write_text((project / "base.yaml").read_text())
+    study = Study(tmp_path, tmp_path / "out", options[:4], rows=("baseline_H",))
+    assert study.config("baseline_H", 0).SOLVER.MAX_ITER == 6
