@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..config import load_config
 from .runs import read_result, run_config
+from .scaling import scale_to_batch
 
 SAME_TIME = 0.05  # a smaller difference in time is within what can be measured, and is not trained for anew
 
@@ -79,7 +80,7 @@ class Comparison:
         self.needs = {name: [by_path[p] for p in files if p in by_path] for name, files in needs.items()}
 
     def _load(self, file: Path) -> CfgNode:
-        return load_config(file, self.opts)
+        return scale_to_batch(load_config(file, self.opts))
 
     def folder(self, task: Task) -> Path:
         name = {"teacher": f"teachers/{task.name}", "time": f"{task.name}@time"}.get(task.kind, task.name)

@@ -55,7 +55,7 @@ def run_config(cfg: CfgNode, name: str, title: str, *, same: bool = True, positi
     if (folder / "last_checkpoint").is_file() and used.is_file() and used.read_text() != cfg.dump():
         raise other
     used.write_text(cfg.dump())
-    with _log_to(folder / "log.txt"):
+    with log_to(folder / "log.txt"):
         prepare(cfg)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=True)
@@ -129,7 +129,7 @@ class _Progress(HookBase):
 
 
 @contextlib.contextmanager
-def _log_to(file: Path) -> Iterator[None]:
+def log_to(file: Path) -> Iterator[None]:
     """Send the engine's log and printed tables to ``file`` and keep the terminal for progress."""
     handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("[%(asctime)s %(name)s] %(message)s"))

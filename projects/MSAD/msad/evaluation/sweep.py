@@ -1,0 +1,143 @@
+"""Accuracy and latency of one model over test sizes (MSAD supplementary, Sec. C, Table 2)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from tabulate import tabulate
+from torch import nn
+
+# Test sizes of Table 2, relative to the size that the student was trained for.
+SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# Calls at the start of a pass that latency leaves out.
+WARMUP = 3
+
+
+def default_sizes(cfg: CfgNode) -> list[int]:
+    """Short sides in pixels of the model's input: the paper's shares of INPUT.MIN_SIZE_TEST, largest first."""
+    return [round(share * cfg.INPUT.MIN_SIZE_TEST) for share in SHARES]
+
+
+def at_size(cfg: CfgNode, short_side: int) -> CfgNode:
+    """A copy of ``cfg`` that tests at this short side; the longest side allowed is scaled alike.
+
+    Raises:
+        ValueError: the side is not positive.
+    """
+    if short_side < 1:
+        raise ValueError(f"a short side must be positive, got {short_side}")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.MAX_SIZE_TEST = round(cfg.INPUT.MAX_SIZE_TEST * short_side / cfg.INPUT.MIN_SIZE_TEST)
+    cfg.INPUT.MIN_SIZE_TEST = short_side
+    cfg.freeze()
+    return cfg
+
+
+@contextmanager
+def timed_calls(model: nn.Module) -> Iterator[list[float]]:
+    """Inside, every call of ``model`` appends its milliseconds; a GPU is waited for before and after."""
+    times: list[float] = []
+    device = next(model.parameters()).device
+
+    def now(*_: Any) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter())
+
+    def since(*_: Any) -> None:
+        start = times.pop()
+        now()
+        times[-1] = (times[-1] - start) * 1e3
+
+    handles = [model.register_forward_pre_hook(now), model.register_forward_hook(since)]
+    try:
+        yield times
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Announced:
+    """A loader that calls ``on_batch`` after each of its batches has been dealt with."""
+
+    def __init__(self, loader: Iterable, on_batch: Callable[[], Any]) -> None:
+        self.loader, self.on_batch = loader, on_batch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        for batch in self.loader:
+            yield batch
+            self.on_batch()
+
+
+def evaluate_size(
+    model: nn.Module,
+    loader: Iterable,
+    evaluator: DatasetEvaluator,
+    *,
+    latency: bool = True,
+    on_batch: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Evaluate at the size that ``loader`` gives images of.
+
+    Args:
+        model: as detectron2 evaluates it.
+        loader: a test loader with a length.
+        evaluator: e.g. COCOEvaluator.
+        latency: also time the model on the images of the data set, from images on the CPU to detections.
+        on_batch: called after every batch.
+
+    Returns:
+        {"results": {task: {metric: value or None}}, "milliseconds": median of a call or None, "seconds": of all}.
+        The first calls do not count for the median if there are others. A metric without ground truth is None.
+    """
+    start = time.perf_counter()
+    with timed_calls(model) as times:
+        results = inference_on_dataset(model, _Announced(loader, on_batch), evaluator)
+    steady = times[WARMUP:] or times
+    return {
+        "results": {task: {k: _finite(v) for k, v in values.items()} for task, values in results.items()},
+        "milliseconds": round(median(steady), 3) if latency and steady else None,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def tasks_of(sizes: Sequence[dict]) -> list[str]:
+    """Tasks (bbox, segm, keypoints) with an AP at any of the sizes, in the order in which they come."""
+    names = dict.fromkeys(task for entry in sizes for task in entry["results"])
+    return [task for task in names if any("AP" in (entry["results"].get(task) or {}) for entry in sizes)]
+
+
+def format_sweep(sizes: Sequence[dict]) -> str:
+    """A table for each task: a row a size, metrics in percent and median milliseconds.
+
+    ``sizes`` are dicts of :func:`evaluate_size` with "short_side" and "max_size" in pixels.
+    """
+    tables = []
+    for task in tasks_of(sizes):
+        metrics = [name for name in METRICS if any(name in e["results"].get(task, {}) for e in sizes)]
+        timed = any(e["milliseconds"] is not None for e in sizes)
+        rows = [
+            [e["short_side"], e["max_size"], *(e["results"].get(task, {}).get(name) for name in metrics)]
+            + ([e["milliseconds"]] if timed else [])
+            for e in sizes
+        ]
+        header = ["short side", "longest", *metrics] + (["ms"] if timed else [])
+        tables.append(f"{task}\n{tabulate(rows, header, floatfmt='.1f', missingval='-')}")
+    return "\n\n".join(tables)

@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+"""Accuracy and latency of a trained model over test sizes, as in supplementary Table 2 of MSAD.
+
+    tools/sweep_resolution.py --config-file configs/MSAD/fcos_R_50_S_L_1x.yaml --weights student.pth --output sweep
+    tools/sweep_resolution.py --config-file TEACHER.yaml --weights teacher.pth --branch L --output sweep_L
+    tools/sweep_resolution.py ... --sizes 448 400 352 --no-latency DATASETS.TEST "('my_val',)"
+
+writes DIR/sweep.json, DIR/sweep.png and DIR/log.txt, and prints a table for each task. Sizes are short sides in pixels
+of the model's own input (for a teacher those of H); the longest side allowed (INPUT.MAX_SIZE_TEST) is scaled alike.
+Default: 100, 96, 92, 88, 84 and 80 % of INPUT.MIN_SIZE_TEST, the paper's sizes. Finished sizes are kept: the same
+command goes on after an interruption, and further --sizes are added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from msad import load_config
+from msad.engine import DistillTrainer
+from msad.engine.checkpoint import replacing
+from msad.engine.runs import log_to
+from msad.engine.setup import engine_name, load_model, prepare
+from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
+from msad.visualization.sweep import plot_sweep
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="sweep_resolution.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the yaml that the model was trained with")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="PX", help="short sides (default: the paper's shares)")
+    parser.add_argument("--branch", metavar="NAME", help="of a teacher: H, L, ... or fused (default: MSAD.EVAL_BRANCH)")
+    parser.add_argument("--no-latency", action="store_true", help="accuracy only")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_args(argv)
+    if args.sizes and min(args.sizes) < 1:
+        parser.error(f"--sizes must be positive, got {args.sizes}")
+    return args
+
+
+def configure(args: argparse.Namespace) -> CfgNode:
+    """The config of the sweep; ValueError for what cannot be swept."""
+    cfg = load_config(args.config_file, args.opts)
+    cfg.OUTPUT_DIR = args.output
+    if "://" not in args.weights and not os.path.isfile(args.weights):
+        raise FileNotFoundError(f"no checkpoint {args.weights}")
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ValueError(f"a sweep needs one data set in DATASETS.TEST, got {list(cfg.DATASETS.TEST)}")
+    if args.branch:
+        if cfg.MODEL.META_ARCHITECTURE != "MultiScaleTeacher":
+            raise ValueError(f"--branch {args.branch}: {cfg.MODEL.META_ARCHITECTURE} is no teacher and has no branches")
+        cfg.MSAD.EVAL_BRANCH = args.branch
+    cfg.freeze()
+    return cfg
+
+
+def describe(args: argparse.Namespace, cfg: CfgNode) -> dict:
+    """What the numbers are of. "model" is a fingerprint of config and weights that tells one sweep from another."""
+    told = cfg.clone()
+    told.defrost()
+    told.OUTPUT_DIR = ""
+    stat = os.stat(args.weights) if os.path.isfile(args.weights) else None
+    key = [told.dump(), args.weights, stat and [stat.st_size, stat.st_mtime_ns]]
+    teacher = cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher"
+    return {
+        "model": hashlib.sha1(json.dumps(key).encode()).hexdigest()[:12],
+        "engine": engine_name(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(cfg.MODEL.DEVICE) if "cuda" in cfg.MODEL.DEVICE else cfg.MODEL.DEVICE,
+        "threads": torch.get_num_threads(),
+        "config": args.config_file,
+        "opts": args.opts,
+        "weights": args.weights,
+        "branch": cfg.MSAD.EVAL_BRANCH if teacher else None,
+        "dataset": cfg.DATASETS.TEST[0],
+    }
+
+
+def earlier(file: Path, about: dict) -> list[dict]:
+    """Sizes that an earlier run has left; ValueError if they are another model's."""
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text())
+    if found["model"] != about["model"]:
+        raise ValueError(
+            f"{file} is of another model, config or data set (weights {found['weights']}); choose another --output or "
+            "delete it"
+        )
+    return found["sizes"]
+
+
+def save(file: Path, about: dict, sizes: list[dict]) -> None:
+    with replacing(str(file), "w") as stream:
+        json.dump({**about, "sizes": sizes}, stream, indent=1)
+        stream.write("\n")
+
+
+def run(args: argparse.Namespace) -> list[dict]:
+    """Evaluate what is missing; the sizes asked for and those of earlier runs, largest first."""
+    cfg = configure(args)
+    output = Path(args.output)
+    file, about = output / "sweep.json", describe(args, cfg)
+    done = {entry["short_side"]: entry for entry in earlier(file, about)}
+    wanted = dict.fromkeys(args.sizes or default_sizes(cfg))
+    missing = [s for s in wanted if s not in done or (done[s]["milliseconds"] is None and not args.no_latency)]
+    sizes = sorted(done.values(), key=lambda entry: -entry["short_side"])
+    if missing:
+        output.mkdir(parents=True, exist_ok=True)
+        with log_to(output / "log.txt"):
+            prepare(cfg)
+            model = load_model(cfg, args.weights)
+        with tqdm(unit="img", dynamic_ncols=True, total=0) as bar:
+            for number, side in enumerate(missing, start=1):
+                with log_to(output / "log.txt"):
+                    sized = at_size(cfg, side)
+                    loader = DistillTrainer.build_test_loader(sized, cfg.DATASETS.TEST[0])
+                    bar.total = len(loader) * len(missing)
+                    bar.set_description(f"{side} px ({number}/{len(missing)})")
+                    evaluator = DistillTrainer.build_evaluator(sized, cfg.DATASETS.TEST[0])
+                    entry = evaluate_size(model, loader, evaluator, latency=not args.no_latency, on_batch=bar.update)
+                done[side] = {"short_side": side, "max_size": sized.INPUT.MAX_SIZE_TEST, "images": len(loader), **entry}
+                sizes = sorted(done.values(), key=lambda entry: -entry["short_side"])
+                save(file, about, sizes)
+    name = os.path.splitext(os.path.basename(args.config_file))[0] + (f", {about['branch']}" if about["branch"] else "")
+    plot_sweep(sizes, output / "sweep.png", name)
+    return sizes
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        print(f"{format_sweep(run(args))}\n\n{args.output}: sweep.json, sweep.png")
+    except KeyboardInterrupt:
+        print(
+            "\nsweep_resolution.py: interrupted. Finished sizes are kept; the same command goes on with the others.",
+            file=sys.stderr,
+        )
+        return 130
+    except (OSError, KeyError, ValueError, yaml.YAMLError) as error:
+        message = error if isinstance(error, OSError) else error.args[0]
+        print(f"sweep_resolution.py: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
