@@ -98,6 +98,25 @@ def test_fast_backend_is_exact(seed, iou_type, limits):
     assert 0 < slow.stats()[0] < 1
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm", "keypoints"])
+def test_fast_backend_is_exact_for_empty_detections(iou_type):
+    """Masks without a pixel, boxes without area, keypoints all in one place, people without visible keypoints."""
+    pytest.importorskip("hotcoco", reason="hotcoco, the optional fast backend, is not installed")
+    truth, detections = random_coco(3)
+    blank = mask_util.encode(np.zeros((150, 150), np.uint8, order="F"))
+    for detection in detections[::5]:
+        detection["segmentation"] = {"size": [150, 150], "counts": blank["counts"].decode()}
+        detection["keypoints"] = [0.0] * 51
+        detection["bbox"] = [1.0, 2.0, 0.0, 0.0]
+    for annotation in truth.dataset["annotations"][1::4]:
+        annotation.update(keypoints=[0] * 51, num_keypoints=0)
+    slow, fast = (fast_coco.evaluate_coco(truth, detections, iou_type, fast=fast) for fast in (False, True))
+    np.testing.assert_array_equal(slow.precision, fast.precision)
+    np.testing.assert_array_equal(slow.recall, fast.recall)
+    np.testing.assert_array_equal(slow.stats(), fast.stats())
+    assert 0 < slow.stats()[0] < 1
+
+
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("iou_type", ["bbox", "segm", "keypoints"])
 def test_summary_is_that_of_pycocotools(iou_type, fast, capsys):
