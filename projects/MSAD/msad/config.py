@@ -155,6 +155,15 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.DISTILL.LAMBDA = 0.4
     # Gamma of the paper, used by READING only (3x schedule: 0.8).
     cfg.DISTILL.GAMMA = 0.8
+    cfg.DISTILL.BALANCE = CN()
+    # Replaces the WEIGHT of every loss: its gradient at the student's neck gets RATIO times the norm of the detection
+    # losses' (before warm-up and decay). 0: weights as written.
+    cfg.DISTILL.BALANCE.RATIO = 0.0
+    # Iterations, from the first, over which the norms are measured; the weights follow them and then stay.
+    cfg.DISTILL.BALANCE.ITERS = 100
+    # Every so many iterations, write m, n, mn/N and the angle of raw features (WACV 2024, figure 8) to
+    # OUTPUT_DIR/features.jsonl, for tools/plot_features.py. 0: never.
+    cfg.DISTILL.ANALYSIS_PERIOD = 0
 
     # --- evaluation and speed ------------------------------------------------------------------------------------
     # "SGD" (detectron2's) or "AdamW", which trains small networks from scratch in far fewer iterations.

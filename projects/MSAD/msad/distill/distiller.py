@@ -24,6 +24,7 @@ from ..resolution import (
     shift_names,
     view,
 )
+from .balance import GradientBalance
 from .heads import check_heads, pair_heads
 from .losses import DistillBatch
 
@@ -94,7 +95,13 @@ class Distiller(nn.Module):
         w_det: weight of the student's detection losses.
         factor: iteration -> factor on the distillation losses.
         downsample_mode: see :func:`msad.resolution.downsample`.
+        balance: sets the weights of the losses, which then must have weight 1; None: they are as they are.
+
+    Attributes:
+        observer: None, or called with student's and teacher's maps (H-frame names, one grid) of each training step.
     """
+
+    observer: Callable[[F_.Features, F_.Features], None] | None = None
 
     def __init__(
         self,
@@ -106,6 +113,7 @@ class Distiller(nn.Module):
         w_det: float = 1.0,
         factor: Callable[[int], float] = lambda iteration: 1.0,
         downsample_mode: str = "antialias",
+        balance: GradientBalance | None = None,
     ) -> None:
         super().__init__()
         if len(losses) and teacher is None:
@@ -117,6 +125,7 @@ class Distiller(nn.Module):
         self.w_det = w_det
         self.factor = factor
         self.downsample_mode = downsample_mode
+        self.balance = balance
         self._compares_heads = False
         for loss in losses:
             if getattr(loss, "heads", ()):
@@ -136,22 +145,32 @@ class Distiller(nn.Module):
         reduced = view(moved, shift, self.device, self.downsample_mode)
         factor = self._current_factor()
         # The teacher runs first: what it needs is free again before the student keeps its activations.
-        imitated = {} if factor is None else self.teacher.features(moved, shift)
+        wanted = factor is not None or self.observer is not None
+        imitated = {} if not wanted else self.teacher.features(moved, shift)
         tap = nullcontext() if factor is None or not self._compares_heads else tap_heads(self.student)
         with F_.tap_neck(self.student) as taken, tap as record:
             output = {name: self.w_det * value for name, value in self.student(reduced).items()}
-        if factor is None:
+        if not wanted:
             return output
         student = shift_levels(taken, shift)
         teacher = self._on_student_grid(imitated, student)
+        if self.observer is not None:
+            self.observer(student, teacher)
+        if factor is None:
+            return output
         batch = DistillBatch(
             image_sizes=[tuple(item["image"].shape[-2:]) for item in moved],
             gt=[item["instances"] for item in moved],
             pair_heads=record and partial(pair_heads, record, self.student, self.teacher.detector, teacher, shift),
         )
-        for loss in self.losses:
-            for name, value in loss(student, teacher, batch).items():
-                output[name] = factor * value
+        losses = [loss(student, teacher, batch) for loss in self.losses]
+        weights = [1.0] * len(losses)
+        if self.balance is not None:
+            totals = [sum(terms.values()) for terms in losses]
+            iteration = get_event_storage().iter
+            weights = self.balance(iteration, list(taken.values()), sum(output.values()), totals)
+        for terms, weight in zip(losses, weights):
+            output.update({name: factor * weight * value for name, value in terms.items()})
         return output
 
     def _current_factor(self) -> float | None:

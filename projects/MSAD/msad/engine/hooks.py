@@ -1,15 +1,21 @@
-"""Hooks of DistillTrainer: exact resume, the balance of the losses, the count of skipped images."""
+"""Hooks of DistillTrainer: exact resume, balance of the losses, analysis of features, count of skipped images."""
 
 from __future__ import annotations
 
+import json
 import logging
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
+
+from ..distill.analysis import decompose
+from ..distill.balance import GradientBalance
+from ..distill.distiller import Distiller
 
 logger = logging.getLogger(__name__)
 
@@ -120,3 +126,69 @@ class LossBalance(HookBase):
         detection = sum(v for k, v in latest.items() if not k.startswith("loss_distill"))
         if detection > 0:
             self.trainer.storage.put_scalar("distill_to_detection", distill / detection, smoothing_hint=False)
+
+
+class BalanceLog(HookBase):
+    """Log the weights that DISTILL.BALANCE finds: as "distill_weight/NAME" while it measures, then once for all."""
+
+    def __init__(self, balance: GradientBalance, period: int = 20) -> None:
+        self.balance = balance
+        self.period = period
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter >= self.balance.iters:
+            self._say()
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.balance.iters:
+            self._say()
+        if done <= self.balance.iters and (done % self.period == 0 or done == self.balance.iters):
+            for name, weight in zip(self.balance.names, self.balance.weights.tolist()):
+                self.trainer.storage.put_scalar(f"distill_weight/{name}", weight, smoothing_hint=False)
+
+    def _say(self) -> None:
+        found = zip(self.balance.names, self.balance.weights.tolist())
+        logger.info(
+            "Weights for a gradient of %g times the detection losses' at the neck, from %d iterations: %s",
+            self.balance.ratio, self.balance.iters, ", ".join(f"{name} {weight:.4g}" for name, weight in found),
+        )  # fmt: skip
+
+
+class FeatureAnalysis(HookBase):
+    """Append the means over a batch of what :func:`msad.distill.analysis.decompose` finds to features.jsonl.
+
+    A line is {"iteration": i, "levels": {H-frame name: {"m", "n", "mn", "angle", "magnitude", "angular"}}}. Levels
+    whose channels differ between student and teacher have no angle and are left out.
+
+    Args:
+        distiller: whose maps are observed, in the main process.
+        period: iterations from one line to the next, beginning with the first.
+        output: folder of the file.
+    """
+
+    def __init__(self, distiller: Distiller, period: int, output: str) -> None:
+        self.distiller = distiller
+        self.period = period
+        self.file = Path(output) / "features.jsonl"
+        self._warned = False
+
+    def before_step(self) -> None:
+        if self.trainer.iter % self.period == 0 and comm.is_main_process():
+            self.distiller.observer = self._record
+
+    def after_step(self) -> None:
+        self.distiller.observer = None
+
+    @torch.no_grad()
+    def _record(self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> None:
+        levels = {}
+        for name, s in student.items():
+            if name in teacher and s.shape == teacher[name].shape:
+                parts = decompose(s, teacher[name])._asdict()
+                levels[name] = {key: float(f"{values.mean().item():.6g}") for key, values in parts.items()}
+        if not levels and not self._warned:
+            logger.warning("DISTILL.ANALYSIS_PERIOD: student and teacher have no level of equal shape to compare")
+            self._warned = True
+        with open(self.file, "a") as file:
+            file.write(json.dumps({"iteration": self.trainer.iter, "levels": levels}) + "\n")

@@ -13,13 +13,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling import build_model
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..config import load_config
 from ..data.loader import build_train_loader
+from ..distill.balance import GradientBalance
 from ..distill.distiller import Distiller, FrozenTeacher, student_shapes
 from ..distill.init import init_student
 from ..distill.losses import build_losses
@@ -28,8 +28,9 @@ from ..modeling.features import freeze_unread_levels
 from ..modeling.teacher import MultiScaleTeacher
 from ..resolution import get_resolution
 from .checkpoint import CheckedCheckpointer
-from .hooks import ExactResume, LossBalance, SkippedImages
+from .hooks import BalanceLog, ExactResume, FeatureAnalysis, LossBalance, SkippedImages
 from .scaling import scale_to_batch
+from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,22 @@ def load_teacher(
     return FrozenTeacher(model, batch_norm)
 
 
+def build_balance(cfg: CfgNode, losses: nn.ModuleList) -> GradientBalance | None:
+    """What DISTILL.BALANCE asks for, or None; sets the weights that it replaces to 1.
+
+    Raises:
+        ValueError: wrong values, or DISTILL.READING, which sets the weights too.
+    """
+    balance = cfg.DISTILL.BALANCE
+    if balance.RATIO == 0 or not len(losses):
+        return None
+    if cfg.DISTILL.READING:
+        raise ValueError("DISTILL.BALANCE.RATIO and DISTILL.READING both set the weights of the losses: choose one")
+    for loss in losses:
+        loss.weight = 1.0
+    return GradientBalance(balance.RATIO, balance.ITERS, [loss.name for loss in losses]).to(cfg.MODEL.DEVICE)
+
+
 class DistillTrainer(DefaultTrainer):
     """detectron2's DefaultTrainer that also distils.
 
@@ -170,29 +187,21 @@ class DistillTrainer(DefaultTrainer):
                 "is DISTILL.STUDENT_RESOLUTION %s right?",
                 *map(", ".join, levels), resolution.name,
             )  # fmt: skip
+        losses = build_losses(cfg.DISTILL.LOSSES, *levels, seed=cfg.SEED).to(cfg.MODEL.DEVICE)
         return Distiller(
             model,
             teacher,
-            build_losses(cfg.DISTILL.LOSSES, *levels, seed=cfg.SEED).to(cfg.MODEL.DEVICE),
+            losses,
             resolution,
             w_det=cfg.DISTILL.W_DET,
             factor=factor,
             downsample_mode=cfg.MSAD.DOWNSAMPLE,
+            balance=build_balance(cfg, losses),
         )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """detectron2's SGD, or AdamW on the same parameter groups and with the same gradient clipping."""
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return super().build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER != "AdamW":
-            raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', not {cfg.SOLVER.OPTIMIZER!r}")
-        solver = cfg.SOLVER
-        groups = {"base_lr": solver.BASE_LR, "bias_lr_factor": solver.BIAS_LR_FACTOR}
-        decay = {"weight_decay_norm": solver.WEIGHT_DECAY_NORM, "weight_decay_bias": solver.WEIGHT_DECAY_BIAS}
-        parameters = get_default_optimizer_params(model, **groups, **decay)
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(parameters, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -220,6 +229,8 @@ class DistillTrainer(DefaultTrainer):
             model = distiller.student
             if any(True for _ in distiller.losses.parameters()):
                 extra["distill_losses"] = distiller.losses
+            if distiller.balance is not None:
+                extra["distill_balance"] = distiller.balance
         self.checkpointer = CheckedCheckpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **extra)
         hooks = super().build_hooks()
         loader, period = self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD
@@ -229,6 +240,10 @@ class DistillTrainer(DefaultTrainer):
         ]
         if distiller is not None and len(distiller.losses):
             ours.append(LossBalance())
+            if distiller.balance is not None:
+                ours.append(BalanceLog(distiller.balance))
+        if distiller is not None and self.cfg.DISTILL.ANALYSIS_PERIOD > 0:
+            ours.append(FeatureAnalysis(distiller, self.cfg.DISTILL.ANALYSIS_PERIOD, self.cfg.OUTPUT_DIR))
         return ours + hooks
 
     def resume_or_load(self, resume: bool = True) -> None:

@@ -1,0 +1,78 @@
+"""Weights of distillation losses from what their gradients do to the student's neck, instead of by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import nn
+
+_HALF_SCALE = 4096.0  # keeps gradients of half precision maps above what float16 rounds to zero
+
+
+class GradientBalance(nn.Module):
+    """Weight every loss so that the norm of its gradient at the neck is ``ratio`` times the detection losses'.
+
+    For iterations 0 to ``iters`` - 1 both norms are measured: over all levels, images and processes together, so that
+    several processes find what one would with the joint batch. The weight of a loss is
+    ``ratio * mean |d L_det / d F| / mean |d L_distill / d F|``, the means being over the iterations so far; after the
+    last of them it stays. Measuring takes a backward pass through head and losses; afterwards there is no cost.
+
+    The sums are buffers: saved with the run, they make a resumed one find the same weights.
+
+    Args:
+        ratio: positive.
+        iters: at least 1.
+        names: of the losses.
+
+    Raises:
+        ValueError: ``ratio`` or ``iters`` is not positive.
+    """
+
+    sums: torch.Tensor
+
+    def __init__(self, ratio: float, iters: int, names: Sequence[str]) -> None:
+        super().__init__()
+        if ratio <= 0 or iters < 1:
+            raise ValueError(f"DISTILL.BALANCE needs RATIO > 0 and ITERS >= 1, got {ratio} and {iters}")
+        self.ratio, self.iters, self.names = ratio, iters, tuple(names)
+        self.register_buffer("sums", torch.zeros(1 + len(self.names)))
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """(losses,): weights from what has been measured so far; 0 for a loss that never had a gradient."""
+        detection, distill = self.sums[0], self.sums[1:]
+        return torch.where(distill > 0, self.ratio * detection / distill, 0.0)
+
+    def forward(
+        self, iteration: int, neck: Sequence[torch.Tensor], detection: torch.Tensor, distill: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Weights for this iteration, (losses,).
+
+        Args:
+            iteration: of training, from 0.
+            neck: the student's maps.
+            detection: sum of the detection losses as they are trained, of ``neck``.
+            distill: total of each loss with weight 1, of ``neck``.
+        """
+        if iteration < self.iters:
+            squares = torch.stack([squared_gradient(loss, neck) for loss in (detection, *distill)])
+            if comm.get_world_size() > 1:
+                dist.all_reduce(squares)
+            # A step that mixed precision spoils does not count, for any loss.
+            self.sums += torch.where(squares.isfinite().all(), squares.sqrt(), 0.0)
+        return self.weights
+
+
+def squared_gradient(loss: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of squares of the gradient of ``loss`` at ``maps``, 0-dim float32; the graph stays for training."""
+    total = torch.zeros((), device=loss.device)
+    if not loss.requires_grad:
+        return total
+    scale = _HALF_SCALE if any(x.dtype == torch.float16 for x in maps) else 1.0
+    for gradient in torch.autograd.grad(loss * scale, maps, retain_graph=True, allow_unused=True):
+        if gradient is not None:
+            total = total + (gradient.float() / scale).square().sum()
+    return total

@@ -1,0 +1,27 @@
+"""The optimizer of a config."""
+
+from __future__ import annotations
+
+import torch
+from detectron2 import solver
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """detectron2's SGD, or AdamW on the same parameter groups and with the same gradient clipping.
+
+    Raises:
+        ValueError: another SOLVER.OPTIMIZER.
+    """
+    if cfg.SOLVER.OPTIMIZER == "SGD":
+        return solver.build_optimizer(cfg, model)
+    if cfg.SOLVER.OPTIMIZER != "AdamW":
+        raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', not {cfg.SOLVER.OPTIMIZER!r}")
+    options = cfg.SOLVER
+    groups = {"base_lr": options.BASE_LR, "bias_lr_factor": options.BIAS_LR_FACTOR}
+    decay = {"weight_decay_norm": options.WEIGHT_DECAY_NORM, "weight_decay_bias": options.WEIGHT_DECAY_BIAS}
+    parameters = get_default_optimizer_params(model, **groups, **decay)
+    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+    return optimizer(parameters, lr=options.BASE_LR, weight_decay=options.WEIGHT_DECAY)

@@ -1,0 +1,108 @@
+"""Weights from gradient norms at the neck: the formula by hand, in a distiller, over processes and over a resume."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from test_resume import assert_equal_weights, config, left_by_a_killed_run, train
+
+from msad.distill import balance as balance_module
+from msad.distill.balance import GradientBalance, squared_gradient
+from msad.engine import DistillTrainer
+from msad.modeling.features import tap_neck
+
+LOSSES = ({"NAME": "AlignedL1"}, {"NAME": "LAD"})
+
+
+def test_weights_by_hand():
+    balance = GradientBalance(0.5, 2, ["sum", "none"])
+    for iteration, scale in enumerate((1.0, 3.0, 100.0)):
+        maps = [torch.full((1, 1, 2, 2), scale, requires_grad=True), torch.zeros(1, 1, 1, 1, requires_grad=True)]
+        detection = 0.5 * maps[0].square().sum() + 3 * maps[1].sum()  # gradient norm sqrt(4 scale^2 + 9)
+        distill = [2 * maps[0].sum(), torch.zeros(())]  # gradient norms 4 and 0
+        weights = balance(iteration, maps, detection, distill)
+        norms = [math.sqrt(4 * s * s + 9) for s in (1.0, 3.0)][: iteration + 1]
+        expected = 0.5 * sum(norms) / len(norms) / 4
+        # The third iteration is no longer measured.
+        torch.testing.assert_close(weights, torch.tensor([expected, 0.0]))
+
+
+def test_half_precision_gradients_do_not_vanish():
+    maps = torch.ones(4, dtype=torch.float16, requires_grad=True)
+    tiny = (maps * 1e-3).sum() * 1e-5  # gradient 1e-8 is 0 in float16
+    assert squared_gradient(tiny.float(), [maps]).item() == pytest.approx(4e-16, rel=0.05)
+
+
+def test_a_step_without_numbers_does_not_count():
+    balance = GradientBalance(1.0, 5, ["a"])
+    x = torch.ones(2, requires_grad=True)
+    before = balance(0, [x], x.sum(), [2 * x.sum()]).clone()
+    after = balance(1, [x], x.sum(), [x.sum() * float("inf")])
+    assert torch.equal(before, after) and before.item() == 0.5
+
+
+def test_processes_together_find_the_weights_of_the_joint_batch(monkeypatch):
+    torch.manual_seed(0)
+    maps = torch.randn(4, 3, 2, 2)
+
+    def losses(x, images):  # means over the joint batch, as processes average their losses
+        return x.square().mean(dim=(1, 2, 3)).sum() / images, x.abs().mean(dim=(1, 2, 3)).sum() / images
+
+    joint = maps.clone().requires_grad_()
+    expected = GradientBalance(1.0, 1, ["a"])(0, [joint], losses(joint, 4)[0], losses(joint, 4)[1:])
+    parts = [maps[:1].clone().requires_grad_(), maps[1:].clone().requires_grad_()]
+    squares = [torch.stack([squared_gradient(v, [x]) for v in losses(x, 4)]) for x in parts]
+    monkeypatch.setattr(balance_module.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(balance_module.dist, "all_reduce", lambda tensor: tensor.add_(squares[1]))
+    found = GradientBalance(1.0, 1, ["a"])(0, parts[:1], losses(parts[0], 4)[0], losses(parts[0], 4)[1:])
+    torch.testing.assert_close(found, expected)
+
+
+def test_ratio_is_met_in_a_distiller(make_distiller, make_batch):
+    balance = GradientBalance(0.25, 1, ["AlignedL1", "LAD"])
+    distiller = make_distiller(losses=LOSSES, balance=balance, w_det=2.0)
+    with EventStorage(0), tap_neck(distiller.student) as taken:
+        output = distiller(make_batch([(64, 64), (64, 96)]))
+    maps = list(taken.values())
+
+    def norm(*names):
+        total = sum(v for k, v in output.items() if k.startswith(names))
+        gradients = torch.autograd.grad(total, maps, retain_graph=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in gradients if g is not None]).norm()
+
+    detection = norm(*[k for k in output if not k.startswith("loss_distill")])
+    assert detection > 0
+    for name in ("AlignedL1", "LAD"):
+        torch.testing.assert_close(norm(f"loss_distill/{name}"), 0.25 * detection, rtol=1e-4, atol=0)
+    sum(output.values()).backward()  # the graph is still there for training
+
+
+def test_resumed_run_finds_the_same_weights(project, teacher_weights, tmp_path, caplog):
+    # The checkpoint is written after 3 iterations, in the middle of measuring.
+    keys = {"DISTILL.BALANCE.RATIO": 0.5, "DISTILL.BALANCE.ITERS": 5, "DISTILL.WARMUP_ITERS": 2}
+    with caplog.at_level(logging.INFO, logger="msad"):
+        whole, expected, _ = train(config(project, teacher_weights, "student", tmp_path / "whole", **keys))
+    assert "from 5 iterations: AlignedL1" in caplog.text
+    left_by_a_killed_run(tmp_path / "whole", tmp_path / "killed")
+    resumed, trace, _ = train(config(project, teacher_weights, "student", tmp_path / "killed", **keys), resume=True)
+    assert trace.steps == expected.steps[3:]
+    assert torch.equal(resumed.distiller.balance.sums, whole.distiller.balance.sums)
+    assert_equal_weights(resumed.distiller.student.state_dict(), whole.distiller.student.state_dict())
+    assert "distill_weight/AlignedL1" in (tmp_path / "whole" / "metrics.json").read_text()
+
+
+def test_weights_of_the_yaml_are_replaced(project, teacher_weights, tmp_path):
+    keys = {"DISTILL.BALANCE.RATIO": 0.5}
+    cfg = config(project, teacher_weights, "student", tmp_path / "run", **keys)
+    run = DistillTrainer(cfg)
+    assert [loss.weight for loss in run.distiller.losses] == [1.0]
+    assert run.distiller.balance.names == ("AlignedL1",)
+    cfg.merge_from_list(["DISTILL.READING", "A"])
+    with pytest.raises(ValueError, match="READING both set the weights"):
+        DistillTrainer(cfg)
+    with pytest.raises(ValueError, match="RATIO > 0"):
+        GradientBalance(-1.0, 3, [])

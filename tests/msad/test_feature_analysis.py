@@ -1,0 +1,72 @@
+"""Eq. (10) of raw-feature distillation against the loss that it decomposes, and the record of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_resume import config, train
+
+from msad.distill.analysis import decompose
+from msad.distill.distiller import FrozenTeacher
+
+
+def test_worked_example():
+    teacher = torch.tensor([[3.0, 1.0], [0.0, 4.0]]).view(1, 2, 1, 2)
+    student = torch.tensor([[3.0, 0.0], [4.0, 2.0]]).view(1, 2, 1, 2)
+    parts = decompose(student, teacher)
+    assert parts.m.item() == pytest.approx(math.sqrt(26)) and parts.n.item() == pytest.approx(math.sqrt(29))
+    assert parts.mn.item() == pytest.approx(math.sqrt(26 * 29) / 4)
+    assert math.cos(math.radians(parts.angle.item())) == pytest.approx(17 / math.sqrt(26 * 29), abs=1e-6)
+    assert parts.magnitude.item() == pytest.approx(0.0205, abs=5e-5)
+    assert parts.angular.item() == pytest.approx(5.2295, abs=5e-5)
+
+
+def test_parts_add_up_to_naive_l2():
+    torch.manual_seed(0)
+    s, t = torch.randn(3, 5, 4, 6), 2 * torch.randn(3, 5, 4, 6) + 1
+    parts = decompose(s, t)
+    for i in range(3):
+        naive = F.mse_loss(s[i], t[i])
+        torch.testing.assert_close(parts.magnitude[i] + parts.angular[i], naive, rtol=1e-5, atol=1e-6)
+        cosine = F.cosine_similarity(s[i].flatten(), t[i].flatten(), dim=0)
+        weight = 2 * parts.mn[i]
+        torch.testing.assert_close(parts.angular[i], weight * (1 - cosine), rtol=1e-4, atol=1e-5)
+
+
+def test_special_cases():
+    x = torch.randn(2, 3, 4, 4)
+    same = decompose(x, 3 * x)  # the angle of parallel maps is 0 up to float32's acos near 1
+    assert same.angle.max() < 0.1 and same.angular.abs().max() < 1e-5 and same.magnitude.min() > 0.1
+    zero = decompose(torch.zeros_like(x), x)
+    assert zero.angle.tolist() == pytest.approx([90.0, 90.0]) and zero.angular.abs().max() == 0
+    with pytest.raises(ValueError, match="one shape"):
+        decompose(x, x[:, :2])
+
+
+def test_record_of_a_run(project, teacher_weights, tmp_path):
+    options = {"SOLVER.MAX_ITER": 4}
+    _, plain, _ = train(config(project, teacher_weights, "student", tmp_path / "plain", **options))
+    options["DISTILL.ANALYSIS_PERIOD"] = 3
+    run, observed, _ = train(config(project, teacher_weights, "student", tmp_path / "observed", **options))
+    assert observed.steps == plain.steps  # looking changes nothing
+    lines = [json.loads(line) for line in (tmp_path / "observed/features.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 3]
+    assert set(lines[0]["levels"]) == {"p3", "p4", "p5", "p6", "p7"}
+    level = lines[0]["levels"]["p3"]
+    # 32 channels on 8x8 cells; means over images, so the product of means only approximates the mean product.
+    assert level["mn"] == pytest.approx(level["m"] * level["n"] / (32 * 64), rel=0.2)
+    assert 0 < level["angle"] < 180 and run.distiller.observer is None
+    assert not (tmp_path / "plain/features.jsonl").exists()
+
+
+def test_teacher_of_a_control_runs_only_when_it_is_observed(project, teacher_weights, tmp_path, monkeypatch):
+    calls, original = [], FrozenTeacher.features
+    monkeypatch.setattr(FrozenTeacher, "features", lambda *args: calls.append(1) or original(*args))
+    keys = {"DISTILL.LOSSES": [], "SOLVER.MAX_ITER": 3, "DISTILL.ANALYSIS_PERIOD": 2}
+    train(config(project, teacher_weights, "student", tmp_path / "run", **keys))
+    assert len(calls) == 2
+    assert len((tmp_path / "run/features.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,142 @@
+#!/usr/bin/env python
+"""Distillation without a trainer: every step of it in one file, to read, to change, to copy.
+
+    tools/plain_distill.py configs/nuclei/losses/cwd.yaml --output output/plain
+    tools/plain_distill.py STUDENT.yaml DISTILL.TEACHERS "[{CONFIG: T.yaml, WEIGHTS: t.pth}]" SOLVER.MAX_ITER 1000
+
+It trains what tools/train_net.py trains from the same yaml, on one device, with the same losses in every iteration
+(tests/tools/test_plain_distill.py). Left out: resuming, evaluation, several GPUs, mixed precision, automatic weights,
+losses between head predictions, MATCH: by_index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from torch import nn
+from tqdm import tqdm
+
+from msad import load_config
+from msad.data import register_datasets
+from msad.data.loader import build_train_loader
+from msad.distill.distiller import student_shapes
+from msad.distill.init import init_student
+from msad.distill.losses import DistillBatch, build_losses
+from msad.distill.schedules import distillation_factor
+from msad.engine.solver import build_optimizer
+from msad.engine.trainer import load_teacher
+from msad.modeling.features import freeze_unread_levels, tap_neck
+from msad.resolution import get_resolution, shift_levels, view
+
+
+def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Train ``student`` as ``cfg`` says, in place; yields the weighted loss terms of every iteration."""
+    device = cfg.MODEL.DEVICE
+
+    # 1. The teacher: frozen, in evaluation mode. It sees H; the student sees H reduced by 2^shift.
+    teacher = load_teacher(cfg.DISTILL.TEACHERS[0], device, cfg.DISTILL.TEACHER_BN, cfg.INPUT.FORMAT)
+    resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
+
+    # 2. The student starts from the teacher's weights, wherever names and shapes agree.
+    freeze_unread_levels(student)
+    init_student(student, teacher.detector, cfg.DISTILL.INIT_STUDENT)
+
+    # 3. The losses know which levels they compare. Some have parameters (adaptors), which are trained along.
+    shapes = student_shapes(student, resolution), teacher.shapes()
+    losses = build_losses(cfg.DISTILL.LOSSES, *shapes, seed=cfg.SEED).to(device)
+    factor = partial(
+        distillation_factor,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        warmup_iters=cfg.DISTILL.WARMUP_ITERS,
+        decay_from=cfg.DISTILL.DECAY_FROM,
+        decay_to=cfg.DISTILL.DECAY_TO,
+    )
+
+    # 4. detectron2's optimizer and schedule, and a loader of H images.
+    trained = nn.ModuleList([student, losses]).train()
+    optimizer = build_optimizer(cfg, trained)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    loader = iter(build_train_loader(cfg, seed=cfg.SEED))
+
+    with EventStorage() as storage:  # the detectors log into it
+        for iteration in range(cfg.SOLVER.MAX_ITER):
+            batch = next(loader)
+            seed_step(cfg.SEED, iteration)
+
+            # 5. The teacher's pyramid (levels of H), then the student's losses, keeping its pyramid on the way.
+            inputs = [dict(item, image=item["image"].to(device)) for item in batch]
+            imitated = teacher.features(inputs, resolution.shift)
+            with tap_neck(student) as pyramid:
+                detection = student(view(inputs, resolution.shift, torch.device(device), cfg.MSAD.DOWNSAMPLE))
+            terms = {name: cfg.DISTILL.W_DET * value for name, value in detection.items()}
+
+            # 6. P2 of the small image is P3 of H: rename the student's levels, and cut the teacher's padding to theirs.
+            maps = shift_levels(pyramid, resolution.shift)
+            on_grid = {name: imitated[name][..., : x.shape[-2], : x.shape[-1]] for name, x in maps.items()
+                       if name in imitated}  # fmt: skip
+
+            # 7. Imitation, phased in and out over training.
+            about = DistillBatch([tuple(x["image"].shape[-2:]) for x in inputs], [x["instances"] for x in inputs])
+            for loss in losses:
+                terms |= {name: factor(iteration) * value for name, value in loss(maps, on_grid, about).items()}
+
+            # 8. An ordinary step.
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
+            scheduler.step()
+            storage.step()
+            yield {name: value.detach() for name, value in terms.items()}
+
+
+def seed_step(seed: int, iteration: int) -> None:
+    """Make what is random in a step (masks of MGD, sampled proposals) a function of seed and iteration."""
+    number = int(np.random.SeedSequence((seed, iteration, 0)).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="YAML", help="of a student with DISTILL.TEACHERS")
+    parser.add_argument("--output", type=Path, default=Path("output/plain"), help="default: %(default)s")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides")
+    args = parser.parse_intermixed_args()
+    try:
+        cfg = load_config(args.config, args.opts)
+        if len(cfg.DISTILL.TEACHERS) != 1 or cfg.DISTILL.READING or cfg.DISTILL.BALANCE.RATIO:
+            raise ValueError(f"{args.config}: needs one DISTILL.TEACHERS entry, and no READING or BALANCE")
+        register_datasets(cfg)
+        seed_all_rng(cfg.SEED)
+        student = build_model(cfg)
+        bar = tqdm(distill(cfg, student), total=cfg.SOLVER.MAX_ITER, unit="it", dynamic_ncols=True)
+        for number, terms in enumerate(bar):
+            if number % 20 == 0:
+                bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in terms.items()), refresh=False)
+    except KeyboardInterrupt:
+        print("\nInterrupted; nothing is saved.", file=sys.stderr)
+        return 130
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        print(f"error: {error.args[0]}", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": student.state_dict()}, args.output / "model_final.pth")
+    print(f"Student: {args.output / 'model_final.pth'}; evaluate it with tools/train_net.py --eval-only")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
