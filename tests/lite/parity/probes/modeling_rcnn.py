@@ -1,22 +1,24 @@
-"""Faster and Cascade R-CNN R50-FPN from features to losses, gradients and detections, with the same random weights."""
+"""Faster, Cascade Mask, and Mask and Keypoint R-CNN R50-FPN from features to losses, gradients and detections, with the same random weights."""
 
 import torch
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 GRADIENTS_OF = ["backbone.fpn_lateral4.weight", "backbone.fpn_output2.bias", "backbone.bottom_up.res4.2.conv2.weight"]
 NAMES = {
     "faster": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "cascade": "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+    "mask and keypoint": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
 }
 
 
 def make_cfg(kind):
     cfg = model_zoo.get_config(NAMES[kind])
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.MASK_ON = False
+    cfg.MODEL.KEYPOINT_ON = "keypoint" in kind
+    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = (32,) * 3
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 7
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.3
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64  # the 1024 of the original are 13 million random numbers for nothing
@@ -58,6 +60,11 @@ def make_inputs():
         ((133, 170), [[40.0, 33, 160, 129]], [2]),
     ]:
         gt = Instances((h, w), gt_boxes=Boxes(torch.tensor(boxes)), gt_classes=torch.tensor(classes))
+        gt.gt_masks = PolygonMasks([[[x0, y0, x1, y0, (x0 + x1) / 2, y1]] for x0, y0, x1, y1 in boxes])
+        corner, far = gt.gt_boxes.tensor[:, None].split(2, dim=2)
+        inside = corner + (far - corner) * torch.rand(len(gt), 17, 2, generator=g)
+        seen = torch.randint(0, 3, (len(gt), 17, 1), generator=g)
+        gt.gt_keypoints = Keypoints(torch.cat((inside, seen), dim=2))
         image = torch.randint(0, 256, (3, h, w), generator=g).to(torch.uint8)
         inputs.append({"image": image, "instances": gt, "height": 2 * h, "width": w})
     return inputs
@@ -65,10 +72,16 @@ def make_inputs():
 
 def plain(found):
     """Copies of all fields; detectron2's postprocessing rescales in place."""
-    return [
-        {k: (v.tensor if hasattr(v, "tensor") else v).clone() for k, v in sorted(x.get_fields().items())}
-        for x in found
-    ]
+    return [{k: field_of(v) for k, v in sorted(x.get_fields().items())} for x in found]
+
+
+def field_of(value):
+    if hasattr(value, "polygons"):
+        value = value.get_bounding_boxes()
+    value = getattr(value, "tensor", value)
+    if value.dtype == torch.bool:
+        return value.float().mean(dim=(1, 2))  # a pixel on the threshold may fall either way, so areas are compared
+    return value.clone()
 
 
 def head_gradients(model, images, features, gt, path, out):
