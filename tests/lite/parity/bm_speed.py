@@ -1,6 +1,6 @@
-"""Time RetinaNet-R50-FPN at 320 px on detectron2 and on detectron2-lite, in turn, and print the ratios.
+"""Time RetinaNet and Faster R-CNN (R50-FPN, 320 px) on detectron2 and on detectron2-lite, in turn; print the ratios.
 
-    D2_PYTHON=/path/to/python python tests/lite/parity/bm_speed.py [--pairs 3]
+    D2_PYTHON=/path/to/python python tests/lite/parity/bm_speed.py [--pairs 3] [--detector faster_rcnn_R_50_FPN_1x]
 
 Both engines run in processes of their own, one after the other: reference, lite, reference, lite, ... One thread, two
 images, random weights; the time is the processor's.
@@ -16,23 +16,21 @@ import subprocess
 import sys
 import time
 
+DETECTORS = ["retinanet_R_50_FPN_1x", "faster_rcnn_R_50_FPN_1x"]
 
-def child() -> dict[str, float]:
+
+def child(detector: str) -> dict[str, float]:
     """Median processor seconds of a training step (forward, backward) and of inference, on this process's engine."""
     import torch
-    from detectron2.config import get_cfg
+    from detectron2 import model_zoo
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cfg = get_cfg()
+    cfg = model_zoo.get_config(f"COCO-Detection/{detector}.yaml")
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
-    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)] for s in (32, 64, 128, 256, 512)]
     model = build_model(cfg)
     gt = Instances((320, 320))
     gt.gt_boxes = Boxes(torch.tensor([[20.0, 30, 120, 200], [100, 100, 300, 310], [5, 200, 60, 250]]))
@@ -64,19 +62,30 @@ def child() -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--detector", choices=DETECTORS, action="append", help="default: all")
+    parser.add_argument("--child", choices=DETECTORS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child()))
+        print(json.dumps(child(args.child)))
         return 0
     reference = os.environ.get("D2_PYTHON")
     if not reference:
         parser.error("D2_PYTHON must name an interpreter that has detectron2")
+    for detector in args.detector or DETECTORS:
+        compare(detector, reference, args.pairs)
+    return 0
+
+
+def compare(detector: str, reference: str, pairs: int) -> None:
+    """Print the times of one detector and the ratios of the engines."""
+    print(detector)
     plain = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     ratios: dict[str, list[float]] = {"training": [], "inference": []}
-    for pair in range(args.pairs):
+    for pair in range(pairs):
         runs = [
-            json.loads(subprocess.check_output([python, "-W", "ignore", __file__, "--child"], env=env).splitlines()[-1])
+            json.loads(subprocess.check_output(
+                [python, "-W", "ignore", __file__, "--child", detector], env=env
+            ).splitlines()[-1])
             for python, env in ((reference, plain), (sys.executable, dict(os.environ)))
         ]
         for name, values in ratios.items():
@@ -85,7 +94,6 @@ def main() -> int:
     for name, values in ratios.items():
         spread = f"min {min(values):.3f}, max {max(values):.3f}"
         print(f"{name}: lite / detectron2 = {statistics.median(values):.3f} ({spread})")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Faster, Cascade Mask, and Mask and Keypoint R-CNN R50-FPN from features to losses, gradients and detections, with the same random weights."""
+"""Faster, Cascade Mask, and Mask and Keypoint R-CNN R50-FPN with the same random weights: features, losses, gradients,
+detections."""
 
 import torch
 from detectron2 import model_zoo
