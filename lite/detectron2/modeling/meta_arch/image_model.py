@@ -9,7 +9,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 
-__all__ = ["ImageModel", "draw_training_image", "ground_truth_of", "to_output_size"]
+__all__ = ["ImageModel", "draw_training_image", "ground_truth_of", "pixel_statistics", "to_output_size"]
 
 
 class ImageModel(nn.Module):
@@ -43,6 +43,11 @@ class ImageModel(nn.Module):
 
     def _move_to_current_device(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(self.device)
+
+
+def pixel_statistics(cfg) -> dict:
+    """The arguments of :class:`ImageModel` that ``cfg.MODEL`` has: mean and deviation of each channel."""
+    return {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
 
 
 def ground_truth_of(batched_inputs: list[dict], device: torch.device) -> list[Instances]:

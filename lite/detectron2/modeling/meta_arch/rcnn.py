@@ -11,7 +11,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 
 from .build import META_ARCH_REGISTRY
-from .image_model import ImageModel, draw_training_image, ground_truth_of, to_output_size
+from .image_model import ImageModel, draw_training_image, ground_truth_of, pixel_statistics, to_output_size
 
 __all__ = ["GeneralizedRCNN", "ProposalNetwork"]
 
@@ -47,7 +47,7 @@ class GeneralizedRCNN(ImageModel):
         return {
             "backbone": backbone, "proposal_generator": build_proposal_generator(cfg, shapes),
             "roi_heads": build_roi_heads(cfg, shapes), "input_format": cfg.INPUT.FORMAT,
-            "vis_period": cfg.VIS_PERIOD, "pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD,
+            "vis_period": cfg.VIS_PERIOD, **pixel_statistics(cfg),
         }
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
@@ -61,8 +61,9 @@ class GeneralizedRCNN(ImageModel):
         Returns:
             In training a dict of scalar losses, else what :meth:`inference` returns.
         """
-        if not self.training:
-            return self.inference(batched_inputs)
+        return self._losses(batched_inputs) if self.training else self.inference(batched_inputs)
+
+    def _losses(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor]:
         images = self.preprocess_image(batched_inputs)
         gt_instances = ground_truth_of(batched_inputs, self.device)
         features = self.backbone(images.tensor)
@@ -131,10 +132,8 @@ class ProposalNetwork(ImageModel):
     @classmethod
     def from_config(cls, cfg) -> dict:
         backbone = build_backbone(cfg)
-        return {
-            "backbone": backbone, "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD,
-        }
+        generator = build_proposal_generator(cfg, backbone.output_shape())
+        return {"backbone": backbone, "proposal_generator": generator, **pixel_statistics(cfg)}
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """As :meth:`GeneralizedRCNN.forward`; at inference ``{"proposals": Instances}`` for each image, with

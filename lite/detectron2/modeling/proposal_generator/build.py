@@ -19,7 +19,7 @@ def build_proposal_generator(cfg, input_shape: dict[str, ShapeSpec]) -> nn.Modul
 
     None for "PrecomputedProposals": the proposals then come with each input, under the key "proposals".
     """
-    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    if name == "PrecomputedProposals":
-        return None
-    return PROPOSAL_GENERATOR_REGISTRY.get(name)(cfg, input_shape)
+    node = cfg.MODEL.PROPOSAL_GENERATOR
+    if node.NAME != "PrecomputedProposals":
+        return PROPOSAL_GENERATOR_REGISTRY.get(node.NAME)(cfg, input_shape)
+    return None

@@ -256,6 +256,7 @@ class RPN(nn.Module):
             return moved.view_as(deltas)
 
         return top_proposals(
-            decode, pred_objectness_logits, image_sizes, self.nms_thresh, self.pre_nms_topk[self.training],
-            self.post_nms_topk[self.training], self.min_box_size, self.training,
+            decode, pred_objectness_logits, image_sizes, training=self.training, nms_thresh=self.nms_thresh,
+            min_box_size=self.min_box_size, pre_nms_topk=self.pre_nms_topk[self.training],
+            post_nms_topk=self.post_nms_topk[self.training],
         )

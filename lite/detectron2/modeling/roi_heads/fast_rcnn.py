@@ -1,5 +1,6 @@
 """Last layers of Fast R-CNN (Girshick, arXiv:1504.08083): class and box of every proposal, losses and detections."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -77,6 +78,11 @@ def _log_classification_stats(pred_logits: torch.Tensor, gt_classes: torch.Tenso
         storage.put_scalar(f"{prefix}/false_negative", num_missed / num_objects)
 
 
+def _target_boxes(proposals: Instances) -> torch.Tensor:
+    """Boxes to regress to, (R, 4). An image without objects has none, and what stands in for them is not read."""
+    return proposals.get("gt_boxes" if proposals.has("gt_boxes") else "proposal_boxes").tensor
+
+
 def _fed_loss_weights(cfg) -> torch.Tensor:
     # Imported here: only this loss asks the data sets something.
     from detectron2.data.detection_utils import get_fed_loss_cls_weights
@@ -88,7 +94,7 @@ class FastRCNNOutputLayers(nn.Module):
     """Two linear layers, ``cls_score`` and ``bbox_pred``, and what belongs to them.
 
     Args:
-        input_shape: of the features of a box; flattened if they have a height and a width.
+        input_shape: of the features of a box, or their number; flattened if they have a height and a width.
         box2box_transform: how deltas move a proposal.
         num_classes: K, without background.
         test_score_thresh, test_nms_thresh, test_topk_per_image: see :func:`fast_rcnn_inference_single_image`.
@@ -103,16 +109,18 @@ class FastRCNNOutputLayers(nn.Module):
 
     @configurable
     def __init__(
-        self, input_shape: ShapeSpec, *, box2box_transform: Box2BoxTransform, num_classes: int,
+        self, input_shape: ShapeSpec | int, *, box2box_transform: Box2BoxTransform, num_classes: int,
         test_score_thresh: float = 0.0, test_nms_thresh: float = 0.5, test_topk_per_image: int = 100,
         cls_agnostic_bbox_reg: bool = False, smooth_l1_beta: float = 0.0, box_reg_loss_type: str = "smooth_l1",
         loss_weight: float | dict[str, float] = 1.0, use_fed_loss: bool = False, use_sigmoid_ce: bool = False,
         get_fed_loss_cls_weights: Callable[[], torch.Tensor] | None = None, fed_loss_num_classes: int = 50,
     ):
         super().__init__()
-        if isinstance(input_shape, int):
-            input_shape = ShapeSpec(channels=input_shape)
-        features = input_shape.channels * (input_shape.width or 1) * (input_shape.height or 1)
+        if isinstance(input_shape, ShapeSpec):
+            shape = (input_shape.channels, input_shape.height, input_shape.width)
+            features = math.prod(side or 1 for side in shape)
+        else:
+            features = input_shape
         box_dim = len(box2box_transform.weights)
         self.cls_score = nn.Linear(features, num_classes + 1)
         self.bbox_pred = nn.Linear(features, (1 if cls_agnostic_bbox_reg else num_classes) * box_dim)
@@ -178,7 +186,7 @@ class FastRCNNOutputLayers(nn.Module):
         classes = torch.cat([p.gt_classes for p in proposals])
         _log_classification_stats(logits, classes)
         sources = torch.cat([p.proposal_boxes.tensor for p in proposals])
-        targets = torch.cat([(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals])
+        targets = torch.cat([_target_boxes(p) for p in proposals])
         classify = self.sigmoid_cross_entropy_loss if self.use_sigmoid_ce else cross_entropy
         losses = {
             "loss_cls": classify(logits, classes),

@@ -148,29 +148,35 @@ class StandardROIHeads(ROIHeads):
             return detections
         losses = self.box_predictor.losses(predictions, proposals)
         if self.train_on_pred_boxes:
-            with torch.no_grad():
-                predicted = self.box_predictor.predict_boxes_for_gt_classes(predictions, proposals)
-                for image, boxes in zip(proposals, predicted):
-                    image.proposal_boxes = Boxes(boxes)
+            self._move_proposals(predictions, proposals)
         return losses
+
+    @torch.no_grad()
+    def _move_proposals(self, predictions, proposals: list[Instances]) -> None:
+        """Replace the boxes of the proposals by those predicted for their classes, in place."""
+        for p, moved in zip(proposals, self.box_predictor.predict_boxes_for_gt_classes(predictions, proposals)):
+            p.proposal_boxes = Boxes(moved)
+
+    def _objects(self, proposals: list[Instances]) -> list[Instances]:
+        chosen, _ = select_foreground_proposals(proposals, self.num_classes)
+        return chosen
 
     def _forward_mask(self, features: dict[str, torch.Tensor], instances: list[Instances]):
         """Losses in training, else ``instances`` with ``pred_masks``; without this branch {} and ``instances``."""
-        if not self.mask_on:
-            return {} if self.training else instances
-        if self.training:
-            instances, _ = select_foreground_proposals(instances, self.num_classes)
-        return self.mask_head(self._pool(self.mask_pooler, self.mask_in_features, features, instances), instances)
+        if self.mask_on:
+            boxes = self._objects(instances) if self.training else instances
+            return self.mask_head(self._pool(self.mask_pooler, self.mask_in_features, features, boxes), boxes)
+        return {} if self.training else instances
 
     def _forward_keypoint(self, features: dict[str, torch.Tensor], instances: list[Instances]):
         """As :meth:`_forward_mask`, for keypoints."""
-        if not self.keypoint_on:
-            return {} if self.training else instances
-        if self.training:
-            instances, _ = select_foreground_proposals(instances, self.num_classes)
-            instances = select_proposals_with_visible_keypoints(instances)
-        pooled = self._pool(self.keypoint_pooler, self.keypoint_in_features, features, instances)
-        return self.keypoint_head(pooled, instances)
+        if self.keypoint_on:
+            boxes = instances
+            if self.training:
+                boxes = select_proposals_with_visible_keypoints(self._objects(instances))
+            pooled = self._pool(self.keypoint_pooler, self.keypoint_in_features, features, boxes)
+            return self.keypoint_head(pooled, boxes)
+        return {} if self.training else instances
 
     def _pool(self, pooler: ROIPooler | None, names: list[str], features: dict, instances: list[Instances]):
         if pooler is None:
