@@ -15,7 +15,7 @@ from msad import load_config
 from msad.distill.distiller import Distiller, FrozenTeacher, student_shapes
 from msad.distill.losses import build_losses
 from msad.evaluation import cost
-from msad.evaluation.memory import _resident, peak_memory
+from msad.evaluation.memory import peak_memory, resident_bytes
 from msad.resolution import RESOLUTIONS
 
 C = 16  # channels of the pyramid
@@ -326,12 +326,12 @@ def test_training_step_cost_needs_distillation(teacher):
 
 
 def test_resident_memory_follows_what_is_allocated():
-    now, highest = _resident()
+    now, highest = resident_bytes()
     assert 0 < now <= highest
     size = 64 * 2**20
     with mmap.mmap(-1, size) as block:  # new pages, whatever the allocator has kept from earlier
         block.write(b"x" * size)
-        after, highest = _resident()
+        after, highest = resident_bytes()
     assert after - now > 60 * 2**20 and highest >= after
 
 

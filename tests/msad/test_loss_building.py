@@ -14,7 +14,7 @@ from torch import nn
 
 from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
 from msad.distill.losses.pairing import LevelPair, build_adaptors, pair_levels
-from msad.distill.losses.shared import cells_inside, channel_attention, paint_max, spatial_attention
+from msad.distill.losses.shared import attention, cells_inside, paint_max
 from msad.engine import DistillTrainer
 from msad.engine.export import export
 
@@ -151,16 +151,17 @@ def test_attention_by_hand():
     """Means 1, 1, 1, 2 at T 0.5: the digits of FGD's spatial attention."""
     x = torch.tensor([[1.0, -1.0], [1.0, 2.0]]).expand(1, 3, 2, 2)
     expected = torch.tensor([[[0.3850, 0.3850], [0.3850, 2.8450]]])
-    torch.testing.assert_close(spatial_attention(x, 0.5), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(attention(x, 0.5)[0], expected, rtol=0, atol=1e-4)
     channels = torch.tensor([1.0, -1.0, 1.0, 2.0]).view(1, 4, 1, 1).expand(1, 4, 3, 5)
-    torch.testing.assert_close(channel_attention(channels, 0.5), expected.view(1, 4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(attention(channels, 0.5)[1], expected.view(1, 4), rtol=0, atol=1e-4)
 
 
 def test_attention_sums():
     x = torch.randn(2, 6, 3, 5)
-    torch.testing.assert_close(spatial_attention(x, 0.1).sum((1, 2)), torch.full((2,), 15.0))
-    torch.testing.assert_close(channel_attention(x, 0.1).sum(1), torch.full((2,), 6.0))
-    assert spatial_attention(x.bfloat16(), 0.1).dtype == torch.float32
+    spatial, channel = attention(x, 0.1)
+    torch.testing.assert_close(spatial.sum((1, 2)), torch.full((2,), 15.0))
+    torch.testing.assert_close(channel.sum(1), torch.full((2,), 6.0))
+    assert all(a.dtype == torch.float32 for a in attention(x.bfloat16(), 0.1))
 
 
 def test_rectangles_overlap_by_maximum():

@@ -58,7 +58,7 @@ def test_gradient(name, monkeypatch):
     student, teacher = maps(dtype=torch.float64, seed=1), maps(dtype=torch.float64, seed=2)
     if name == "FKD":  # its attention weighs and is not itself trained
         weights = {s.shape: s.abs() for s in student.values()}
-        monkeypatch.setattr(loss.loss, "_attention", lambda _channels, s, _t: weights[s.shape])
+        monkeypatch.setattr(loss.loss, "_weights", lambda _channels, s, _t: weights[s.shape])
     names = list(student)
 
     def value(*tensors):

@@ -197,7 +197,8 @@ def measure_latency(model: nn.Module, height: int, width: int, repeats: int = 10
     return medians(passes[warmup:])
 
 
-def _milliseconds(function: Callable[[], Any], device: torch.device) -> float:
+def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Time of one call of ``function``, which works on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -250,7 +251,7 @@ def training_step_cost(
         for i in range(warmup + repeats):
             # Everybody is first, second and third equally often: what runs before leaves its traces in the caches.
             turns = [STEPS[(i + k) % len(STEPS)] for k in range(len(STEPS))]
-            times = {name: _milliseconds(functions[name], device) for name in turns}
+            times = {name: milliseconds(functions[name], device) for name in turns}
             times[RATIO] = times["distillation_step"] / (times["student_step"] + times["teacher_neck"])
             rounds.append(times)
             on_round()

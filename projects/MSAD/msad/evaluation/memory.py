@@ -20,7 +20,7 @@ def _build_and_run(cfg: CfgNode, height: int, width: int) -> None:
     build_model(cfg).eval()(random_inputs(height, width))
 
 
-def _resident() -> tuple[int, int]:
+def resident_bytes() -> tuple[int, int]:
     """(current, highest so far) resident bytes of this process; both the highest where there is no /proc."""
     try:
         with open("/proc/self/status") as f:
@@ -41,9 +41,9 @@ def _child() -> None:
         torch.set_num_threads(request["threads"])
     # Whatever torch loads and allocates at its first convolution is not the model's.
     F.conv2d(torch.zeros(1, 8, 32, 32), torch.zeros(8, 8, 3, 3))
-    before = _resident()[0]
+    before = resident_bytes()[0]
     _build_and_run(CfgNode.load_cfg(request["cfg"]), request["height"], request["width"])
-    print(_resident()[1] - before)
+    print(resident_bytes()[1] - before)
 
 
 def peak_memory(cfg: CfgNode, height: int, width: int, threads: int | None = None) -> int:

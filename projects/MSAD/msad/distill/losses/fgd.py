@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import channel_attention, paint_max, precise, spatial_attention
+from .shared import attention, paint_max, precise
 
 
 def focal_masks(
@@ -47,22 +47,24 @@ def focal_loss(
 
     The teacher's attention weighs the squared differences; both sides' attentions are compared by L1.
     """
-    space_t, channels_t = spatial_attention(t, temperature), channel_attention(t, temperature)
-    space_s, channels_s = spatial_attention(s, temperature), channel_attention(s, temperature)
-    square = (precise(s) - precise(t)).square()
+    (space_s, channels_s), (space_t, channels_t) = attention(s, temperature), attention(t, temperature)
+    square = (precise(s) - precise(t)).square().flatten(2)
     with torch.autocast(s.device.type, enabled=False):  # which would take float16 for what sums up squares
-        per_cell = space_t * torch.einsum("nchw,nc->nhw", square, channels_t)
-    attention = (space_s - space_t).abs().sum() + (channels_s - channels_t).abs().sum()
-    return tuple(term / len(s) for term in ((foreground * per_cell).sum(), (background * per_cell).sum(), attention))
+        per_cell = space_t * torch.bmm(channels_t[:, None], square).view(space_t.shape)
+    gap = (space_s - space_t).abs().sum() + (channels_s - channels_t).abs().sum()
+    return tuple(term / len(s) for term in ((foreground * per_cell).sum(), (background * per_cell).sum(), gap))
 
 
 class GlobalContext(nn.Module):
-    """GcBlock: x plus a bottleneck of x averaged over cells with learned softmax weights. Begins as the identity."""
+    """GcBlock: a bottleneck of the map averaged over cells with learned softmax weights.
+
+    (N, C, h, w) -> (N, C), what the block adds to every cell. Begins as zero.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(channels // 2, 1)
-        self.where = nn.Conv2d(channels, 1, 1, bias=False)  # softmax would not see a bias
+        self.where = nn.Linear(channels, 1, bias=False)  # a 1x1 convolution; softmax would not see a bias
         self.transform = nn.Sequential(
             nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels)
         )
@@ -70,9 +72,9 @@ class GlobalContext(nn.Module):
         nn.init.zeros_(self.transform[-1].bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights = self.where(x).flatten(1).softmax(dim=1)
-        context = torch.einsum("ncp,np->nc", x.flatten(2), weights.to(x.dtype))
-        return x + self.transform(context)[:, :, None, None]
+        cells = x.flatten(2)
+        weights = torch.matmul(self.where.weight, cells).softmax(dim=2)  # (N, 1, h w)
+        return self.transform(torch.matmul(cells, weights.transpose(1, 2).to(cells.dtype)).squeeze(2))
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -113,7 +115,8 @@ class FGD(nn.Module):
             t = teacher[name]
             masks = focal_masks(*batch.boxes(s.device), self.strides[name], s.shape[-2:], len(s))
             context = precise(self.student_context[name](s)) - precise(self.teacher_context[name](t))
-            terms = (*focal_loss(s, t, *masks, self.temperature), context.square().sum() / len(s))
+            whole = precise(s) - precise(t) + context[:, :, None, None]
+            terms = (*focal_loss(s, t, *masks, self.temperature), whole.square().sum() / len(s))
             for key, term in zip(totals, terms):
                 totals[key] = totals[key] + self.weights[key] * term
         return totals

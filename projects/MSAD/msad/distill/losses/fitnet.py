@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
@@ -18,10 +19,9 @@ def hint_loss(
 
     "mean" is over the elements of all selected cells of the batch, and 0 without any; "sum" is divided by N.
     """
-    square = (precise(s) - precise(t)).square()
     if mask is None:
-        return square.mean() if reduction == "mean" else square.sum() / len(s)
-    total = (square.sum(dim=1) * mask).sum()
+        return F.mse_loss(precise(s), precise(t), reduction=reduction) / (1 if reduction == "mean" else len(s))
+    total = ((precise(s) - precise(t)).square().sum(dim=1) * mask).sum()
     return total / (mask.sum() * s.shape[1]).clamp(min=1) if reduction == "mean" else total / len(s)
 
 

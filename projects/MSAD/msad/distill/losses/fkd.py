@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import channel_attention, precise, spatial_attention
+from .shared import attention, precise
 
 SUBSAMPLE = (8, 4, 2, 2, 2)  # of the non-local module's keys and values, finest level first
 
@@ -44,11 +44,10 @@ class NonLocal(nn.Module):
         return x + self.norm(out)
 
 
-def distance(s: torch.Tensor, t: torch.Tensor, per_image: bool) -> torch.Tensor:
-    """Euclidean distance of two batches of equal shape (N, ...): of all at once, or the mean over images."""
-    difference = precise(s) - precise(t)
+def length(x: torch.Tensor, per_image: bool) -> torch.Tensor:
+    """Euclidean norm of a batch (N, ...): of all at once, or the mean over images."""
     norm = torch.linalg.vector_norm  # its gradient at 0 is 0
-    return norm(difference.flatten(1), dim=1).mean() if per_image else norm(difference)
+    return norm(x.flatten(1), dim=1).mean() if per_image else norm(x)
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -105,21 +104,26 @@ class FKD(nn.Module):
 
     def _terms(self, parts: nn.ModuleDict, s: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
         adapted = parts["feature"](s)
-        root = self._attention(s if s.shape[1] == t.shape[1] else adapted, s, t).sqrt()
+        weights = self._weights(s if s.shape[1] == t.shape[1] else adapted, s, t)
         pairs = {
-            "feature": (root * precise(adapted), root * precise(t)),
+            "feature": (adapted, t),
             "spatial": (parts["spatial"](s.mean(dim=1, keepdim=True)), t.mean(dim=1, keepdim=True)),
             "channel": (parts["channel"](s.mean(dim=(2, 3))), t.mean(dim=(2, 3))),
             "relation": (parts["relation"](parts["student_nonlocal"](s)), parts["teacher_nonlocal"](t)),
         }
-        return {key: distance(*pair, self.per_image) for key, pair in pairs.items()}
+        differences = {key: precise(a) - precise(b) for key, (a, b) in pairs.items()}
+        differences["feature"] = weights * differences["feature"]
+        return {key: length(difference, self.per_image) for key, difference in differences.items()}
 
     @torch.no_grad()
-    def _attention(self, s_channels: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Product (N, C, h, w) of the two sides' mean spatial and mean channel attention.
+    def _weights(self, s_channels: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Square root (N, C, h, w) of the product of the two sides' mean spatial and mean channel attention.
 
         The student's channels are weighed on ``s_channels``, a map with as many channels as the teacher's.
         """
-        space = (spatial_attention(s, self.temperature) + spatial_attention(t, self.temperature)) / 2
-        channels = (channel_attention(s_channels, self.temperature) + channel_attention(t, self.temperature)) / 2
-        return space[:, None] * channels[:, :, None, None]
+        space_s, channels_s = attention(s, self.temperature)
+        if s_channels is not s:
+            channels_s = attention(s_channels, self.temperature)[1]
+        space_t, channels_t = attention(t, self.temperature)
+        space, channels = (space_s + space_t) / 2, (channels_s + channels_t) / 2
+        return space.sqrt()[:, None] * channels.sqrt()[:, :, None, None]

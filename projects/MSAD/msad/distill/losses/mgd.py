@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
@@ -51,5 +52,5 @@ class MGD(nn.Module):
         total = 0.0
         for name, s in student.items():
             made = self.generators[name](mask_cells(s, self.mask_ratio))
-            total = total + (precise(made) - precise(teacher[name])).square().sum() / len(s)
+            total = total + F.mse_loss(precise(made), precise(teacher[name]), reduction="sum") / len(s)
         return {"l2": total}

@@ -10,24 +10,21 @@ def precise(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def spatial_attention(x: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Where a map is active: h w softmax over the cells of mean_c |x| / T.
+def attention(x: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where and in which channels a map is active, as FKD (ICLR 2021) and FGD (CVPR 2022) measure it.
 
     Args:
         x: (N, C, h, w).
 
     Returns:
-        (N, h, w), summing to h w in each image. FKD (ICLR 2021) and FGD (CVPR 2022).
+        spatial: (N, h, w), h w softmax over the cells of mean_c |x| / T; sums to h w in each image.
+        channel: (N, C), C softmax over the channels of mean_hw |x| / T; sums to C.
     """
-    n, _, h, w = x.shape
-    energy = precise(x).abs().mean(dim=1).flatten(1)
-    return h * w * (energy / temperature).softmax(dim=1).view(n, h, w)
-
-
-def channel_attention(x: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Which channels are active: C softmax over the channels of mean_hw |x| / T; (N, C, h, w) -> (N, C)."""
-    energy = precise(x).abs().mean(dim=(2, 3))
-    return x.shape[1] * (energy / temperature).softmax(dim=1)
+    n, c, h, w = x.shape
+    energy = precise(x).abs()
+    spatial = h * w * (energy.mean(dim=1).flatten(1) / temperature).softmax(dim=1)
+    channel = c * (energy.mean(dim=(2, 3)) / temperature).softmax(dim=1)
+    return spatial.view(n, h, w), channel
 
 
 def paint_max(

@@ -1,0 +1,160 @@
+"""What a distillation loss costs per training step: time and peak memory on random maps, without any detector."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from detectron2.layers import ShapeSpec
+
+from ..distill.losses import DistillBatch, build_losses
+from ..distill.losses.registry import WeightedLoss
+from ..resolution import level_of, reduced_size
+from .cost import medians, milliseconds, random_inputs
+from .memory import resident_bytes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """On what losses are measured.
+
+    Attributes:
+        size: (h, w) of the images in H pixels; a student at L gets half of it and has the same maps.
+        batch: number of images.
+        channels: of the teacher's maps.
+        student_channels: of the student's.
+        levels: H-frame levels that are compared.
+        boxes: ground truth boxes an image.
+        divisibility: to which sides are padded, in H pixels.
+        device: of maps and losses.
+    """
+
+    size: tuple[int, int] = (800, 1333)
+    batch: int = 2
+    channels: int = 256
+    student_channels: int = 256
+    levels: tuple[str, ...] = ("p3", "p4", "p5", "p6", "p7")
+    boxes: int = 7
+    divisibility: int = 64
+    device: str = "cpu"
+
+
+def make_loss(entry: dict[str, Any], setting: Setting) -> WeightedLoss:
+    """The loss of a DISTILL.LOSSES entry for maps of this setting."""
+
+    def shapes(channels: int) -> dict[str, ShapeSpec]:
+        return {name: ShapeSpec(channels=channels, stride=2 ** level_of(name)) for name in setting.levels}
+
+    (loss,) = build_losses([entry], shapes(setting.student_channels), shapes(setting.channels))
+    return loss.to(setting.device)
+
+
+def make_batch(setting: Setting) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], DistillBatch]:
+    """Random maps of student (leaves that require a gradient) and teacher, and what losses know of the images."""
+    padded = tuple(-(-side // setting.divisibility) * setting.divisibility for side in setting.size)
+    generator = torch.Generator().manual_seed(0)
+
+    def maps(channels: int) -> dict[str, torch.Tensor]:
+        sizes = {name: reduced_size(padded, level_of(name)) for name in setting.levels}
+        draw = {k: torch.randn(setting.batch, channels, *size, generator=generator) for k, size in sizes.items()}
+        return {name: x.to(setting.device) for name, x in draw.items()}
+
+    student, teacher = maps(setting.student_channels), maps(setting.channels)
+    gt = [item["instances"] for item in random_inputs(*setting.size, setting.batch, setting.boxes)]
+    return {k: v.requires_grad_() for k, v in student.items()}, teacher, DistillBatch([setting.size] * len(gt), gt)
+
+
+def step(loss: WeightedLoss, maps: tuple[dict, dict, DistillBatch]) -> None:
+    """Forward and backward as far as the student's maps, whose gradients are dropped again."""
+    sum(loss(*maps).values()).backward()
+    loss.zero_grad(set_to_none=True)
+    for x in maps[0].values():
+        x.grad = None
+
+
+def peak_memory(entry: dict[str, Any], setting: Setting, threads: int | None = None) -> int:
+    """Bytes that a step of the loss needs at most beyond the maps and its own parameters, gradients included.
+
+    On a GPU: of torch's allocator. On a CPU: by how much a fresh process grows.
+
+    Raises:
+        RuntimeError: that process failed; with the last line that it wrote.
+    """
+    if torch.device(setting.device).type == "cuda":
+        loss, maps = make_loss(entry, setting), make_batch(setting)
+        step(loss, maps)  # what libraries allocate once
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        before = torch.cuda.memory_allocated(setting.device)
+        step(loss, maps)
+        return torch.cuda.max_memory_allocated(setting.device) - before
+    child = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import _child; _child()"],
+        input=json.dumps({"entry": entry, "setting": asdict(setting), "threads": threads}),
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode:
+        raise RuntimeError(f"measuring memory failed: {(child.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return int(child.stdout.split()[-1])
+
+
+def _child() -> None:
+    """Entry of the subprocess of :func:`peak_memory`: a request on stdin, bytes as the last line of stdout."""
+    request = json.load(sys.stdin)
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    setting = Setting(**request["setting"])
+    small = Setting(**{**request["setting"], "size": (64, 64)})
+    step(make_loss(request["entry"], small), make_batch(small))  # what torch loads at first use
+    loss, maps = make_loss(request["entry"], setting), make_batch(setting)
+    before = resident_bytes()[0]
+    step(loss, maps)
+    print(resident_bytes()[1] - before)
+
+
+def step_time(loss: WeightedLoss, maps: tuple[dict, dict, DistillBatch], device: torch.device) -> float:
+    """Milliseconds of :func:`step`; on a CPU processor time, to which other work on the machine adds nothing."""
+    if device.type != "cpu":
+        return milliseconds(lambda: step(loss, maps), device)
+    start = time.process_time()
+    step(loss, maps)
+    return (time.process_time() - start) * 1e3
+
+
+def loss_costs(
+    entries: list[dict[str, Any]],
+    setting: Setting,
+    repeats: int = 5,
+    warmup: int = 1,
+    threads: int | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Median milliseconds, peak memory and number of trained parameters of each loss, measured in turns.
+
+    Args:
+        entries: of DISTILL.LOSSES.
+        threads: of the processes in which memory is measured.
+        on_step: called after everything that takes time, ``len(entries) * (1 + warmup + repeats)`` times.
+    """
+    losses, maps, rows = [make_loss(entry, setting) for entry in entries], make_batch(setting), []
+    for entry, loss in zip(entries, losses):
+        parameters = sum(p.numel() for p in loss.parameters())
+        memory = peak_memory(entry, setting, threads)
+        rows.append({"name": loss.name, "entry": entry, "parameters": parameters, "peak_memory_bytes": memory})
+        on_step()
+    rounds = []
+    for _ in range(warmup + repeats):
+        times = {}
+        for i, loss in enumerate(losses):
+            times[i] = step_time(loss, maps, torch.device(setting.device))
+            on_step()
+        rounds.append(times)
+    for i, value in medians(rounds[warmup:]).items():
+        rows[i]["milliseconds"] = value
+    return rows

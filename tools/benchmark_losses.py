@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""What distillation losses cost per training step: milliseconds and peak memory of forward and backward.
+
+Losses are measured alone, on random maps of a teacher at the given image size; a student at L has maps of the same
+size. On a CPU the time is processor time, summed over threads. The teacher's own forward pass and the student's are
+the same for all losses: tools/benchmark.py --train-step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict
+
+import torch
+import yaml
+from tabulate import tabulate
+from tqdm import tqdm
+
+from msad.distill.losses import DISTILL_LOSS_REGISTRY
+from msad.evaluation.loss_cost import Setting, loss_costs
+
+EXAMPLES = """
+examples:
+  # every registered loss with its default options: a student at 400x667
+  tools/benchmark_losses.py --threads 1 --output losses.json
+
+  # what an adaptor adds; an entry is written as in DISTILL.LOSSES
+  tools/benchmark_losses.py --loss CWD --loss "{NAME: CWD, ADAPTOR: always}" --size 192 320 --channels 32
+"""
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    default = Setting()
+    parser = argparse.ArgumentParser(
+        prog="benchmark_losses.py", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--loss", action="append", default=[], metavar="NAME|ENTRY",
+        help="a registered loss or an entry of DISTILL.LOSSES; can be repeated (default: all that compare features)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", nargs=2, type=int, default=list(default.size), metavar=("HEIGHT", "WIDTH"),
+        help="image in H pixels (default: 800 1333)",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=default.batch, help="images (default: 2)")
+    parser.add_argument("--channels", type=int, default=default.channels, help="of the teacher's maps (default: 256)")
+    parser.add_argument("--student-channels", type=int, help="of the student's maps (default: the teacher's)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median counts (default: 5)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them (default: 1)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", metavar="FILE", help="also write everything to this JSON file")
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        least = 0 if name == "warmup" else 1
+        if any(isinstance(x, int) and x < least for x in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    return args
+
+
+def entries(texts: list[str]) -> list[dict]:
+    """DISTILL.LOSSES entries of the command line; none: every loss of the project that compares features."""
+    if not texts:
+        ours = [(name, cls) for name, cls in DISTILL_LOSS_REGISTRY if cls.__module__.startswith("msad.")]
+        return [{"NAME": name} for name, cls in ours if not getattr(cls, "heads", ())]
+    parsed = [yaml.safe_load(text) for text in texts]
+    return [entry if isinstance(entry, dict) else {"NAME": entry} for entry in parsed]
+
+
+def label(entry: dict) -> str:
+    options = [f"{key} {value}" for key, value in entry.items() if key != "NAME"]
+    return f"`{entry['NAME']}`" + (f" ({', '.join(options)})" if options else "")
+
+
+def format_rows(rows: list[dict]) -> str:
+    """A Markdown table."""
+    lines = [
+        [label(r["entry"]), r["milliseconds"], r["peak_memory_bytes"] / 2**20, r["parameters"] / 1e6] for r in rows
+    ]
+    headers = ["loss", "ms per step", "peak MiB", "trained parameters (M)"]
+    return tabulate(lines, headers=headers, tablefmt="github", floatfmt=("", ".0f", ".0f", ".2f"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    setting = Setting(
+        tuple(args.size), args.batch_size, args.channels, args.student_channels or args.channels, device=args.device
+    )
+    try:
+        chosen = entries(args.loss)
+        total = len(chosen) * (1 + args.warmup + args.repeats)
+        with tqdm(total=total, unit="step", desc="losses") as bar:
+            rows = loss_costs(chosen, setting, args.repeats, args.warmup, args.threads, bar.update)
+    except (ValueError, yaml.YAMLError) as error:
+        print(f"benchmark_losses.py: error: {error}", file=sys.stderr)
+        return 2
+    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
+    result = {
+        "command": shlex.join(["tools/benchmark_losses.py", *argv]),
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "setting": asdict(setting),
+        "losses": rows,
+    }
+    print(f"torch {result['torch']}, {device}, {result['threads']} threads\n\n{format_rows(rows)}")
+    if args.output:
+        with open(args.output, "w") as f:
+            json.dump(result, f, indent=2)
+            f.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
