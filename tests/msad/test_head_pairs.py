@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 
-import detectron2.modeling
 import pytest
 import torch
-from detectron2.structures import ImageList, Instances
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -21,9 +21,6 @@ from msad.resolution import get_resolution, view
 DENSE = ["RetinaNet", "FCOS", "GFL"]
 KINDS = ("dense", "distributions", "rcnn")
 SIZES = [(64, 96), (90, 128)]
-needs_rcnn = pytest.mark.skipif(
-    not hasattr(detectron2.modeling, "GeneralizedRCNN"), reason="this engine has no GeneralizedRCNN yet"
-)
 
 
 @pytest.fixture
@@ -220,7 +217,7 @@ def tiny_faster(tiny_cfg):
         options = {**{f"MODEL__{k.replace('.', '__')}": v for k, v in keys.items()}, **options}
         torch.manual_seed(seed)
         cfg = tiny_cfg("GeneralizedRCNN", levels=levels, **options)
-        model = detectron2.modeling.build_model(cfg)
+        model = build_model(cfg)
         with torch.no_grad():
             for parameter in model.roi_heads.parameters():
                 parameter.normal_(0, 0.2)
@@ -240,7 +237,7 @@ def rcnn_pairs(student, teacher, shift, boxes=(3, 0)):
     for count in boxes:
         corner = torch.rand(count, 2) * torch.tensor([w / 2, h / 2])
         gt.append(Instances((h // scale, w // scale)))
-        gt[-1].gt_boxes = detectron2.structures.Boxes(torch.cat([corner, corner + 50.0], 1) / scale)
+        gt[-1].gt_boxes = Boxes(torch.cat([corner, corner + 50.0], 1) / scale)
         gt[-1].gt_classes = torch.arange(count) % 3
     own = {f"p{level - shift}": x for level, x in maps.items()}
     images = ImageList(torch.zeros(2, 3, h // scale, w // scale), [(h // scale, w // scale)] * 2)
@@ -253,7 +250,6 @@ def rcnn_pairs(student, teacher, shift, boxes=(3, 0)):
     return pair_heads(record, student, teacher.eval(), named, shift), record, losses, named
 
 
-@needs_rcnn
 @pytest.mark.parametrize("shift", [0, 1])
 def test_rcnn_of_equal_heads_and_maps_says_the_same_in_both_frames(tiny_faster, shift):
     """Anchors, proposals and pooled regions of L are those of H: equal weights give equal predictions."""
@@ -277,15 +273,10 @@ def test_rcnn_of_equal_heads_and_maps_says_the_same_in_both_frames(tiny_faster, 
     assert torch.equal(roi.labels[0], torch.cat([p.gt_classes for p in proposals]))
     torch.testing.assert_close(roi.anchors, 2.0**shift * torch.cat([p.proposal_boxes.tensor for p in proposals]))
     with torch.no_grad():
-        again = run_head(teacher, "roi", named, [detectron2.structures.Boxes(roi.anchors), roi_nothing(roi)])
+        again = run_head(teacher, "roi", named, [Boxes(roi.anchors), Boxes(roi.anchors[:0])])
     torch.testing.assert_close(again[0][: len(proposals[0])], roi.teacher_logits[0, : len(proposals[0])])
 
 
-def roi_nothing(pair):
-    return detectron2.structures.Boxes(pair.anchors[:0])
-
-
-@needs_rcnn
 def test_chen_on_an_rcnn(tiny_faster):
     teacher, student = tiny_faster(), tiny_faster(levels=range(2, 6), seed=1)
     (loss,) = build_losses([{"NAME": "Chen", "MARGIN": 10.0}], {}, {})
@@ -303,7 +294,6 @@ def test_chen_on_an_rcnn(tiny_faster):
         assert all(p.grad is None for p in teacher.parameters())
 
 
-@needs_rcnn
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -317,13 +307,11 @@ def test_different_rcnn_heads_are_named(tiny_faster, options, message):
         check_heads(tiny_faster(**options), tiny_faster(), 0, KINDS, "Chen")
 
 
-@needs_rcnn
 def test_dense_and_rcnn_do_not_compare(tiny_faster, tiny_model):
     with pytest.raises(ValueError, match=r"Chen needs heads of one kind, not those of a GeneralizedRCNN student and a"):
         check_heads(tiny_faster(), tiny_model("RetinaNet"), 0, KINDS, "Chen")
 
 
-@needs_rcnn
 def test_cascades_are_refused(tiny_faster):
     cascade = tiny_faster(MODEL__ROI_HEADS__NAME="CascadeROIHeads", MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG=True)
     with pytest.raises(TypeError, match=r"GeneralizedRCNN with CascadeROIHeads cannot be compared"):
