@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from msad import load_config
 from msad.distill.distiller import Distiller, FrozenTeacher
 from msad.distill.heads import check_heads, pair_heads
 from msad.distill.losses import DISTILL_LOSS_REGISTRY, build_losses
@@ -196,6 +199,21 @@ def test_the_distiller_checks_when_it_is_built(make_distiller, tiny_model):
         make_distiller("L", teacher=tiny_model("GFL", resolutions=["H", "L"]), losses=[{"NAME": "Chen"}])
 
 
+HEADS = re.compile(r"NAME: (LD|Chen)\b")
+YAMLS = [p for p in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if HEADS.search(p.read_text())]
+NARROW = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
+NARROW += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.FPN.OUT_CHANNELS", 8, "MODEL.GFL.CONV_DIMS", [32]]
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_yaml_files_pair_heads_that_compare(path):
+    cfg = load_config(path, NARROW)
+    student, teacher = (build_model(c) for c in (cfg, load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"], NARROW)))
+    for loss in build_losses([e for e in cfg.DISTILL.LOSSES if e["NAME"] in ("LD", "Chen")], {}, {}):
+        shift = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
+        check_heads(student, getattr(teacher, "detector", teacher), shift, loss.heads, loss.name)
+
+
 def test_a_module_without_heads():
     with pytest.raises(TypeError, match="predictions of a Linear with NoneType cannot be compared"):
         heads_of(nn.Linear(1, 1))
@@ -316,3 +334,27 @@ def test_cascades_are_refused(tiny_faster):
     cascade = tiny_faster(MODEL__ROI_HEADS__NAME="CascadeROIHeads", MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG=True)
     with pytest.raises(TypeError, match=r"GeneralizedRCNN with CascadeROIHeads cannot be compared"):
         heads_of(cascade)
+
+
+@pytest.mark.parametrize("resolution", ["H", "L"])
+@pytest.mark.parametrize("boxes", [[2, 0], [0, 0]])
+def test_chen_in_a_step_of_an_rcnn(make_distiller, tiny_model, make_batch, resolution, boxes):
+    """Faster R-CNN under a multi-resolution teacher, whose heads see its fused maps."""
+    shift = get_resolution(resolution).shift
+    sizes = [[4 * 2**level] for level in range(2 - shift, 7 - shift)]
+    student = tiny_model("FasterRCNN", levels=range(2 - shift, 7 - shift), seed=1, MODEL__ANCHOR_GENERATOR__SIZES=sizes)
+    distiller = make_distiller(
+        resolution, student=student, teacher=tiny_model("FasterRCNN", resolutions=["H", "L"]),
+        losses=[{"NAME": "Chen", "MARGIN": 10.0}, {"NAME": "FitNet"}],
+    )  # fmt: skip
+    theirs = distiller.teacher.detector
+    counted = [student.proposal_generator.rpn_head, student.roi_heads.box_predictor]
+    with counting(*counted, theirs.proposal_generator.rpn_head, theirs.roi_heads.box_predictor) as calls:
+        losses = step(distiller, make_batch(SIZES, boxes=boxes))
+    assert calls == [1, 1, 1, 1]
+    found = {k: v for k, v in losses.items() if "Chen" in k}
+    assert len(found) == 4 and all(v.isfinite() for v in losses.values())
+    assert all(v > 0 for k, v in found.items() if boxes == [2, 0] or k.endswith("_cls"))
+    sum(losses.values()).backward()
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
