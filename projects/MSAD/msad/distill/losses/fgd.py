@@ -41,18 +41,20 @@ def focal_masks(
 
 
 def focal_loss(
-    s: torch.Tensor, t: torch.Tensor, foreground: torch.Tensor, background: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    s: torch.Tensor, t: torch.Tensor, difference: torch.Tensor, masks: tuple[torch.Tensor, torch.Tensor],
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Differences in objects, outside of them, and of the attention, summed over maps (N, C, h, w) and divided by N.
 
-    The teacher's attention weighs the squared differences; both sides' attentions are compared by L1.
+    The teacher's attention weighs the squared ``difference`` of the maps, ``masks`` are those of :func:`focal_masks`;
+    both sides' attentions are compared by L1.
     """
     (space_s, channels_s), (space_t, channels_t) = attention(s, temperature), attention(t, temperature)
-    square = (precise(s) - precise(t)).square().flatten(2)
     with torch.autocast(s.device.type, enabled=False):  # which would take float16 for what sums up squares
-        per_cell = space_t * torch.bmm(channels_t[:, None], square).view(space_t.shape)
+        weighted = torch.bmm(channels_t[:, None], difference.square().flatten(2))
+    per_cell = space_t * weighted.view(space_t.shape)
     gap = (space_s - space_t).abs().sum() + (channels_s - channels_t).abs().sum()
-    return tuple(term / len(s) for term in ((foreground * per_cell).sum(), (background * per_cell).sum(), gap))
+    return tuple(term / len(s) for term in (*((mask * per_cell).sum() for mask in masks), gap))
 
 
 class GlobalContext(nn.Module):
@@ -115,8 +117,9 @@ class FGD(nn.Module):
             t = teacher[name]
             masks = focal_masks(*batch.boxes(s.device), self.strides[name], s.shape[-2:], len(s))
             context = precise(self.student_context[name](s)) - precise(self.teacher_context[name](t))
-            whole = precise(s) - precise(t) + context[:, :, None, None]
-            terms = (*focal_loss(s, t, *masks, self.temperature), whole.square().sum() / len(s))
+            difference = precise(s) - precise(t)
+            whole = (difference + context[:, :, None, None]).square().sum() / len(s)
+            terms = (*focal_loss(s, t, difference, masks, self.temperature), whole)
             for key, term in zip(totals, terms):
                 totals[key] = totals[key] + self.weights[key] * term
         return totals
