@@ -15,6 +15,20 @@ def _is_bottom_up(name: str) -> bool:
     return name.startswith("backbone.") and not name.startswith(("backbone.fpn_", "backbone.top_block."))
 
 
+def copies(student: nn.Module, teacher: nn.Module, mode: str) -> list[str]:
+    """Names of the student's tensors that :func:`init_student` fills from the teacher."""
+    if mode == "none":
+        return []
+    source = teacher.state_dict()
+    return [
+        name
+        for name, value in student.state_dict().items()
+        if not (mode == "neck_and_head" and _is_bottom_up(name))
+        and name in source
+        and source[name].shape == value.shape
+    ]
+
+
 @torch.no_grad()
 def init_student(student: nn.Module, teacher: nn.Module, mode: str) -> dict[str, int]:
     """Copy parameters and buffers of equal name and shape from ``teacher`` to ``student``.

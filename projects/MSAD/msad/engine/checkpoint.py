@@ -36,9 +36,11 @@ class CheckedCheckpointer(DetectionCheckpointer):
 
     Attributes:
         unfit: names of the model's tensors that the last loaded file lacks or has in another shape.
+        unused: keys of that file that match nothing in the model.
     """
 
     unfit: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``{save_dir}/{name}.pth`` and note it as the last; a run killed meanwhile keeps the one before."""
@@ -65,6 +67,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         # Tensors of another shape are in both lists.
         differing = [name for name, *_ in incompatible.incorrect_shapes]
+        self.unused = tuple(incompatible.unexpected_keys)
         self.unfit = tuple(dict.fromkeys([*incompatible.missing_keys, *differing]))
         if total and len(self.unfit) >= total:
             raise ValueError(

@@ -59,7 +59,7 @@ def run_config(cfg: CfgNode, name: str, title: str, *, same: bool = True, positi
         prepare(cfg)
         trainer = DistillTrainer(cfg)
         trainer.resume_or_load(resume=True)
-        if trainer.start_iter < cfg.SOLVER.MAX_ITER:
+        if trainer.start_iter < trainer.max_iter:
             trainer.register_hooks([_Progress(title, folder / "clock.json", position)])
             trainer.train()
         model = load_model(cfg, str(folder / "model_final.pth"))
@@ -69,7 +69,7 @@ def run_config(cfg: CfgNode, name: str, title: str, *, same: bool = True, positi
             results = {name: evaluate(cfg, model)}
     result = {
         "fingerprint": _fingerprint(cfg),
-        "iterations": cfg.SOLVER.MAX_ITER,
+        "iterations": trainer.max_iter,
         **json.loads((folder / "clock.json").read_text()),
         "results": results,
     }

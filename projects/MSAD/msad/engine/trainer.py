@@ -27,6 +27,7 @@ from ..distill.schedules import distillation_factor, reading_weights
 from ..modeling.features import freeze_unread_levels
 from ..modeling.teacher import MultiScaleTeacher
 from ..resolution import get_resolution
+from . import doctor
 from .checkpoint import CheckedCheckpointer
 from .hooks import BalanceLog, ExactResume, FeatureAnalysis, LossBalance, SkippedImages
 from .scaling import scale_to_batch
@@ -254,5 +255,8 @@ class DistillTrainer(DefaultTrainer):
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
         if self.distiller is not None and not resumed:
+            student, absent = self.distiller.student, set(self.checkpointer.unfit)
+            loaded = student.state_dict().keys() - absent if self.cfg.MODEL.WEIGHTS else set()
+            doctor.report(doctor.preflight(self.cfg, student, self.distiller.teacher, loaded))
             init_student(self.distiller.student, self.distiller.teacher.detector, self.cfg.DISTILL.INIT_STUDENT)
         self._trainer.data_loader.start_iter = self.start_iter

@@ -1,0 +1,176 @@
+"""Every check of the doctor on a setup that is broken in this one way, and what training does about it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from test_resume import config
+
+from msad import load_config
+from msad.engine import DistillTrainer
+from msad.engine.doctor import check_checkpoint, check_start, examine, report
+from msad.engine.findings import (
+    ERROR,
+    OK,
+    WARNING,
+    Finding,
+    check_anchors,
+    check_classes,
+    check_levels,
+    check_pixels,
+    check_schedule,
+    check_sizes,
+)
+from msad.resolution import get_resolution
+
+
+def levels_of(findings):
+    return [finding.level for finding in findings]
+
+
+@pytest.fixture
+def pair(project):
+    return load_config(project / "student.yaml"), load_config(project / "teacher.yaml")
+
+
+def test_a_good_setup_has_no_complaints(pair):
+    cfg, teacher = pair
+    found = [*check_pixels(cfg, teacher), *check_sizes(cfg, teacher, get_resolution("L"))]
+    assert levels_of(found) == [OK, OK] and not any(f.fix for f in found)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "shared", "level", "text"),
+    [
+        (["car", "bus"], ["car", "bus"], True, OK, "2 classes"),
+        (["car", "bus"], ["bus", "car"], True, ERROR, "class 0 is 'car' for the student and 'bus'"),
+        (["car", "bus"], ["bus", "car"], False, WARNING, "another order"),
+        (["car", "bus"], ["car", "dog"], True, ERROR, "bus, dog"),
+        (["car", "bus"], ["car"], True, WARNING, "2 classes of the student and 1"),
+        (None, ["car"], True, WARNING, "not known"),
+    ],
+)
+def test_classes(student, teacher, shared, level, text):
+    (finding,) = check_classes(student, teacher, shared)
+    assert finding.level == level and text in finding.text and bool(finding.fix) == (level != OK)
+
+
+def test_pixels(pair):
+    cfg, teacher = pair
+    teacher.MODEL.PIXEL_STD = [1.0, 1.0, 1.0]
+    (finding,) = check_pixels(cfg, teacher)
+    assert finding.level == WARNING and "PIXEL_STD" in finding.text
+    cfg.INPUT.FORMAT = "RGB"
+    assert ERROR in levels_of(check_pixels(cfg, teacher))
+
+
+def test_statistics_in_the_other_order_than_the_channels(pair):
+    cfg, teacher = pair
+    for config_ in pair:
+        config_.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    found = check_pixels(cfg, teacher)  # INPUT.FORMAT is BGR
+    assert levels_of(found) == [WARNING, WARNING] and "other order" in found[0].text
+    for config_ in pair:
+        config_.INPUT.FORMAT = "RGB"
+    assert levels_of(check_pixels(cfg, teacher)) == [OK]
+
+
+def test_sizes(pair):
+    cfg, teacher = pair
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.INPUT.MIN_SIZE_TRAIN = (32,)
+    found = check_sizes(cfg, teacher, get_resolution("L"))
+    assert levels_of(found) == [WARNING, WARNING]
+    assert "sizes of H" in found[0].fix and found[1].fix == "set INPUT.MIN_SIZE_TEST 32"
+
+
+def test_levels():
+    def shapes(levels, channels=8, shift=0):
+        return {f"p{n}": ShapeSpec(channels=channels, stride=2 ** (n + shift)) for n in levels}
+
+    assert levels_of(check_levels(shapes([3, 4]), shapes([3, 4]))) == [OK]
+    (finding,) = check_levels(shapes([1, 2]), shapes([3, 4]))
+    assert finding.level == ERROR and "STUDENT_RESOLUTION" in finding.fix
+    assert levels_of(check_levels(shapes([2, 3]), shapes([3, 4]))) == [WARNING]
+    (finding,) = check_levels(shapes([3], shift=1), shapes([3]))
+    assert finding.level == ERROR and finding.check == "strides" and "16" in finding.text
+    (finding,) = check_levels(shapes([3], channels=4), shapes([3]))
+    assert finding.level == OK and "1x1 adaptors" in finding.text
+
+
+def test_anchors(project):
+    cfg, teacher = (load_config(project / f"retinanet_{side}.yaml") for side in ("student", "teacher"))
+    assert levels_of(check_anchors(cfg, teacher, 1)) == [OK]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = teacher.MODEL.ANCHOR_GENERATOR.SIZES
+    (finding,) = check_anchors(cfg, teacher, 1)
+    assert finding.level == WARNING and "divide the teacher's sizes by 2" in finding.fix
+    assert check_anchors(load_config(project / "student.yaml"), teacher, 1) == []
+
+
+def test_schedule(pair):
+    cfg, _ = pair  # 6 iterations, 8 of warm-up
+    (finding,) = check_schedule(cfg)
+    assert finding.level == WARNING and "WARMUP_ITERS 8" in finding.text
+    cfg.DISTILL.WARMUP_ITERS = 2
+    assert levels_of(check_schedule(cfg)) == [OK]
+    cfg.DISTILL.BALANCE.RATIO = 1.0
+    assert "BALANCE.ITERS" in check_schedule(cfg)[0].text
+
+
+def test_start_of_the_student(project):
+    student, teacher = (build_model(load_config(project / f"{name}.yaml")) for name in ("student", "fcos"))
+    everything = set(student.state_dict())
+    assert levels_of(check_start(student, teacher, "full", set())) == [OK]
+    assert levels_of(check_start(student, teacher, "none", everything)) == [OK]
+    for mode in ("none", "neck_and_head"):
+        (finding,) = check_start(student, teacher, mode, set())
+        assert finding.level == WARNING and "random" in finding.text and "MODEL.WEIGHTS" in finding.fix
+    student.backbone.bottom_up.stem.requires_grad_(False)
+    (finding,) = check_start(student, teacher, "none", set())
+    assert finding.level == ERROR and "frozen" in finding.text and "stem" in finding.text
+
+
+def test_checkpoints(project, teacher_weights, tmp_path):
+    model = build_model(load_config(project / "teacher.yaml"))
+    found, loaded = check_checkpoint("teacher", model, teacher_weights["teacher"])
+    assert levels_of(found) == [OK] and loaded == set(model.state_dict())
+    found, loaded = check_checkpoint("teacher", model, str(tmp_path / "none.pth"))
+    assert levels_of(found) == [ERROR] and not loaded
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    assert levels_of(check_checkpoint("teacher", model, str(tmp_path / "broken.pth"))[0]) == [ERROR]
+    state = model.state_dict()
+    state["renamed"] = state.pop("detector.head.cls_score.weight")
+    torch.save({"model": state}, tmp_path / "renamed.pth")
+    found, loaded = check_checkpoint("teacher", model, str(tmp_path / "renamed.pth"))
+    assert levels_of(found) == [ERROR, WARNING] and "cls_score.weight" in found[0].text and "renamed" in found[1].text
+    assert "detector.head.cls_score.weight" not in loaded
+
+
+def test_examination_of_a_whole_setup(project, teacher_weights, tmp_path):
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    found = examine(cfg, images=2)
+    checks = {finding.check: finding for finding in found}
+    assert {"data", "teacher's weights", "classes", "pixels", "levels", "student's start", "losses"} <= checks.keys()
+    assert {f.check for f in found if f.level == ERROR} == {"teacher's AP"}  # it has not been trained
+    assert "2 images of tiny_val" in checks["teacher's AP"].text
+
+    cfg.DISTILL.LOSSES = [{"NAME": "AlignedL2"}]
+    cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = "nowhere.pth"
+    errors = {f.check: f.text for f in examine(cfg, images=2) if f.level == ERROR}
+    assert errors.keys() == {"losses", "teacher's weights"} and "did you mean AlignedL1" in errors["losses"]
+    cfg.DISTILL.TEACHERS = []
+    assert levels_of(examine(cfg)) == [ERROR]
+
+
+def test_training_stops_at_errors_and_logs_warnings(project, teacher_weights, tmp_path, caplog, monkeypatch):
+    run = DistillTrainer(config(project, teacher_weights, "student", tmp_path))
+    with caplog.at_level("INFO", logger="msad"):
+        run.resume_or_load(False)
+    assert "Pre-flight, levels:" in caplog.text and "WARMUP_ITERS 8" in caplog.text
+    other = Finding(ERROR, "classes", "two orders", "choose one")
+    monkeypatch.setattr("msad.engine.doctor.check_training_sets", lambda *_: [other])
+    with pytest.raises(ValueError, match=r"classes: two orders\. To mend it: choose one"):
+        DistillTrainer(config(project, teacher_weights, "student", tmp_path / "again")).resume_or_load(False)
+    report([Finding(OK, "a", "b")])

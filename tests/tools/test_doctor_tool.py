@@ -1,0 +1,39 @@
+"""tools/doctor.py: its exit status, its text and its JSON."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "doctor.py"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("doctor_tool", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["doctor.py", *map(str, args)])
+        return module.main(), capsys.readouterr()
+
+    return run
+
+
+def test_findings_and_exit_status(call, project, teacher_weights):
+    teachers = [{"CONFIG": "teacher.yaml", "WEIGHTS": teacher_weights["teacher"]}]
+    opts = ["DISTILL.TEACHERS", teachers, "DISTILL.WARMUP_ITERS", 2]
+    status, printed = call(project / "student.yaml", "--images", 0, *opts)
+    assert status == 0 and "0 errors" in printed.out and "ok       levels:" in printed.out
+    status, _ = call(project / "student.yaml", "--images", 0, "--strict", *opts, "INPUT.MIN_SIZE_TEST", 64)
+    assert status == 1
+
+    status, printed = call(project / "student.yaml", "--json")  # whose teacher has not been trained
+    found = json.loads(printed.out)
+    (error,) = [f for f in found if f["level"] == "error"]
+    assert status == 1 and error["check"] == "teacher's weights" and error["fix"]
+    status, printed = call(project / "nothing.yaml")
+    assert status == 2 and "no config file" in printed.err

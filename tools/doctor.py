@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Is this distillation set up as it should be? Looks at config, data, models and checkpoints before they cost a night.
+
+    tools/doctor.py configs/nuclei/student_L.yaml
+    tools/doctor.py STUDENT.yaml DISTILL.TEACHERS "[{CONFIG: T.yaml, WEIGHTS: t.pth}]" MODEL.DEVICE cuda
+    tools/doctor.py STUDENT.yaml --images 0 --json > findings.json          without running the teacher
+
+Every finding that is not ok says how to mend it. Exit status: 0, or 1 if there is an error (with --strict: or a
+warning), or 2 if there is no such file. Training makes the quick ones of these checks by itself and stops at errors.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import textwrap
+
+from msad import load_config
+from msad.engine.doctor import examine
+from msad.engine.findings import ERROR, OK, WARNING, Finding
+
+_MARKS = {OK: "ok     ", WARNING: "WARNING", ERROR: "ERROR  "}
+
+
+def show(findings: list[Finding]) -> str:
+    """The findings as text, worst last."""
+    lines = []
+    for finding in sorted(findings, key=lambda f: list(_MARKS).index(f.level)):
+        text = f"{_MARKS[finding.level]}  {finding.check}: {finding.text}"
+        lines.append(textwrap.fill(text, 118, subsequent_indent=" " * 9, break_on_hyphens=False))
+        if finding.fix:
+            fix = f"to mend it: {finding.fix}"
+            lines.append(textwrap.fill(fix, 118, initial_indent=" " * 9, subsequent_indent=" " * 9))
+    counts = {level: sum(f.level == level for f in findings) for level in _MARKS}
+    return "\n".join([*lines, f"\n{counts[ERROR]} errors, {counts[WARNING]} warnings, {counts[OK]} ok"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="YAML", help="of a student with DISTILL.TEACHERS")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="for the teacher's AP; default: 200")
+    parser.add_argument("--json", action="store_true", help="print a list of {level, check, text, fix}")
+    parser.add_argument("--strict", action="store_true", help="warnings count as errors for the exit status")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides")
+    args = parser.parse_intermixed_args()
+    logging.getLogger().addHandler(logging.NullHandler())  # what the engine says while loading is not a finding
+    try:
+        cfg = load_config(args.config, args.opts)
+        with contextlib.redirect_stdout(sys.stderr):
+            findings = examine(cfg, args.images)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        print(f"error: {error.args[0]}", file=sys.stderr)
+        return 2
+    print(json.dumps([f._asdict() for f in findings], indent=1) if args.json else show(findings))
+    bad = {ERROR, WARNING} if args.strict else {ERROR}
+    return int(any(finding.level in bad for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
