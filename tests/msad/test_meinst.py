@@ -381,3 +381,11 @@ def test_errors(tiny_model, tiny_cfg, code_file, make_batch):
     detector = tiny_model("MEInst", MODEL__MEINST__CODE=code_file, MODEL__MEINST__DIM=DIM)
     with pytest.raises(ValueError, match=r"MODEL\.MASK_ON: True"), EventStorage(0):
         detector(make_batch([(64, 64)]))
+
+
+def test_head_predictions_can_be_distilled(make_distiller, meinst, masked_batch):
+    """Chen et al. compare its boxes and classes; its codes do not take part."""
+    distiller = make_distiller("H", teacher=meinst(), student=meinst(seed=1), losses=[{"NAME": "Chen"}])
+    with EventStorage(0):
+        losses = distiller(masked_batch([(64, 96), (90, 128)]))
+    assert losses["loss_distill/Chen/dense_cls"] > 0 and all(v.isfinite() for v in losses.values())

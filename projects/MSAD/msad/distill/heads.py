@@ -100,7 +100,7 @@ def pair_heads(
             labels, targets, sizes = labels[None], targets[None], [len(anchors)]
         else:
             anchors = torch.cat([level.tensor for level in args[0]])
-            labels, targets = (torch.stack(list(x)) for x in assigned)
+            labels, targets = (torch.stack(list(x)) for x in assigned[:2])  # MEInst assigns codes too
             if name == H_.RPN:  # 1 object, 0 background, -1 not drawn
                 labels = torch.where(labels < 0, -1, 1 - labels.long())
             sizes = [len(level) for level in args[0]]
