@@ -63,8 +63,8 @@ def intervals_figure(
             colour, offset = PALETTE[number], (number - (len(series) - 1) / 2) * step
             for row in rows:
                 y = names.index(row.name) + offset
-                axes.plot(row.per_seed, [y] * len(row.per_seed), "o", color=colour, markersize=4, alpha=0.45,
-                          markeredgewidth=0, zorder=3)  # fmt: skip
+                axes.plot(row.per_seed, [y] * len(row.per_seed), "o", color=colour, markersize=4.5,
+                          markeredgecolor="white", markeredgewidth=0.6, zorder=5)  # fmt: skip
                 axes.errorbar(row.mean, y, xerr=row.half, fmt="|", color=colour, markersize=11, markeredgewidth=2.2,
                               capsize=3, linewidth=1.4, zorder=4,
                               label=title if row is rows[0] else None)  # fmt: skip
