@@ -2,7 +2,7 @@
 """Is this distillation set up as it should be? Looks at config, data, models and checkpoints before they cost a night.
 
     tools/doctor.py configs/nuclei/student_L.yaml
-    tools/doctor.py STUDENT.yaml DISTILL.TEACHERS "[{CONFIG: T.yaml, WEIGHTS: t.pth}]" MODEL.DEVICE cuda
+    tools/doctor.py STUDENT.yaml DISTILL.TEACHERS "[{'CONFIG': 'T.yaml', 'WEIGHTS': 't.pth'}]" MODEL.DEVICE cuda
     tools/doctor.py STUDENT.yaml --images 0 --json > findings.json          without running the teacher
 
 Every finding that is not ok says how to mend it. Exit status: 0, or 1 if there is an error (with --strict: or a
