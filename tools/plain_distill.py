@@ -2,7 +2,7 @@
 """Distillation without a trainer: every step of it in one file, to read, to change, to copy.
 
     tools/plain_distill.py configs/nuclei/losses/cwd.yaml --output output/plain
-    tools/plain_distill.py STUDENT.yaml DISTILL.TEACHERS "[{'CONFIG': 'T.yaml', 'WEIGHTS': 't.pth'}]" SOLVER.MAX_ITER 1000
+    tools/plain_distill.py STUDENT.yaml DISTILL.TEACHERS "[{'CONFIG': 'T.yaml', 'WEIGHTS': 't.pth'}]"
 
 It trains what tools/train_net.py trains from the same yaml, on one device, with the same losses in every iteration
 (tests/tools/test_plain_distill.py). Left out: resuming, evaluation, several GPUs, mixed precision, automatic weights,
