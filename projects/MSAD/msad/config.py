@@ -124,6 +124,16 @@ def add_msad_config(cfg: CN) -> CN:
     # Pool the gate's input over the image without its padding. False: as in the released code.
     cfg.MSAD.FUSION.MASK_PADDING = True
 
+    # --- multi-scale fusion students (MODEL.META_ARCHITECTURE: FusionStudent) -------------------------------------
+    cfg.MSAD.FUSION_STUDENT = CN()
+    # Entries {RESOLUTION, WEIGHTS, MODEL: {...}}, H first: the branches, each a backbone of its own. MODEL has what
+    # differs from the yaml's MODEL, which describes MSAD.DETECTOR in the H frame; MODEL.FPN.LEVELS follow by
+    # themselves. WEIGHTS (optional) is a pretrained network or a detector whose backbone the branch takes over; it is
+    # read where training begins, unless MODEL.WEIGHTS has a checkpoint for the whole student.
+    cfg.MSAD.FUSION_STUDENT.BRANCHES = []
+    # Run the branches behind the first on CUDA streams of their own, beside it. Without effect on a CPU.
+    cfg.MSAD.FUSION_STUDENT.STREAMS = False
+
     # --- distillation --------------------------------------------------------------------------------------------
     cfg.DISTILL = CN()
     # Entries {CONFIG: yaml of the teacher, WEIGHTS: its checkpoint}. Empty: ordinary training.

@@ -136,6 +136,11 @@ class Distiller(nn.Module):
     def device(self) -> torch.device:
         return self.student.pixel_mean.device
 
+    @property
+    def max_shift(self) -> int:
+        """Shift of the smallest input that the student reads: its own, or that of a fusion student's last branch."""
+        return self.resolution.shift + getattr(self.student.backbone, "max_shift", 0)
+
     def forward(self, batched_inputs: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
         """Training: inputs in H pixels -> losses. Evaluation: the student's inputs -> the student's detections."""
         if not self.training:
@@ -146,7 +151,7 @@ class Distiller(nn.Module):
         factor = self._current_factor()
         # The teacher runs first: what it needs is free again before the student keeps its activations.
         wanted = factor is not None or self.observer is not None
-        imitated = {} if not wanted else self.teacher.features(moved, shift)
+        imitated = {} if not wanted else self.teacher.features(moved, self.max_shift)
         tap = nullcontext() if factor is None or not self._compares_heads else tap_heads(self.student)
         with F_.tap_neck(self.student) as taken, tap as record:
             output = {name: self.w_det * value for name, value in self.student(reduced).items()}

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 
 @contextmanager
@@ -24,6 +25,15 @@ def part_of(name: str) -> str:
     """Part of a detector that a tensor belongs to: "backbone.bottom_up", "backbone" (its neck), "head", ..."""
     parts = name.removeprefix("detector.").split(".")
     return ".".join(parts[:2]) if parts[:2] == ["backbone", "bottom_up"] else parts[0]
+
+
+def load_branches(detector: nn.Module, entries: list[dict]) -> None:
+    """Load the WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES, a pretrained network or a detector each, into the branches."""
+    for entry in entries:
+        if entry.get("WEIGHTS"):
+            holder = nn.Module()  # gives the branch the names that it has in a detector of its own
+            holder.backbone = detector.backbone.branches[entry["RESOLUTION"]]
+            CheckedCheckpointer(holder).load(entry["WEIGHTS"])
 
 
 class CheckedCheckpointer(DetectionCheckpointer):

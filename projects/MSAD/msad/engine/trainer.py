@@ -28,7 +28,7 @@ from ..modeling.features import freeze_unread_levels
 from ..modeling.teacher import MultiScaleTeacher
 from ..resolution import get_resolution
 from . import doctor
-from .checkpoint import CheckedCheckpointer
+from .checkpoint import CheckedCheckpointer, load_branches
 from .hooks import BalanceLog, ExactResume, FeatureAnalysis, LossBalance, SkippedImages
 from .scaling import scale_to_batch
 from .solver import build_optimizer
@@ -72,7 +72,9 @@ def compile_backbone(detector: nn.Module) -> None:
     # more often than the 8 times after which torch silently stops compiling.
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, 64)
-    detector.backbone.forward = torch.compile(detector.backbone.forward)
+    branches = getattr(detector.backbone, "branches", None)  # of a fusion student, compiled one by one
+    for network in [detector.backbone] if branches is None else branches.values():
+        network.forward = torch.compile(network.forward)
 
 
 def load_teacher(
@@ -254,9 +256,11 @@ class DistillTrainer(DefaultTrainer):
         """
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
+        if self.cfg.MODEL.META_ARCHITECTURE == "FusionStudent" and not resumed and not self.cfg.MODEL.WEIGHTS:
+            load_branches(self.checkpointer.model, self.cfg.MSAD.FUSION_STUDENT.BRANCHES)
         if self.distiller is not None and not resumed:
             student, absent = self.distiller.student, set(self.checkpointer.unfit)
             loaded = student.state_dict().keys() - absent if self.cfg.MODEL.WEIGHTS else set()
             doctor.report(doctor.preflight(self.cfg, student, self.distiller.teacher, loaded))
-            init_student(self.distiller.student, self.distiller.teacher.detector, self.cfg.DISTILL.INIT_STUDENT)
+            init_student(self.distiller.student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
         self._trainer.data_loader.start_iter = self.start_iter

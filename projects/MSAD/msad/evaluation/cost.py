@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..distill.distiller import Distiller
+from ..modeling.fusion_student import FusionBackbone
 from ..resolution import view
 
 PARTS = ("preprocessing", "bottom_up", "neck", "fusion", "head", "postprocessing")
@@ -39,7 +40,7 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
 
     The module of ``neck`` is the backbone around its ``bottom_up``, which counts as a part of its own; a backbone
     that has none is ``bottom_up`` as a whole. An R-CNN's ``head`` is that of its proposals, the pooling and the heads
-    of its regions.
+    of its regions. The parts of a fusion student are those of all of its branches.
 
     Raises:
         TypeError: the detector is neither dense nor an R-CNN.
@@ -56,11 +57,14 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
             "cost by part is known for dense detectors (RetinaNet, FCOS, ...), R-CNNs and teachers around them, "
             f"not for {type(detector).__name__}"
         )
-    if hasattr(detector.backbone, "bottom_up"):
-        modules = {"bottom_up": [detector.backbone.bottom_up], "neck": [detector.backbone]}
-    else:
-        modules = {"bottom_up": [detector.backbone]}
-    if detector is not model:
+    backbone = detector.backbone
+    backbones = list(backbone.branches.values()) if isinstance(backbone, FusionBackbone) else [backbone]
+    modules = {"bottom_up": [getattr(network, "bottom_up", network) for network in backbones]}
+    if all(hasattr(network, "bottom_up") for network in backbones):
+        modules["neck"] = backbones
+    if isinstance(backbone, FusionBackbone):
+        modules["fusion"] = [backbone.fusion]
+    elif detector is not model:
         modules["fusion"] = [model.fusion]
     modules["head"] = head
     return modules
@@ -166,7 +170,8 @@ def count_macs(model: nn.Module, height: int, width: int) -> dict[str, float]:
 def time_parts(model: nn.Module, inputs: list[dict]) -> dict[str, float]:
     """Milliseconds of one inference pass by part, and ``total`` from images on the CPU to detections.
 
-    On a GPU, parts are told apart by events on its stream, and nothing is synchronised before the end of the pass.
+    On a GPU, parts are told apart by events on its stream, and nothing is synchronised before the end of the pass;
+    with MSAD.FUSION_STUDENT.STREAMS only the total is meaningful.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -242,7 +247,7 @@ def training_step_cost(
 
     functions = {
         "student_step": lambda: step(distiller.student, reduced),
-        "teacher_neck": lambda: distiller.teacher.features(batch, shift),
+        "teacher_neck": lambda: distiller.teacher.features(batch, distiller.max_shift),
         "distillation_step": lambda: step(distiller, batch),
     }
     distiller.train()

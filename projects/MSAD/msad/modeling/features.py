@@ -17,10 +17,10 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import nn
 
-from ..resolution import level_of
+from ..resolution import get_resolution, level_of
 
 Features = dict[str, torch.Tensor]
-_TOP_BLOCK = re.compile(r"backbone\.top_block\.p(\d+)\.")
+_TOP_BLOCK = re.compile(r"backbone\.(?:branches\.(\w+)\.)?top_block\.p(\d+)\.")
 
 
 def _is_rcnn(detector: nn.Module) -> bool:
@@ -127,7 +127,10 @@ def freeze_unread_levels(detector: nn.Module) -> list[str]:
     frozen = []
     for name, parameter in detector.named_parameters():
         made_for = _TOP_BLOCK.match(name)
-        if made_for and int(made_for[1]) > max(level_of(level) for level in head_levels(detector)):
+        if not made_for:
+            continue
+        shift = get_resolution(made_for[1]).shift if made_for[1] else 0  # a branch has levels of its own frame
+        if int(made_for[2]) + shift > max(level_of(level) for level in head_levels(detector)):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
