@@ -379,8 +379,10 @@ def test_errors(tiny_model, tiny_cfg, code_file, make_batch):
     with pytest.raises(ValueError, match=rf"MODEL\.MEINST\.DIM is 60, but codes of .* have {DIM} numbers"):
         build_model(tiny_cfg("MEInst", MODEL__MEINST__CODE=code_file))
     detector = tiny_model("MEInst", MODEL__MEINST__CODE=code_file, MODEL__MEINST__DIM=DIM)
+    batch = make_batch([(64, 64)])
+    batch[0]["instances"].remove("gt_masks")
     with pytest.raises(ValueError, match=r"MODEL\.MASK_ON: True"), EventStorage(0):
-        detector(make_batch([(64, 64)]))
+        detector(batch)
 
 
 def test_head_predictions_can_be_distilled(make_distiller, meinst, masked_batch):
