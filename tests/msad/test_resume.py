@@ -180,6 +180,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def test_what_a_process_did_before_does_not_change_a_run(project, teacher_weights, tmp_path):
+    """Warmed-up TorchScript functions would round otherwise."""
+    traces = [train(config(project, teacher_weights, "student", tmp_path / str(run)))[1].steps for run in range(2)]
+    assert traces[0] == traces[1]
+
+
 def test_kill_minus_nine_between_two_checkpoints(project, teacher_weights, tmp_path):
     cfg = config(project, teacher_weights, "student", tmp_path / "whole")
     _, expected, _ = train(cfg)

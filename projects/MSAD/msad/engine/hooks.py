@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -27,6 +28,9 @@ class ExactResume(HookBase):
     detectors keep outside their state_dict, the running count of positives that normalises their losses, is saved for
     every process: each counts for itself. Register it before the hook that writes checkpoints.
 
+    TorchScript functions, which detectron2's losses are made of, are run as they are written: after a few calls they
+    would be optimised, and a process that has just resumed would round otherwise than one that has been running.
+
     Args:
         seed: of the run; a resumed run takes the saved one.
         model: whose modules may have a ``loss_normalizer``.
@@ -42,6 +46,13 @@ class ExactResume(HookBase):
         self.loader = loader
         self.period = period
         self._of_ranks: list[dict[str, float]] = []
+        self._settings = contextlib.ExitStack()
+
+    def before_train(self) -> None:
+        self._settings.enter_context(torch.jit.optimized_execution(False))
+
+    def after_train(self) -> None:
+        self._settings.close()
 
     def before_step(self) -> None:
         entropy = (self.seed, self.trainer.iter, comm.get_rank())
