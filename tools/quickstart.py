@@ -24,6 +24,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 from msad import load_config
+from msad.data import register_datasets
 from msad.data.synthetic import make_dataset, register_entries
 from msad.engine.checkpoint import replacing
 from msad.engine.setup import engine_name, load_model
@@ -76,6 +77,7 @@ def data_opts(folder: Path) -> list:
 def describe_data(study: Study) -> dict:
     """Name and counts of the data that the study used."""
     cfg = study.config("baseline_L_shifted", study.seeds[0])
+    register_datasets(cfg)  # nothing has, where all rows were finished before
     train, val = (DatasetCatalog.get(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
     return {
         "name": cfg.DATASETS.TRAIN[0].removesuffix("_train"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "quickstart.py"
 ROWS = ["baseline_L", "baseline_L_shifted", "teacher", "student_L_control", "student_L"]
@@ -26,6 +27,7 @@ def call(module, monkeypatch, *args):
 
 
 def test_from_scenes_to_report(quickstart, monkeypatch, tmp_path, capsys):
+    known = set(DatasetCatalog.list())
     args = ["--output", tmp_path, "--iterations", 4, "--rows", *ROWS, "--", "SOLVER.IMS_PER_BATCH", 2]
     assert call(quickstart, monkeypatch, *args) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -41,7 +43,10 @@ def test_from_scenes_to_report(quickstart, monkeypatch, tmp_path, capsys):
         assert (tmp_path / file).stat().st_size > 0
     assert "student_L_control" in capsys.readouterr().out
 
-    # Finished rows are kept, whatever else is repeated.
+    # Finished rows are kept, whatever else is repeated; a new process has not registered their data.
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
     stamps = {row: (tmp_path / "seed0" / row / "model_final.pth").stat().st_mtime_ns for row in ROWS}
     assert call(quickstart, monkeypatch, *args) == 0
     assert stamps == {row: (tmp_path / "seed0" / row / "model_final.pth").stat().st_mtime_ns for row in ROWS}
