@@ -187,24 +187,24 @@ def test_what_a_process_did_before_does_not_change_a_run(project, teacher_weight
 
 
 def test_kill_minus_nine_between_two_checkpoints(project, teacher_weights, tmp_path):
-    cfg = config(project, teacher_weights, "student", tmp_path / "whole")
-    _, expected, _ = train(cfg)
-
+    """Every run in a process of its own, as users have it."""
+    cfg = config(project, teacher_weights, "student", tmp_path / "unused")
     code = CHILD.format(tests=str(Path(__file__).parent))
     teachers = str([dict(cfg.DISTILL.TEACHERS[0])])
-    arguments = [TOOL, "--config-file", project / "student.yaml", "--resume", "OUTPUT_DIR", tmp_path / "killed"]
-    arguments += ["DISTILL.TEACHERS", teachers]
 
-    def run(last):
-        command = [sys.executable, "-c", code, str(last), tmp_path / "trace.json", *arguments]
+    def run(name, last):
+        arguments = [TOOL, "--config-file", project / "student.yaml", "--resume", "OUTPUT_DIR", tmp_path / name]
+        trace = tmp_path / f"{name}.json"
+        command = [sys.executable, "-c", code, str(last), trace, *arguments, "DISTILL.TEACHERS", teachers]
         environment = dict(os.environ, OMP_NUM_THREADS="1")
-        return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+        return done, json.loads(trace.read_text()) if trace.exists() else None
 
-    killed = run(ITERATIONS - 2)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "trace.json").exists()
+    whole, expected = run("whole", -1)
+    assert whole.returncode == 0 and len(expected) == ITERATIONS, whole.stderr
+    killed, trace = run("killed", ITERATIONS - 2)
+    assert killed.returncode == -signal.SIGKILL and trace is None, killed.stderr
     assert (tmp_path / "killed" / "last_checkpoint").read_text() == f"model_{SAVED - 1:07d}.pth"
-    resumed = run(-1)
+    resumed, steps = run("killed", -1)
     assert resumed.returncode == 0, resumed.stderr
-    steps = json.loads((tmp_path / "trace.json").read_text())
-    assert steps == json.loads(json.dumps(expected.steps[SAVED:]))
+    assert steps == expected[SAVED:]
