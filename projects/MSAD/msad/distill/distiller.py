@@ -84,7 +84,7 @@ class FrozenTeacher:
 class Distiller(nn.Module):
     """Detection losses of a student at low resolution plus distillation losses against a frozen teacher.
 
-    The student is any dense detector in the frame of ``resolution``; its pyramid is tapped by a hook for the length
+    The student is a dense detector or an R-CNN in the frame of ``resolution``; its pyramid is tapped by a hook for the length
     of a call, so no detector is edited. In evaluation mode the module is the student.
 
     Args:

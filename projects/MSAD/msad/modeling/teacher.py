@@ -39,14 +39,14 @@ def teacher_levels(levels: list[str], resolutions: list[Resolution]) -> list[str
 
 @META_ARCH_REGISTRY.register()
 class MultiScaleTeacher(nn.Module):
-    """Aligned multi-scale teacher (MSAD, CVPR 2021, stage 1) around any dense detector.
+    """Aligned multi-scale teacher (MSAD, CVPR 2021, stage 1) around a dense detector or an R-CNN.
 
     One backbone and one head serve all branches. Each branch sees the image at its resolution; its pyramid levels are
     renamed to the H frame, where one set of anchors and targets fits all of them. C-FF fuses the aligned maps.
     Training loss: the sum of the branches' detection losses plus ``w_fuse`` times that of the fused maps.
 
     Args:
-        detector: a dense detector whose levels, strides and ranges are those of H.
+        detector: a dense detector or an R-CNN whose levels, strides and ranges are those of H.
         resolutions: branches, H first.
         fusion: the gate.
         w_fuse: weight of the fused branch's losses.
