@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
+from msad import resolution
 from msad.distill.distiller import Distiller, student_shapes
 from msad.distill.losses import build_losses
 from msad.distill.schedules import distillation_factor
@@ -339,3 +340,17 @@ def test_teacher_rests_when_distillation_is_over(make_distiller, make_batch, mon
         losses = run(distiller, make_batch(SIZES), iteration)
         assert len(calls) == runs
         assert any(name.startswith("loss_distill") for name in losses) == bool(runs)
+
+
+def test_images_are_reduced_once_a_step(make_distiller, make_batch, monkeypatch):
+    """The teacher's L branch takes what was made for the L student, and nothing else if it reduces otherwise."""
+    distiller, batch, calls = make_distiller("L"), make_batch([(64, 96), (64, 96)]), []
+    original = resolution.downsample
+    monkeypatch.setattr(resolution, "downsample", lambda x, k, mode: calls.append(k) or original(x, k, mode))
+    with EventStorage(0):
+        shared = distiller(batch)["loss_distill/AlignedL1"]
+        assert sorted(calls) == [0, 0, 1, 1]
+        distiller.teacher.model.downsample_mode = "nearest"
+        calls.clear()
+        assert distiller(batch)["loss_distill/AlignedL1"] != shared and sorted(calls) == [0, 0, 1, 1, 1, 1]
+    assert "reduced_images" not in batch[0]

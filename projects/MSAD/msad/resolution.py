@@ -108,6 +108,15 @@ def downsample(image: torch.Tensor, shift: int, mode: str = "antialias") -> torc
     return F.interpolate(image, size=(h // k, w // k), mode="bilinear", antialias=True)[0]
 
 
+def reduced_image(item: dict, shift: int, device: torch.device | str, mode: str = "antialias") -> torch.Tensor:
+    """:func:`downsample` of an input dict's "image" on ``device``.
+
+    What its entry "reduced_images", {(shift, mode): image}, already holds is not made again.
+    """
+    ready = item.get("reduced_images", {}).get((shift, mode))
+    return downsample(item["image"].to(device, non_blocking=True), shift, mode) if ready is None else ready
+
+
 def _scale_bitmasks(masks: BitMasks, shift: int) -> BitMasks:
     # A reduced pixel belongs to the object if at least half of its area does; of a pixel at an odd border counts
     # the area inside the image.
@@ -151,7 +160,7 @@ def view(batched_inputs: list[dict], shift: int, device: torch.device | str, mod
     out = []
     for item in batched_inputs:
         item = dict(item)
-        item["image"] = downsample(item["image"].to(device, non_blocking=True), shift, mode)
+        item["image"] = reduced_image(item, shift, device, mode)
         if "instances" in item:
             item["instances"] = scale_instances(item["instances"], shift)
         out.append(item)

@@ -84,8 +84,8 @@ class FrozenTeacher:
 class Distiller(nn.Module):
     """Detection losses of a student at low resolution plus distillation losses against a frozen teacher.
 
-    The student is a dense detector or an R-CNN in the frame of ``resolution``; its pyramid is tapped by a hook for the length
-    of a call, so no detector is edited. In evaluation mode the module is the student.
+    The student is a dense detector or an R-CNN in the frame of ``resolution``; its pyramid is tapped by a hook for the
+    length of a call, so no detector is edited. In evaluation mode the module is the student.
 
     Args:
         student: detector whose input is H reduced by ``resolution``.
@@ -148,6 +148,8 @@ class Distiller(nn.Module):
         shift = self.resolution.shift
         moved = [dict(item, image=item["image"].to(self.device, non_blocking=True)) for item in batched_inputs]
         reduced = view(moved, shift, self.device, self.downsample_mode)
+        for item, small in zip(moved, reduced):  # the teacher's branch at this resolution need not reduce them again
+            item["reduced_images"] = {(shift, self.downsample_mode): small["image"]}
         factor = self._current_factor()
         # The teacher runs first: what it needs is free again before the student keeps its activations.
         wanted = factor is not None or self.observer is not None

@@ -12,10 +12,10 @@ from ..fusion import CrossFeatureLevelFusion
 from ..resolution import (
     Resolution,
     batch_images,
-    downsample,
     get_resolution,
     level_of,
     pad_divisibility,
+    reduced_image,
     reduced_size,
     shift_levels,
     shift_names,
@@ -129,8 +129,7 @@ class MultiScaleTeacher(nn.Module):
         H frame, so that their grids are equal.
         """
         images = [
-            downsample(item["image"].to(self.device, non_blocking=True), resolution.shift, self.downsample_mode)
-            for item in batched_inputs
+            reduced_image(item, resolution.shift, self.device, self.downsample_mode) for item in batched_inputs
         ]
         base = max(self.detector.backbone.size_divisibility, 1)
         max_shift = max(max_shift, *(r.shift for r in self.resolutions))
