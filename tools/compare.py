@@ -27,6 +27,7 @@ import torch
 
 from msad.engine import compare
 from msad.engine.checkpoint import replacing
+from msad.engine.schedule import make_slots
 from msad.engine.setup import engine_name
 from msad.report.comparison import TITLES, Entry, entries, format_comparison, write_markdown
 from msad.visualization import IntervalRow, plot_intervals
@@ -131,7 +132,7 @@ def main() -> int:
     try:
         comparison = make_comparison(args)
         if not args.report_only:
-            missing = compare.run(comparison, compare.make_slots(args.jobs, args.threads, args.devices))
+            missing = compare.run(comparison, make_slots(args.jobs, args.threads, args.devices))
         data = report(comparison, args.metric)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)

@@ -8,12 +8,14 @@
 
 Trains the conventional low-resolution detector, the one with aligned levels, the multi-resolution teacher, a student
 that is only initialised from the teacher (the control), the MSAD student, and the low-resolution detector once more
-with as many iterations as teacher and student together. An interrupted run goes on with the same command.
+with as many iterations as teacher and student together; several at a time, a run a core. An interrupted run goes on
+with the same command.
 Results: OUTPUT/report.html, report.md, metrics.json, and a folder a seed and row.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,8 +29,9 @@ from msad import load_config
 from msad.data import register_datasets
 from msad.data.synthetic import make_dataset, register_entries
 from msad.engine.checkpoint import replacing
+from msad.engine.schedule import make_slots
 from msad.engine.setup import engine_name, load_model
-from msad.engine.study import ROWS, Study, run
+from msad.engine.study import ROWS, Study, collect, run
 from msad.evaluation.cost import count_macs, count_parameters, measure_latency
 from msad.modeling.teacher import MultiScaleTeacher
 from msad.report import format_table, write_report
@@ -51,8 +54,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row runs once a seed; default: 0")
     parser.add_argument("--iterations", type=int, help="of every stage; default: as the configs say")
     parser.add_argument("--short-side", type=int, help="of H in pixels; default: as the configs say")
-    parser.add_argument("--device", help="default: as the configs say; 'cuda' for a GPU")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time on the CPU; default: one a core, up to 4")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
+    parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each GPU")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides for every row, after --")
     return parser.parse_args()
 
@@ -76,7 +80,7 @@ def data_opts(folder: Path) -> list:
 
 def describe_data(study: Study) -> dict:
     """Name and counts of the data that the study used."""
-    cfg = study.config("baseline_L_shifted", study.seeds[0])
+    cfg = study.config(study.task(study.ordered()[0], study.seeds[0]))
     register_datasets(cfg)  # nothing has, where all rows were finished before
     train, val = (DatasetCatalog.get(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
     return {
@@ -94,8 +98,9 @@ def measure_costs(study: Study) -> dict[str, dict]:
     by_config: dict[tuple, dict] = {}
     for name in study.ordered():
         seed = study.seeds[0]
-        cfg = study.config(name, seed)
-        model = load_model(cfg, str(study.folder(name, seed) / "model_final.pth"))
+        task = study.task(name, seed)
+        cfg = study.config(task)
+        model = load_model(cfg, str(study.folder(task) / "model_final.pth"))
         branches = model.branches if isinstance(model, MultiScaleTeacher) else [None]
         for branch in branches:
             if branch is not None:
@@ -122,11 +127,12 @@ def draw_panels(study: Study, path: Path, count: int = 4, threshold: float = 0.5
     columns = {name: title for name, title in columns.items() if name in study.ordered()}
     predictors = {}
     for name in columns:
-        cfg = study.config(name, seed).clone()
+        task = study.task(name, seed)
+        cfg = study.config(task).clone()
         cfg.defrost()
-        cfg.MODEL.WEIGHTS = str(study.folder(name, seed) / "model_final.pth")
+        cfg.MODEL.WEIGHTS = str(study.folder(task) / "model_final.pth")
         predictors[name] = DefaultPredictor(cfg)
-    test = study.config("baseline_L_shifted", seed).DATASETS.TEST[0]
+    test = study.config(study.task(study.ordered()[0], seed)).DATASETS.TEST[0]
     records = DatasetCatalog.get(test)
     panels = []
     for record in records[:: max(len(records) // count, 1)][:count]:
@@ -157,8 +163,8 @@ def make_study(args: argparse.Namespace) -> Study:
         opts = data_opts(folder) + opts
     if args.iterations:
         opts += ["SOLVER.MAX_ITER", args.iterations]
-    if args.device:
-        opts += ["MODEL.DEVICE", args.device]
+    if args.devices:
+        opts += ["MODEL.DEVICE", "cuda"]
     rows = tuple(ROWS) if args.rows == ["all"] else tuple(args.rows)
     return Study(args.configs, args.output, opts, tuple(args.seeds), rows, args.short_side)
 
@@ -175,7 +181,7 @@ def finish(study: Study, results: dict, seconds: float) -> dict:
         "results": results,
         "cost": measure_costs(study),
     }
-    runs = {name: study.folder(name, study.seeds[0]) / "metrics.json" for name in study.ordered()}
+    runs = {name: study.folder(study.task(name, study.seeds[0])) / "metrics.json" for name in study.ordered()}
     plot_curves({name: file for name, file in runs.items() if file.is_file()}, study.output / "curves.png")
     draw_panels(study, study.output / "panels.jpg")
     with replacing(str(study.output / "metrics.json"), "w") as file:
@@ -190,14 +196,21 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     begin = time.time()
     try:
+        slots = make_slots(args.jobs or min(os.cpu_count() or 1, 4), args.threads, args.devices)
         study = make_study(args)
-        results = run(study)
-        metrics = finish(study, results, add_seconds(args.output, time.time() - begin))
+        failed = run(study, slots)
+        seconds = add_seconds(args.output, time.time() - begin)
+        if failed:
+            for task in failed:
+                print(f"error: {task}: {study.error(task)}; see {study.folder(task) / 'log.txt'}", file=sys.stderr)
+            print("The same command tries again what failed.", file=sys.stderr)
+            return 1
+        metrics = finish(study, collect(study), seconds)
     except KeyboardInterrupt:
         add_seconds(args.output, time.time() - begin)
         print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
         return 130
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(metrics))

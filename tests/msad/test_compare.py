@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from msad.engine.compare import Comparison, Slot, Task, collect, make_slots, run, run_task, unique_names
+from msad.engine.compare import Comparison, collect, run, unique_names
+from msad.engine.schedule import Slot, Task, make_slots, run_task
 
 SMALL = ["SOLVER.IMS_PER_BATCH", 2]
 
@@ -112,7 +113,7 @@ def test_runs_in_processes_and_failures_stay_alone(rows, tmp_path):
     assert set(missing) == {Task("teacher", "broken", 0), Task("row", "orphan", 0), Task("row", "broken", 0)}
     assert comparison.result(Task("row", "plain", 0))["iterations"] == 1
     assert "build_no_such_backbone" in comparison.error(Task("row", "broken", 0))
-    assert "teacher (broken, seed 0) failed" in comparison.error(Task("row", "orphan", 0))
+    assert "(broken, seed 0) failed" in comparison.error(Task("row", "orphan", 0))
     assert sum("FAILED" in line for line in lines) == 2 and any("AP plain" in line for line in lines)
     assert "Traceback" in (comparison.folder(Task("row", "broken", 0)) / "log.txt").read_text()
     errors = {r["row"] for r in collect(comparison)["runs"] if "error" in r}
@@ -126,6 +127,9 @@ def test_runs_in_processes_and_failures_stay_alone(rows, tmp_path):
     other = Comparison(rows("plain"), tmp_path / "out", SMALL, iterations=2)
     with pytest.raises(ValueError, match="another configuration"):
         run_task(other, Task("row", "plain", 0))
+    with pytest.raises(ValueError, match="another configuration"):
+        run(other, [Slot(0, 1)], lines.append)
+    assert comparison.error(Task("row", "plain", 0)) is None
 
 
 def test_students_learn_from_the_trained_teacher(rows, tmp_path):

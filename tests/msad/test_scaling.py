@@ -95,4 +95,4 @@ def test_training_and_studies_use_it(project, tmp_path):
     (tmp_path / "baseline_H.yaml").write_text((project / "fcos.yaml").read_text())
     (tmp_path / "base.yaml").write_text((project / "base.yaml").read_text())
     study = Study(tmp_path, tmp_path / "out", options[:4], rows=("baseline_H",))
-    assert study.config("baseline_H", 0).SOLVER.MAX_ITER == 6
+    assert study.config(study.task("baseline_H", 0)).SOLVER.MAX_ITER == 6

@@ -54,8 +54,19 @@ def test_from_scenes_to_report(quickstart, monkeypatch, tmp_path, capsys):
     assert again["results"] == metrics["results"] and again["seconds"] > metrics["seconds"]
 
     # Results of another configuration are not mixed in.
-    with pytest.raises(ValueError, match="another configuration"):
-        call(quickstart, monkeypatch, "--output", tmp_path, "--iterations", 5, "--rows", "baseline_L")
+    args = ["--output", tmp_path, "--iterations", 5, "--rows", "baseline_L"]
+    assert call(quickstart, monkeypatch, *args) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_failures_are_named(quickstart, monkeypatch, tmp_path, capsys):
+    args = ["--output", tmp_path, "--iterations", 1, "--rows", "baseline_L", "student_L", "--"]
+    args += ["SOLVER.IMS_PER_BATCH", 2, "MODEL.BACKBONE.NAME", "build_no_such_backbone"]
+    assert call(quickstart, monkeypatch, *args) == 1
+    error = capsys.readouterr().err
+    assert "baseline_L, seed 0: KeyError" in error and "build_no_such_backbone" in error
+    assert "student_L, seed 0: not run, because what it needs (teacher, seed 0) failed" in error
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_data_folder_must_be_complete(quickstart, monkeypatch, tmp_path, capsys):
@@ -66,7 +77,7 @@ def test_data_folder_must_be_complete(quickstart, monkeypatch, tmp_path, capsys)
 
 def test_short_side_scales_every_row(quickstart, tmp_path):
     study = quickstart.Study(SCRIPT.parents[1] / "configs/quickstart", tmp_path, rows=("baseline_H",), short_side=384)
-    high, low = study.config("baseline_H", 0), study.config("baseline_L", 0)
+    high, low = (study.config(study.task(row, 0)) for row in ("baseline_H", "baseline_L"))
     assert high.INPUT.MIN_SIZE_TEST == 384 and tuple(high.INPUT.MIN_SIZE_TRAIN) == (384,)
     assert low.INPUT.MIN_SIZE_TEST == 192 and low.INPUT.MAX_SIZE_TEST == high.INPUT.MAX_SIZE_TEST // 2
 

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..config import load_config
-from .runs import read_result, run_config
 from .scaling import scale_to_batch
+from .schedule import Plan, Slot, Task, run_tasks
 
 SAME_TIME = 0.05  # a smaller difference in time is within what can be measured, and is not trained for anew
 
 
-class Task(NamedTuple):
-    """One run: a teacher, a row at equal iterations, or ("time") at the time that the reference took."""
-
-    kind: str
-    name: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.name}{' at equal time' if self.kind == 'time' else ''}, seed {self.seed}"
-
-
-class Slot(NamedTuple):
-    """Where one process runs: its number, CPU threads, and the GPU that it sees ("" for none or all)."""
-
-    number: int
-    threads: int = 0
-    gpu: str = ""
-
-
 @dataclass
-class Comparison:
+class Comparison(Plan):
     """What is compared, and where the runs live: OUTPUT/seed0/{row, row@time, teachers/name}.
 
     Attributes:
@@ -73,11 +46,11 @@ class Comparison:
         self.reference = self.reference or next(iter(self.files))
         if self.reference not in self.files:
             raise ValueError(f"--reference {self.reference} is none of the rows {', '.join(self.files)}")
-        needs = {name: [_key(e) for e in self._load(f).DISTILL.TEACHERS] for name, f in self.files.items()}
-        paths = [] if self.teacher_weights else dict.fromkeys(path for files in needs.values() for path in files)
+        used = {name: [_key(e) for e in self._load(f).DISTILL.TEACHERS] for name, f in self.files.items()}
+        paths = [] if self.teacher_weights else dict.fromkeys(path for files in used.values() for path in files)
         self.teachers = unique_names(list(paths))
         by_path = {path: name for name, path in self.teachers.items()}
-        self.needs = {name: [by_path[p] for p in files if p in by_path] for name, files in needs.items()}
+        self.row_teachers = {name: [by_path[p] for p in files if p in by_path] for name, files in used.items()}
 
     def _load(self, file: Path) -> CfgNode:
         return scale_to_batch(load_config(file, self.opts))
@@ -86,13 +59,10 @@ class Comparison:
         name = {"teacher": f"teachers/{task.name}", "time": f"{task.name}@time"}.get(task.kind, task.name)
         return self.output / f"seed{task.seed}" / name
 
-    def result(self, task: Task) -> dict | None:
-        return read_result(self.folder(task))
-
-    def error(self, task: Task) -> str | None:
-        """Why the run failed when it was last tried, or None."""
-        file = self.folder(task) / "failed.txt"
-        return file.read_text() if file.is_file() else None
+    def needs(self, task: Task) -> list[Task]:
+        if task.kind == "teacher":
+            return []
+        return [Task("teacher", name, task.seed) for name in self.row_teachers[task.name]]
 
     def config(self, task: Task) -> CfgNode:
         """The frozen config of a run; one of equal time needs the finished runs of equal iterations."""
@@ -181,140 +151,10 @@ def _set_iterations(cfg: CfgNode, iterations: int | None) -> None:
     cfg.SOLVER.MAX_ITER = iterations
 
 
-def make_slots(jobs: int = 1, threads: int = 0, devices: Sequence[str] = ()) -> list[Slot]:
-    """A process a GPU of ``devices`` ("cuda:0", ...), or ``jobs`` on the CPU that share its cores.
-
-    Raises:
-        ValueError: a device is neither "cpu" nor "cuda:N".
-    """
-    if not devices or list(devices) == ["cpu"]:
-        return [Slot(number, threads or max(1, (os.cpu_count() or 1) // jobs)) for number in range(jobs)]
-    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    slots = []
-    for number, device in enumerate(devices):
-        index = device.removeprefix("cuda:")
-        if not index.isdigit() or (visible and int(index) >= len(visible)):
-            raise ValueError(f"--devices {device}: expected cuda:0, cuda:1, ... of the GPUs that are visible")
-        slots.append(Slot(number, threads, visible[int(index)] if visible else index))
-    return slots
-
-
 def run(comparison: Comparison, slots: Sequence[Slot], report: Callable[[str], None] = tqdm.write) -> list[Task]:
-    """Run all that is not finished, one task a slot at a time; returns the tasks without a result.
-
-    A run that fails is reported, noted in its folder and tried again by the next call; the others go on.
-    """
-    tasks = comparison.tasks()
-    _run_tasks(comparison, tasks, slots, report)
-    timed = comparison.time_tasks()
-    _run_tasks(comparison, timed, slots, report)
-    return [task for task in [*tasks, *timed] if comparison.result(task) is None]
-
-
-def _run_tasks(comparison: Comparison, tasks: list[Task], slots: Sequence[Slot], report: Callable[[str], None]) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    lock = context.RLock()
-    waiting, running = list(tasks), {}  # process -> (task, slot, start)
-    failed: set[Task] = set()
-    durations = []  # of what was trained here, in seconds
-    try:
-        while waiting or running:
-            free = [slot for slot in slots if slot not in {slot for _, slot, _ in running.values()}]
-            for task in list(waiting):
-                needs = [Task("teacher", name, task.seed) for name in comparison.needs.get(task.name, ())]
-                needs = [] if task.kind == "teacher" else needs
-                if any(need in failed for need in needs):
-                    _note(comparison, task, f"not run, because its teacher ({needs[0]}) failed")
-                    failed.add(task)
-                elif not free:
-                    break
-                elif any(need in waiting or need in {t for t, *_ in running.values()} for need in needs):
-                    continue
-                else:
-                    slot = free.pop(0)
-                    process = context.Process(target=_child, args=(comparison, task, slot, lock))
-                    process.start()
-                    running[process] = (task, slot, time.time() if comparison.result(task) is None else None)
-                waiting.remove(task)
-            wait([process.sentinel for process in running])
-            for process in [p for p in running if not p.is_alive()]:
-                process.join()
-                task, _, start = running.pop(process)
-                if start is not None:
-                    durations.append(time.time() - start)
-                status = _status(comparison, task, process.exitcode)
-                if comparison.result(task) is None:
-                    failed.add(task)
-                todo = len(waiting) + len(running)
-                left = ""
-                if todo and durations:
-                    left = f"; about {_duration(sum(durations) / len(durations) * todo / len(slots))} left"
-                report(f"[{len(tasks) - todo}/{len(tasks)}] {task}: {status}{left}")
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.join(30)
-            process.kill()
-
-
-def _status(comparison: Comparison, task: Task, exitcode: int) -> str:
-    result = comparison.result(task)
-    if result is not None:
-        scores = ", ".join(f"{name} {v['bbox']['AP']:.1f}" for name, v in result["results"].items())
-        return f"AP {scores} ({_duration(result['seconds'])})"
-    if comparison.error(task) is None:
-        _note(comparison, task, f"its process ended with exit code {exitcode}")
-    return f"FAILED: {comparison.error(task)}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-
-
-def _note(comparison: Comparison, task: Task, error: str) -> None:
-    folder = comparison.folder(task)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failed.txt").write_text(error)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _child(comparison: Comparison, task: Task, slot: Slot, lock: Any) -> None:
-    """Run ``task`` in this process; what goes wrong is noted in its folder."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends its children as below
-    signal.signal(signal.SIGTERM, _interrupt)
-    if slot.gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
-    if slot.threads:
-        torch.set_num_threads(slot.threads)
-    tqdm.set_lock(lock)
-    try:
-        run_task(comparison, task, slot.number)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception:
-        raise SystemExit(1) from None
-
-
-def run_task(comparison: Comparison, task: Task, position: int = 0) -> dict:
-    """Run ``task`` in this process; an error is noted in its folder and raised."""
-    folder = comparison.folder(task)
-    try:
-        result = run_config(comparison.config(task), task.name, str(task), same=task.kind != "time", position=position)
-    except Exception as error:
-        _note(comparison, task, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
-        with open(folder / "log.txt", "a") as file:
-            file.write(traceback.format_exc())
-        raise
-    (folder / "failed.txt").unlink(missing_ok=True)
-    return result
+    """Run all that is not finished, see :func:`msad.engine.schedule.run_tasks`; returns the tasks that failed."""
+    failed = run_tasks(comparison, comparison.tasks(), slots, report)
+    return failed + run_tasks(comparison, comparison.time_tasks(), slots, report)
 
 
 def collect(comparison: Comparison) -> dict:

@@ -26,14 +26,25 @@ def read_result(folder: Path) -> dict | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def run_config(cfg: CfgNode, name: str, title: str, *, same: bool = True, position: int = 0) -> dict:
-    """Train ``cfg`` in its OUTPUT_DIR, evaluate and note the result, unless it is there; goes on where it stopped.
+def check_result(cfg: CfgNode) -> dict:
+    """The result in the OUTPUT_DIR of ``cfg``, which is finished.
+
+    Raises:
+        ValueError: it is that of another config.
+    """
+    result = read_result(Path(cfg.OUTPUT_DIR))
+    if result["fingerprint"] != _fingerprint(cfg):
+        raise _other_run(cfg)
+    return result
+
+
+def run_config(cfg: CfgNode, name: str, title: str, *, position: int = 0) -> dict:
+    """Train ``cfg`` in its OUTPUT_DIR, evaluate and note the result; goes on where an earlier attempt stopped.
 
     Args:
         cfg: frozen.
         name: under which results are noted; those of a teacher as ``{name}_{branch}``.
         title: of the progress bar.
-        same: whether a finished run must have had this very config.
         position: line of the progress bar on the terminal.
 
     Returns:
@@ -41,19 +52,13 @@ def run_config(cfg: CfgNode, name: str, title: str, *, same: bool = True, positi
         that time (those that an interruption cost are done twice), "results": {name: {task: {metric: value}}}}.
 
     Raises:
-        ValueError: the folder holds a run of another config.
+        ValueError: the folder holds an unfinished run of another config.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    other = ValueError(f"{folder} holds a run of another configuration; choose another --output or delete it")
-    done = read_result(folder)
-    if done is not None:
-        if same and done["fingerprint"] != _fingerprint(cfg):
-            raise other
-        return done
     folder.mkdir(parents=True, exist_ok=True)
     used = folder / "config.yaml"
     if (folder / "last_checkpoint").is_file() and used.is_file() and used.read_text() != cfg.dump():
-        raise other
+        raise _other_run(cfg)
     used.write_text(cfg.dump())
     with log_to(folder / "log.txt"):
         prepare(cfg)
@@ -76,6 +81,11 @@ def run_config(cfg: CfgNode, name: str, title: str, *, same: bool = True, positi
     with replacing(str(folder / "result.json"), "w") as file:
         json.dump(result, file, indent=1)
     return result
+
+
+def _other_run(cfg: CfgNode) -> ValueError:
+    where = cfg.OUTPUT_DIR
+    return ValueError(f"{where} holds a run of another configuration; choose another --output or delete it")
 
 
 def _fingerprint(cfg: CfgNode) -> str:

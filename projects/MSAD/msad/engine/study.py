@@ -6,7 +6,7 @@ of the table are trained from which file, under which control. Finished rows are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..config import load_config
-from .runs import read_result, run_config
 from .scaling import scale_to_batch
+from .schedule import Plan, Slot, Task, run_tasks
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ ROWS: dict[str, Row] = {
     "student_L_w2": Row("student_L.yaml", _constant_weight(2.0), _STUDENT),
     "student_L_scratch": Row("student_L.yaml", ("DISTILL.INIT_STUDENT", "none"), _STUDENT),
     "student_L_light": Row("student_L_light.yaml", (), _STUDENT),
-    "baseline_L_2x": Row("baseline_L_shifted.yaml", (), ("teacher", "student_L"), "iterations"),
-    "baseline_L_time": Row("baseline_L_shifted.yaml", (), ("teacher", "student_L"), "seconds"),
+    "baseline_L_2x": Row("baseline_L_shifted.yaml", (), (), "iterations"),
+    "baseline_L_time": Row("baseline_L_shifted.yaml", (), ("teacher", "student_L", "baseline_L_shifted"), "seconds"),
 }
 
 
 @dataclass
-class Study:
+class Study(Plan):
     """Where a study lives and what it runs.
 
     Attributes:
@@ -82,36 +82,43 @@ class Study:
     rows: tuple[str, ...] = tuple(ROWS)
     short_side: int | None = None
 
-    def config(self, name: str, seed: int) -> CfgNode:
+    def task(self, name: str, seed: int) -> Task:
+        return Task("time" if ROWS[name].budget == "seconds" else "row", name, seed)
+
+    def tasks(self) -> list[Task]:
+        """All rows of all seeds."""
+        return [self.task(name, seed) for seed in self.seeds for name in self.ordered()]
+
+    def needs(self, task: Task) -> list[Task]:
+        return [self.task(name, task.seed) for name in ROWS[task.name].needs]
+
+    def config(self, task: Task) -> CfgNode:
         """The frozen config of a row; budgets that depend on other rows are read from their results."""
+        name, seed = task.name, task.seed
         row = ROWS[name]
         cfg = load_config(self.configs / row.config, [])
-        cfg.merge_from_list([*self.opts, *row.opts, "SEED", seed, "OUTPUT_DIR", str(self.folder(name, seed))])
+        cfg.merge_from_list([*self.opts, *row.opts, "SEED", seed, "OUTPUT_DIR", str(self.folder(task))])
         cfg = scale_to_batch(cfg)  # here, so that budgets count the iterations that are run
         if self.short_side:
             _scale_inputs(cfg, self.short_side / load_config(self.configs / "Base.yaml").INPUT.MIN_SIZE_TEST)
         if cfg.DISTILL.TEACHERS:
-            teacher = self.folder("teacher", seed)
+            teacher = self.folder(self.task("teacher", seed))
             cfg.DISTILL.TEACHERS = [
                 {"CONFIG": str(teacher / "config.yaml"), "WEIGHTS": str(teacher / "model_final.pth")}
             ]
-        if row.budget != "same":
-            results = [self.result(needed, seed) for needed in row.needs]
-            if row.budget == "iterations":
-                cfg.SOLVER.MAX_ITER = sum(r["iterations"] for r in results)
-            else:
-                clock = "cpu_seconds" if cfg.MODEL.DEVICE == "cpu" else "seconds"
-                own = self.result("baseline_L_shifted", seed)
-                cfg.SOLVER.MAX_ITER = round(sum(r[clock] for r in results) * own["iterations"] / own[clock])
+        stages = [self.task(stage, seed) for stage in ("teacher", "student_L")]
+        if row.budget == "iterations":
+            cfg.SOLVER.MAX_ITER = sum(self.config(stage).SOLVER.MAX_ITER for stage in stages)
+        elif row.budget == "seconds":
+            clock = "cpu_seconds" if cfg.MODEL.DEVICE == "cpu" else "seconds"
+            own = self.result(self.task("baseline_L_shifted", seed))
+            seconds = sum(self.result(stage)[clock] for stage in stages)
+            cfg.SOLVER.MAX_ITER = round(seconds * own["iterations"] / own[clock])
         cfg.freeze()
         return cfg
 
-    def folder(self, name: str, seed: int) -> Path:
-        return self.output / f"seed{seed}" / name
-
-    def result(self, name: str, seed: int) -> dict | None:
-        """What the finished row left, or None."""
-        return read_result(self.folder(name, seed))
+    def folder(self, task: Task) -> Path:
+        return self.output / f"seed{task.seed}" / task.name
 
     def ordered(self) -> list[str]:
         """Rows in an order in which nothing waits for a later one, including what they need."""
@@ -120,8 +127,7 @@ class Study:
         def add(name: str) -> None:
             if name not in ROWS:
                 raise ValueError(f"unknown row {name!r}; known: {', '.join(ROWS)}")
-            needs = ROWS[name].needs + (("baseline_L_shifted",) if ROWS[name].budget == "seconds" else ())
-            for needed in needs:
+            for needed in ROWS[name].needs:
                 add(needed)
             if name not in out:
                 out.append(name)
@@ -138,21 +144,9 @@ def _scale_inputs(cfg: CfgNode, factor: float) -> None:
         sizes[key] = round(sizes[key] * factor)
 
 
-def run_row(study: Study, name: str, seed: int) -> dict:
-    """Train and evaluate one row unless its result is there; see :func:`msad.engine.runs.run_config`."""
-    # How many iterations fit into a time is measured anew by every attempt.
-    return run_config(study.config(name, seed), name, f"{name} (seed {seed})", same=ROWS[name].budget != "seconds")
-
-
-def run(study: Study, report: Callable[[str], None] = tqdm.write) -> dict[str, dict]:
-    """Run all rows for all seeds and return :func:`collect`'s table."""
-    order = study.ordered()
-    for seed in study.seeds:
-        for number, name in enumerate(order, start=1):
-            result = run_row(study, name, seed)
-            scores = ", ".join(f"{k} {v['bbox']['AP']:.1f}" for k, v in result["results"].items())
-            report(f"[seed {seed}, {number}/{len(order)}] {scores}  ({result['seconds']:.0f} s)")
-    return collect(study)
+def run(study: Study, slots: Sequence[Slot], report: Callable[[str], None] = tqdm.write) -> list[Task]:
+    """Run all rows for all seeds, see :func:`msad.engine.schedule.run_tasks`; returns the tasks that failed."""
+    return run_tasks(study, study.tasks(), slots, report)
 
 
 def collect(study: Study) -> dict[str, dict]:
@@ -162,7 +156,7 @@ def collect(study: Study) -> dict[str, dict]:
     """
     table: dict[str, dict] = {}
     for name in study.ordered():
-        runs = [r for r in (study.result(name, seed) for seed in study.seeds) if r is not None]
+        runs = [r for r in (study.result(study.task(name, seed)) for seed in study.seeds) if r is not None]
         if not runs:
             continue
         for evaluated in runs[0]["results"]:
