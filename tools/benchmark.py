@@ -28,7 +28,7 @@ from tqdm import tqdm
 from msad import load_config
 from msad.engine import DistillTrainer
 from msad.evaluation import cost
-from msad.evaluation.memory import peak_memory
+from msad.evaluation.memory import PeakMemory, peak_memory
 from msad.modeling.teacher import MultiScaleTeacher
 from msad.resolution import get_resolution, reduced_size
 
@@ -188,9 +188,11 @@ def benchmark_train_step(args: argparse.Namespace) -> dict[str, Any]:
         student.DISTILL.TEACHERS = [entry]
         distiller = DistillTrainer.build_model(student)
     batch = cost.random_inputs(*args.size, batch=args.batch_size, boxes=10)
+    memory = PeakMemory(args.device)
     with tqdm(total=args.warmup + args.repeats, unit="round", desc="training step") as bar:
         times = cost.training_step_cost(distiller, batch, args.repeats, args.warmup, on_round=bar.update)
     return {
+        "peak_memory_bytes": memory.growth(),
         "student": args.train_step[0],
         "teacher": args.train_step[1],
         "resolution": student.DISTILL.STUDENT_RESOLUTION,
@@ -234,7 +236,8 @@ def format_models(rows: list[dict[str, Any]]) -> str:
 def format_train_step(step: dict[str, Any]) -> str:
     lines = [[name.replace("_", " "), step["milliseconds"][name]] for name in cost.STEPS]
     table = tabulate(lines, headers=[f"training, batch of {step['batch_size']}", "median ms"], floatfmt=".4g")
-    return f"{table}\ndistillation step / (student step + teacher neck) = {step['ratio']:.3f}"
+    ratio = f"distillation step / (student step + teacher neck) = {step['ratio']:.3f}"
+    return f"{table}\n{ratio}\npeak memory beyond the weights: {step['peak_memory_bytes'] / 2**20:.0f} MiB"
 
 
 def run(args: argparse.Namespace, command: list[str]) -> None:
@@ -250,12 +253,12 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
         "command": shlex.join(command),
     }
     tables = []
-    if args.config_file:
-        result["models"] = benchmark_models(args)
-        tables.append(format_models(result["models"]))
-    if args.train_step:
+    if args.train_step:  # first: what the models leave in the allocator would hide how much memory a step needs
         result["train_step"] = benchmark_train_step(args)
         tables.append(format_train_step(result["train_step"]))
+    if args.config_file:
+        result["models"] = benchmark_models(args)
+        tables.insert(0, format_models(result["models"]))
     print(
         f"detectron2 {result['engine']}, torch {result['torch']}, {result['device']}, {result['threads']} threads",
         *tables, sep="\n\n",

@@ -41,7 +41,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 QUICK_ROWS = (
     "baseline_H", "baseline_L", "baseline_L_shifted", "teacher", "student_L_control", "student_L", "baseline_L_2x",
 )  # fmt: skip
-SYNTHETIC = {"num_train": 600, "num_val": 100, "size": (192, 192), "objects": (6, 14), "min_size": 7.0, "seed": 0}
+SYNTHETIC = {
+    "num_train": 600, "num_val": 100, "size": (128, 128), "objects": (3, 7), "min_size": 10.0,
+    "classes": ("disc", "ring", "triangle"), "seed": 0,
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:

@@ -71,6 +71,8 @@ def test_an_interrupted_run_is_not_taken_for_complete(tmp_path, monkeypatch):
         ({"objects": (5, 2)}, "1 <= least <= most"),
         ({"min_size": 2}, "at least 4 pixels"),
         ({"max_fraction": 0.01}, "allow objects of min_size"),
+        ({"classes": ("disc", "cube")}, "different ones of disc, ring"),
+        ({"classes": ("disc", "disc")}, "different ones of disc, ring"),
     ],
 )
 def test_impossible_parameters(tmp_path, change, message):
@@ -150,6 +152,19 @@ def test_every_class_and_a_wide_range_of_sizes_occur():
     assert {a["category_id"] for a in annotations} == set(range(1, len(shapes.CLASSES) + 1))
     sides = [max(a["bbox"][2:]) for a in annotations]
     assert min(sides) < 8 and max(sides) > 35
+
+
+def test_chosen_classes_are_numbered_as_named(tmp_path):
+    make_dataset(tmp_path, 4, 1, size=(96, 96), classes=("star", "disc"))
+    data = json.loads((tmp_path / "annotations_train.json").read_text())
+    assert [(c["id"], c["name"]) for c in data["categories"]] == [(1, "star"), (2, "disc")]
+    assert {a["category_id"] for a in data["annotations"]} == {1, 2}
+    # A disc fills more of its box than a star does.
+    star, disc = (
+        np.median([a["area"] / np.prod(a["bbox"][2:]) for a in data["annotations"] if a["category_id"] == number])
+        for number in (1, 2)
+    )
+    assert disc > 0.7 > 0.5 > star
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm", "keypoints"])

@@ -353,7 +353,7 @@ def test_rows_of_table_3(high, low):
 
 def test_nuclei_student_is_its_parts():
     fused, high, low = (
-        build_model(load_config(CONFIGS / "nuclei" / f"{name}.yaml"))
+        build_model(load_config(CONFIGS / "nuclei/fusion" / f"{name}.yaml"))
         for name in ("fusion_student", "student_H_narrow", "student_L")
     )
     for name, part in (("H", high), ("L", low)):

@@ -87,7 +87,7 @@ def test_raw_features(losses_of_a_step, path):
 
 
 def test_nothing_but_the_loss_differs():
-    reference = load_config(ROOT / "nuclei" / "student_L.yaml")
+    reference = load_config(ROOT / "nuclei/losses/control.yaml")
     (teacher,) = reference.DISTILL.TEACHERS
     reference.DISTILL.LOSSES = reference.DISTILL.TEACHERS = []
     for path in NUCLEI:

@@ -82,25 +82,32 @@ class DatasetMapper:
         self, dataset_dict: dict, transforms: TransformList, image_shape: tuple[int, int]
     ) -> None:
         """Replace "annotations" by "instances" for an image of ``image_shape`` (height, width) pixels."""
-        unused = {"segmentation": not self.use_instance_mask, "keypoints": not self.use_keypoint}
-        transformed = []
-        for anno in dataset_dict.pop("annotations"):
-            if anno.get("iscrowd", 0):
-                continue
-            wanted = {key: value for key, value in anno.items() if not unused.get(key, False)}
-            transformed.append(
-                utils.transform_instance_annotations(
-                    wanted, transforms, image_shape, keypoint_hflip_indices=self.keypoint_hflip_indices
-                )
+        transformed = [
+            utils.transform_instance_annotations(
+                anno, transforms, image_shape, keypoint_hflip_indices=self.keypoint_hflip_indices
             )
+            for anno in dataset_dict.pop("annotations")
+            if not anno.get("iscrowd", 0)
+        ]
         instances = utils.annotations_to_instances(transformed, image_shape, self.instance_mask_format)
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         dataset_dict["instances"] = utils.filter_empty_instances(instances)
 
+    def _wanted(self, dataset_dict: dict) -> dict:
+        """The sample without what the model does not ask for: to copy polygons takes as long as to read the image."""
+        sample = dict(dataset_dict)
+        if not self.is_train:
+            sample.pop("annotations", None)
+        elif "annotations" in sample:
+            unused = {"segmentation": not self.use_instance_mask, "keypoints": not self.use_keypoint}
+            unused = {key for key, drop in unused.items() if drop}
+            sample["annotations"] = [{k: v for k, v in a.items() if k not in unused} for a in sample["annotations"]]
+        return sample
+
     def __call__(self, dataset_dict: dict) -> dict:
         """Map one sample of a registered data set; the sample itself is not changed."""
-        sample = copy.deepcopy(dataset_dict)
+        sample = copy.deepcopy(self._wanted(dataset_dict))
         image = utils.read_image(sample["file_name"], self.image_format)
         utils.check_image_size(sample, image)
 
@@ -112,8 +119,6 @@ class DatasetMapper:
 
         if self.proposal_topk is not None:
             utils.transform_proposals(sample, image_shape, transforms, proposal_topk=self.proposal_topk)
-        if not self.is_train:
-            sample.pop("annotations", None)
-        elif "annotations" in sample:
+        if "annotations" in sample:
             self._transform_annotations(sample, transforms, image_shape)
         return sample

@@ -1,5 +1,7 @@
 """Drawing one synthetic scene and its annotations."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -15,8 +17,12 @@ def draw_scene(
     objects: tuple[int, int] = (4, 10),
     min_size: float = 6.0,
     max_fraction: float = 1 / 3,
+    classes: Sequence[str] = shapes.CLASSES,
 ) -> tuple[np.ndarray, list[dict]]:
-    """One scene: a (H, W, 3) uint8 BGR image and its COCO annotations without ids (category ids count from 1)."""
+    """One scene of ``classes``: a (H, W, 3) uint8 BGR image and its COCO annotations without ids.
+
+    Category ids count from 1 in the order of ``classes``.
+    """
     height, width = size
     image = _background(rng, height, width)
     light = rng.uniform(0, 2 * np.pi)
@@ -26,17 +32,18 @@ def draw_scene(
     sizes = np.exp(rng.uniform(np.log(min_size), np.log(max(min_size, max_fraction * min(size))), count))
     placed: list[dict] = []
     for diameter in -np.sort(-sizes):  # large ones first: they would bury the small ones
-        candidate = _find_room(rng, owner, placed, diameter)
+        candidate = _find_room(rng, owner, placed, classes[rng.integers(len(classes))], diameter)
         if candidate is not None:
             placed.append(candidate)
             _paint(rng, image, candidate, light)
-    return _photograph(rng, image), _annotate(owner, placed)
+    return _photograph(rng, image), _annotate(owner, placed, classes)
 
 
-def _find_room(rng: np.random.Generator, owner: np.ndarray, placed: list[dict], diameter: float) -> dict | None:
-    """Choose class, pose and a position that leaves every object at least 35 % visible; take it in ``owner``."""
+def _find_room(
+    rng: np.random.Generator, owner: np.ndarray, placed: list[dict], name: str, diameter: float
+) -> dict | None:
+    """Choose pose and a position that leaves every object at least 35 % visible; take it in ``owner``."""
     height, width = owner.shape[0] // SUBPIXELS, owner.shape[1] // SUBPIXELS
-    name = shapes.CLASSES[rng.integers(len(shapes.CLASSES))]
     aspect, degrees = rng.uniform(0.85, 1.18), rng.uniform(-1, 1) * shapes.max_rotation(name)
     for _ in range(8):
         centre = rng.uniform((0, 0), (width, height))
@@ -80,7 +87,7 @@ def _overlap(start: int, length: int, limit: int) -> slice:
     return slice(min(max(start, 0), limit), min(max(start + length, 0), limit))
 
 
-def _annotate(owner: np.ndarray, placed: list[dict]) -> list[dict]:
+def _annotate(owner: np.ndarray, placed: list[dict], classes: Sequence[str]) -> list[dict]:
     annotations = []
     for index, item in enumerate(placed):
         visible = owner[item["cells"]] == index + 1
@@ -94,7 +101,7 @@ def _annotate(owner: np.ndarray, placed: list[dict]) -> list[dict]:
             keypoints += _keypoint(owner, float(x), float(y), index + 1)
         annotations.append(
             {
-                "category_id": shapes.CLASSES.index(item["name"]) + 1,
+                "category_id": classes.index(item["name"]) + 1,
                 "bbox": [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)],
                 "segmentation": polygons,
                 "area": round(float(visible.sum()) / SUBPIXELS**2, 2),

@@ -8,6 +8,7 @@ in a data set that is drawn in seconds on any machine.
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -30,6 +31,7 @@ def make_dataset(
     objects: tuple[int, int] = (4, 10),
     min_size: float = 6.0,
     max_fraction: float = 1 / 3,
+    classes: Sequence[str] = shapes.CLASSES,
 ) -> None:
     """Draw the data set into ``root``, unless it is there already with the same parameters.
 
@@ -42,6 +44,7 @@ def make_dataset(
         objects: least and greatest number of objects that are tried in an image; some find no room.
         min_size: diameter of the smallest objects in pixels.
         max_fraction: diameter of the largest objects as a fraction of the image's short side.
+        classes: names in ``shapes.CLASSES``.
     """
     root = Path(root)
     scene = {
@@ -50,6 +53,7 @@ def make_dataset(
         "objects": list(objects),
         "min_size": min_size,
         "max_fraction": max_fraction,
+        "classes": list(classes),
     }
     parameters = dict(format=_FORMAT, num_train=num_train, num_val=num_val, **scene)
     _validate(parameters)
@@ -96,7 +100,7 @@ def _write_split(root: Path, split: str, count: int, scene: dict) -> None:
             "info": {"description": f"MSAD synthetic scenes, {split}, seed {scene['seed']}"},
             "images": images,
             "annotations": annotations,
-            "categories": [_category(i, name) for i, name in enumerate(shapes.CLASSES, start=1)],
+            "categories": [_category(i, name) for i, name in enumerate(scene["classes"], start=1)],
         },
     )
 
@@ -125,6 +129,9 @@ def _validate(parameters: dict) -> None:
             and parameters["max_fraction"] * min(height, width) >= parameters["min_size"]
         ),
     }
+    conditions[f"classes must be different ones of {', '.join(shapes.CLASSES)}"] = (
+        0 < len(parameters["classes"]) == len(set(parameters["classes"]) & set(shapes.CLASSES))
+    )
     for message, holds in conditions.items():
         if not holds:
             raise ValueError(f"synthetic data set: {message}; got {parameters}")

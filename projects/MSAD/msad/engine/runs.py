@@ -13,6 +13,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
 from tqdm import tqdm
 
 from .checkpoint import replacing
@@ -62,7 +63,7 @@ def run_config(cfg: CfgNode, name: str, title: str, *, position: int = 0) -> dic
     used.write_text(cfg.dump())
     with log_to(folder / "log.txt"):
         prepare(cfg)
-        trainer = DistillTrainer(cfg)
+        trainer = _Trainer(cfg)
         trainer.resume_or_load(resume=True)
         if trainer.start_iter < trainer.max_iter:
             trainer.register_hooks([_Progress(title, folder / "clock.json", position)])
@@ -90,6 +91,14 @@ def _other_run(cfg: CfgNode) -> ValueError:
 
 def _fingerprint(cfg: CfgNode) -> str:
     return hashlib.sha1(cfg.dump().encode()).hexdigest()[:12]
+
+
+class _Trainer(DistillTrainer):
+    """Leaves the evaluation after training to the run, which evaluates every branch of a teacher."""
+
+    def build_hooks(self) -> list:
+        final = self.cfg.TEST.EVAL_PERIOD == 0
+        return [hook for hook in super().build_hooks() if not (final and isinstance(hook, EvalHook))]
 
 
 class _Progress(HookBase):

@@ -17,7 +17,7 @@ from ..distill.losses import DistillBatch, build_losses
 from ..distill.losses.registry import WeightedLoss
 from ..resolution import level_of, reduced_size
 from .cost import medians, milliseconds, random_inputs
-from .memory import resident_bytes
+from .memory import PeakMemory
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,9 @@ def peak_memory(entry: dict[str, Any], setting: Setting, threads: int | None = N
     if torch.device(setting.device).type == "cuda":
         loss, maps = make_loss(entry, setting), make_batch(setting)
         step(loss, maps)  # what libraries allocate once
-        torch.cuda.reset_peak_memory_stats(setting.device)
-        before = torch.cuda.memory_allocated(setting.device)
+        memory = PeakMemory(setting.device)
         step(loss, maps)
-        return torch.cuda.max_memory_allocated(setting.device) - before
+        return memory.growth()
     child = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _child; _child()"],
         input=json.dumps({"entry": entry, "setting": asdict(setting), "threads": threads}),
@@ -113,9 +112,9 @@ def _child() -> None:
     small = Setting(**{**request["setting"], "size": (64, 64)})
     step(make_loss(request["entry"], small), make_batch(small))  # what torch loads at first use
     loss, maps = make_loss(request["entry"], setting), make_batch(setting)
-    before = resident_bytes()[0]
+    memory = PeakMemory("cpu")
     step(loss, maps)
-    print(resident_bytes()[1] - before)
+    print(memory.growth())
 
 
 def step_time(loss: WeightedLoss, maps: tuple[dict, dict, DistillBatch], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Peak memory of inference, weights included."""
+"""Peak memory: of inference, weights included, and of whatever else runs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,23 @@ def resident_bytes() -> tuple[int, int]:
         return highest, highest
 
 
+class PeakMemory:
+    """By how many bytes memory grows at most from now on.
+
+    On a GPU: what torch's allocator holds. On a CPU: the resident memory of this process, which only shows what nobody
+    before has asked the allocator for, so use it early.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.gpu = device if torch.device(device).type == "cuda" else None
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats(self.gpu)
+        self.before = torch.cuda.memory_allocated(self.gpu) if self.gpu else resident_bytes()[0]
+
+    def growth(self) -> int:
+        return (torch.cuda.max_memory_allocated(self.gpu) if self.gpu else resident_bytes()[1]) - self.before
+
+
 def _child() -> None:
     """Entry of the subprocess of :func:`peak_memory`: a request on stdin, bytes as the last line of stdout."""
     import msad  # noqa: F401  (fills the registries)
@@ -41,9 +58,9 @@ def _child() -> None:
         torch.set_num_threads(request["threads"])
     # Whatever torch loads and allocates at its first convolution is not the model's.
     F.conv2d(torch.zeros(1, 8, 32, 32), torch.zeros(8, 8, 3, 3))
-    before = resident_bytes()[0]
+    memory = PeakMemory("cpu")
     _build_and_run(CfgNode.load_cfg(request["cfg"]), request["height"], request["width"])
-    print(resident_bytes()[1] - before)
+    print(memory.growth())
 
 
 def peak_memory(cfg: CfgNode, height: int, width: int, threads: int | None = None) -> int:
@@ -60,10 +77,9 @@ def peak_memory(cfg: CfgNode, height: int, width: int, threads: int | None = Non
         RuntimeError: the process failed; with the last line that it wrote.
     """
     if torch.device(cfg.MODEL.DEVICE).type == "cuda":
-        before = torch.cuda.memory_allocated(cfg.MODEL.DEVICE)
-        torch.cuda.reset_peak_memory_stats(cfg.MODEL.DEVICE)
+        memory = PeakMemory(cfg.MODEL.DEVICE)
         _build_and_run(cfg, height, width)
-        return torch.cuda.max_memory_allocated(cfg.MODEL.DEVICE) - before
+        return memory.growth()
     child = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _child; _child()"],
         input=json.dumps({"cfg": cfg.dump(), "height": height, "width": width, "threads": threads}),
