@@ -22,7 +22,7 @@ def row(ap, seconds=60.0, **extra):
 
 def seeded(*values):
     mean = float(np.mean(values))
-    return row(mean, per_seed=list(values), std={"AP": float(np.std(values, ddof=1))})
+    return row(mean, per_seed=list(values), std={"bbox": float(np.std(values, ddof=1))})
 
 
 def cost(total, ms):
@@ -156,7 +156,8 @@ def test_spread_over_seeds_is_in_the_table():
 def test_other_tasks_get_columns(metrics):
     metrics["results"]["student_L"]["segm"] = {"AP": 22.25}
     metrics["results"]["student_L"]["keypoints"] = {"AP": 11.0}
-    assert cell(metrics, "student_L", "mask AP") == "22.2" and cell(metrics, "student_L", "keypoint AP") == "11.0"
+    metrics["results"]["student_L"]["std"] = {"bbox": 3.0, "segm": 0.72}
+    assert cell(metrics, "student_L", "mask AP") == "22.2 ± 0.7" and cell(metrics, "student_L", "keypoint AP") == "11.0"
     assert cell(metrics, "baseline_H", "mask AP") == "-"
 
 
@@ -272,7 +273,7 @@ def test_seeds_are_paired():
 def test_without_values_per_seed_the_spreads_are_combined():
     metrics = three_seeds((36.0, 36.5, 36.1), (35.0, 35.5, 35.1))
     for name, std in (("student_L", 0.3), ("student_L_control", 0.4)):
-        metrics["results"][name]["std"] = {"AP": std}
+        metrics["results"][name]["std"] = {"bbox": std}
         del metrics["results"][name]["per_seed"]
     rows = {r.name: r for r in rows_of(metrics)}
     combined = difference(rows["student_L"], rows["student_L_control"], seeds=3)

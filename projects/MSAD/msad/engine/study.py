@@ -152,7 +152,8 @@ def run(study: Study, slots: Sequence[Slot], report: Callable[[str], None] = tqd
 def collect(study: Study) -> dict[str, dict]:
     """Mean over the seeds of what has been evaluated: row -> {task: {metric: mean}, "std", "per_seed", ...}.
 
-    "std" is the sample standard deviation of each task's AP (absent for a single seed).
+    "std" is the sample standard deviation of each task's AP, task -> value (absent for a single seed), "per_seed" the
+    box AP of every seed.
     """
     table: dict[str, dict] = {}
     for name in study.ordered():
@@ -167,7 +168,7 @@ def collect(study: Study) -> dict[str, dict]:
             }
             entry["per_seed"] = [p["bbox"]["AP"] for p in per_seed]
             if len(runs) > 1:
-                entry["std"] = {"AP": float(np.std(entry["per_seed"], ddof=1))}
+                entry["std"] = {t: float(np.std([p[t]["AP"] for p in per_seed], ddof=1)) for t in per_seed[0]}
             for clock in ("seconds", "cpu_seconds"):
                 entry[clock] = round(float(np.mean([r[clock] for r in runs])), 1)
             entry["iterations"] = int(np.mean([r["iterations"] for r in runs]))

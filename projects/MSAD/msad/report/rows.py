@@ -77,10 +77,14 @@ class Row:
     @property
     def std(self) -> float | None:
         """Standard deviation of the AP over the seeds; None for one seed."""
-        given = _number((self.result.get("std") or {}).get("AP"))
+        given = self.task_std("bbox")
         if given is None and len(self.per_seed) > 1:
             return statistics.stdev(self.per_seed)
         return given
+
+    def task_std(self, task: str) -> float | None:
+        """Standard deviation of a task's AP over the seeds."""
+        return _number((self.result.get("std") or {}).get(task))
 
     @property
     def iterations(self) -> float | None:

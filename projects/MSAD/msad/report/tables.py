@@ -17,12 +17,12 @@ def table(metrics: dict) -> tuple[list[str], list[list[str]]]:
     """Headers and cells, a list of cells per row; columns that no row has a number for are left out."""
     rows = rows_of(metrics)
     reference = reference_of(rows)
-    columns: list[tuple[str, Callable[[Row], str | None]]] = [("AP", _ap)]
+    columns: list[tuple[str, Callable[[Row], str | None]]] = [("AP", lambda row: _spread(row.ap, row.std))]
     columns += [(name, lambda row, name=name: _fixed(row.metric(name), 1)) for name in ("AP50", "APs", "APm", "APl")]
     classes = _few_classes(rows)
     columns += [(f"AP {name}", lambda row, name=name: _fixed(row.metric(f"AP-{name}"), 1)) for name in classes]
     for task, title in _TASKS.items():
-        columns.append((title, lambda row, task=task: _fixed(row.metric("AP", task), 1)))
+        columns.append((title, lambda row, task=task: _spread(row.metric("AP", task), row.task_std(task))))
     columns += [
         (f"of {reference.name if reference else 'H'}", lambda row: _share(row, reference)),
         ("iterations", lambda row: _fixed(row.iterations, 0)),
@@ -69,9 +69,9 @@ def _fixed(value: float | None, digits: int) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
 
-def _ap(row: Row) -> str | None:
-    text = _fixed(row.ap, 1)
-    return text if text is None or row.std is None else f"{text} ± {row.std:.1f}"
+def _spread(value: float | None, std: float | None) -> str | None:
+    text = _fixed(value, 1)
+    return text if text is None or std is None else f"{text} ± {std:.1f}"
 
 
 def _share(row: Row, reference: Row | None) -> str | None:
