@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from detectron2.modeling import build_model
 
 from msad import load_config
 from msad.data.synthetic import make_dataset, register_entries
+
+# A shell starts what it puts into the background deaf to Ctrl-C, and so would be the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Keys that every configuration shares. H is 64 pixels, L is 32.
 BASE = """
