@@ -6,7 +6,7 @@
 
 It trains what tools/train_net.py trains from the same yaml, on one device, with the same losses in every iteration
 (tests/tools/test_plain_distill.py). Left out: resuming, evaluation, several GPUs, mixed precision, automatic weights,
-losses between head predictions, MATCH: by_index.
+fusion students, losses between head predictions, MATCH: by_index.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +32,10 @@ from msad.data import register_datasets
 from msad.data.loader import build_train_loader
 from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
-from msad.distill.losses import DistillBatch, build_losses
+from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
 from msad.distill.schedules import distillation_factor
+from msad.engine.checkpoint import CheckedCheckpointer
+from msad.engine.scaling import scale_to_batch
 from msad.engine.solver import build_optimizer
 from msad.engine.trainer import load_teacher
 from msad.modeling.features import freeze_unread_levels, tap_neck
@@ -44,25 +45,19 @@ from msad.resolution import get_resolution, shift_levels, view
 def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Train ``student`` as ``cfg`` says, in place; yields the weighted loss terms of every iteration."""
     device = cfg.MODEL.DEVICE
-
     # 1. The teacher: frozen, in evaluation mode. It sees H; the student sees H reduced by 2^shift.
     teacher = load_teacher(cfg.DISTILL.TEACHERS[0], device, cfg.DISTILL.TEACHER_BN, cfg.INPUT.FORMAT)
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
 
-    # 2. The student starts from the teacher's weights, wherever names and shapes agree.
+    # 2. The student starts from pretrained weights, then from the teacher's, wherever names and shapes agree.
     freeze_unread_levels(student)
-    init_student(student, teacher.detector, cfg.DISTILL.INIT_STUDENT)
+    if cfg.MODEL.WEIGHTS:
+        CheckedCheckpointer(student).load(cfg.MODEL.WEIGHTS)
+    init_student(student, teacher.model, cfg.DISTILL.INIT_STUDENT)
 
     # 3. The losses know which levels they compare. Some have parameters (adaptors), which are trained along.
     shapes = student_shapes(student, resolution), teacher.shapes()
     losses = build_losses(cfg.DISTILL.LOSSES, *shapes, seed=cfg.SEED).to(device)
-    factor = partial(
-        distillation_factor,
-        max_iter=cfg.SOLVER.MAX_ITER,
-        warmup_iters=cfg.DISTILL.WARMUP_ITERS,
-        decay_from=cfg.DISTILL.DECAY_FROM,
-        decay_to=cfg.DISTILL.DECAY_TO,
-    )
 
     # 4. detectron2's optimizer and schedule, and a loader of H images.
     trained = nn.ModuleList([student, losses]).train()
@@ -84,29 +79,43 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
 
             # 6. P2 of the small image is P3 of H: rename the student's levels, and cut the teacher's padding to theirs.
             maps = shift_levels(pyramid, resolution.shift)
-            on_grid = {name: imitated[name][..., : x.shape[-2], : x.shape[-1]] for name, x in maps.items()
-                       if name in imitated}  # fmt: skip
+            common = [(name, x) for name, x in maps.items() if name in imitated]
+            on_grid = {name: imitated[name][..., : x.shape[-2], : x.shape[-1]] for name, x in common}
 
             # 7. Imitation, phased in and out over training.
             about = DistillBatch([tuple(x["image"].shape[-2:]) for x in inputs], [x["instances"] for x in inputs])
+            phases = cfg.DISTILL.WARMUP_ITERS, cfg.DISTILL.DECAY_FROM, cfg.DISTILL.DECAY_TO
+            factor = distillation_factor(iteration, cfg.SOLVER.MAX_ITER, *phases)
             for loss in losses:
-                terms |= {name: factor(iteration) * value for name, value in loss(maps, on_grid, about).items()}
-
+                terms |= {name: factor * value for name, value in loss(maps, on_grid, about).items()}
             # 8. An ordinary step.
             optimizer.zero_grad()
             sum(terms.values()).backward()
-            optimizer.step()
-            scheduler.step()
-            storage.step()
+            for part in (optimizer, scheduler, storage):
+                part.step()
             yield {name: value.detach() for name, value in terms.items()}
 
 
 def seed_step(seed: int, iteration: int) -> None:
     """Make what is random in a step (masks of MGD, sampled proposals) a function of seed and iteration."""
     number = int(np.random.SeedSequence((seed, iteration, 0)).generate_state(1)[0])
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
+    for generator in (random.seed, np.random.seed, torch.manual_seed):
+        generator(number)
+
+
+def check(cfg: CfgNode) -> None:
+    """Raise ValueError if ``cfg`` asks for something that is left out here."""
+    heads = [e["NAME"] for e in cfg.DISTILL.LOSSES if getattr(DISTILL_LOSS_REGISTRY.get(e["NAME"]), "heads", ())]
+    for what, wrong in {
+        "needs one DISTILL.TEACHERS entry": len(cfg.DISTILL.TEACHERS) != 1,
+        "knows no DISTILL.READING or BALANCE": cfg.DISTILL.READING or cfg.DISTILL.BALANCE.RATIO,
+        "knows no SOLVER.AMP or REFERENCE_WORLD_SIZE": cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.REFERENCE_WORLD_SIZE > 1,
+        "knows no fusion students": cfg.MODEL.META_ARCHITECTURE == "FusionStudent",
+        "knows no MATCH: by_index": any(e.get("MATCH") == "by_index" for e in cfg.DISTILL.LOSSES),
+        f"compares no head predictions (DISTILL.LOSSES: {', '.join(heads)})": heads,
+    }.items():
+        if wrong:
+            raise ValueError(f"plain_distill.py {what}")
 
 
 def main() -> int:
@@ -116,9 +125,8 @@ def main() -> int:
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides")
     args = parser.parse_intermixed_args()
     try:
-        cfg = load_config(args.config, args.opts)
-        if len(cfg.DISTILL.TEACHERS) != 1 or cfg.DISTILL.READING or cfg.DISTILL.BALANCE.RATIO:
-            raise ValueError(f"{args.config}: needs one DISTILL.TEACHERS entry, and no READING or BALANCE")
+        cfg = scale_to_batch(load_config(args.config, args.opts))
+        check(cfg)
         register_datasets(cfg)
         seed_all_rng(cfg.SEED)
         student = build_model(cfg)

@@ -39,13 +39,19 @@ def test_is_readable():
     assert len(SCRIPT.read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_losses_are_those_of_the_trainer(tool, project, teacher_weights, tmp_path, optimizer):
+@pytest.mark.parametrize(("optimizer", "init"), [("SGD", "full"), ("AdamW", "full"), ("SGD", "none")])
+def test_losses_are_those_of_the_trainer(tool, project, teacher_weights, tmp_path, optimizer, init):
+    """With "none" the student starts from MODEL.WEIGHTS, which differ from its random ones."""
     cfg = load_config(project / "student.yaml")
     cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = teacher_weights["teacher"]
     losses = [{"NAME": "AlignedL1", "WEIGHT": 0.6}, {"NAME": "MGD"}, {"NAME": "FitNet", "ADAPTOR": "always"}]
     cfg.merge_from_list(["DISTILL.LOSSES", losses, "OUTPUT_DIR", str(tmp_path), "SOLVER.OPTIMIZER", optimizer])
     cfg.merge_from_list(["SOLVER.MAX_ITER", 4, "DISTILL.WARMUP_ITERS", 2, "DISTILL.W_DET", 0.7])
+    cfg.DISTILL.INIT_STUDENT = init
+    if init == "none":
+        torch.manual_seed(11)
+        torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "pretrained.pth")
+        cfg.MODEL.WEIGHTS = str(tmp_path / "pretrained.pth")
     register_datasets(cfg)
     trainer, terms = DistillTrainer(cfg), Terms()
     trainer.resume_or_load(False)
@@ -76,3 +82,12 @@ def test_command_line(tool, project, teacher_weights, tmp_path, monkeypatch, cap
     assert weights.keys() == build_model(load_config(project / "student.yaml")).state_dict().keys()
     assert call(project / "fcos.yaml") == 2
     assert "needs one DISTILL.TEACHERS entry" in capsys.readouterr().err
+    for message, change in {
+        "fusion students": ["MODEL.META_ARCHITECTURE", "FusionStudent"],
+        "no head predictions (DISTILL.LOSSES: Chen)": ["DISTILL.LOSSES", [{"NAME": "CWD"}, {"NAME": "Chen"}]],
+        "by_index": ["DISTILL.LOSSES", [{"NAME": "CWD", "MATCH": "by_index"}]],
+        "SOLVER.AMP": ["SOLVER.AMP.ENABLED", True],
+        "BALANCE": ["DISTILL.BALANCE.RATIO", 0.5],
+    }.items():
+        assert call(project / "student.yaml", *opts, *change) == 2
+        assert message in capsys.readouterr().err
