@@ -26,7 +26,7 @@ def test_full_copy_is_the_teachers_branch(tiny_model, teacher, make_batch, same_
     """A student made from the whole teacher detects what the teacher detects on that resolution, untrained."""
     student = tiny_model(levels=levels, seed=1)
     counts = init_student(student, teacher.detector, "full")
-    assert counts == {"copied": len(student.state_dict()), "shape": 0, "absent": 0}
+    assert counts == {"copied": len(student.state_dict()), "kept": 0}
     source = teacher.detector.state_dict()
     assert all(torch.equal(value, source[name]) for name, value in student.state_dict().items())
     batch = make_batch([(64, 128), (125, 60)])
@@ -61,7 +61,7 @@ def test_neck_and_head_leaves_the_bottom_up_alone(tiny_model, teacher):
             assert torch.equal(value, source[name]), name
             copied += 1
     assert any(name.startswith("backbone.top_block.p6") for name in before)
-    assert counts == {"copied": copied, "shape": 0, "absent": 0}
+    assert counts == {"copied": copied, "kept": 0}
     student = tiny_model(levels=range(2, 7), seed=1)
     init_student(student, teacher.detector, "full")
     name = "backbone.bottom_up.res3.0.conv1.weight"
@@ -71,29 +71,61 @@ def test_neck_and_head_leaves_the_bottom_up_alone(tiny_model, teacher):
 def test_none_leaves_everything(tiny_model, teacher):
     student = tiny_model(levels=range(2, 7), seed=1)
     before = values(student)
-    assert init_student(student, teacher.detector, "none") == {"copied": 0, "shape": 0, "absent": 0}
+    assert init_student(student, teacher.detector, "none") == {"copied": 0, "kept": 0}
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 def test_what_does_not_fit_is_counted_and_named(tiny_model, teacher, caplog):
-    """A light head keeps its own initialisation where it differs."""
+    """A light head keeps its own initialisation in every part that differs, and a deeper network in its own blocks."""
     student = tiny_model(levels=range(2, 7), seed=1, MODEL__FCOS__CONV_DIMS=[4], MODEL__RESNETS__BLOCKS=[1, 2, 1, 1])
     before, source = values(student), teacher.detector.state_dict()
     with caplog.at_level(logging.INFO, logger="msad.distill.init"):
         counts = init_student(student, teacher.detector, "full")
-    absent = {name for name in before if name not in source}
-    shape = {name for name in before if name in source and source[name].shape != before[name].shape}
-    assert absent and all("res3.1" in name for name in absent)
-    assert "head.cls_score.weight" in shape and all(name.startswith("head.") for name in shape)
-    assert counts == {"copied": len(before) - len(absent | shape), "shape": len(shape), "absent": len(absent)}
+    kept = {name for name in before if name not in source or source[name].shape != before[name].shape}
+    # The outputs' biases would fit, but not their weights.
+    kept |= {name for name in before if name.startswith(("head.cls_score.", "head.bbox_pred.", "head.ctrness."))}
+    assert any("res3.1" in name for name in kept) and not any("backbone" in n and "res3.1" not in n for n in kept)
+    assert counts == {"copied": len(before) - len(kept), "kept": len(kept)}
     for name, value in student.state_dict().items():
-        assert torch.equal(value, before[name] if name in absent | shape else source[name]), name
-    assert f"{counts['copied']} tensors copied" in caplog.text
-    assert "head.cls_subnet.0.weight (4, 8, 3, 3)" in caplog.text
+        assert torch.equal(value, before[name] if name in kept else source[name]), name
+    assert f"{counts['copied']} tensors copied" in caplog.text and "(teacher (8, " in caplog.text
+
+
+def test_heads_of_other_classes_share_nothing(tiny_model, caplog):
+    """FCOS's tower has normalisation layers between its convolutions, so that equal names mean other layers."""
+    teacher = tiny_model(MODEL__FCOS__NORM="GN", MODEL__FCOS__CONV_DIMS=[32, 32], MODEL__FPN__OUT_CHANNELS=32)
+    student = tiny_model("RetinaNet", seed=1, MODEL__RETINANET__NUM_CONVS=2, MODEL__FPN__OUT_CHANNELS=32)
+    before = values(student)
+    assert before["head.cls_subnet.2.bias"].shape != () and "head.cls_subnet.0.weight" in teacher.state_dict()
+    init_student(student, teacher, "full")
+    after = student.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("head."))
+    assert all(torch.equal(after[n], v) for n, v in teacher.state_dict().items() if n.startswith("backbone."))
+    assert "RetinaNetHead (teacher FCOSHead)" in caplog.text
+
+
+def test_parts_of_a_head_are_copied_whole(tiny_model):
+    """Same class, towers with and without normalisation: their numbering differs."""
+    teacher = tiny_model(MODEL__FCOS__NORM="GN", MODEL__FCOS__CONV_DIMS=[32, 32], MODEL__FPN__OUT_CHANNELS=32)
+    student = tiny_model(seed=1, MODEL__FCOS__CONV_DIMS=[32, 32], MODEL__FPN__OUT_CHANNELS=32)
+    before, source = values(student), teacher.state_dict()
+    init_student(student, teacher, "full")
+    for name, value in student.state_dict().items():
+        expected = before[name] if "_subnet" in name else source[name]
+        assert torch.equal(value, expected), name
+    assert not torch.equal(before["head.cls_score.weight"], source["head.cls_score.weight"])
+
+
+def test_cascade_gives_its_proposals_and_not_its_boxes(tiny_model):
+    teacher, student = tiny_model("CascadeRCNN"), tiny_model("FasterRCNN", seed=1)
+    before, source = values(student), teacher.state_dict()
+    init_student(student, teacher, "full")
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith("roi_heads.") else source[name]), name
 
 
 def test_nothing_fits_is_an_error(teacher):
-    with pytest.raises(ValueError, match=r"INIT_STUDENT 'full': no tensor.*0 differ in shape, 2 are absent"):
+    with pytest.raises(ValueError, match=r"'full': no tensor of the teacher fits.*2 differ: weight absent"):
         init_student(nn.Linear(2, 2), teacher.detector, "full")
 
 

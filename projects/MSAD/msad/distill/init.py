@@ -27,17 +27,43 @@ def _is_bottom_up(name: str) -> bool:
     )
 
 
+def _group(name: str) -> str:
+    """What is copied as a whole or not at all: outside the backbone a part of a head, as "head.cls_subnet"."""
+    return name if name.startswith("backbone.") else ".".join(name.split(".")[:2])
+
+
+def _match(student: nn.Module, teacher: nn.Module, mode: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The student's tensors that ``mode`` asks for: name -> name in the teacher, and name -> why it is not copied.
+
+    In a head, equal names and shapes do not mean equal tasks: convolutions of towers with and without normalisation
+    are numbered differently, and the box output of one class of heads means something else in another. Heads of
+    different classes share nothing, and a part of a head is copied only if all of its tensors fit.
+    """
+    source, own = _teacher_tensors(teacher), student.state_dict()
+    names = {name: _BRANCH.sub("backbone.", name) for name in own}
+    if mode == "neck_and_head":
+        names = {own_name: name for own_name, name in names.items() if not _is_bottom_up(name)}
+    detector = getattr(teacher, "detector", teacher)
+    different: dict[str, str] = {}
+    for own_name, name in names.items():
+        part = name.split(".")[0]
+        types = [type(getattr(model, part, None)).__name__ for model in (student, detector)]
+        if name not in source:
+            different[own_name] = "absent"
+        elif source[name].shape != own[own_name].shape:
+            different[own_name] = f"{tuple(own[own_name].shape)} (teacher {tuple(source[name].shape)})"
+        elif part != "backbone" and types[0] != types[1]:
+            different[own_name] = f"of a {types[0]} (teacher {types[1]})"
+    incomplete = {_group(own_name) for own_name in different}
+    for own_name in names:
+        if _group(own_name) in incomplete and own_name not in different:
+            different[own_name] = f"in {_group(own_name)}, of which other tensors do not fit"
+    return {own_name: name for own_name, name in names.items() if own_name not in different}, different
+
+
 def copies(student: nn.Module, teacher: nn.Module, mode: str) -> list[str]:
     """Names of the student's tensors that :func:`init_student` fills from the teacher."""
-    if mode == "none":
-        return []
-    source, output = _teacher_tensors(teacher), []
-    for own_name, value in student.state_dict().items():
-        name = _BRANCH.sub("backbone.", own_name)
-        skipped = mode == "neck_and_head" and _is_bottom_up(name)
-        if not skipped and name in source and source[name].shape == value.shape:
-            output.append(own_name)
-    return output
+    return [] if mode == "none" else list(_match(student, teacher, mode)[0])
 
 
 @torch.no_grad()
@@ -46,7 +72,8 @@ def init_student(student: nn.Module, teacher: nn.Module, mode: str) -> dict[str,
 
     Names of pyramid convolutions belong to the levels of a network's own input, so an L student takes those that the
     teacher uses in its L branch. Every branch of a fusion student takes from the teacher's one backbone what fits its
-    width, and its gate that of a teacher on the same number of resolutions.
+    width, and its gate that of a teacher on the same number of resolutions. Of heads, only whole parts (a tower, an
+    output) are taken, and only between heads of one class.
 
     Args:
         student: a detector.
@@ -54,42 +81,30 @@ def init_student(student: nn.Module, teacher: nn.Module, mode: str) -> dict[str,
         mode: "full" (everything, as in the released code), "neck_and_head" (all but the bottom-up network) or "none".
 
     Returns:
-        counts {"copied", "shape", "absent"} of the student's tensors that ``mode`` asks for.
+        counts {"copied", "kept"} of the student's tensors that ``mode`` asks for.
 
     Raises:
         ValueError: unknown mode, or nothing could be copied.
     """
     if mode not in MODES:
         raise ValueError(f"DISTILL.INIT_STUDENT must be one of {MODES}, not {mode!r}")
-    counts = {"copied": 0, "shape": 0, "absent": 0}
     if mode == "none":
-        return counts
-    source = _teacher_tensors(teacher)
-    differing = []
-    for own_name, value in student.state_dict().items():
-        name = _BRANCH.sub("backbone.", own_name)
-        if mode == "neck_and_head" and _is_bottom_up(name):
-            continue
-        if name not in source:
-            counts["absent"] += 1
-        elif source[name].shape != value.shape:
-            counts["shape"] += 1
-            differing.append(f"{own_name} {tuple(value.shape)} (teacher {tuple(source[name].shape)})")
-        else:
-            value.copy_(source[name])
-            counts["copied"] += 1
-    if not counts["copied"]:
+        return {"copied": 0, "kept": 0}
+    matching, different = _match(student, teacher, mode)
+    parts = {".".join(name.split(".")[:2]): f"{name} {why}" for name, why in reversed(different.items())}
+    examples = "; ".join(list(parts.values())[::-1][:4])  # the first of each part
+    if not matching:
         raise ValueError(
-            f"DISTILL.INIT_STUDENT '{mode}': no tensor of the teacher fits the student "
-            f"({counts['shape']} differ in shape, {counts['absent']} are absent)"
+            f"DISTILL.INIT_STUDENT '{mode}': no tensor of the teacher fits the student; "
+            f"{len(different)} differ: {examples}"
         )
+    source, own = _teacher_tensors(teacher), student.state_dict()
+    for own_name, name in matching.items():
+        own[own_name].copy_(source[name])
     logger.info(
         "Student initialised from the teacher (%s): %d tensors copied, %d kept their own initialisation",
-        mode, counts["copied"], counts["shape"] + counts["absent"],
+        mode, len(matching), len(different),
     )  # fmt: skip
-    if differing:
-        logger.warning(
-            "Teacher and student differ in shape (a narrower or wider student?) in %d tensors, e.g. %s",
-            len(differing), "; ".join(differing[:3]),
-        )  # fmt: skip
-    return counts
+    if different:
+        logger.warning("%d tensors of the student do not fit the teacher, e.g. %s", len(different), examples)
+    return {"copied": len(matching), "kept": len(different)}
