@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch
 
 from msad.engine import compare
 from msad.engine.checkpoint import replacing
-from msad.engine.schedule import make_slots
+from msad.engine.schedule import device_opts, make_slots
 from msad.engine.setup import engine_name
 from msad.report.comparison import TITLES, Entry, entries, format_comparison, write_markdown
 from msad.visualization import IntervalRow, plot_intervals
@@ -54,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:split])
     args.opts = arguments[split + 1 :]
+    args.seeds = list(dict.fromkeys(args.seeds))
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     return args
@@ -68,9 +68,7 @@ def make_comparison(args: argparse.Namespace) -> compare.Comparison:
     files = [file for file in args.configs if not file.name.startswith("Base")]
     if not files:
         raise ValueError("no yaml file to compare: Base*.yaml are what others are based on")
-    opts = list(args.opts)
-    if args.devices and args.devices != ["cpu"]:
-        opts += ["MODEL.DEVICE", "cuda"]
+    opts = [*args.opts, *device_opts(args.devices)]
     return compare.Comparison(
         compare.unique_names(files), args.output, opts, tuple(args.seeds), args.iterations, args.teacher_iterations,
         args.teacher_weights, args.reference, args.equal_time,
@@ -121,13 +119,8 @@ def report(comparison: compare.Comparison, metric: str) -> dict:
     return data
 
 
-def _stop(*_) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     args = parse_args()
-    signal.signal(signal.SIGTERM, _stop)
     missing = []
     try:
         comparison = make_comparison(args)
@@ -138,7 +131,7 @@ def main() -> int:
         print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
         return 130
     except (FileNotFoundError, KeyError, ValueError) as error:
-        print(f"error: {error.args[0]}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, OSError) else error.args[0]}", file=sys.stderr)
         return 2
     print(format_comparison(data, args.metric))
     print(f"\nReport: {args.output / 'compare.md'}")

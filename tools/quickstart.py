@@ -15,7 +15,6 @@ Results: OUTPUT/report.html, report.md, metrics.json, and a folder a seed and ro
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from msad import load_config
 from msad.data import register_datasets
 from msad.data.synthetic import make_dataset, register_entries
 from msad.engine.checkpoint import replacing
-from msad.engine.schedule import make_slots
+from msad.engine.schedule import count_cores, device_opts, make_slots
 from msad.engine.setup import engine_name, load_model
 from msad.engine.study import ROWS, Study, collect, run
 from msad.evaluation.cost import count_macs, count_parameters, measure_latency
@@ -61,7 +60,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each GPU")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides for every row, after --")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    args.seeds = list(dict.fromkeys(args.seeds))
+    return args
 
 
 def data_opts(folder: Path) -> list:
@@ -99,7 +102,7 @@ def measure_costs(study: Study) -> dict[str, dict]:
     """Parameters, GMACs and milliseconds of each evaluated model at its own input size."""
     costs: dict[str, dict] = {}
     by_config: dict[tuple, dict] = {}
-    for name in study.ordered():
+    for name in study.complete():
         seed = study.seeds[0]
         task = study.task(name, seed)
         cfg = study.config(task)
@@ -127,7 +130,7 @@ def draw_panels(study: Study, path: Path, count: int = 4, threshold: float = 0.5
     """Ground truth, teacher and the low-resolution models side by side on a few validation images."""
     seed = study.seeds[0]
     columns = {"teacher": "teacher (H + L)", "baseline_L": "baseline L", "student_L": "student L"}
-    columns = {name: title for name, title in columns.items() if name in study.ordered()}
+    columns = {name: title for name, title in columns.items() if name in study.complete()}
     predictors = {}
     for name in columns:
         task = study.task(name, seed)
@@ -164,29 +167,31 @@ def make_study(args: argparse.Namespace) -> Study:
         print(f"Scenes: {SYNTHETIC['num_train']} for training, {SYNTHETIC['num_val']} for validation, in {folder}")
         make_dataset(folder, **SYNTHETIC)
         opts = data_opts(folder) + opts
-    if args.iterations:
-        opts += ["SOLVER.MAX_ITER", args.iterations]
-    if args.devices:
-        opts += ["MODEL.DEVICE", "cuda"]
+    opts += device_opts(args.devices)
     rows = tuple(ROWS) if args.rows == ["all"] else tuple(args.rows)
-    return Study(args.configs, args.output, opts, tuple(args.seeds), rows, args.short_side)
+    return Study(args.configs, args.output, opts, tuple(args.seeds), rows, args.short_side, args.iterations)
 
 
-def finish(study: Study, results: dict, seconds: float) -> dict:
-    """Measure costs, draw the pictures, write metrics.json and the report; returns the metrics."""
+def finish(study: Study, begin: float) -> dict:
+    """Measure costs, draw the pictures, write metrics.json and the report; returns the metrics.
+
+    Args:
+        begin: of this attempt, by time.time().
+    """
+    data, cost = describe_data(study), measure_costs(study)
+    runs = {name: study.folder(study.task(name, study.seeds[0])) / "metrics.json" for name in study.complete()}
+    plot_curves({name: file for name, file in runs.items() if file.is_file()}, study.output / "curves.png")
+    draw_panels(study, study.output / "panels.jpg")
     metrics = {
         "engine": engine_name(),
-        "seconds": seconds,
+        "seconds": add_seconds(study.output, time.time() - begin),
         "command": " ".join(["python", *sys.argv]),
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "seeds": list(study.seeds),
-        "data": describe_data(study),
-        "results": results,
-        "cost": measure_costs(study),
+        "data": data,
+        "results": collect(study),
+        "cost": cost,
     }
-    runs = {name: study.folder(study.task(name, study.seeds[0])) / "metrics.json" for name in study.ordered()}
-    plot_curves({name: file for name, file in runs.items() if file.is_file()}, study.output / "curves.png")
-    draw_panels(study, study.output / "panels.jpg")
     with replacing(str(study.output / "metrics.json"), "w") as file:
         json.dump(metrics, file, indent=1)
     write_report(metrics, study.output)
@@ -198,27 +203,30 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     begin = time.time()
+    failed, metrics = [], None
     try:
-        slots = make_slots(args.jobs or min(os.cpu_count() or 1, 4), args.threads, args.devices)
         study = make_study(args)
-        failed = run(study, slots)
-        seconds = add_seconds(args.output, time.time() - begin)
-        if failed:
-            for task in failed:
-                print(f"error: {task}: {study.error(task)}; see {study.folder(task) / 'log.txt'}", file=sys.stderr)
-            print("The same command tries again what failed.", file=sys.stderr)
-            return 1
-        metrics = finish(study, collect(study), seconds)
+        on_cpu = study.config(study.task(study.ordered()[0], study.seeds[0])).MODEL.DEVICE == "cpu"
+        jobs = args.jobs or (min(count_cores(), 4) if on_cpu else 1)
+        failed = run(study, make_slots(jobs, args.threads, args.devices))
+        if study.complete():
+            metrics = finish(study, begin)
     except KeyboardInterrupt:
         add_seconds(args.output, time.time() - begin)
         print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
         return 130
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        print(f"error: {error if isinstance(error, OSError) else error.args[0]}", file=sys.stderr)
         return 2
-    print(format_table(metrics))
-    print(f"\n{metrics['seconds']:.0f} s in all. Report: {args.output / 'report.html'}")
-    return 0
+    if metrics is not None:
+        print(format_table(metrics))
+        print(f"\n{metrics['seconds']:.0f} s in all. Report: {args.output / 'report.html'}")
+    for task in failed:
+        log = study.folder(task) / "log.txt"
+        print(f"error: {task}: {study.error(task)}{f'; see {log}' if log.is_file() else ''}", file=sys.stderr)
+    if failed:
+        print("These rows are missing for that; the same command tries them again.", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

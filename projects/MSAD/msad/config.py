@@ -145,7 +145,8 @@ def add_msad_config(cfg: CN) -> CN:
     # Pyramid levels align at halvings only, so another ratio is an error. For a student with a short side of S pixels,
     # scale H: INPUT.MIN_SIZE_TRAIN 2 S (L) or 4 S (EL), for the teacher too.
     cfg.DISTILL.STUDENT_RESOLUTION = "L"
-    # What the student copies from the teacher before training: "full", "neck_and_head" or "none".
+    # What the student copies from the teacher before training: "full", "neck_and_head" or "none". Tensors are matched
+    # by name and shape; a part of a head is copied whole or not at all, and only from a head of the same class.
     cfg.DISTILL.INIT_STUDENT = "full"
     # BatchNorm of the teacher: "eval" (running statistics) or "batch" (batch statistics, as in the released code;
     # its buffers do not change either way).

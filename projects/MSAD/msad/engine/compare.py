@@ -10,10 +10,8 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..config import load_config
-from .scaling import scale_to_batch
-from .schedule import Plan, Slot, Task, run_tasks
-
-SAME_TIME = 0.05  # a smaller difference in time is within what can be measured, and is not trained for anew
+from .scaling import scale_to_batch, set_iterations
+from .schedule import SAME_TIME, Plan, Slot, Task, run_tasks
 
 
 @dataclass
@@ -69,9 +67,9 @@ class Comparison(Plan):
         teacher = task.kind == "teacher"
         cfg = self._load(self.teachers[task.name] if teacher else self.files[task.name])
         cfg.merge_from_list(["SEED", task.seed, "OUTPUT_DIR", str(self.folder(task))])
-        _set_iterations(cfg, self.teacher_iterations if teacher else self.iterations)
+        set_iterations(cfg, self.teacher_iterations if teacher else self.iterations)
         if task.kind == "time":
-            _set_iterations(cfg, self.iterations_in_time(task.name))
+            set_iterations(cfg, self.iterations_in_time(task.name))
         if not teacher:
             cfg.DISTILL.TEACHERS = [self._teacher(dict(e), task.seed) for e in cfg.DISTILL.TEACHERS]
         cfg.freeze()
@@ -114,7 +112,7 @@ class Comparison(Plan):
         return out
 
     def time_tasks(self) -> list[Task]:
-        """Rows whose runs of equal iterations took another time than the reference's."""
+        """Finished rows whose runs of equal iterations took another time than the reference's."""
         if not self.equal_time:
             return []
         counts = {name: self.iterations_in_time(name) for name in self.files}
@@ -123,6 +121,7 @@ class Comparison(Plan):
             for seed in self.seeds
             for name, count in counts.items()
             if count is not None and abs(count / self._iterations(name) - 1) > SAME_TIME
+            if self.result(Task("row", name, seed)) is not None
         ]
 
 
@@ -142,13 +141,6 @@ def unique_names(files: Sequence[Path]) -> dict[str, Path]:
         if names.count(name) > 1:
             raise ValueError(f"several files are called {name}: {', '.join(str(f) for f in files if f.stem in name)}")
     return dict(zip(names, files))
-
-
-def _set_iterations(cfg: CfgNode, iterations: int | None) -> None:
-    if iterations is None:
-        return
-    cfg.SOLVER.STEPS = tuple(round(step * iterations / cfg.SOLVER.MAX_ITER) for step in cfg.SOLVER.STEPS)
-    cfg.SOLVER.MAX_ITER = iterations
 
 
 def run(comparison: Comparison, slots: Sequence[Slot], report: Callable[[str], None] = tqdm.write) -> list[Task]:

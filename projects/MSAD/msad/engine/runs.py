@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -53,20 +54,24 @@ def run_config(cfg: CfgNode, name: str, title: str, *, position: int = 0) -> dic
         that time (those that an interruption cost are done twice), "results": {name: {task: {metric: value}}}}.
 
     Raises:
-        ValueError: the folder holds an unfinished run of another config.
+        ValueError: the folder holds an unfinished run of another config, or another process works in it.
     """
     folder = Path(cfg.OUTPUT_DIR)
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return _run(cfg, name, title, folder, position)
+
+
+def _run(cfg: CfgNode, name: str, title: str, folder: Path, position: int) -> dict:
     used = folder / "config.yaml"
     if (folder / "last_checkpoint").is_file() and used.is_file() and used.read_text() != cfg.dump():
         raise _other_run(cfg)
     used.write_text(cfg.dump())
     with log_to(folder / "log.txt"):
         prepare(cfg)
-        trainer = _Trainer(cfg)
+        trainer = _Trainer(cfg, _Progress(title, folder / "clock.json", position))
         trainer.resume_or_load(resume=True)
         if trainer.start_iter < trainer.max_iter:
-            trainer.register_hooks([_Progress(title, folder / "clock.json", position)])
             trainer.train()
         model = load_model(cfg, str(folder / "model_final.pth"))
         if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
@@ -93,55 +98,68 @@ def _fingerprint(cfg: CfgNode) -> str:
     return hashlib.sha1(cfg.dump().encode()).hexdigest()[:12]
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in ``folder`` meanwhile."""
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = f"another process is training in {folder}; wait for it or choose another --output"
+            raise ValueError(text) from None
+        yield
+
+
 class _Trainer(DistillTrainer):
-    """Leaves the evaluation after training to the run, which evaluates every branch of a teacher."""
+    """Shows progress; leaves the evaluation after training to the run, which evaluates every branch of a teacher."""
+
+    def __init__(self, cfg: CfgNode, progress: _Progress) -> None:
+        self._progress = progress
+        super().__init__(cfg)
 
     def build_hooks(self) -> list:
         final = self.cfg.TEST.EVAL_PERIOD == 0
-        return [hook for hook in super().build_hooks() if not (final and isinstance(hook, EvalHook))]
+        hooks = [hook for hook in super().build_hooks() if not (final and isinstance(hook, EvalHook))]
+        return [self._progress, *hooks]  # the first: what other hooks do after a step is not training
 
 
 class _Progress(HookBase):
     """A progress bar with ETA and the current loss, and the seconds that training took, over resumes.
 
-    Seconds are those of the wall clock and, as other work on the machine falsifies them, of the processors. They end
-    with the last step: evaluation that follows it is not training.
+    Seconds are those of the wall clock and, as other work on the machine falsifies them, of the processors. They are
+    those of the steps: evaluation and writing of checkpoints between them is not training.
     """
 
     def __init__(self, title: str, clock: Path, position: int = 0) -> None:
         self.title = title
         self.position = position
         self.clock = clock  # file with the seconds of earlier, interrupted attempts
-        self.before = {"seconds": 0.0, "cpu_seconds": 0.0, "steps": 0}
+        self.spent = {"seconds": 0.0, "cpu_seconds": 0.0, "steps": 0}
         if clock.is_file():
-            self.before.update(json.loads(clock.read_text()))
+            self.spent.update(json.loads(clock.read_text()))
 
     def before_train(self) -> None:
-        self.start = (time.perf_counter(), time.process_time())
         self.bar = tqdm(
             total=self.trainer.max_iter, initial=self.trainer.start_iter, desc=self.title, unit="it",
             mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True, position=self.position,
             leave=self.position == 0,
         )  # fmt: skip
 
-    def _save_clock(self) -> None:
-        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-        now = {
-            "seconds": round(self.before["seconds"] + wall, 1),
-            "cpu_seconds": round(self.before["cpu_seconds"] + cpu, 1),
-            "steps": self.before["steps"] + self.trainer.iter + 1 - self.trainer.start_iter,
-        }
-        with replacing(str(self.clock), "w") as file:
-            json.dump(now, file)
+    def before_step(self) -> None:
+        self.start = time.perf_counter(), time.process_time()
 
     def after_step(self) -> None:
+        self.spent["seconds"] += time.perf_counter() - self.start[0]
+        self.spent["cpu_seconds"] += time.process_time() - self.start[1]
+        self.spent["steps"] += 1
         self.bar.update()
         done = self.trainer.iter + 1
         if done % 20 == 0 or done == self.trainer.max_iter:
             loss = self.trainer.storage.latest().get("total_loss")
             if loss:
                 self.bar.set_postfix(loss=f"{loss[0]:.3f}", refresh=False)
-            self._save_clock()
+            with replacing(str(self.clock), "w") as file:
+                json.dump({key: round(value, 1) for key, value in self.spent.items()}, file)
 
     def after_train(self) -> None:
         self.bar.close()

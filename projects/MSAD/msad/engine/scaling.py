@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from functools import reduce
+from operator import getitem
 
 from detectron2.config import CfgNode
 
@@ -14,6 +16,8 @@ ITERATIONS = (
     "SOLVER.WARMUP_ITERS",
     "SOLVER.CHECKPOINT_PERIOD",
     "DISTILL.WARMUP_ITERS",
+    "DISTILL.BALANCE.ITERS",
+    "DISTILL.ANALYSIS_PERIOD",
     "TEST.EVAL_PERIOD",
 )
 
@@ -44,17 +48,23 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     scaled = cfg.clone()
     scaled.defrost()
     for key, value in [*new.items(), ("SOLVER.SCALE_TO_BATCH", batch)]:
-        section, name = key.split(".")
-        scaled[section][name] = value
+        *sections, name = key.split(".")
+        reduce(getitem, sections, scaled)[name] = value
     if cfg.is_frozen():
         scaled.freeze()
     logger.info("Schedule scaled from batches of %d to batches of %d: %s", reference, batch, ", ".join(changes))
     return scaled
 
 
+def set_iterations(cfg: CfgNode, iterations: int | None) -> None:
+    """Train ``cfg`` for so many iterations, with SOLVER.STEPS moved alike; None: as it is."""
+    if iterations is not None:
+        cfg.SOLVER.STEPS = tuple(round(step * iterations / cfg.SOLVER.MAX_ITER) for step in cfg.SOLVER.STEPS)
+        cfg.SOLVER.MAX_ITER = iterations
+
+
 def _value(cfg: CfgNode, key: str) -> float | tuple[int, ...]:
-    section, name = key.split(".")
-    return cfg[section][name]
+    return reduce(getitem, key.split("."), cfg)
 
 
 def _shrink(iterations: int, factor: float) -> int:

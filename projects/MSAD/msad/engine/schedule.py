@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from .runs import check_result, read_result, run_config
+
+SAME_TIME = 0.05  # a smaller difference in time is within what can be measured
 
 
 class Task(NamedTuple):
@@ -64,14 +68,26 @@ class Plan(ABC):
         return file.read_text() if file.is_file() else None
 
 
+def count_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_opts(devices: Sequence[str]) -> list[str]:
+    """KEY VALUE overrides for runs on ``devices``, "cuda:0", ... or "cpu"; none for none."""
+    return ["MODEL.DEVICE", "cpu" if list(devices) == ["cpu"] else "cuda"] if devices else []
+
+
 def make_slots(jobs: int = 1, threads: int = 0, devices: Sequence[str] = ()) -> list[Slot]:
     """A process a GPU of ``devices`` ("cuda:0", ...), or ``jobs`` on the CPU that share its cores.
 
     Raises:
-        ValueError: a device is neither "cpu" nor "cuda:N".
+        ValueError: a device is neither "cpu" nor "cuda:N", or there are no jobs.
     """
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if not devices or list(devices) == ["cpu"]:
-        return [Slot(number, threads or max(1, (os.cpu_count() or 1) // jobs)) for number in range(jobs)]
+        return [Slot(number, threads or max(1, count_cores() // jobs)) for number in range(jobs)]
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     slots = []
     for number, device in enumerate(devices):
@@ -88,17 +104,21 @@ def run_tasks(
     """Run what is not finished, one task a slot at a time; returns the tasks that failed.
 
     A run that fails is reported, noted in its folder and tried again by the next call; those that need it are not run,
-    the others go on.
+    the others go on. Runs end with this process, however it ends.
 
     Raises:
-        ValueError: a folder holds a finished run of another config.
+        KeyError, ValueError: a config is wrong (found before anything runs), or a folder holds a finished run of
+            another one.
     """
+    for task in dict.fromkeys(task._replace(seed=tasks[0].seed) for task in tasks if task.kind != "time"):
+        plan.config(task)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     lock = context.RLock()
     waiting, running = list(tasks), {}  # process -> (task, slot, start)
     failed: list[Task] = []
     durations = []  # of what was trained here, in seconds
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or running:
             busy = {slot for _, slot, _ in running.values()}
@@ -117,8 +137,10 @@ def run_tasks(
                     continue
                 else:
                     slot = free.pop(0)
+                    (plan.folder(task) / "failed.txt").unlink(missing_ok=True)
                     process = context.Process(target=_child, args=(plan, task, slot, lock))
-                    process.start()
+                    with _deaf_to_interrupts():
+                        process.start()
                     running[process] = (task, slot, time.time())
                 waiting.remove(task)
             if running:
@@ -133,12 +155,24 @@ def run_tasks(
                 left = f"; about {_duration(sum(durations) / len(durations) * todo / len(slots))} left" if todo else ""
                 report(f"[{len(tasks) - todo}/{len(tasks)}] {task}: {_status(plan, task, process.exitcode)}{left}")
     finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.join(30)
-            process.kill()
+        signal.signal(signal.SIGTERM, before)
+        with _deaf_to_interrupts():
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.join(30)
+                process.kill()
     return failed
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back inside. Processes that are started in it never hear it: their parent does, and ends them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def run_task(plan: Plan, task: Task, position: int = 0) -> dict:
@@ -158,8 +192,18 @@ def run_task(plan: Plan, task: Task, position: int = 0) -> dict:
 
 
 def _check(plan: Plan, task: Task) -> dict:
-    # How many iterations fit into a time is measured anew by every attempt, so that these configs may differ.
-    return plan.result(task) if task.kind == "time" else check_result(plan.config(task))
+    """The result of a finished task; ValueError if it is that of another config."""
+    cfg = plan.config(task)
+    if task.kind != "time":
+        return check_result(cfg)
+    # How many iterations fit into a time moves a little with every run that it is measured in.
+    result, wanted = plan.result(task), cfg.SOLVER.MAX_ITER
+    if abs(result["iterations"] / wanted - 1) > SAME_TIME:
+        raise ValueError(
+            f"{cfg.OUTPUT_DIR} was trained for {result['iterations']} iterations, but {wanted} are the same time now; "
+            "choose another --output or delete it"
+        )
+    return result
 
 
 def _status(plan: Plan, task: Task, exitcode: int) -> str:
@@ -189,10 +233,15 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _child(plan: Plan, task: Task, slot: Slot, lock: Any) -> None:
     """Run ``task`` in this process; what goes wrong is noted in its folder."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends its children as below
     signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if slot.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
     if slot.threads:

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..config import load_config
-from .scaling import scale_to_batch
+from .scaling import scale_to_batch, set_iterations
 from .schedule import Plan, Slot, Task, run_tasks
 
 
@@ -73,6 +73,7 @@ class Study(Plan):
         seeds: SOLVER seeds; every row runs once with each.
         rows: names in ROWS.
         short_side: of H in pixels; scales all input sizes of the yaml files alike. None: as they are.
+        iterations: of every stage. None: as the yaml files say.
     """
 
     configs: Path
@@ -81,6 +82,7 @@ class Study(Plan):
     seeds: tuple[int, ...] = (0,)
     rows: tuple[str, ...] = tuple(ROWS)
     short_side: int | None = None
+    iterations: int | None = None
 
     def task(self, name: str, seed: int) -> Task:
         return Task("time" if ROWS[name].budget == "seconds" else "row", name, seed)
@@ -96,9 +98,10 @@ class Study(Plan):
         """The frozen config of a row; budgets that depend on other rows are read from their results."""
         name, seed = task.name, task.seed
         row = ROWS[name]
-        cfg = load_config(self.configs / row.config, [])
-        cfg.merge_from_list([*self.opts, *row.opts, "SEED", seed, "OUTPUT_DIR", str(self.folder(task))])
+        own = ["SEED", seed, "OUTPUT_DIR", str(self.folder(task))]
+        cfg = load_config(self.configs / row.config, [*self.opts, *row.opts, *own])
         cfg = scale_to_batch(cfg)  # here, so that budgets count the iterations that are run
+        set_iterations(cfg, self.iterations)
         if self.short_side:
             _scale_inputs(cfg, self.short_side / load_config(self.configs / "Base.yaml").INPUT.MIN_SIZE_TEST)
         if cfg.DISTILL.TEACHERS:
@@ -108,17 +111,21 @@ class Study(Plan):
             ]
         stages = [self.task(stage, seed) for stage in ("teacher", "student_L")]
         if row.budget == "iterations":
-            cfg.SOLVER.MAX_ITER = sum(self.config(stage).SOLVER.MAX_ITER for stage in stages)
+            set_iterations(cfg, sum(self.config(stage).SOLVER.MAX_ITER for stage in stages))
         elif row.budget == "seconds":
             clock = "cpu_seconds" if cfg.MODEL.DEVICE == "cpu" else "seconds"
-            own = self.result(self.task("baseline_L_shifted", seed))
-            seconds = sum(self.result(stage)[clock] for stage in stages)
-            cfg.SOLVER.MAX_ITER = round(seconds * own["iterations"] / own[clock])
+            step = {name: _step_seconds(self.result(self.task(name, seed)), clock) for name in row.needs}
+            seconds = sum(self.config(stage).SOLVER.MAX_ITER * step[stage.name] for stage in stages)
+            set_iterations(cfg, round(seconds / step["baseline_L_shifted"]))
         cfg.freeze()
         return cfg
 
     def folder(self, task: Task) -> Path:
         return self.output / f"seed{task.seed}" / task.name
+
+    def complete(self) -> list[str]:
+        """Rows that are finished with every seed."""
+        return [n for n in self.ordered() if all(self.result(self.task(n, seed)) is not None for seed in self.seeds)]
 
     def ordered(self) -> list[str]:
         """Rows in an order in which nothing waits for a later one, including what they need."""
@@ -137,6 +144,11 @@ class Study(Plan):
         return out
 
 
+def _step_seconds(result: dict, clock: str) -> float:
+    """Steps that an interruption cost were done twice, and so count twice on both sides."""
+    return result[clock] / result["steps"]
+
+
 def _scale_inputs(cfg: CfgNode, factor: float) -> None:
     sizes = cfg.INPUT
     sizes.MIN_SIZE_TRAIN = tuple(round(size * factor) for size in sizes.MIN_SIZE_TRAIN)
@@ -150,16 +162,14 @@ def run(study: Study, slots: Sequence[Slot], report: Callable[[str], None] = tqd
 
 
 def collect(study: Study) -> dict[str, dict]:
-    """Mean over the seeds of what has been evaluated: row -> {task: {metric: mean}, "std", "per_seed", ...}.
+    """Means over the seeds, for rows that are finished with all: row -> {task: {metric: mean}, "std", "per_seed", ...}.
 
     "std" is the sample standard deviation of each task's AP, task -> value (absent for a single seed), "per_seed" the
     box AP of every seed.
     """
     table: dict[str, dict] = {}
-    for name in study.ordered():
-        runs = [r for r in (study.result(study.task(name, seed)) for seed in study.seeds) if r is not None]
-        if not runs:
-            continue
+    for name in study.complete():
+        runs = [study.result(study.task(name, seed)) for seed in study.seeds]
         for evaluated in runs[0]["results"]:
             per_seed = [r["results"][evaluated] for r in runs]
             entry: dict = {

@@ -29,8 +29,9 @@ KINDS = (
          "times those of baseline_L, and costs accordingly more. It is the student, trained without a teacher."),
     Kind("baseline_L_2x", "finer levels, iterations of both stages", "As baseline_L_shifted, trained for as many "
          "iterations as teacher and student together. It shows what longer training alone gives."),
-    Kind("baseline_L_time", "finer levels, time of both stages", "As baseline_L_shifted, trained for as long by the "
-         "clock as teacher and student together. It is the fairest rival: the same model with the whole budget."),
+    Kind("baseline_L_time", "finer levels, time of both stages", "As baseline_L_shifted, trained for as long as "
+         "teacher and student together (of the processor's time; on a GPU by the clock). It is the fairest rival: the "
+         "same model with the whole budget."),
     Kind("teacher_H", "teacher, full resolution", "The multi-resolution teacher, one network trained on "
          "both resolutions at once, tested at full resolution only."),
     Kind("teacher_L", "teacher, half resolution", "The same teacher, tested at half the resolution only. Its pyramid "
