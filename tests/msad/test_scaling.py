@@ -21,6 +21,7 @@ def cfg():
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 0.01, 90000, (60000, 80000)
     cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CHECKPOINT_PERIOD = 500, 5000
     cfg.DISTILL.WARMUP_ITERS, cfg.TEST.EVAL_PERIOD = 400, 0
+    cfg.DISTILL.BALANCE.ITERS, cfg.DISTILL.ANALYSIS_PERIOD = 100, 20
     return cfg
 
 
@@ -36,7 +37,7 @@ def test_linear_rule_and_log(cfg, caplog):
     assert solver.IMS_PER_BATCH == 4 and cfg.dump() == before
     # Nothing else has changed, and as many images are seen.
     changed = [line for line in scaled.dump().splitlines() if line not in before.splitlines()]
-    assert len(changed) == 8, changed
+    assert len(changed) == 10, changed
     assert solver.MAX_ITER * 4 == cfg.SOLVER.MAX_ITER * 16
     (said,) = caplog.messages
     assert said.startswith("Schedule scaled from batches of 16 to batches of 4: ")
@@ -47,6 +48,8 @@ def test_linear_rule_and_log(cfg, caplog):
         "SOLVER.WARMUP_ITERS 500 -> 2000",
         "DISTILL.WARMUP_ITERS 400 -> 1600",
         "SOLVER.CHECKPOINT_PERIOD 5000 -> 20000",
+        "DISTILL.BALANCE.ITERS 100 -> 400",
+        "DISTILL.ANALYSIS_PERIOD 20 -> 80",
     ):
         assert change in said
     assert "EVAL_PERIOD" not in said

@@ -52,13 +52,17 @@ def apply_reading(cfg: CfgNode) -> CfgNode:
 
 def scale_warmup(cfg: CfgNode, num_processes: int) -> CfgNode:
     """DISTILL.WARMUP_ITERS for ``num_processes``, scaled like detectron2's schedule (SOLVER.REFERENCE_WORLD_SIZE)."""
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    reference, before = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.DISTILL.WARMUP_ITERS
     if reference in (0, num_processes):
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DISTILL.WARMUP_ITERS = round(cfg.DISTILL.WARMUP_ITERS * reference / num_processes)
+    cfg.DISTILL.WARMUP_ITERS = round(before * reference / num_processes)
     cfg.freeze()
+    logger.info(
+        "DISTILL.WARMUP_ITERS %d -> %d, from %d to %d processes",
+        before, cfg.DISTILL.WARMUP_ITERS, reference, num_processes,
+    )  # fmt: skip
     return cfg
 
 
