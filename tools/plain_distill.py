@@ -34,10 +34,10 @@ from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
 from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
 from msad.distill.schedules import distillation_factor
+from msad.engine.build import load_teacher
 from msad.engine.checkpoint import CheckedCheckpointer
 from msad.engine.scaling import scale_to_batch
 from msad.engine.solver import build_optimizer
-from msad.engine.trainer import load_teacher
 from msad.modeling.features import freeze_unread_levels, tap_neck
 from msad.resolution import get_resolution, shift_levels, view
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from msad.distill.losses import build_losses
 from msad.evaluation import cost
 from msad.evaluation.memory import peak_memory, resident_bytes
 from msad.resolution import RESOLUTIONS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 C = 16  # channels of the pyramid
 WIDTHS = {2: 8, 3: 16, 4: 32, 5: 64}  # of the tiny bottom-up's stages, by level
@@ -168,6 +171,23 @@ def test_fused_teacher_costs_both_branches_and_the_gate(teacher):
         fcos_head_macs(SIZE, H_LEVELS),
         fusion_macs(SIZE),
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "high", "light"),
+    [
+        ("MSAD", "fcos_R_50_H_1x", "fcos_R_50_S_L_light_1x"),
+        ("quickstart", "baseline_H", "student_L_light"),
+        ("nuclei", "baseline_H", "student_L_light"),
+    ],
+)
+def test_light_student_costs_less_than_a_third_of_h(folder, high, light):
+    total = {}
+    for name, size in ((high, (256, 448)), (light, (128, 224))):
+        cfg = load_config(CONFIGS / folder / f"{name}.yaml")
+        cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
+        total[name] = cost.count_macs(build_model(cfg), *size)["total"]
+    assert 0.2 < total[light] / total[high] <= 0.30
 
 
 def test_stock_retinanet_student_wastes_less_than_a_thousandth_on_its_unread_p7():

@@ -164,6 +164,31 @@ def test_examination_of_a_whole_setup(project, teacher_weights, tmp_path):
     assert levels_of(examine(cfg)) == [ERROR]
 
 
+@pytest.mark.parametrize(
+    ("change", "check", "text"),
+    [
+        (["DISTILL.LOSSES", [{"NAME": "LD"}]], "losses", "LD compares the predictions of distributions heads"),
+        (["DISTILL.BALANCE.RATIO", 0.5, "DISTILL.READING", "A"], "losses", "choose one"),
+        (["DISTILL.DECAY_FROM", 0.9, "DISTILL.DECAY_TO", 0.5], "losses", "DECAY_FROM <= DISTILL.DECAY_TO"),
+        (["DISTILL.STUDENT_RESOLUTION", "XL"], "student", "XL"),
+    ],
+)
+def test_what_training_refuses_is_found_beside_all_else(project, teacher_weights, tmp_path, change, check, text):
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    cfg.merge_from_list(change)
+    found = examine(cfg, images=2)
+    errors = {finding.check: finding.text for finding in found if finding.level == ERROR}
+    assert text in errors[check]
+    assert {"data", "teacher's weights", "teacher's AP"} <= {finding.check for finding in found}
+
+
+def test_no_validation_set_is_no_crash(project, teacher_weights, tmp_path):
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    cfg.DATASETS.TEST = ()
+    (finding,) = [f for f in examine(cfg, images=2) if f.check == "teacher's AP"]
+    assert finding.level == WARNING and "DATASETS.TEST is empty" in finding.text
+
+
 def test_training_stops_at_errors_and_logs_warnings(project, teacher_weights, tmp_path, caplog, monkeypatch):
     run = DistillTrainer(config(project, teacher_weights, "student", tmp_path))
     with caplog.at_level("INFO", logger="msad"):

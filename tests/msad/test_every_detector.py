@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,10 +23,21 @@ from msad.engine.export import export
 from msad.engine.setup import evaluate, evaluate_branches, load_model
 
 PLAIN_RCNN = Path(__file__).parents[2] / "docs" / "plain_rcnn.py"
+FIT = Path(__file__).parents[2] / "tools" / "fit_mask_code.py"
 SMALL = {"MIN_SIZE_TEST": 32, "MAX_SIZE_TEST": 32}
-TASKS = {"MaskRCNN": {"bbox", "segm"}, "KeypointRCNN": {"bbox", "keypoints"}}
-DENSE = {
+BOX_AND_MASK = {"bbox", "segm"}
+TASKS = {
+    "MaskRCNN": BOX_AND_MASK, "CascadeMaskRCNN": BOX_AND_MASK, "MEInst": BOX_AND_MASK,
+    "KeypointRCNN": {"bbox", "keypoints"},
+}  # fmt: skip
+DENSE = {  # the first key says which levels are read
     "FCOS": {"MODEL": {"FCOS": {"CONV_DIMS": [32], "NORM": "", "NUM_CLASSES": 6, "SCORE_THRESH_TEST": 0.001}}},
+    "MEInst": {
+        "MODEL": {
+            "FCOS": {"CONV_DIMS": [32], "NORM": "", "NUM_CLASSES": 6, "SCORE_THRESH_TEST": 0.001},
+            "MEINST": {"DIM": 8}, "MASK_ON": True,
+        }
+    },
     "GFL": {"MODEL": {"GFL": {"CONV_DIMS": [32], "NORM": "", "NUM_CLASSES": 6, "SCORE_THRESH_TEST": 0.001}}},
     "RetinaNet": {"MODEL": {"RETINANET": {"NUM_CLASSES": 6, "NUM_CONVS": 1, "SCORE_THRESH_TEST": 0.001}}},
 }
@@ -35,7 +47,10 @@ RCNN = {
     "MaskRCNN": {"MASK_ON": True},
     "KeypointRCNN": {"KEYPOINT_ON": True},
     "CascadeRCNN": {"ROI_HEADS": {"NAME": "CascadeROIHeads"}, "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True}},
-}
+    "CascadeMaskRCNN": {
+        "ROI_HEADS": {"NAME": "CascadeROIHeads"}, "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True}, "MASK_ON": True,
+    },
+}  # fmt: skip
 
 
 def merged(*parts: dict) -> dict:
@@ -103,11 +118,22 @@ def losses_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
+def fit_code(project: Path, folder: Path) -> dict:
+    """Fit MEInst's code to the training set with the tool; returns the key that names it."""
+    spec = importlib.util.spec_from_file_location("fit_mask_code", FIT)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    keys = {"MODEL": {"MEINST": {"CODE": str(folder / "code.npz")}}}
+    tool.fit(write(project, folder, "code", merged(model_keys("MEInst", 3), keys)))
+    return keys
+
+
 @pytest.mark.parametrize("arch", [*DENSE, *RCNN])
 def test_teacher_and_student(project, tmp_path, arch):
     finest = 2 if arch in RCNN else 3
     tasks = TASKS.get(arch, {"bbox"})
-    inner = model_keys(arch, finest)
+    code = fit_code(project, tmp_path) if arch == "MEInst" else {}
+    inner = merged(model_keys(arch, finest), code)
     around = {"MODEL": {"META_ARCHITECTURE": "MultiScaleTeacher"}}
     around["MSAD"] = {"DETECTOR": inner["MODEL"]["META_ARCHITECTURE"]}
     teacher_cfg = write(project, tmp_path, "teacher", merged(inner, around))
@@ -120,7 +146,7 @@ def test_teacher_and_student(project, tmp_path, arch):
     branches = evaluate_branches(teacher_cfg, load_model(teacher_cfg, teacher_weights))
     assert set(branches) == {"fused", "H", "L"} and all(set(found) == tasks for found in branches.values())
 
-    student_keys = merged(model_keys(arch, finest - 1), {
+    student_keys = merged(model_keys(arch, finest - 1), code, {
         "INPUT": SMALL,
         "DISTILL": {
             "TEACHERS": [{"CONFIG": "teacher.yaml", "WEIGHTS": teacher_weights}],

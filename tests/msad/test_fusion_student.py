@@ -12,11 +12,14 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from test_resume import assert_equal_weights, train
+from torch import nn
 
 from msad import load_config
 from msad.distill.init import init_student
 from msad.engine import DistillTrainer
+from msad.engine.doctor import examine
 from msad.engine.export import export
+from msad.engine.findings import ERROR, OK
 from msad.engine.setup import prepare
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters
 from msad.modeling import features as F_
@@ -299,6 +302,25 @@ def test_trains_under_a_teacher(run_cfg, project, teacher_weights, caplog):
     trained = run.distiller.student.state_dict()
     for name in (low, "backbone.branches.H.bottom_up.stem.conv1.weight", "backbone.fusion.excite.weight"):
         assert not torch.equal(trained[name], start[name]), name
+
+
+def test_loaded_branches_are_known_to_the_doctor(run_cfg, project, teacher_weights, tmp_path, caplog):
+    """A branch that comes from its own WEIGHTS is not called random, neither in training nor by the doctor."""
+    teachers = [{"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": teacher_weights["teacher"]}]
+    cfg = run_cfg(DISTILL__TEACHERS=teachers, DISTILL__LOSSES=[{"NAME": "AlignedL1"}])
+    holder = nn.Module()
+    holder.backbone = build_model(cfg).backbone.branches["H"]
+    torch.save({"model": holder.state_dict()}, tmp_path / "narrow.pth")
+    for entry in cfg.MSAD.FUSION_STUDENT.BRANCHES:
+        if entry["RESOLUTION"] == "H":
+            entry["WEIGHTS"] = str(tmp_path / "narrow.pth")
+    (start,) = [f for f in examine(cfg, images=0) if f.check == "student's start"]
+    assert start.level == OK, start
+    with caplog.at_level(logging.INFO, logger="msad"):
+        DistillTrainer(cfg).resume_or_load(False)
+    assert "random" not in caplog.text
+    cfg.MSAD.FUSION_STUDENT.BRANCHES[0]["WEIGHTS"] = "nowhere.pth"
+    assert "student's weights" in {f.check for f in examine(cfg, images=0) if f.level == ERROR}
 
 
 def test_a_stock_teacher_pads_for_the_lowest_branch(make_distiller, tiny_model, fusion_cfg, make_batch):

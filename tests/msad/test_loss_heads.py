@@ -317,6 +317,18 @@ def test_gradient(name, kind):
     assert not pair.teacher_logits.requires_grad and not pair.teacher_boxes.requires_grad
 
 
+def test_gradient_of_the_main_term():
+    """Of the distributions; the scores that weigh them have none."""
+    pair, batch = make_pair(dtype=torch.float64, boxes=[UNEVEN[1]])
+    loss = build("LD", W_VLR=0.0, W_CLS=0.0)
+
+    def value(boxes):
+        pair.student_boxes = boxes
+        return sum(loss({}, {}, batch).values())
+
+    assert torch.autograd.gradcheck(value, pair.student_boxes, fast_mode=True)
+
+
 def test_scores_weigh_the_main_term_without_gradient():
     pair, batch = make_pair()
     LD(w_vlr=0.0, w_cls=0.0)({}, {}, batch)["main"].backward()

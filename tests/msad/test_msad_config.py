@@ -66,6 +66,14 @@ def test_every_config_of_the_repository_loads(path):
         assert load_config(teacher["CONFIG"]).MODEL.META_ARCHITECTURE
 
 
+@pytest.mark.parametrize("path", [p for p in YAMLS if p.stem.endswith("_3x")], ids=lambda p: p.stem)
+def test_long_schedules_see_three_times_the_images(path):
+    """Of the 1x schedule: 90,000 iterations of 16 images; steps in the last 60,000 and 20,000, as detectron2's 3x."""
+    solver = load_config(path).SOLVER
+    assert solver.IMS_PER_BATCH * solver.MAX_ITER == 3 * 16 * 90000
+    assert [round((solver.MAX_ITER - step) * solver.IMS_PER_BATCH / 16) for step in solver.STEPS] == [60000, 20000]
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

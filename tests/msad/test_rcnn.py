@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
+from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.evaluation import cost
 from msad.modeling import features as F_
 from msad.resolution import RESOLUTIONS, scale_instances, view
@@ -170,6 +171,19 @@ def test_student_learns_from_aligned_levels(tiny_model, make_distiller, make_bat
     assert set(found) == LOSSES[arch] | {"loss_distill/AlignedL1"} and found["loss_distill/AlignedL1"] > 0
     assert distiller.student.backbone.fpn_output1.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("arch", ["MaskRCNN", "KeypointRCNN"])
+def test_every_loss_teaches_students_of_every_task(tiny_model, make_distiller, make_batch, arch):
+    names = [n for n, cls in DISTILL_LOSS_REGISTRY if cls.__module__.startswith("msad.") and n != "LD"]  # LD: GFL's
+    student, teacher = l_frame_student(tiny_model, arch), tiny_model(arch, resolutions=["H", "L"])
+    distiller = make_distiller("L", teacher=teacher, student=student, losses=[{"NAME": name} for name in names])
+    with EventStorage(0):
+        found = distiller(make_batch(SIZES))
+        sum(found.values()).backward()
+    assert {name.split("/")[1] for name in found if name.startswith("loss_distill/")} >= set(names)
+    assert all(torch.isfinite(value) for value in found.values())
+    assert all(p.grad is not None for p in distiller.losses.parameters())
 
 
 def test_student_levels_in_the_h_frame(tiny_model):

@@ -21,6 +21,7 @@ from torch import nn
 from msad import load_config
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.engine import DistillTrainer, trainer
+from msad.engine.build import load_teacher
 from msad.engine.checkpoint import CheckedCheckpointer
 from msad.engine.setup import evaluate_branches, load_model
 
@@ -318,9 +319,9 @@ def test_teacher_that_is_not_there(student, project):
     cfg = student()
     entry = dict(cfg.DISTILL.TEACHERS[0])
     with pytest.raises(FileNotFoundError, match=r"DISTILL.TEACHERS: no checkpoint absent.pth"):
-        trainer.load_teacher({**entry, "WEIGHTS": "absent.pth"}, "cpu")
+        load_teacher({**entry, "WEIGHTS": "absent.pth"}, "cpu")
     with pytest.raises(FileNotFoundError, match=r"no config file absent.yaml"):
-        trainer.load_teacher({**entry, "CONFIG": "absent.yaml"}, "cpu")
+        load_teacher({**entry, "CONFIG": "absent.yaml"}, "cpu")
 
 
 def test_teacher_checkpoint_must_be_complete(student, project, teacher_weights, tmp_path):
@@ -332,15 +333,15 @@ def test_teacher_checkpoint_must_be_complete(student, project, teacher_weights, 
 
     save({k: v for k, v in weights.items() if k != "fusion.excite.weight"})
     with pytest.raises(ValueError, match=r"other.pth is not a checkpoint of .*teacher.yaml: 1 tensors .*fusion.excite"):
-        trainer.load_teacher(entry, "cpu")
+        load_teacher(entry, "cpu")
     save({k: torch.zeros(3, *v.shape[1:]) if "cls_score" in k else v for k, v in weights.items()})
     with pytest.raises(ValueError, match=r"2 tensors are absent or of another shape, e.g. .*cls_score"):
-        trainer.load_teacher(entry, "cpu")
+        load_teacher(entry, "cpu")
     save({"encoder." + k: v for k, v in weights.items()})
     with pytest.raises(ValueError, match=r"no tensor of the checkpoint fits MultiScaleTea.*the file has e.g. enc"):
-        trainer.load_teacher(entry, "cpu")
+        load_teacher(entry, "cpu")
     save(weights)
-    assert_equal_weights(trainer.load_teacher(entry, "cpu").model.state_dict(), weights)
+    assert_equal_weights(load_teacher(entry, "cpu").model.state_dict(), weights)
 
 
 def test_weights_that_fit_nothing_stop_a_run(student, teacher_weights, tmp_path):

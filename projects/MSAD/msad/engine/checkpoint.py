@@ -27,13 +27,22 @@ def part_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[:2] == ["backbone", "bottom_up"] else parts[0]
 
 
-def load_branches(detector: nn.Module, entries: list[dict]) -> None:
-    """Load the WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES, a pretrained network or a detector each, into the branches."""
+def load_branches(detector: nn.Module, entries: list[dict]) -> set[str]:
+    """Load the WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES, a pretrained network or a detector each, into the branches.
+
+    Returns:
+        the names of the detector's tensors that were loaded.
+    """
+    loaded = set()
     for entry in entries:
         if entry.get("WEIGHTS"):
             holder = nn.Module()  # gives the branch the names that it has in a detector of its own
             holder.backbone = detector.backbone.branches[entry["RESOLUTION"]]
-            CheckedCheckpointer(holder).load(entry["WEIGHTS"])
+            checkpointer = CheckedCheckpointer(holder)
+            checkpointer.load(entry["WEIGHTS"])
+            names = holder.state_dict().keys() - set(checkpointer.unfit)
+            loaded |= {name.replace("backbone.", f"backbone.branches.{entry['RESOLUTION']}.", 1) for name in names}
+    return loaded
 
 
 class CheckedCheckpointer(DetectionCheckpointer):

@@ -24,9 +24,9 @@ from ..data.loader import load_train_dicts
 from ..data.register import register_datasets
 from ..distill.distiller import FrozenTeacher, student_shapes
 from ..distill.init import copies
-from ..distill.losses import build_losses
 from ..resolution import get_resolution
-from .checkpoint import CheckedCheckpointer, part_of
+from .build import build_distiller
+from .checkpoint import CheckedCheckpointer, load_branches
 from .findings import (
     ERROR,
     OK,
@@ -53,11 +53,8 @@ def check_start(student: nn.Module, teacher: nn.Module, mode: str, loaded: set[s
         loaded: names of the student's tensors that MODEL.WEIGHTS has.
     """
     known = loaded | set(copies(student, teacher, mode))
-    network = part_of("backbone.bottom_up.x")
-    parameters = dict(student.named_parameters())
-    if not any(part_of(name) == network for name in parameters):
-        network = "backbone"
-    ours = {name: p for name, p in parameters.items() if part_of(name) == network}
+    backbone = {name: p for name, p in student.named_parameters() if name.startswith("backbone.")}
+    ours = {name: p for name, p in backbone.items() if ".bottom_up." in name} or backbone
     random = [name for name in ours if name not in known]
     if not random:
         return [Finding(OK, "student's start", f"all {len(ours)} parameters of its bottom-up network are initialised")]
@@ -119,6 +116,8 @@ def check_checkpoint(who: str, model: nn.Module, weights: str) -> tuple[list[Fin
 
 def check_teacher_ap(cfg: CfgNode, teacher: CfgNode, model: nn.Module, images: int) -> list[Finding]:
     """Box AP of the teacher on the first ``images`` of the student's DATASETS.TEST."""
+    if not cfg.DATASETS.TEST:
+        return [Finding(WARNING, "teacher's AP", "not measured: DATASETS.TEST is empty", "name a validation set")]
     name = cfg.DATASETS.TEST[0]
     dicts = DatasetCatalog.get(name)[:images]
     # The evaluator asks for tasks that the teacher may not have, so it is told the one that all have.
@@ -150,23 +149,30 @@ def check_training_sets(cfg: CfgNode, teacher: CfgNode) -> list[Finding]:
     return check_classes(*classes, shared=cfg.DISTILL.INIT_STUDENT != "none")
 
 
-def preflight(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]) -> list[Finding]:
-    """The checks that need nothing but the config and the models.
+def preflight_checks(
+    cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]
+) -> dict[str, Callable[[], list[Finding]]]:
+    """The checks that need nothing but the config and the models, by name.
 
     Args:
         loaded: names of the student's tensors that MODEL.WEIGHTS has.
     """
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
     config = load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"])
-    return [
-        *check_training_sets(cfg, config),
-        *check_pixels(cfg, config),
-        *check_sizes(cfg, config, resolution),
-        *check_levels(student_shapes(student, resolution), teacher.shapes()),
-        *check_anchors(cfg, config, resolution.shift),
-        *check_start(student, teacher.detector, cfg.DISTILL.INIT_STUDENT, loaded),
-        *check_schedule(cfg),
-    ]
+    return {
+        "classes": lambda: check_training_sets(cfg, config),
+        "pixels": lambda: check_pixels(cfg, config),
+        "sizes": lambda: check_sizes(cfg, config, resolution),
+        "levels": lambda: check_levels(student_shapes(student, resolution), teacher.shapes()),
+        "anchors": lambda: check_anchors(cfg, config, resolution.shift),
+        "student's start": lambda: check_start(student, teacher.model, cfg.DISTILL.INIT_STUDENT, loaded),
+        "schedule": lambda: check_schedule(cfg),
+    }
+
+
+def preflight(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]) -> list[Finding]:
+    """All findings of :func:`preflight_checks`."""
+    return [finding for check in preflight_checks(cfg, student, teacher, loaded).values() for finding in check()]
 
 
 def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
@@ -179,7 +185,7 @@ def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
         """What ``function`` returns; what it says is wrong becomes a finding."""
         try:
             return function()
-        except (AssertionError, FileNotFoundError, KeyError, RuntimeError, ValueError) as error:
+        except (AssertionError, FileNotFoundError, LookupError, RuntimeError, TypeError, ValueError) as error:
             text = str(error.args[0]) if error.args else type(error).__name__
             out.append(Finding(ERROR, check, " ".join(text.split()), fix))
             return None
@@ -204,14 +210,22 @@ def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
     if cfg.MODEL.WEIGHTS:
         found, loaded = check_checkpoint("student", student, cfg.MODEL.WEIGHTS)
         out += found
+    elif cfg.MODEL.META_ARCHITECTURE == "FusionStudent":
+        branches = cfg.MSAD.FUSION_STUDENT.BRANCHES
+        fix = "correct WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES"
+        loaded = attempt("student's weights", fix, lambda: load_branches(student, branches)) or set()
     found, trained = check_checkpoint("teacher", teacher, entry.get("WEIGHTS", ""))
     out += found
     frozen = FrozenTeacher(teacher, cfg.DISTILL.TEACHER_BN)
-    out += preflight(cfg, student, frozen, loaded)
-    shapes = student_shapes(student, get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)), frozen.shapes()
-    losses = attempt("losses", "correct DISTILL.LOSSES", lambda: build_losses(cfg.DISTILL.LOSSES, *shapes))
-    if losses is not None:
-        names = ", ".join(loss.name for loss in losses) or "none: this is the control, initialised but not distilled"
+    checks = attempt(
+        "student", "correct DISTILL.STUDENT_RESOLUTION", lambda: preflight_checks(cfg, student, frozen, loaded)
+    )
+    for name, check in (checks or {}).items():
+        out += attempt(name, "correct the student's config, or DISTILL.STUDENT_RESOLUTION", check) or []
+    distiller = attempt("losses", "correct DISTILL", lambda: build_distiller(cfg, student, frozen))
+    if distiller is not None:
+        none = "none: this is the control, which is not distilled"
+        names = ", ".join(loss.name for loss in distiller.losses) or none
         out.append(Finding(OK, "losses", names))
     if images and trained:
         out += (

@@ -5,29 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from functools import partial
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from ..config import load_config
 from ..data.loader import build_train_loader
-from ..distill.balance import GradientBalance
-from ..distill.distiller import Distiller, FrozenTeacher, student_shapes
+from ..distill.distiller import Distiller
 from ..distill.init import init_student
-from ..distill.losses import build_losses
-from ..distill.schedules import distillation_factor, reading_weights
+from ..distill.schedules import reading_weights
 from ..modeling.features import freeze_unread_levels
 from ..modeling.teacher import MultiScaleTeacher
-from ..resolution import get_resolution
 from . import doctor
+from .build import build_distiller, load_teacher
 from .checkpoint import CheckedCheckpointer, load_branches
 from .hooks import BalanceLog, ExactResume, FeatureAnalysis, LossBalance, SkippedImages
 from .scaling import scale_to_batch
@@ -81,53 +76,6 @@ def compile_backbone(detector: nn.Module) -> None:
         network.forward = torch.compile(network.forward)
 
 
-def load_teacher(
-    entry: dict, device: str, batch_norm: str = "eval", input_format: str | None = None
-) -> FrozenTeacher:
-    """Build and load the teacher of one DISTILL.TEACHERS entry {CONFIG, WEIGHTS}.
-
-    Raises:
-        ValueError: a wrong entry, a checkpoint that does not have all of the teacher's tensors, or a channel order
-            other than the student's ``input_format``.
-        FileNotFoundError: CONFIG or WEIGHTS does not exist.
-    """
-    if set(entry) - {"CONFIG", "WEIGHTS"} or not entry.get("CONFIG") or not entry.get("WEIGHTS"):
-        raise ValueError(f"a DISTILL.TEACHERS entry needs CONFIG and WEIGHTS and nothing else, got {dict(entry)}")
-    if "://" not in entry["WEIGHTS"] and not os.path.isfile(entry["WEIGHTS"]):
-        raise FileNotFoundError(f"DISTILL.TEACHERS: no checkpoint {entry['WEIGHTS']}")
-    cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", device])
-    if input_format not in (None, cfg.INPUT.FORMAT):
-        raise ValueError(
-            f"INPUT.FORMAT is {cfg.INPUT.FORMAT} in the teacher's {entry['CONFIG']} and {input_format} for the "
-            "student; both get the same images"
-        )
-    model = build_model(cfg)
-    checkpointer = CheckedCheckpointer(model)
-    checkpointer.load(entry["WEIGHTS"])
-    if checkpointer.unfit:
-        raise ValueError(
-            f"DISTILL.TEACHERS: {entry['WEIGHTS']} is not a checkpoint of {entry['CONFIG']}: {len(checkpointer.unfit)} "
-            f"tensors are absent or of another shape, e.g. {', '.join(checkpointer.unfit[:3])}"
-        )
-    return FrozenTeacher(model, batch_norm)
-
-
-def build_balance(cfg: CfgNode, losses: nn.ModuleList) -> GradientBalance | None:
-    """What DISTILL.BALANCE asks for, or None; sets the weights that it replaces to 1.
-
-    Raises:
-        ValueError: wrong values, or DISTILL.READING, which sets the weights too.
-    """
-    balance = cfg.DISTILL.BALANCE
-    if balance.RATIO == 0 or not len(losses):
-        return None
-    if cfg.DISTILL.READING:
-        raise ValueError("DISTILL.BALANCE.RATIO and DISTILL.READING both set the weights of the losses: choose one")
-    for loss in losses:
-        loss.weight = 1.0
-    return GradientBalance(balance.RATIO, balance.ITERS, [loss.name for loss in losses]).to(cfg.MODEL.DEVICE)
-
-
 class DistillTrainer(DefaultTrainer):
     """detectron2's DefaultTrainer that also distils.
 
@@ -178,33 +126,7 @@ class DistillTrainer(DefaultTrainer):
             teacher.model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
             compile_backbone(teacher.detector)
-        resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
-        factor = partial(
-            distillation_factor,
-            max_iter=cfg.SOLVER.MAX_ITER,
-            warmup_iters=cfg.DISTILL.WARMUP_ITERS,
-            decay_from=cfg.DISTILL.DECAY_FROM,
-            decay_to=cfg.DISTILL.DECAY_TO,
-        )
-        factor(0)  # wrong values are an error here and not in the first step
-        levels = student_shapes(model, resolution), teacher.shapes()
-        if levels[0].keys() != levels[1].keys():
-            logger.warning(
-                "Student (%s) and teacher (%s) differ in their levels (H frame): "
-                "is DISTILL.STUDENT_RESOLUTION %s right?",
-                *map(", ".join, levels), resolution.name,
-            )  # fmt: skip
-        losses = build_losses(cfg.DISTILL.LOSSES, *levels, seed=cfg.SEED).to(cfg.MODEL.DEVICE)
-        return Distiller(
-            model,
-            teacher,
-            losses,
-            resolution,
-            w_det=cfg.DISTILL.W_DET,
-            factor=factor,
-            downsample_mode=cfg.MSAD.DOWNSAMPLE,
-            balance=build_balance(cfg, losses),
-        )
+        return build_distiller(cfg, model, teacher)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -260,11 +182,12 @@ class DistillTrainer(DefaultTrainer):
         """
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
-        if self.cfg.MODEL.META_ARCHITECTURE == "FusionStudent" and not resumed and not self.cfg.MODEL.WEIGHTS:
-            load_branches(self.checkpointer.model, self.cfg.MSAD.FUSION_STUDENT.BRANCHES)
+        student, loaded = self.checkpointer.model, set()
+        if self.cfg.MODEL.WEIGHTS:
+            loaded = student.state_dict().keys() - set(self.checkpointer.unfit)
+        elif self.cfg.MODEL.META_ARCHITECTURE == "FusionStudent" and not resumed:
+            loaded = load_branches(student, self.cfg.MSAD.FUSION_STUDENT.BRANCHES)
         if self.distiller is not None and not resumed:
-            student, absent = self.distiller.student, set(self.checkpointer.unfit)
-            loaded = student.state_dict().keys() - absent if self.cfg.MODEL.WEIGHTS else set()
             doctor.report(doctor.preflight(self.cfg, student, self.distiller.teacher, loaded))
-            init_student(self.distiller.student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
+            init_student(student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
         self._trainer.data_loader.start_iter = self.start_iter
