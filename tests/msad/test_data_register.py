@@ -6,6 +6,8 @@ import os
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import transform_instance_annotations
 
 from msad.config import add_msad_config
 from msad.data import make_dataset, register_datasets, register_entries, shapes
@@ -65,6 +67,21 @@ def test_from_yaml_to_dicts_and_metadata(root, tmp_path):
         ("centre", point) for point in ("top", "right", "bottom", "left")
     ]
     assert metadata.keypoint_oks_sigmas == list(shapes.KEYPOINT_SIGMAS)
+
+
+def test_whole_numbers_are_not_cut_off_by_resizing(root, tmp_path):
+    """Boxes and polygons of integers, at half the size."""
+
+    def change(content):
+        first = content["annotations"][0]
+        first.update(bbox=[7, 9, 20, 31], segmentation=[[7, 9, 27, 9, 27, 40, 7, 41]])
+
+    register_datasets(_cfg(_variant(root, tmp_path, change)))
+    (record, *_) = DatasetCatalog.get("t_train")
+    halve = T.TransformList([T.ResizeTransform(64, 64, 32, 32)])
+    moved = transform_instance_annotations(record["annotations"][0], halve, (32, 32))
+    assert moved["bbox"].tolist() == [3.5, 4.5, 13.5, 20.0]
+    assert moved["segmentation"][0].tolist() == [3.5, 4.5, 13.5, 4.5, 13.5, 20.0, 3.5, 20.5]
 
 
 def test_paths_are_relative_to_the_environment_variable(root, monkeypatch):

@@ -143,7 +143,22 @@ def _load(definition: dict[str, Any]) -> list[dict]:
     _check_classes(definition, categories)
     for key, value in _keypoint_metadata(definition, categories).items():
         setattr(MetadataCatalog.get(name), key, value)
-    return load_coco_json(definition["JSON"], definition["IMAGES"], name)
+    records = load_coco_json(definition["JSON"], definition["IMAGES"], name)
+    for record in records:
+        for annotation in record["annotations"]:
+            _make_real(annotation)
+    return records
+
+
+def _make_real(annotation: dict[str, Any]) -> None:
+    """Turn whole numbers of a box or polygon into floats, in place.
+
+    detectron2 makes an array of them and writes the resized coordinates back into it, so that integers would be cut off
+    after the point: up to a pixel of the input, which is much of a small object at low resolution.
+    """
+    annotation["bbox"] = [float(x) for x in annotation["bbox"]]
+    if isinstance(annotation.get("segmentation"), list):
+        annotation["segmentation"] = [[float(x) for x in polygon] for polygon in annotation["segmentation"]]
 
 
 def _read_categories(definition: dict[str, Any]) -> list[dict]:
