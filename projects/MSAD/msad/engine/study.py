@@ -45,6 +45,7 @@ def _constant_weight(value: float) -> tuple:
 
 
 _STUDENT = ("teacher",)
+_SCRATCH = ("DISTILL.INIT_STUDENT", "none")
 ROWS: dict[str, Row] = {
     "baseline_H": Row("baseline_H.yaml"),
     "baseline_L": Row("baseline_L.yaml"),
@@ -55,8 +56,8 @@ ROWS: dict[str, Row] = {
     "student_L": Row("student_L.yaml", (), _STUDENT),
     "student_L_w0.6": Row("student_L.yaml", _constant_weight(0.6), _STUDENT),
     "student_L_w2": Row("student_L.yaml", _constant_weight(2.0), _STUDENT),
-    "student_L_scratch": Row("student_L.yaml", ("DISTILL.INIT_STUDENT", "none"), _STUDENT),
-    "student_L_scratch_control": Row("student_L.yaml", ("DISTILL.INIT_STUDENT", "none", "DISTILL.LOSSES", []), _STUDENT),
+    "student_L_scratch": Row("student_L.yaml", _SCRATCH, _STUDENT),
+    "student_L_scratch_control": Row("student_L.yaml", ("DISTILL.LOSSES", [], *_SCRATCH), _STUDENT),
     "student_L_light": Row("student_L_light.yaml", (), _STUDENT),
     "baseline_L_2x": Row("baseline_L_shifted.yaml", (), (), "iterations"),
     "baseline_L_time": Row("baseline_L_shifted.yaml", (), ("teacher", "student_L", "baseline_L_shifted"), "seconds"),
