@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -37,11 +38,14 @@ class Row:
     budget: str = "same"
 
 
+def _loss(weight: float = 0.3, **options: Any) -> tuple:
+    """The paper's loss with other options."""
+    return "DISTILL.LOSSES", [{"NAME": "AlignedL1", "WEIGHT": weight, **options}]
+
+
 def _constant_weight(value: float) -> tuple:
     """The paper's loss at a fixed weight to the end of training."""
-    return (
-        "DISTILL.LOSSES", [{"NAME": "AlignedL1", "WEIGHT": value}], "DISTILL.DECAY_FROM", 1.0, "DISTILL.DECAY_TO", 1.0,
-    )  # fmt: skip
+    return *_loss(value), "DISTILL.DECAY_FROM", 1.0, "DISTILL.DECAY_TO", 1.0
 
 
 _STUDENT = ("teacher",)
@@ -56,6 +60,8 @@ ROWS: dict[str, Row] = {
     "student_L": Row("student_L.yaml", (), _STUDENT),
     "student_L_w0.6": Row("student_L.yaml", _constant_weight(0.6), _STUDENT),
     "student_L_w2": Row("student_L.yaml", _constant_weight(2.0), _STUDENT),
+    "student_L_normalized": Row("student_L.yaml", _loss(NORMALIZE=True), _STUDENT),
+    "student_L_p3": Row("student_L.yaml", _loss(LEVELS=["p3"]), _STUDENT),
     "student_L_scratch": Row("student_L.yaml", _SCRATCH, _STUDENT),
     "student_L_scratch_control": Row("student_L.yaml", ("DISTILL.LOSSES", [], *_SCRATCH), _STUDENT),
     "student_L_light": Row("student_L_light.yaml", (), _STUDENT),
