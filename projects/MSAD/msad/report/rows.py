@@ -48,7 +48,8 @@ KINDS = (
          "teacher. The difference to student_L is what the initialisation gives."),
     Kind("student_L_normalized", "student, normalised maps", "As student_L, comparing maps that are brought to zero "
          "mean and unit variance."),
-    Kind("student_L_p3", "student, finest level", "As student_L, comparing the finest level alone."),
+    Kind("student_L_p3", "student, finest level", "As student_L, comparing the finest level alone, where small "
+         "objects are."),
     Kind("student_L_scratch_control", "student, neither", "The student by itself, neither initialised nor "
          "distilled. The difference of student_L_scratch to it is what distillation alone gives."),
     Kind("student_L_light", "student, light head", "Distilled like student_L, with a smaller head, which is where "
