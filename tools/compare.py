@@ -54,8 +54,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args(arguments[:split])
     args.opts = arguments[split + 1 :]
     args.seeds = list(dict.fromkeys(args.seeds))
-    if args.jobs < 1:
-        parser.error("--jobs must be at least 1")
     return args
 
 
