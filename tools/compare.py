@@ -10,7 +10,8 @@
 Every file is a row of the table. The teachers that the files name in DISTILL.TEACHERS are trained first, once a seed,
 and shared by all rows. With --equal-time each row is also trained for as many iterations as fit into the time that the
 reference took (processor time on a CPU, else the clock's; measured in the runs of equal iterations), because a loss
-that makes steps slow takes time in which the plain detector could have learned.
+that makes steps slow takes time in which the plain detector could have learned. With --count-teachers that time is the
+reference's with its teachers, and rows without one train for all of it.
 A finished run is kept and an interrupted one resumes: repeat the same command. A run that fails does not stop others.
 Results: OUTPUT/compare.md, compare.json, compare.png, differences.png, and a folder a seed and row.
 """
@@ -43,6 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher-weights", default="", metavar="FILE",
                         help="use this checkpoint and train no teacher; {seed} in it stands for the seed")  # fmt: skip
     parser.add_argument("--equal-time", action="store_true", help="each row also at the reference's training time")
+    parser.add_argument("--count-teachers", action="store_true", help="that time includes the rows' teachers")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on the CPU; default: 1")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
@@ -69,7 +71,7 @@ def make_comparison(args: argparse.Namespace) -> compare.Comparison:
     opts = [*args.opts, *device_opts(args.devices)]
     return compare.Comparison(
         compare.unique_names(files), args.output, opts, tuple(args.seeds), args.iterations, args.teacher_iterations,
-        args.teacher_weights, args.reference, args.equal_time,
+        args.teacher_weights, args.reference, args.equal_time, args.count_teachers,
     )  # fmt: skip
 
 

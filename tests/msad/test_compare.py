@@ -7,6 +7,7 @@ import pytest
 
 from msad.engine.compare import Comparison, collect, run, unique_names
 from msad.engine.schedule import Slot, Task, make_slots, run_task
+from msad.report.comparison import write_markdown
 
 SMALL = ["SOLVER.IMS_PER_BATCH", 2]
 
@@ -84,6 +85,26 @@ def test_equal_time_follows_the_measured_steps(rows, tmp_path):
     data = collect(comparison)
     timed = {r["row"]: r["iterations"] for r in data["runs"] if r["kind"] == "time"}
     assert timed == {"control": 6, "msad": 3, "plain": 6}
+
+
+def test_equal_time_with_teachers(rows, tmp_path):
+    comparison = Comparison(rows("control", "msad", "plain"), tmp_path, equal_time=True, count_teachers=True)
+    finish(comparison, Task("row", "control", 0), cpu_seconds=12.0)
+    finish(comparison, Task("row", "msad", 0), cpu_seconds=24.0)
+    finish(comparison, Task("row", "plain", 0), cpu_seconds=6.0)
+    assert comparison.time_tasks() == []  # the teacher's time is not known yet
+    finish(comparison, Task("teacher", "teacher", 0), cpu_seconds=48.0, steps=12, iterations=6)
+    # The teacher's 24 s (6 iterations of 4 s) and the control's 12 s are 36 steps of 1 s without a teacher.
+    assert {name: comparison.iterations_in_time(name) for name in comparison.files} == {
+        "control": 6, "msad": 3, "plain": 36,
+    }  # fmt: skip
+    finish(comparison, Task("time", "plain", 0), iterations=36)
+    write_markdown(collect(comparison), tmp_path / "page.md")
+    assert "includes the teachers" in (tmp_path / "page.md").read_text()
+    with pytest.raises(ValueError, match="control's teachers take longer than plain"):
+        Comparison(comparison.files, tmp_path, reference="plain", equal_time=True, count_teachers=True).time_tasks()
+    with pytest.raises(ValueError, match="--count-teachers"):
+        Comparison(rows("plain"), tmp_path, teacher_weights="t.pth", count_teachers=True)
 
 
 def test_names():

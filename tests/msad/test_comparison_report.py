@@ -22,7 +22,8 @@ def data():
     runs += [run("b", seed, ap) for seed, ap in enumerate((31.0, 32.5, 32.5))]
     runs += [run("c", 0, 29.0), {"kind": "row", "row": "c", "seed": 1, "error": "FloatingPointError: loss is nan"}]
     runs += [run("a", 0, 30.0, "time")]
-    return {"seeds": [0, 1, 2], "reference": "a", "rows": {"a": "a.yaml", "b": "b.yaml", "c": "c.yaml"}, "runs": runs}
+    files = {"a": "a.yaml", "b": "b.yaml", "c": "c.yaml"}
+    return {"seeds": [0, 1, 2], "reference": "a", "count_teachers": False, "rows": files, "runs": runs}
 
 
 def test_differences_are_paired_by_seed(data):

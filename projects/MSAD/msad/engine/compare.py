@@ -28,6 +28,7 @@ class Comparison(Plan):
         teacher_weights: checkpoint that takes the place of training a teacher; "{seed}" in it becomes the seed.
         reference: row to which differences and times refer.
         equal_time: every row also runs for the time of the reference.
+        count_teachers: that time includes the training of the teachers that a row names.
     """
 
     files: dict[str, Path]
@@ -39,8 +40,11 @@ class Comparison(Plan):
     teacher_weights: str = ""
     reference: str = ""
     equal_time: bool = False
+    count_teachers: bool = False
 
     def __post_init__(self) -> None:
+        if self.count_teachers and self.teacher_weights:
+            raise ValueError("--count-teachers: what the teacher of --teacher-weights took to train is not known")
         self.reference = self.reference or next(iter(self.files))
         if self.reference not in self.files:
             raise ValueError(f"--reference {self.reference} is none of the rows {', '.join(self.files)}")
@@ -87,18 +91,37 @@ class Comparison(Plan):
         found = {seed: self.result(Task(kind, name, seed)) for seed in self.seeds}
         return {seed: result for seed, result in found.items() if result is not None}
 
-    def step_seconds(self, name: str) -> float | None:
+    def step_seconds(self, kind: str, name: str) -> float | None:
         """Mean over the seeds of what a step took in training: of the processors' time, on a GPU of the clock's."""
-        clock = "cpu_seconds" if self._load(self.files[name]).MODEL.DEVICE == "cpu" else "seconds"
-        runs = [r for r in self.results("row", name).values() if r["steps"]]
+        file = self.teachers[name] if kind == "teacher" else self.files[name]
+        clock = "cpu_seconds" if self._load(file).MODEL.DEVICE == "cpu" else "seconds"
+        runs = [r for r in self.results(kind, name).values() if r["steps"]]
         return sum(r[clock] / r["steps"] for r in runs) / len(runs) if runs else None
 
+    def _teacher_seconds(self, row: str) -> float | None:
+        """Mean over the seeds of the training time of a row's teachers, as far as it counts."""
+        total = 0.0
+        for name in self.row_teachers[row] if self.count_teachers else []:
+            step, runs = self.step_seconds("teacher", name), self.results("teacher", name)
+            if step is None:
+                return None
+            total += step * next(iter(runs.values()))["iterations"]
+        return total
+
     def iterations_in_time(self, name: str) -> int | None:
-        """How many iterations of a row take the time of the reference; None if that is not known yet."""
-        own, reference = self.step_seconds(name), self.step_seconds(self.reference)
-        if not own or not reference:
+        """How many iterations of a row take the time of the reference; None if that is not known yet.
+
+        Raises:
+            ValueError: the row's teachers alone take longer.
+        """
+        own, reference = self.step_seconds("row", name), self.step_seconds("row", self.reference)
+        before, given = self._teacher_seconds(name), self._teacher_seconds(self.reference)
+        if not own or not reference or before is None or given is None:
             return None
-        return max(1, round(reference * self._iterations(self.reference) / own))
+        left = given + reference * self._iterations(self.reference) - before
+        if left <= 0:
+            raise ValueError(f"--count-teachers: {name}'s teachers take longer than {self.reference} with its own")
+        return max(1, round(left / own))
 
     def _iterations(self, name: str) -> int:
         return self.iterations or self._load(self.files[name]).SOLVER.MAX_ITER
@@ -152,9 +175,9 @@ def run(comparison: Comparison, slots: Sequence[Slot], report: Callable[[str], N
 def collect(comparison: Comparison) -> dict:
     """All that is known, as plain data for :mod:`msad.report.comparison`.
 
-    {"seeds", "reference", "rows": {row: config file}, "runs": [{"kind", "row", "seed", "iterations", "seconds",
-    "cpu_seconds", "steps", "results": {name: {task: {metric: value}}}} or {..., "error"}]}. A row whose time is the
-    reference's has its runs of equal iterations as those of equal time too.
+    {"seeds", "reference", "count_teachers", "rows": {row: config file}, "runs": [{"kind", "row", "seed", "iterations",
+    "seconds", "cpu_seconds", "steps", "results": {name: {task: {metric: value}}}} or {..., "error"}]}. A row whose time is
+    the reference's has its runs of equal iterations as those of equal time too.
     """
     tasks, timed = comparison.tasks(), comparison.time_tasks()
     runs = []
@@ -172,6 +195,7 @@ def collect(comparison: Comparison) -> dict:
     return {
         "seeds": list(comparison.seeds),
         "reference": comparison.reference,
+        "count_teachers": comparison.count_teachers,
         "rows": {name: str(file) for name, file in comparison.files.items()},
         "runs": runs,
     }

@@ -181,7 +181,11 @@ def write_markdown(data: dict, path: Path, metric: str = "bbox/AP", pictures: tu
         f"Seeds {', '.join(map(str, data['seeds']))}. Intervals are 95 % confidence intervals of the mean by Student's "
         f"t distribution; differences to `{data['reference']}` are taken seed by seed, and a star says that their "
         f"interval excludes zero. Of {count} rows without any effect about one in twenty gets a star by chance. "
-        "Training time is that of the row alone, without its teacher.",
+        + (
+            "Equal training time includes the teachers; the columns have that of the row alone."
+            if data["count_teachers"]
+            else "Training time is that of the row alone, without its teacher."
+        ),
         format_comparison(data, metric, "github"),
         *(f"![{picture}]({picture})" for picture in pictures),
         "## Files",
