@@ -176,8 +176,8 @@ def collect(comparison: Comparison) -> dict:
     """All that is known, as plain data for :mod:`msad.report.comparison`.
 
     {"seeds", "reference", "count_teachers", "rows": {row: config file}, "runs": [{"kind", "row", "seed", "iterations",
-    "seconds", "cpu_seconds", "steps", "results": {name: {task: {metric: value}}}} or {..., "error"}]}. A row whose time is
-    the reference's has its runs of equal iterations as those of equal time too.
+    "seconds", "cpu_seconds", "steps", "results": {name: {task: {metric: value}}}} or {..., "error"}]}. A row whose
+    time is the reference's has its runs of equal iterations as those of equal time too.
     """
     tasks, timed = comparison.tasks(), comparison.time_tasks()
     runs = []
