@@ -187,7 +187,10 @@ def benchmark_train_step(args: argparse.Namespace) -> dict[str, Any]:
         torch.save({"model": build(teacher).state_dict()}, entry["WEIGHTS"])
         student.DISTILL.TEACHERS = [entry]
         distiller = DistillTrainer.build_model(student)
-    batch = cost.random_inputs(*args.size, batch=args.batch_size, boxes=10)
+    keypoints = student.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if student.MODEL.KEYPOINT_ON else 0
+    batch = cost.random_inputs(
+        *args.size, batch=args.batch_size, boxes=10, masks=student.MODEL.MASK_ON, keypoints=keypoints
+    )
     memory = PeakMemory(args.device)
     with tqdm(total=args.warmup + args.repeats, unit="round", desc="training step") as bar:
         times = cost.training_step_cost(distiller, batch, args.repeats, args.warmup, on_round=bar.update)

@@ -307,6 +307,17 @@ def make_distiller(teacher, losses=({"NAME": "AlignedL1", "WEIGHT": 0.6},)):
     )
 
 
+def test_random_objects_have_masks_and_keypoints_in_their_boxes():
+    (item,) = cost.random_inputs(40, 60, boxes=5, masks=True, keypoints=3)
+    gt = item["instances"]
+    assert torch.allclose(gt.gt_masks.get_bounding_boxes().tensor, gt.gt_boxes.tensor)
+    points = gt.gt_keypoints.tensor
+    assert points.shape == (5, 3, 3) and (points[..., 2] == 2).all()
+    low, high = gt.gt_boxes.tensor[:, None, :2], gt.gt_boxes.tensor[:, None, 2:]
+    assert ((points[..., :2] >= low) & (points[..., :2] <= high)).all()
+    assert (low >= 0).all() and (high <= torch.tensor([60, 40])).all()
+
+
 def test_training_step_cost_times_the_three_in_every_round():
     distiller = make_distiller(build_model(tiny_cfg(arch="MultiScaleTeacher")))
     parameters = {name: p.clone() for name, p in distiller.student.named_parameters()}

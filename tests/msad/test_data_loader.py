@@ -220,9 +220,11 @@ def test_data_that_does_not_fit_the_config(cfg):
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 5
     with pytest.raises(ValueError, match=r"MODEL.ROI_HEADS.NUM_CLASSES is 5"):
         build_train_loader(cfg, seed=0)
-    cfg.MODEL.META_ARCHITECTURE, cfg.MSAD.DETECTOR, cfg.MODEL.FCOS.NUM_CLASSES = "MultiScaleTeacher", "FCOS", 7
-    with pytest.raises(ValueError, match=r"MODEL.FCOS.NUM_CLASSES is 7"):
-        build_train_loader(cfg, seed=0)
+    cfg.MSAD.DETECTOR, cfg.MODEL.FCOS.NUM_CLASSES = "FCOS", 7
+    for around in ("MultiScaleTeacher", "FusionStudent"):
+        cfg.MODEL.META_ARCHITECTURE = around
+        with pytest.raises(ValueError, match=r"MODEL.FCOS.NUM_CLASSES is 7"):
+            build_train_loader(cfg, seed=0)
     cfg.DATASETS.TRAIN = ()
     with pytest.raises(ValueError, match=r"DATASETS.TRAIN is empty"):
         build_train_loader(cfg, seed=0)

@@ -107,6 +107,8 @@ def test_anchors(project):
     (finding,) = check_anchors(cfg, teacher, 1)
     assert finding.level == WARNING and "divide the teacher's sizes by 2" in finding.fix
     assert check_anchors(load_config(project / "student.yaml"), teacher, 1) == []
+    cfg.MODEL.META_ARCHITECTURE, cfg.MSAD.DETECTOR = "FusionStudent", "RetinaNet"
+    assert levels_of(check_anchors(cfg, teacher, 1)) == [WARNING]
 
 
 def test_schedule(pair):

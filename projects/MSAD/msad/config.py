@@ -191,6 +191,12 @@ def add_msad_config(cfg: CN) -> CN:
     return cfg
 
 
+def detector_architecture(cfg: CN) -> str:
+    """Meta-architecture of the detector: of a teacher or fusion student, that of the one inside."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    return cfg.MSAD.DETECTOR if name in ("MultiScaleTeacher", "FusionStudent") else name
+
+
 def _valid_keys(cfg: CN, prefix: str = "") -> list[str]:
     keys = []
     for key, value in cfg.items():

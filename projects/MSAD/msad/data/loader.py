@@ -21,6 +21,7 @@ from detectron2.data import DatasetFromList, DatasetMapper, MetadataCatalog, get
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
+from ..config import detector_architecture
 from .checks import check_dataset, clean
 
 logger = logging.getLogger(__name__)
@@ -109,9 +110,7 @@ def load_train_dicts(cfg: CfgNode) -> list[dict]:
 
 def _classes_of_model(cfg: CfgNode) -> tuple[str, int | None]:
     """Config key and number of classes of the model's head; None where the architecture does not say."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "MultiScaleTeacher":  # its head is that of the detector inside
-        architecture = cfg.MSAD.DETECTOR
+    architecture = detector_architecture(cfg)
     others = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "MEInst": "FCOS"}
     node = others.get(architecture, architecture.upper())
     return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL.get(node, {}).get("NUM_CLASSES")

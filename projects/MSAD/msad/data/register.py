@@ -156,7 +156,8 @@ def _make_real(annotation: dict[str, Any]) -> None:
     detectron2 makes an array of them and writes the resized coordinates back into it, so that integers would be cut off
     after the point: up to a pixel of the input, which is much of a small object at low resolution.
     """
-    annotation["bbox"] = [float(x) for x in annotation["bbox"]]
+    if "bbox" in annotation:  # else msad.data.checks reports it
+        annotation["bbox"] = [float(x) for x in annotation["bbox"]]
     if isinstance(annotation.get("segmentation"), list):
         annotation["segmentation"] = [[float(x) for x in polygon] for polygon in annotation["segmentation"]]
 

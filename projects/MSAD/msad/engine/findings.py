@@ -8,6 +8,7 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
+from ..config import detector_architecture
 from ..resolution import Resolution
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -172,9 +173,8 @@ def check_levels(student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -
 
 def check_anchors(cfg: CfgNode, teacher: CfgNode, shift: int) -> list[Finding]:
     """Anchors of the student, times 2^shift, are the teacher's; for detectors that have any."""
-    architectures = cfg.MODEL.META_ARCHITECTURE, teacher.MODEL.META_ARCHITECTURE
-    inner = [teacher.MSAD.DETECTOR if a == "MultiScaleTeacher" else a for a in architectures]
-    if inner[0] != inner[1] or inner[0] not in ("RetinaNet", "GeneralizedRCNN"):
+    detector = detector_architecture(cfg)
+    if detector != detector_architecture(teacher) or detector not in ("RetinaNet", "GeneralizedRCNN"):
         return []
     ours = [[side * 2**shift for side in level] for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
     theirs = [list(level) for level in teacher.MODEL.ANCHOR_GENERATOR.SIZES]

@@ -20,7 +20,7 @@ import torch
 from detectron2.evaluation import inference_context
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,13 +83,17 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {**counts, TOTAL: _num_parameters(model)}
 
 
-def random_inputs(height: int, width: int, batch: int = 1, boxes: int = 0, seed: int = 0) -> list[dict]:
+def random_inputs(
+    height: int, width: int, batch: int = 1, boxes: int = 0, seed: int = 0, masks: bool = False, keypoints: int = 0
+) -> list[dict]:
     """Inputs of random pixels in detectron2's format, on the CPU.
 
     Args:
         height, width: of each image (3, height, width), uint8.
         batch: number of images.
         boxes: ground truth boxes of class 0 in each; 0: no "instances".
+        masks: the objects also have polygons, which fill their boxes.
+        keypoints: number of visible points in each object's box.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = []
@@ -101,6 +105,14 @@ def random_inputs(height: int, width: int, batch: int = 1, boxes: int = 0, seed:
             gt = item["instances"] = Instances((height, width))
             gt.gt_boxes = Boxes(torch.cat([low * 0.9, high * 0.9 + 0.1], dim=1) * torch.tensor([width, height] * 2))
             gt.gt_classes = torch.zeros(boxes, dtype=torch.int64)
+            if masks:
+                corners = gt.gt_boxes.tensor[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
+                gt.gt_masks = PolygonMasks([[polygon] for polygon in corners])
+            if keypoints:
+                x0, y0, x1, y1 = gt.gt_boxes.tensor[:, None].unbind(2)
+                u, v = torch.rand(2, boxes, keypoints, generator=generator)
+                points = [x0 + u * (x1 - x0), y0 + v * (y1 - y0), torch.full_like(u, 2)]
+                gt.gt_keypoints = Keypoints(torch.stack(points, dim=2))
         inputs.append(item)
     return inputs
 
