@@ -13,7 +13,8 @@ reference took (processor time on a CPU, else the clock's; measured in the runs 
 that makes steps slow takes time in which the plain detector could have learned. With --count-teachers that time is the
 reference's with its teachers, and rows without one train for all of it.
 A finished run is kept and an interrupted one resumes: repeat the same command. A run that fails does not stop others.
-Results: OUTPUT/compare.md, compare.json, compare.png, differences.png, and a folder a seed and row.
+Results: OUTPUT/compare.md, compare.json, compare.png, differences.png, and a folder a seed and row; weights.png shows
+the metric over the weight of a loss where rows differ in it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from msad.engine.checkpoint import replacing
 from msad.engine.schedule import device_opts, make_slots
 from msad.engine.setup import engine_name
 from msad.report.comparison import TITLES, Entry, entries, format_comparison, write_markdown
-from msad.visualization import IntervalRow, plot_intervals
+from msad.visualization import IntervalRow, plot_intervals, plot_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,10 +88,23 @@ def draw(data: dict, output: Path, metric: str) -> tuple[str, ...]:
     changes = {title: [_change(r, rows, data["reference"]) for r in rows if r.difference] for title, rows in
                series.items()}  # fmt: skip
     changes = {title: rows for title, rows in changes.items() if rows}
-    if not changes:
-        return ("compare.png",)
-    plot_intervals(changes, output / "differences.png", f"{metric} minus {data['reference']}, seed by seed", 0.0)
-    return ("compare.png", "differences.png")
+    pictures = ["compare.png"]
+    if changes:
+        plot_intervals(changes, output / "differences.png", f"{metric} minus {data['reference']}, seed by seed", 0.0)
+        pictures.append("differences.png")
+    if by_weight := _by_weight(data["losses"], points.get(TITLES["row"], [])):
+        plot_weights(by_weight, output / "weights.png", metric, reference, data["reference"])
+        pictures.append("weights.png")
+    return tuple(pictures)
+
+
+def _by_weight(losses: dict[str, list[dict]], rows: list[IntervalRow]) -> dict[str, list[tuple[float, IntervalRow]]]:
+    """Loss -> (weight, row) of the losses that rows have by themselves, with several positive weights."""
+    out = {}
+    for row in rows:
+        if len(entry := losses.get(row.name, ())) == 1 and entry[0].get("WEIGHT", 0) > 0:
+            out.setdefault(entry[0]["NAME"], []).append((entry[0]["WEIGHT"], row))
+    return {name: points for name, points in out.items() if len({weight for weight, _ in points}) > 1}
 
 
 def _point(row: Entry) -> IntervalRow:

@@ -1,12 +1,17 @@
 """Tables and charts of a comparison, from numbers whose means and intervals are worked out by hand."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
 from msad.report.comparison import class_table, entries, format_comparison, table, write_markdown
 from msad.visualization import IntervalRow, plot_intervals
 from msad.visualization.intervals import intervals_figure
+from msad.visualization.weights import weights_figure
+
+COMPARE = Path(__file__).parents[2] / "tools" / "compare.py"
 
 
 def run(row, seed, ap, kind="row", name=None, **metrics):
@@ -77,6 +82,20 @@ def test_markdown_has_tables_failures_and_files(data, tmp_path):
     assert "| a " in text and "![compare.png](compare.png)" in text and "`c.yaml`" in text
     assert "Runs that failed" in text and "python tools/compare.py" in text
     assert json.loads(json.dumps(data))["reference"] == "a"
+
+
+def test_weights_are_an_axis_where_rows_differ_in_them(data, tmp_path):
+    draw = runpy.run_path(str(COMPARE))["draw"]
+    data["losses"] = {"a": [], "b": [{"NAME": "LAD", "WEIGHT": 3}], "c": [{"NAME": "CAD", "WEIGHT": 3}]}
+    assert draw(data, tmp_path, "bbox/AP") == ("compare.png", "differences.png")
+    data["losses"]["c"] = [{"NAME": "LAD", "WEIGHT": 0.3}]
+    assert draw(data, tmp_path, "bbox/AP")[-1] == "weights.png" and (tmp_path / "weights.png").stat().st_size > 1000
+    points = [(3.0, IntervalRow("b", 32.0, 1.2, (31.0, 32.5, 32.5))), (0.3, IntervalRow("c", 29.0, None, (29.0,)))]
+    axes = weights_figure({"LAD": points}, "AP", 31.0, "a").axes[0]
+    (curve,) = [line for line in axes.lines if line.get_marker() == "o"]
+    assert axes.get_xscale() == "log"
+    assert list(curve.get_xdata()) == [0.3, 3.0] and list(curve.get_ydata()) == [29.0, 32.0]
+    assert [text.get_text() for text in axes.texts] == ["a"]
 
 
 def test_chart_shows_every_seed_and_interval(tmp_path):

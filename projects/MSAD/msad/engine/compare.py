@@ -48,9 +48,11 @@ class Comparison(Plan):
         self.reference = self.reference or next(iter(self.files))
         if self.reference not in self.files:
             raise ValueError(f"--reference {self.reference} is none of the rows {', '.join(self.files)}")
-        used = {name: [_key(e) for e in self._load(f).DISTILL.TEACHERS] for name, f in self.files.items()}
+        configs = {name: self._load(file) for name, file in self.files.items()}
+        used = {name: [_key(e) for e in cfg.DISTILL.TEACHERS] for name, cfg in configs.items()}
         paths = [] if self.teacher_weights else dict.fromkeys(path for files in used.values() for path in files)
         self.teachers = unique_names(list(paths))
+        self.losses = {name: [dict(e) for e in cfg.DISTILL.LOSSES] for name, cfg in configs.items()}
         by_path = {path: name for name, path in self.teachers.items()}
         self.row_teachers = {name: [by_path[p] for p in files if p in by_path] for name, files in used.items()}
 
@@ -175,9 +177,10 @@ def run(comparison: Comparison, slots: Sequence[Slot], report: Callable[[str], N
 def collect(comparison: Comparison) -> dict:
     """All that is known, as plain data for :mod:`msad.report.comparison`.
 
-    {"seeds", "reference", "count_teachers", "rows": {row: config file}, "runs": [{"kind", "row", "seed", "iterations",
-    "seconds", "cpu_seconds", "steps", "results": {name: {task: {metric: value}}}} or {..., "error"}]}. A row whose
-    time is the reference's has its runs of equal iterations as those of equal time too.
+    {"seeds", "reference", "count_teachers", "rows": {row: config file}, "losses": {row: [entry of DISTILL.LOSSES]},
+    "runs": [{"kind", "row", "seed", "iterations", "seconds", "cpu_seconds", "steps",
+    "results": {name: {task: {metric: value}}}} or {..., "error"}]}. A row whose time is the reference's has its runs of
+    equal iterations as those of equal time too.
     """
     tasks, timed = comparison.tasks(), comparison.time_tasks()
     runs = []
@@ -197,5 +200,6 @@ def collect(comparison: Comparison) -> dict:
         "reference": comparison.reference,
         "count_teachers": comparison.count_teachers,
         "rows": {name: str(file) for name, file in comparison.files.items()},
+        "losses": comparison.losses,
         "runs": runs,
     }

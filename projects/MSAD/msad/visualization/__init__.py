@@ -4,6 +4,7 @@ from .intervals import IntervalRow, plot_intervals
 from .objects import Objects, ground_truth, predictions
 from .panels import Panel, draw_objects, save_panels
 from .plots import RowPoint, plot_ap_vs_cost, plot_curves, plot_results
+from .weights import plot_weights
 
 __all__ = [
     "IntervalRow",
@@ -16,6 +17,7 @@ __all__ = [
     "plot_curves",
     "plot_intervals",
     "plot_results",
+    "plot_weights",
     "predictions",
     "save_panels",
 ]

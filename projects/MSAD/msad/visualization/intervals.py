@@ -76,8 +76,9 @@ def intervals_figure(
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(label)
-        axes.text(1, 1.01, "bars: 95 % interval of the mean; dots: seeds", transform=axes.transAxes, ha="right",
-                  va="bottom", fontsize=8.5, color=GREY)  # fmt: skip
+        if any(row.half is not None for rows in series.values() for row in rows):
+            axes.text(1, 1.01, "bars: 95 % interval of the mean; dots: seeds", transform=axes.transAxes, ha="right",
+                      va="bottom", fontsize=8.5, color=GREY)  # fmt: skip
         if len(series) > 1:
             figure.legend(loc="outside lower center", ncols=len(series), fontsize=9)
     return figure
