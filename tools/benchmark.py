@@ -154,7 +154,7 @@ def benchmark_models(args: argparse.Namespace) -> list[dict[str, Any]]:
             with blaming(row["config"]):
                 model = build(cfg)
                 row["parameters"] = cost.count_parameters(model)
-            row["gmacs"] = cost.count_macs(model, *row["input"])
+            row["gmacs"] = cost.count_macs(model, cost.random_inputs(*row["input"]))
             bar.update()
             bar.set_postfix_str(f"{row['name']}: memory")
             row["peak_memory_bytes"] = peak_memory(cfg, *row["input"], threads=args.threads)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import cv2
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 from msad import load_config
@@ -98,8 +99,14 @@ def describe_data(study: Study) -> dict:
     }
 
 
+def first_test_image(cfg: CfgNode) -> list[dict]:
+    """The first image of the data that a row is tested on, as its model gets it."""
+    register_datasets(cfg)
+    return [DatasetMapper(cfg, is_train=False)(DatasetCatalog.get(cfg.DATASETS.TEST[0])[0])]
+
+
 def measure_costs(study: Study) -> dict[str, dict]:
-    """Parameters, GMACs and milliseconds of each evaluated model at its own input size."""
+    """Parameters, GMACs and milliseconds of each evaluated model on the first test image at its own size."""
     costs: dict[str, dict] = {}
     by_config: dict[tuple, dict] = {}
     for name in study.complete():
@@ -113,13 +120,13 @@ def measure_costs(study: Study) -> dict[str, dict]:
                 model.set_eval_branch(branch)
             key = (cfg.MODEL.dump(), cfg.INPUT.MIN_SIZE_TEST, branch)
             if key not in by_config:
-                side = cfg.INPUT.MIN_SIZE_TEST
-                macs = {part: float(f"{value:.4g}") for part, value in count_macs(model, side, side).items()}
-                latency = {p: float(f"{v:.4g}") for p, v in measure_latency(model, side, side, repeats=15).items()}
+                inputs = first_test_image(cfg)
+                macs = {part: float(f"{value:.4g}") for part, value in count_macs(model, inputs).items()}
+                latency = {p: float(f"{v:.4g}") for p, v in measure_latency(model, inputs, repeats=15).items()}
                 parameters = sum(p.numel() for p in model.parameters())
                 parts = count_parameters(model)
                 by_config[key] = {
-                    "input": [side, side], "parameters": parameters, "parameters_by_part": parts,
+                    "input": list(inputs[0]["image"].shape[1:]), "parameters": parameters, "parameters_by_part": parts,
                     "gmacs": macs, "ms": latency,
                 }  # fmt: skip
             costs[name if branch is None else f"{name}_{branch}"] = by_config[key]

@@ -21,7 +21,7 @@ from msad.engine.doctor import examine
 from msad.engine.export import export
 from msad.engine.findings import ERROR, OK
 from msad.engine.setup import prepare
-from msad.evaluation.cost import TOTAL, count_macs, count_parameters
+from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
 from msad.modeling import features as F_
 from msad.modeling.fusion_student import FusionBackbone, branch_configs
 from msad.resolution import batch_images, shift_names, view
@@ -234,7 +234,8 @@ def test_cost_counts_both_branches(fusion_cfg, tiny_model):
         assert counts[0][part] == counts[1][part] + counts[2][part] > 0
     assert counts[0]["fusion"] == 16 * 1 + 1 * 2 and counts[0]["head"] == counts[1]["head"]
     assert counts[0][TOTAL] == sum(value for part, value in counts[0].items() if part != TOTAL)
-    macs = [count_macs(model, *size) for model, size in ((student, (128, 192)), (high, (128, 192)), (low, (64, 96)))]
+    large, small = random_inputs(128, 192), random_inputs(64, 96)
+    macs = [count_macs(model, image) for model, image in ((student, large), (high, large), (low, small))]
     for part in ("bottom_up", "neck"):
         assert macs[0][part] == pytest.approx(macs[1][part] + macs[2][part])
     assert macs[0]["head"] == pytest.approx(macs[1]["head"]) and macs[0]["fusion"] > 0

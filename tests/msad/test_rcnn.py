@@ -254,7 +254,7 @@ def test_cost_of_the_heads(tiny_model):
     cells = sum((64 // 2**level) * (128 // 2**level) for level in range(2, 7))
     rpn = cells * channels * (channels * 9 + 1 + 4)
     box = proposals * (channels * 9 * 16 + 16 * (classes + 1) + 16 * 4 * classes)
-    macs, parameters = cost.count_macs(detector, 64, 128), cost.count_parameters(detector)
+    macs, parameters = cost.count_macs(detector, cost.random_inputs(64, 128)), cost.count_parameters(detector)
     assert macs["head"] * 1e9 == pytest.approx(rpn + box)
     assert macs["total"] == pytest.approx(sum(macs[part] for part in cost.PARTS))
     assert parameters["total"] == sum(p.numel() for p in detector.parameters()) == sum(

@@ -163,7 +163,7 @@ def _by_part(
     return costs
 
 
-def count_macs(model: nn.Module, height: int, width: int) -> dict[str, float]:
+def count_macs(model: nn.Module, inputs: list[dict]) -> dict[str, float]:
     """Multiply-adds of one image by part, and ``total``, in GMACs: 1e9 multiply-adds, half of the GFLOPs.
 
     Counts convolutions, linear layers, matrix products and attention on the image as the model pads it. Elementwise
@@ -171,11 +171,13 @@ def count_macs(model: nn.Module, height: int, width: int) -> dict[str, float]:
 
     Args:
         model: a detector, or a teacher, of which only what its ``eval_branch`` needs is run.
-        height, width: of the image in pixels of the model's own input; for a teacher that is H.
+        inputs: one image as a loader gives it or from :func:`random_inputs`, in pixels of the model's own input; for a
+            teacher that is H. Its size decides on the cost of dense detectors; that of an R-CNN's heads depends on how
+            many proposals it makes of the image.
     """
     counter = FlopCounterMode(display=False)
     with counter:
-        flops = _by_part(model, random_inputs(height, width), counter.get_total_flops, lambda a, b: b - a)
+        flops = _by_part(model, inputs, counter.get_total_flops, lambda a, b: b - a)
     return {part: value / 2 / 1e9 for part, value in flops.items()}
 
 
@@ -203,13 +205,12 @@ def medians(passes: list[dict[str, float]]) -> dict[str, float]:
     return {key: median(one[key] for one in passes) for key in passes[0]}
 
 
-def measure_latency(model: nn.Module, height: int, width: int, repeats: int = 10, warmup: int = 2) -> dict[str, float]:
+def measure_latency(model: nn.Module, inputs: list[dict], repeats: int = 10, warmup: int = 2) -> dict[str, float]:
     """Median milliseconds for one image by part, and ``total``; arguments as in :func:`count_macs`.
 
     To compare models on a machine that does other things too, alternate between them with :func:`time_parts`. With
     random weights the number of candidates, and so the time of post-processing, is not that of a trained model.
     """
-    inputs = random_inputs(height, width)
     passes = [time_parts(model, inputs) for _ in range(warmup + repeats)]
     return medians(passes[warmup:])
 

@@ -17,7 +17,8 @@ from .tables import markdown_table, table
 TITLE = "Low-resolution detection by distillation"
 _NOTES = (
     "AP is COCO's average precision (0-100) on the validation images, averaged over IoU 0.50-0.95; APs, APm and APl "
-    "are those of small, medium and large objects. GMACs and milliseconds are those of the whole model per image; the "
+    "are those of small, medium and large objects. GMACs and milliseconds are those of the whole model for the first "
+    "validation image (an R-CNN's heads cost what the proposals cost that it makes of it); the "
     "factor in brackets is relative to the full-resolution model. Training seconds (by the clock and, "
     "as cpu s, of the processor) and iterations are the row's own: "
     "a student needs those of its teacher besides. A dash means that there is no number."
