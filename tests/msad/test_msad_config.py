@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from msad import add_msad_config, config, load_config
@@ -72,6 +73,48 @@ def test_long_schedules_see_three_times_the_images(path):
     solver = load_config(path).SOLVER
     assert solver.IMS_PER_BATCH * solver.MAX_ITER == 3 * 16 * 90000
     assert [round((solver.MAX_ITER - step) * solver.IMS_PER_BATCH / 16) for step in solver.STEPS] == [60000, 20000]
+
+
+ZOO = {
+    "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "keypoint_rcnn": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    "cascade_rcnn": "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+    "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+}
+
+
+@pytest.mark.parametrize("row", ["H", "L", "L_shifted", "T", "S_L"])
+@pytest.mark.parametrize("detector", ZOO)
+def test_detectors_are_set_as_in_the_model_zoo(detector, row):
+    """Heads, proposals, schedule, data; students and shifted baselines read one level lower, with half the anchors."""
+    cfg, zoo = load_config(ROOT / f"configs/MSAD/{detector}_R_50_{row}_1x.yaml"), model_zoo.get_config(ZOO[detector])
+    zoo = add_msad_config(zoo)
+    shift = int(row in ("L_shifted", "S_L"))
+    used = "RETINANET" if detector == "retinanet" else ("RPN", "ROI_", "KEYPOINT_ON")
+    for section in [section for section in zoo.MODEL if section.startswith(used)]:
+        options = zoo.MODEL[section]
+        if isinstance(options, CfgNode) and options.get("IN_FEATURES", [""])[0].startswith("p"):
+            options.IN_FEATURES = [f"p{int(name[1:]) - shift}" for name in options.IN_FEATURES]
+        assert cfg.MODEL[section] == options, section
+    sizes = [[pytest.approx(size / 2**shift, abs=0.01) for size in level] for level in zoo.MODEL.ANCHOR_GENERATOR.SIZES]
+    assert sizes == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = zoo.MODEL.ANCHOR_GENERATOR.SIZES
+    assert cfg.MODEL.ANCHOR_GENERATOR == zoo.MODEL.ANCHOR_GENERATOR
+    assert (detector == "mask_rcnn") == cfg.MODEL.MASK_ON
+    assert zoo.SOLVER == cfg.SOLVER
+    assert (zoo.DATASETS.TRAIN, zoo.DATASETS.TEST) == (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    # The loader of a student reads H.
+    half = row in ("L", "L_shifted")
+    assert type(cfg.INPUT.MIN_SIZE_TRAIN)(s >> half for s in zoo.INPUT.MIN_SIZE_TRAIN) == cfg.INPUT.MIN_SIZE_TRAIN
+    assert ((1333, 667)[half], (800, 400)[half or row == "S_L"]) == (cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST)
+
+
+def test_every_run_has_a_folder_of_its_own():
+    folders = ("MSAD", "LD", "RawFeatures", "losses")
+    for path in [path for name in folders for path in (ROOT / "configs" / name).glob("*.yaml")]:
+        if not path.stem.startswith(("Base", "teacher_")):
+            assert f"output/{path.parent.name}/{path.stem}" == load_config(path).OUTPUT_DIR
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
