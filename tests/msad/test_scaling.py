@@ -1,4 +1,4 @@
-"""SOLVER.SCALE_TO_BATCH: the linear rule by hand, what the log says, and that training uses it."""
+"""SOLVER.SCALE_TO_BATCH and REFERENCE_WORLD_SIZE: the linear rule by hand, what the log says, that training uses it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from msad import load_config
 from msad.engine import DistillTrainer
-from msad.engine.scaling import scale_to_batch
+from msad.engine.scaling import scale_to_batch, scale_to_processes
 from msad.engine.setup import prepare
 from msad.engine.study import Study
 
@@ -79,13 +79,72 @@ def test_negative_is_an_error(cfg):
         scale_to_batch(cfg)
 
 
-def test_it_comes_before_the_scaling_to_processes(cfg):
+def test_fewer_processes(cfg, caplog):
+    """Written for 8 GPUs with two images each, run on two: every count of iterations grows, the project's too."""
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.SCALE_TO_BATCH = 8, 0
+    cfg.TEST.EVAL_PERIOD, cfg.DISTILL.DECAY_FROM = 1000, 0.5
+    before = cfg.dump()
+    with caplog.at_level(logging.INFO, logger="msad.engine.scaling"):
+        scaled = scale_to_processes(cfg, 2)
+    assert cfg.dump() == before
+    expected = {
+        "SOLVER.IMS_PER_BATCH": (16, 4),
+        "SOLVER.BASE_LR": (0.01, 0.0025),
+        "SOLVER.STEPS": ((60000, 80000), (240000, 320000)),
+        "SOLVER.MAX_ITER": (90000, 360000),
+        "SOLVER.WARMUP_ITERS": (500, 2000),
+        "SOLVER.CHECKPOINT_PERIOD": (5000, 20000),
+        "DISTILL.WARMUP_ITERS": (400, 1600),
+        "DISTILL.BALANCE.ITERS": (100, 400),
+        "DISTILL.ANALYSIS_PERIOD": (20, 80),
+        "TEST.EVAL_PERIOD": (1000, 4000),
+    }
+    changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in expected.items())
+    assert f"Schedule scaled from 8 to 2 processes: {changes}" in caplog.messages
+    # That is all that has changed, but for the number of processes itself.
+    cfg.merge_from_list([item for key, (_, new) in expected.items() for item in (key, new)])
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 2
+    assert scaled == cfg
+    caplog.clear()
+    assert scale_to_processes(scaled, 2) is scaled and not caplog.messages
+
+
+def test_processes_as_written_or_not_given(cfg, caplog):
+    for cfg.SOLVER.REFERENCE_WORLD_SIZE in (0, 4):
+        assert scale_to_processes(cfg, 4) is cfg
+    assert not caplog.messages
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 3
+    with pytest.raises(ValueError, match=r"IMS_PER_BATCH 16 is no multiple of SOLVER\.REFERENCE_WORLD_SIZE 3"):
+        scale_to_processes(cfg, 1)
+
+
+def test_more_processes_keep_short_periods(cfg):
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = 1, 1
+    cfg.DISTILL.BALANCE.ITERS, cfg.DISTILL.ANALYSIS_PERIOD, cfg.DISTILL.WARMUP_ITERS = 3, 20, 0
+    cfg.freeze()
+    scaled = scale_to_processes(cfg, 64)
+    assert scaled.is_frozen()
+    found = scaled.DISTILL
+    assert (found.BALANCE.ITERS, found.ANALYSIS_PERIOD, found.WARMUP_ITERS) == (1, 1, 0)
+
+
+def test_batch_and_then_processes(cfg):
     """16 images on 8 GPUs; the user halves the batch on 8 and then runs on 4: a quarter of the images."""
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = 8, 8
-    both = DistillTrainer.auto_scale_workers(scale_to_batch(cfg), 4)
+    both = scale_to_processes(scale_to_batch(cfg), 4)
     assert both.SOLVER.IMS_PER_BATCH == 4
     assert pytest.approx(0.0025) == both.SOLVER.BASE_LR
-    assert both.SOLVER.MAX_ITER == 360000
+    assert (both.SOLVER.MAX_ITER, both.DISTILL.WARMUP_ITERS) == (360000, 1600)
+    assert scale_to_processes(scale_to_batch(both), 4) is both
+
+
+def test_training_scales_to_its_processes(project, tmp_path):
+    options = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.MAX_ITER", 3, "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(project / "fcos.yaml", [*options, "DISTILL.ANALYSIS_PERIOD", 5])
+    prepare(cfg)
+    run = DistillTrainer(cfg)
+    assert run.max_iter == 6 and run.cfg.SOLVER.IMS_PER_BATCH == cfg.SOLVER.IMS_PER_BATCH // 2
+    assert run.cfg.DISTILL.ANALYSIS_PERIOD == 10
 
 
 def test_training_and_studies_use_it(project, tmp_path):

@@ -127,19 +127,6 @@ def test_reading_sets_the_weights(student):
     assert trainer.apply_reading(cfg) is cfg
 
 
-def test_warmup_scales_with_the_rest_of_the_schedule(student):
-    cfg = student(DISTILL__WARMUP_ITERS=500)
-    assert trainer.scale_warmup(cfg, 4) is cfg
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
-    assert trainer.scale_warmup(cfg, 8) is cfg
-    scaled = trainer.scale_warmup(cfg, 4)
-    assert scaled.DISTILL.WARMUP_ITERS == 1000 and cfg.DISTILL.WARMUP_ITERS == 500
-    # ... in proportion to detectron2's own
-    cfg.SOLVER.IMS_PER_BATCH = 16
-    whole = DistillTrainer.auto_scale_workers(cfg, 4)
-    assert whole.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER == 2
-
-
 # --- switches of speed --------------------------------------------------------------------------------------------
 
 

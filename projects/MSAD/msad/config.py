@@ -117,7 +117,7 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MSAD.EVAL_BRANCH = "fused"
     # How low-resolution inputs are made from H: "antialias", or "nearest" as in the released code.
     cfg.MSAD.DOWNSAMPLE = "antialias"
-    # Weight of the fused branch's detection losses (released JOINT_WEIGHT; lambda in readings A and B).
+    # Weight of the fused branch's detection losses (released JOINT_WEIGHT). DISTILL.READING A makes it lambda, B 0.4.
     cfg.MSAD.W_FUSE = 0.4
     cfg.MSAD.FUSION = CN()
     # Hidden width of the gate: branches * channels / REDUCTION.
@@ -161,7 +161,9 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.DISTILL.DECAY_FROM = 1.0
     # See DECAY_FROM.
     cfg.DISTILL.DECAY_TO = 1.0
-    # Weights from the paper's lambda and gamma: "" (W_DET, LOSSES as written), "A" or "B"; see docs/CONFIG.md.
+    # Weights from the paper's lambda and gamma: "" (W_DET, LOSSES as written), "A" or "B"; see docs/CONFIG.md. A third
+    # reading, gamma as the weight of imitation, is not offered: the paper lowers gamma for the 3x schedule so that
+    # imitation counts more, and there it would count less.
     cfg.DISTILL.READING = ""
     # Lambda of the paper, used by READING only (3x schedule: 0.4).
     cfg.DISTILL.LAMBDA = 0.4
@@ -181,8 +183,9 @@ def add_msad_config(cfg: CN) -> CN:
     # "SGD" (detectron2's) or "AdamW", which trains small networks from scratch in far fewer iterations.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Batch size that BASE_LR and all numbers of iterations were chosen for. If IMS_PER_BATCH is another one, both are
-    # scaled linearly and the log says how (old -> new). 0: nothing is scaled. With SOLVER.REFERENCE_WORLD_SIZE, which
-    # changes IMS_PER_BATCH with the number of processes, this comes first.
+    # scaled linearly and the log says how (old -> new). 0: nothing is scaled. detectron2's SOLVER.REFERENCE_WORLD_SIZE,
+    # the number of GPUs that a yaml was written for, scales IMS_PER_BATCH and the same numbers to those there are; with
+    # both, this comes first.
     cfg.SOLVER.SCALE_TO_BATCH = 0
     # Memory format torch.channels_last for the convolutions.
     cfg.SOLVER.CHANNELS_LAST = False

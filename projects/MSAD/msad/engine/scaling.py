@@ -1,4 +1,4 @@
-"""One schedule for any batch size."""
+"""One schedule for any batch size and any number of processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import reduce
 from operator import getitem
 
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ ITERATIONS = (
     "DISTILL.ANALYSIS_PERIOD",
     "TEST.EVAL_PERIOD",
 )
+SCALED = ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.STEPS", *ITERATIONS)
 
 
 def scale_to_batch(cfg: CfgNode) -> CfgNode:
@@ -44,15 +46,36 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     new = {"SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * factor}
     new["SOLVER.STEPS"] = tuple(_shrink(step, factor) for step in cfg.SOLVER.STEPS)
     new.update((key, _shrink(_value(cfg, key), factor)) for key in ITERATIONS)
-    changes = [f"{key} {_value(cfg, key)} -> {value}" for key, value in new.items() if value != _value(cfg, key)]
-    scaled = cfg.clone()
-    scaled.defrost()
-    for key, value in [*new.items(), ("SOLVER.SCALE_TO_BATCH", batch)]:
-        *sections, name = key.split(".")
-        reduce(getitem, sections, scaled)[name] = value
-    if cfg.is_frozen():
-        scaled.freeze()
-    logger.info("Schedule scaled from batches of %d to batches of %d: %s", reference, batch, ", ".join(changes))
+    scaled = _changed(cfg, {**new, "SOLVER.SCALE_TO_BATCH": batch})
+    logger.info("Schedule scaled from batches of %d to batches of %d: %s", reference, batch, _changes(cfg, scaled))
+    return scaled
+
+
+def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
+    """Fit batch and schedule of a config for SOLVER.REFERENCE_WORLD_SIZE processes to ``num_processes``.
+
+    detectron2's rule (DefaultTrainer.auto_scale_workers), which leaves the images of a process as they are and scales
+    the learning rate with the number of processes and the iterations against it; and the same for the keys of this
+    project that count iterations. What changed is logged, old -> new.
+
+    Returns:
+        ``cfg`` itself if REFERENCE_WORLD_SIZE is 0 or ``num_processes``, otherwise a copy whose REFERENCE_WORLD_SIZE is
+        ``num_processes``, so that scaling it again changes nothing.
+
+    Raises:
+        ValueError: IMS_PER_BATCH is no multiple of REFERENCE_WORLD_SIZE.
+    """
+    reference, batch = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference in (0, num_processes):
+        return cfg
+    if batch % reference:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH {batch} is no multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}")
+    own = [key for key in ITERATIONS if key.startswith("DISTILL.")]
+    new = {key: _shrink(_value(cfg, key), num_processes / reference) for key in own}
+    scaled = DefaultTrainer.auto_scale_workers(_changed(cfg, new), num_processes)
+    if cfg.SOLVER.SCALE_TO_BATCH:
+        scaled = _changed(scaled, {"SOLVER.SCALE_TO_BATCH": scaled.SOLVER.IMS_PER_BATCH})
+    logger.info("Schedule scaled from %d to %d processes: %s", reference, num_processes, _changes(cfg, scaled))
     return scaled
 
 
@@ -65,6 +88,24 @@ def set_iterations(cfg: CfgNode, iterations: int | None) -> None:
 
 def _value(cfg: CfgNode, key: str) -> float | tuple[int, ...]:
     return reduce(getitem, key.split("."), cfg)
+
+
+def _changed(cfg: CfgNode, values: dict[str, float | tuple[int, ...]]) -> CfgNode:
+    """A copy with other values, frozen if ``cfg`` is."""
+    copy = cfg.clone()
+    copy.defrost()
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        reduce(getitem, sections, copy)[name] = value
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy
+
+
+def _changes(before: CfgNode, after: CfgNode) -> str:
+    """The scaled keys as ``KEY old -> new, ...``."""
+    pairs = [(key, _value(before, key), _value(after, key)) for key in SCALED]
+    return ", ".join(f"{key} {old} -> {new}" for key, old, new in pairs if old != new)
 
 
 def _shrink(iterations: int, factor: float) -> int:

@@ -25,7 +25,7 @@ from . import doctor
 from .build import build_distiller, load_teacher
 from .checkpoint import CheckedCheckpointer, load_branches
 from .hooks import BalanceLog, ExactResume, FeatureAnalysis, LossBalance, SkippedImages
-from .scaling import scale_to_batch
+from .scaling import scale_to_batch, scale_to_processes
 from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -42,22 +42,6 @@ def apply_reading(cfg: CfgNode) -> CfgNode:
     cfg.DISTILL.LOSSES = [dict(entry, WEIGHT=w_distill) for entry in cfg.DISTILL.LOSSES]
     cfg.freeze()
     logger.info("Reading %s: w_fuse %g, w_det %g, w_distill %g", cfg.DISTILL.READING, w_fuse, w_det, w_distill)
-    return cfg
-
-
-def scale_warmup(cfg: CfgNode, num_processes: int) -> CfgNode:
-    """DISTILL.WARMUP_ITERS for ``num_processes``, scaled like detectron2's schedule (SOLVER.REFERENCE_WORLD_SIZE)."""
-    reference, before = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.DISTILL.WARMUP_ITERS
-    if reference in (0, num_processes):
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DISTILL.WARMUP_ITERS = round(before * reference / num_processes)
-    cfg.freeze()
-    logger.info(
-        "DISTILL.WARMUP_ITERS %d -> %d, from %d to %d processes",
-        before, cfg.DISTILL.WARMUP_ITERS, reference, num_processes,
-    )  # fmt: skip
     return cfg
 
 
@@ -93,7 +77,7 @@ class DistillTrainer(DefaultTrainer):
             cfg.freeze()
             logger.info("SEED is not set; this run uses %d", cfg.SEED)
         seed_all_rng(cfg.SEED + comm.get_rank())
-        super().__init__(scale_warmup(scale_to_batch(apply_reading(cfg)), comm.get_world_size()))
+        super().__init__(scale_to_processes(scale_to_batch(apply_reading(cfg)), comm.get_world_size()))
 
     @property
     def distiller(self) -> Distiller | None:
