@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import mobilenet_v2
+from torchvision.models import mobilenet_v2, resnet18, resnet34
 
 from msad import load_config
+from msad.engine.checkpoint import CheckedCheckpointer
 from msad.modeling.backbones.mobilenetv2 import MobileNetV2
 from msad.modeling.backbones.resnet import ResNetC1
 from msad.modeling.backbones.slimmable import from_slimmable
@@ -21,6 +24,7 @@ from msad.modeling.backbones.slimmable import from_slimmable
 ALL = ["c1", "res2", "res3", "res4", "res5"]
 RESNET_WIDTHS = (0.25, 0.5, 0.75, 1.0)
 MOBILE_WIDTHS = (0.35, 0.5, 0.75, 1.0)
+CONFIGS = Path(__file__).parents[2] / "configs" / "MSAD"
 
 
 def resnet_cfg(width=1.0, out_features=ALL):
@@ -97,6 +101,44 @@ def test_shallow_resnets_under_the_pyramid(depth, levels):
     assert {name: tuple(x.shape) for name, x in maps.items()} == {
         f"p{i}": (1, 8, 64 // 2**i, 64 // 2**i) for i in levels
     }
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+@pytest.mark.parametrize(("depth", "network"), [(18, resnet18), (34, resnet34)])
+def test_shallow_resnets_take_torchvisions_weights(tmp_path, depth, network, norm):
+    """In the layout of the file that detectron2's tools/convert-torchvision-to-d2.py writes."""
+    GENERATOR.manual_seed(depth)
+    whole = network(weights=None).eval().double()
+    for module in whole.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                value.data = (0.5 + torch.rand(value.shape, generator=GENERATOR)).double()
+    state = {}
+    for name, value in whole.state_dict().items():
+        name = re.sub(r"\bbn(\d)", r"conv\1.norm", name).replace("downsample.0", "shortcut")
+        name = re.sub(r"^layer(\d)", lambda m: f"res{int(m[1]) + 1}", name.replace("downsample.1", "shortcut.norm"))
+        state[name if name.startswith("res") else f"stem.{name}"] = value.numpy()
+    file = tmp_path / "torchvision.pkl"
+    file.write_bytes(pickle.dumps({"model": state, "__author__": "torchvision", "matching_heuristics": True}))
+
+    options = ["MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.NORM", norm, "MODEL.FPN.OUT_CHANNELS", 8]
+    cfg = load_config(CONFIGS / "fcos_R_18_S_L_1x.yaml", options)
+    neck = build(cfg).double()
+    checkpointer = CheckedCheckpointer(neck)
+    checkpointer.load(str(file))
+    assert not [name for name in checkpointer.unfit if "bottom_up" in name]
+
+    def normalised(image, mean, std):
+        return (image - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
+
+    image = torch.rand(1, 3, 32, 32, generator=GENERATOR).double()
+    maps = neck.bottom_up(normalised(255 * image, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    y = normalised(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # torchvision's
+    y = whole.maxpool(whole.relu(whole.bn1(whole.conv1(y))))
+    assert list(maps) == ALL[1:] and cfg.INPUT.FORMAT == "RGB"
+    for found, layer in zip(maps.values(), (whole.layer1, whole.layer2, whole.layer3, whole.layer4)):
+        y = layer(y)
+        torch.testing.assert_close(found, y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [0.35, 1.0])
@@ -360,7 +402,6 @@ def test_cost_of_the_widths_is_that_of_the_papers(width, imagenet, teacher, stud
 
 # --- the yaml files of supplementary Table 1 --------------------------------------------------------------------------
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "MSAD"
 
 
 @pytest.mark.parametrize("role", ["T", "S_L", "S_H"])
@@ -387,9 +428,14 @@ def test_rows_of_table_1(width, role):
         assert role[-1] == cfg.DISTILL.STUDENT_RESOLUTION
 
 
-@pytest.mark.parametrize("name", ["MV2_T", "MV2_S_L", "SLMV2_100_T", "SLMV2_100_S_L"])
-def test_mobilenetv2_configs(name):
-    cfg = load_config(CONFIGS / f"fcos_{name}_1x.yaml")
+@pytest.mark.parametrize("role", ["T", "S_L"])
+@pytest.mark.parametrize(("name", "width"), [("MV2", 1.0)] + [(f"SLMV2_{100 * w:03.0f}", w) for w in MOBILE_WIDTHS])
+def test_mobilenetv2_configs(name, width, role):
+    cfg = load_config(CONFIGS / f"fcos_{name}_{role}_1x.yaml")
+    assert width == cfg.MODEL.MOBILENETV2.WIDTH
+    assert cfg.MODEL.WEIGHTS.endswith(f"MobileNetV2_{100 * width:03.0f}.pkl") == name.startswith("SL")
+    if role == "S_L":
+        assert Path(cfg.DISTILL.TEACHERS[0]["CONFIG"]).name == f"fcos_{name}_T_1x.yaml"
     cfg.MODEL.MOBILENETV2.NORM = "BN"
     with torch.device("meta"):
         neck = build_backbone(cfg)
