@@ -638,6 +638,24 @@ def test_setup_writes_and_seeds(tmp_path):
             logger.removeHandler(handler)
 
 
+@pytest.mark.skipif("lite" not in detectron2.__version__, reason="the other engine has test-time augmentation")
+def test_missing_test_time_augmentation_is_said_once(tmp_path, monkeypatch):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append((record.levelno, record.getMessage()))
+    engine = logging.getLogger("detectron2.engine.defaults")
+    monkeypatch.setattr(engine, "handlers", [handler])
+    cfg = config(tmp_path, TEST__AUG__ENABLED=False)
+    cfg.DATASETS.TEST = ()
+    assert DefaultTrainer.test(cfg, Toy()) == {} and not said
+    cfg.TEST.AUG.ENABLED = True
+    for _ in range(2):
+        DefaultTrainer.test(cfg, Toy())
+    (level, text), *others = said
+    assert level == logging.WARNING and "TEST.AUG.ENABLED: this engine has no test-time augmentation" in text
+    assert not others
+
+
 @pytest.mark.parametrize("order", ["BGR", "RGB"])
 def test_predictor(tmp_path, order):
     model = Toy()

@@ -103,8 +103,7 @@ def test_shallow_resnets_under_the_pyramid(depth, levels):
     }
 
 
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-@pytest.mark.parametrize(("depth", "network"), [(18, resnet18), (34, resnet34)])
+@pytest.mark.parametrize(("depth", "network", "norm"), [(18, resnet18, "BN"), (34, resnet34, "FrozenBN")])
 def test_shallow_resnets_take_torchvisions_weights(tmp_path, depth, network, norm):
     """In the layout of the file that detectron2's tools/convert-torchvision-to-d2.py writes."""
     GENERATOR.manual_seed(depth)

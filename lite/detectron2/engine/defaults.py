@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import log_first_n, setup_logger
 
 from . import hooks
 from .loop import HookBase, TrainerBase
@@ -231,6 +231,8 @@ class DefaultTrainer(TrainerBase):
         if evaluators is not None and len(evaluators) != len(names):
             raise ValueError(f"{len(evaluators)} evaluators for {len(names)} data sets in DATASETS.TEST.")
         logger = logging.getLogger(__name__)
+        if cfg.TEST.AUG.ENABLED:
+            log_first_n(logging.WARNING, "TEST.AUG.ENABLED: this engine has no test-time augmentation; not augmented.")
         results: OrderedDict = OrderedDict((name, {}) for name in names)
         for index, name in enumerate(names):
             loader = cls.build_test_loader(cfg, name)
