@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ from detectron2.modeling import build_model
 
 from msad import load_config
 from msad.data import register_datasets
+from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.engine import DistillTrainer
 
 ROOT = Path(__file__).parents[2] / "configs"
 NUCLEI = sorted((ROOT / "nuclei" / "losses").glob("*.yaml"))
 RAW = sorted(path for path in (ROOT / "RawFeatures").glob("*.yaml") if not path.name.startswith("teacher"))
+COCO = sorted(path for path in (ROOT / "losses").glob("*.yaml") if not path.name.startswith("Base"))
 # Everything that makes a run small; the tiny data sets have six classes.
 SHRINK = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0, "SEED", 3]
 SHRINK += ["INPUT.MIN_SIZE_TRAIN", [64], "INPUT.MAX_SIZE_TRAIN", 64, "DATASETS.TRAIN", ["tiny_train"]]
@@ -24,6 +28,7 @@ CLASSES = ["MODEL.FCOS.NUM_CLASSES", 6, "MODEL.RETINANET.NUM_CLASSES", 6]
 NARROW = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16]
 NARROW += ["MODEL.RESNETS.WIDTH_PER_GROUP", 4]
 NARROW += ["MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RETINANET.NUM_CONVS", 1]
+NARROW += ["MODEL.ROI_HEADS.NUM_CLASSES", 6, "MODEL.ROI_BOX_HEAD.FC_DIM", 16]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,9 @@ def check(path, trainer, losses):
     assert bool(terms) == bool(entries) and all(v == v and v != float("inf") for v in losses.values())
     # What a file is called is what it does.
     names = {"naive": "NaiveL2", "md": "MagnitudeMD", "msad": "AlignedL1", "control": None}
-    key = path.stem.split("_")[-2] if path.parent.name == "RawFeatures" else path.stem
+    key = path.stem
+    if path.parent.name != "losses" or path.parent.parent.name != "nuclei":
+        key = re.search(r"_R_50_(?:S_[LH]_)?([A-Za-z0-9]+)_", key)[1]
     expected = names.get(key.lower(), key)
     assert [entry["NAME"].lower() for entry in entries[:1]] == ([expected.lower()] if expected else [])
 
@@ -84,6 +91,32 @@ def test_raw_features(losses_of_a_step, path):
     trainer, losses = losses_of_a_step(path, [*CLASSES, *NARROW, "MODEL.BACKBONE.FREEZE_AT", 0])
     check(path, trainer, losses)
     assert trainer.cfg.DISTILL.LOSSES[0]["WEIGHT"] == 3.0
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda p: p.stem)
+def test_coco(losses_of_a_step, path):
+    changes = ["MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.NORM", "BN"]
+    trainer, losses = losses_of_a_step(path, [*CLASSES, *NARROW, *changes])
+    check(path, trainer, losses)
+    assert sum(v for k, v in losses.items() if "distill" in k) > 0 or "control" in path.stem
+    assert (trainer.cfg.DISTILL.BALANCE.RATIO > 0) == ("balanced" in path.stem)
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda p: p.stem)
+def test_published_values(path):
+    """Those for one stage are the losses' defaults, written out; the levels are the authors'."""
+    one_stage = path.stem.startswith("retinanet")
+    for entry in load_config(path).DISTILL.LOSSES:
+        loss = DISTILL_LOSS_REGISTRY.get(entry["NAME"])
+        if one_stage and entry["NAME"] != "FitNet":
+            defaults = {k.upper(): p.default for k, p in inspect.signature(loss).parameters.items()}
+            defaults["WEIGHT"] = getattr(loss, "default_weight", 1.0)
+            options = {k: v for k, v in entry.items() if k not in ("NAME", "LEVELS")}
+            assert options == {k: defaults[k] for k in options}
+        if entry["NAME"] in ("CWD", "PKD") or (entry["NAME"] in ("FGD", "MGD") and not one_stage):
+            assert entry["LEVELS"] == [f"p{i + one_stage}" for i in range(2, 6)]
+        else:
+            assert "LEVELS" not in entry
 
 
 def test_nothing_but_the_loss_differs():

@@ -37,7 +37,8 @@ class MEInstHead(fcos.FCOSHead):
 class MEInst(FCOS):
     """FCOS with masks. The box half has the keys of MODEL.FCOS, its parameter names and its numbers.
 
-    The paper leaves the details of training open, and so do the MSAD papers. The choices made here:
+    The paper leaves the details of training open, and so do the MSAD papers. The choices made here
+    (projects/MSAD/README.md lists them too):
 
     - The code is a PCA of 28 x 28 masks inside their boxes, whitened (see :class:`MaskCode`), 60 numbers by default.
     - The mask tower has the box tower's shape; its last layer starts at the mean mask.
