@@ -26,7 +26,7 @@ EXAMPLE = Path(__file__).parents[2] / "docs" / "plain_fcos.py"
 
 # Detections of the exported RetinaNet student, of its training checkpoint, and of FCOS students by docs/plain_fcos.py.
 PLAIN = """
-import runpy, sys
+import os, runpy, sys
 sys.modules["msad"] = None  # import msad raises an error
 import cv2, torch
 from detectron2.config import get_cfg
@@ -48,6 +48,7 @@ cfg = config(yaml)
 cfg.MODEL.WEIGHTS = weights
 predictors["training"] = DefaultPredictor(cfg)
 found = {name: [p(image)["instances"] for image in images] for name, p in predictors.items()}
+sys.path.insert(0, os.path.dirname(example))
 plain = runpy.run_path(example)
 for folder in fcos:
     model, cfg = plain["build"](folder)
@@ -140,7 +141,8 @@ def test_exported_files(project, teacher_weights, tmp_path):
     plain = get_cfg()
     plain.merge_from_file(str(tmp_path / "out" / "config.yaml"))  # an unknown key is an error
     assert str(tmp_path / "out" / "model.pth") == plain.MODEL.WEIGHTS
-    assert plain.MODEL.RESNETS.WIDTH_PER_GROUP == 4 and plain.INPUT.MIN_SIZE_TEST == 32
+    assert plain.MODEL.RESNETS.WIDTH_PER_GROUP == 4
+    assert plain.INPUT.MIN_SIZE_TEST == 32
     text = (tmp_path / "out" / "config.yaml").read_text()
     for own in ("MSAD", "DISTILL", "REGISTER", "OPTIMIZER", "BOTTOM_UP", "LEVELS", "BLOCKS", "COMPILE"):
         assert own not in text

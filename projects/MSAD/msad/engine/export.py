@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,11 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from fvcore.common.registry import Registry
 
+from ..resolution import level_of
 from .checkpoint import CheckedCheckpointer, replacing
 
-logger = logging.getLogger(__name__)
-# Short files that build exported models of these meta-architectures without msad.
-PLAIN = {"FCOS": "docs/plain_fcos.py", "GeneralizedRCNN": "docs/plain_rcnn.py"}
+# Parts that docs/plain_backbone.py makes of detectron2's own.
+PLAIN_BACKBONE = {"MODEL.BACKBONE.NAME build_level_fpn_backbone", "MODEL.FPN.BOTTOM_UP build_resnet_c1_backbone"}
 
 
 def split_config(cfg: CfgNode, stock: CfgNode) -> tuple[dict, dict]:
@@ -49,10 +48,22 @@ def foreign_parts(cfg: CfgNode) -> list[str]:
     registries = [r for r in vars(detectron2.modeling).values() if isinstance(r, Registry)]
     found = []
     for key, value in _texts(cfg.MODEL, "MODEL."):
+        if key == "MODEL.FPN.BOTTOM_UP" and cfg.MODEL.BACKBONE.NAME != "build_level_fpn_backbone":
+            continue  # nobody reads it
         for registry in registries:
             if value in registry and registry.get(value).__module__.split(".")[0] != "detectron2":
                 found.append(f"{key} {value}")
     return found
+
+
+def plain_file(cfg: CfgNode) -> str | None:
+    """The file that builds a model with foreign parts in plain detectron2, or None if there is none."""
+    levels = sorted(map(level_of, cfg.MODEL.FPN.LEVELS))
+    # detectron2's FPN has an output for every level between the finest and P5.
+    if levels and levels != list(range(min(levels[0], 5), max(levels[-1], 5) + 1)):
+        return None
+    files = {(): "docs/plain_rcnn.py", ("MODEL.META_ARCHITECTURE FCOS",): "docs/plain_fcos.py"}
+    return files.get(tuple(part for part in foreign_parts(cfg) if part not in PLAIN_BACKBONE))
 
 
 def _texts(node: CfgNode, prefix: str) -> Iterator[tuple[str, str]]:
@@ -67,7 +78,8 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     """Write ``output``/model.pth, the model's tensors and nothing else, and ``output``/config.yaml.
 
     config.yaml has the values that differ from detectron2's defaults, for the keys that detectron2 has. Where that
-    does not suffice to build the model, the project's keys go to ``output``/msad.yaml.
+    does not suffice to build the model, the project's keys go to ``output``/msad.yaml. MODEL.WEIGHTS is the
+    absolute path of model.pth.
 
     Args:
         cfg: of the model; for a student the one it was trained with.
@@ -94,7 +106,7 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
             f"shape, e.g. {', '.join(checkpointer.unfit[:3])}"
         )
 
-    output = Path(output)
+    typed, output = Path(output), Path(output).absolute()
     output.mkdir(parents=True, exist_ok=True)
     with replacing(str(output / "model.pth")) as file:
         torch.save({"model": model.state_dict()}, file)
@@ -105,11 +117,13 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     foreign = foreign_parts(cfg)
     if not foreign:
         (output / "msad.yaml").unlink(missing_ok=True)
-        return f"{output / 'config.yaml'} builds this model in plain detectron2."
+        return f"{typed / 'config.yaml'} builds this model in plain detectron2."
     (output / "msad.yaml").write_text(yaml.safe_dump({"VERSION": cfg.VERSION, **own}))
-    plain = PLAIN.get(cfg.MODEL.META_ARCHITECTURE)
-    return (
-        f"To build this model, import msad, which registers {', '.join(foreign)}, and merge config.yaml and msad.yaml "
+    how = (
+        f"import msad, which registers {', '.join(foreign)}, and merge config.yaml and msad.yaml "
         "into msad.add_msad_config(get_cfg())"
-        + (f"; {plain} builds it without msad." if plain else ".")
     )
+    plain = plain_file(cfg)
+    if plain:
+        return f"To build this model, {how}; {plain} builds it without msad."
+    return f"Plain detectron2 cannot build this model: {how}."

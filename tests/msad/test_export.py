@@ -1,0 +1,189 @@
+"""What an export says of its pair is true, and the pair needs nothing but itself: no folder, no other file."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from test_plain_student import detections
+
+from msad import load_config
+from msad.engine.export import export, plain_file
+
+DOCS = Path(__file__).parents[2] / "docs"
+CONFIGS = Path(__file__).parents[2] / "configs"
+SIZES = {"INPUT__MIN_SIZE_TEST": 64, "INPUT__MAX_SIZE_TEST": 64}
+WIDTHS = {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 8, "WIDTH_PER_GROUP": 2}
+RESNET = {f"MODEL__RESNETS__{key}": value for key, value in WIDTHS.items()}
+WITHOUT_C1 = {**RESNET, "MODEL__FPN__BOTTOM_UP": "build_resnet_backbone"}
+WITH_C1 = {**RESNET, "MODEL__FPN__BOTTOM_UP": "build_resnet_c1_backbone"}
+MOBILENET = {**RESNET, "MODEL__FPN__BOTTOM_UP": "build_mobilenetv2_backbone", "MODEL__MOBILENETV2__WIDTH": 0.35}
+# detectron2's own backbones; of the tiny ResNet, which the config still names, nobody hears.
+OWN = {arch: {**RESNET, "MODEL__BACKBONE__NAME": name} for arch, name in
+       (("dense", "build_retinanet_resnet_fpn_backbone"), ("R-CNN", "build_resnet_fpn_backbone"))}  # fmt: skip
+YAML, FCOS, RCNN, MSAD = "", "plain_fcos.py", "plain_rcnn.py", "msad"
+KINDS = {  # name: (architecture, first and last level, options, what is needed)
+    "retinanet_L": ("RetinaNet", (2, 6), OWN["dense"], YAML),
+    "faster_H": ("FasterRCNN", (2, 6), OWN["R-CNN"], YAML),
+    "retinanet_L_level_fpn": ("RetinaNet", (2, 6), WITHOUT_C1, RCNN),
+    "retinanet_EL": ("RetinaNet", (1, 5), WITH_C1, RCNN),
+    "faster_L": ("FasterRCNN", (1, 5), WITH_C1, RCNN),
+    "faster_H_level_fpn": ("FasterRCNN", (2, 6), WITH_C1, RCNN),
+    "mask_L": ("MaskRCNN", (1, 5), WITH_C1, RCNN),
+    "keypoint_L": ("KeypointRCNN", (1, 5), WITH_C1, RCNN),
+    "cascade_L": ("CascadeRCNN", (1, 5), WITH_C1, RCNN),
+    "fcos_H": ("FCOS", (3, 7), WITHOUT_C1, FCOS),
+    "fcos_L": ("FCOS", (2, 6), WITHOUT_C1, FCOS),
+    "fcos_L_own": ("FCOS", (3, 7), OWN["dense"], FCOS),
+    "fcos_EL": ("FCOS", (1, 5), WITH_C1, FCOS),
+    "faster_tiny": ("FasterRCNN", (1, 5), {"MODEL__RESNETS__WIDTH_PER_GROUP": 2}, MSAD),
+    "fcos_tiny": ("FCOS", (2, 6), {"MODEL__RESNETS__WIDTH_PER_GROUP": 2}, MSAD),
+    "fcos_mobilenet": ("FCOS", (2, 6), MOBILENET, MSAD),
+    "fcos_gap": ("FCOS", (3, 7), {**WITHOUT_C1, "MODEL__FPN__LEVELS": ["p3", "p5"],
+                                  "MODEL__FCOS__IN_FEATURES": ["p3", "p5"]}, MSAD),
+    "gfl": ("GFL", (2, 6), WITHOUT_C1, MSAD),
+}  # fmt: skip
+UNFIT = (
+    r"^ValueError: {}/model\.pth does not fit .*; tensors: \d+ not in the file \(backbone\.[a-z0-9_.]+(, .+)?\)"
+    r".*\. To build this model, import msad\.$"
+)
+
+# Detections, or the error, of each folder of the job, by the file that is to build it.
+PLAIN = """
+import runpy, sys
+sys.modules["msad"] = None  # import msad raises an error
+docs, job, out = sys.argv[1:]
+sys.path.insert(0, docs)
+import torch
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+torch.set_num_threads(1)
+job = torch.load(job, weights_only=True)
+images = [image.numpy() for image in job["images"]]
+
+def detector(folder, file):
+    if file:
+        built = runpy.run_path(f"{docs}/{file}")
+        if file == "plain_rcnn.py":
+            predictor = built["build"](folder)
+            return lambda image: predictor(image)["instances"]
+        model, cfg = built["build"](folder)
+        return lambda image: built["detect"](model, cfg, image)
+    cfg = get_cfg()
+    cfg.merge_from_file(f"{folder}/config.yaml")
+    predictor = DefaultPredictor(cfg)
+    predictor.model.load_state_dict(torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"])  # strictly
+    return lambda image: predictor(image)["instances"]
+
+found = {}
+for folder, file in job["files"].items():
+    try:
+        detect = detector(folder, file)
+    except Exception as error:
+        found[folder] = f"{type(error).__name__}: {error}"
+        continue
+    found[folder] = [(i.pred_boxes.tensor, i.scores, i.pred_classes) for i in map(detect, images)]
+assert not [name for name in sys.modules if name.split(".")[0] == "msad" and sys.modules[name] is not None]
+torch.save(found, out)
+"""
+
+
+def in_plain_detectron2(folder, files, images):
+    """{folder: detections or error} where msad cannot be imported, for {folder: file of docs/, or ""}."""
+    torch.save({"files": files, "images": [torch.from_numpy(x) for x in images]}, folder / "job.pth")
+    command = [sys.executable, "-c", PLAIN, DOCS, folder / "job.pth", folder / "found.pth"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))  # absolute paths
+    done = subprocess.run(
+        list(map(str, command)), env=environment, cwd="/", capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "found.pth", weights_only=True)
+
+
+@pytest.fixture
+def images():
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((64, 64), (40, 64))]
+
+
+@pytest.fixture
+def exported(tiny_cfg, tiny_model, tmp_path):
+    """``exported(folder, arch, levels, **options)``: (config, its checkpoint, what the export says)."""
+
+    def make(folder, *args, **options):
+        cfg = tiny_cfg(*args, **{**SIZES, **options})
+        weights = str(tmp_path / "trained" / f"{Path(folder).name}.pth")
+        Path(weights).parent.mkdir(exist_ok=True)
+        torch.save({"model": tiny_model(*args, **{**SIZES, **options}).state_dict()}, weights)
+        return cfg, weights, export(cfg, weights, folder)
+
+    return make
+
+
+def test_what_is_said_of_each_kind_is_true(exported, images, tmp_path, monkeypatch):
+    """Exported under a relative path; where a file of docs/ builds the model, the pair has been moved before."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moved").mkdir()
+    files, expected = {}, {}
+    for name, (arch, (first, last), options, needed) in KINDS.items():
+        cfg, weights, note = exported(f"exported/{name}", arch, range(first, last + 1), **options)
+        folder = tmp_path / "exported" / name
+        if needed == YAML:
+            assert note == f"exported/{name}/config.yaml builds this model in plain detectron2."
+        elif needed == MSAD:
+            assert note.startswith("Plain detectron2 cannot build this model: import msad, ") and "docs/" not in note
+            again = load_config(folder / "config.yaml")
+            again.merge_from_file(str(folder / "msad.yaml"))
+            stored = torch.load(again.MODEL.WEIGHTS, weights_only=True)["model"]
+            build_model(again).load_state_dict(stored)  # strictly
+        else:
+            assert note.startswith("To build this model, import msad, "), name
+            assert note.endswith(f"; docs/{needed} builds it without msad."), name
+            folder = folder.rename(tmp_path / "moved" / name)
+        files[str(folder)] = needed if needed != MSAD else FCOS if arch == "FCOS" else RCNN
+        expected[str(folder)] = None if needed == MSAD else detections(cfg, weights, images)
+    for folder, found in in_plain_detectron2(tmp_path, files, images).items():
+        if expected[folder] is None:  # one clear error, and not a detector with random weights
+            assert re.search(UNFIT.format(folder) if "gfl" not in folder else "KeyError: .*GFL", found), (folder, found)
+            continue
+        assert not isinstance(found, str), (folder, found)
+        assert all(len(scores) for _, scores, _ in found), folder
+        for mine, theirs in zip(expected[folder], found):
+            for a, b in zip(mine, theirs):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("MSAD/fcos_R_50_S_L_1x", "docs/plain_fcos.py"),
+        ("MSAD/fcos_R_50_S_EL_1x", "docs/plain_fcos.py"),
+        ("MSAD/fcos_SLR050_50_S_L_1x", "docs/plain_fcos.py"),
+        ("MSAD/cascade_rcnn_R_50_S_L_1x", "docs/plain_rcnn.py"),
+        ("MSAD/fcos_MV2_S_L_1x", None),
+        ("MSAD/meinst_R_50_S_L_1x", None),
+        ("MSAD/fusion_H050_L100_1x", None),
+        ("LD/gfl_R_50_S_L_1x", None),
+        ("nuclei_mask/student_L", None),
+        ("quickstart/student_L", None),
+    ],
+)
+def test_file_that_builds_a_shipped_student(name, file):
+    assert plain_file(load_config(CONFIGS / f"{name}.yaml")) == file
+
+
+def test_weights_are_found_from_any_folder(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exported("out", "FCOS", **RESNET)
+    monkeypatch.chdir("/")
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "out" / "config.yaml"))
+    assert str(tmp_path / "out" / "model.pth") == cfg.MODEL.WEIGHTS
