@@ -13,10 +13,13 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from test_mask_code import shapes
 from test_plain_student import detections
 
 from msad import load_config
 from msad.engine.export import export, plain_file
+from msad.engine.setup import load_model
+from msad.modeling.mask_code import MaskStatistics
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -187,3 +190,32 @@ def test_weights_are_found_from_any_folder(exported, tmp_path, monkeypatch):
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "out" / "config.yaml"))
     assert str(tmp_path / "out" / "model.pth") == cfg.MODEL.WEIGHTS
+
+
+@pytest.mark.parametrize("arch", ["student", "teacher"])
+def test_mask_code_is_in_the_weights(exported, images, tmp_path, arch):
+    """The file of the code is needed for training alone."""
+    statistics = MaskStatistics()
+    statistics.add(shapes(500, seed=5))
+    code = tmp_path / "code.npz"
+    statistics.fit(8)[0].save(code)
+    options = {"MODEL__MEINST__CODE": str(code), "MODEL__MEINST__DIM": 8, "MODEL__MASK_ON": True}
+    resolutions = ["H", "L"] if arch == "teacher" else None
+    cfg, weights, _ = exported(tmp_path / "out", "MEInst", None, resolutions, **options)
+    expected = detections(cfg, weights, images)
+    code.unlink()
+    export(cfg, weights, tmp_path / "out")  # nor is it needed for this
+    (tmp_path / "out").rename(tmp_path / "moved")
+
+    again = load_config(tmp_path / "moved" / "config.yaml")
+    again.merge_from_file(str(tmp_path / "moved" / "msad.yaml"))
+    found = detections(again, str(tmp_path / "moved" / "model.pth"), images)
+    for mine, theirs in zip(expected, found):
+        assert len(mine[1])
+        for a, b in zip(mine, theirs):
+            assert torch.equal(a, b)
+    stored = torch.load(weights, weights_only=True)["model"]
+    for name, value in load_model(again, str(tmp_path / "moved" / "model.pth")).state_dict().items():
+        assert torch.equal(value, stored[name])
+    untrained = getattr(build_model(again), "detector", build_model(again)).mask_code
+    assert untrained.decode(torch.zeros(1, 8)).isnan().all()

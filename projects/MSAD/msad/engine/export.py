@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from fvcore.common.registry import Registry
 
+from ..modeling.mask_code import IN_CHECKPOINT
 from ..resolution import level_of
 from .checkpoint import CheckedCheckpointer, replacing
 
@@ -78,8 +79,8 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     """Write ``output``/model.pth, the model's tensors and nothing else, and ``output``/config.yaml.
 
     config.yaml has the values that differ from detectron2's defaults, for the keys that detectron2 has. Where that
-    does not suffice to build the model, the project's keys go to ``output``/msad.yaml. MODEL.WEIGHTS is the
-    absolute path of model.pth.
+    does not suffice to build the model, the project's keys go to ``output``/msad.yaml. No other file is
+    needed; MODEL.WEIGHTS is the absolute path of model.pth.
 
     Args:
         cfg: of the model; for a student the one it was trained with.
@@ -94,8 +95,11 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     """
     if not os.path.isfile(weights) and "://" not in weights:
         raise FileNotFoundError(f"no checkpoint {weights}")
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.MEINST.CODE:
+        cfg.MODEL.MEINST.CODE = IN_CHECKPOINT
     build_cfg = cfg.clone()
-    build_cfg.defrost()
     build_cfg.MODEL.DEVICE = "cpu"
     model = build_model(build_cfg)
     checkpointer = CheckedCheckpointer(model)

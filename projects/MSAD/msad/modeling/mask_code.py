@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 MASK_SIZE = 28  # rows and columns of a mask inside its box, as in the paper
+IN_CHECKPOINT = "checkpoint"  # value of MODEL.MEINST.CODE: the weights of the model have the code, there is no file
 
 
 class MaskCode(nn.Module):
@@ -36,6 +37,12 @@ class MaskCode(nn.Module):
         self.mask_size = side
         for name, value in (("mean", mean), ("components", components), ("variance", variance)):
             self.register_buffer(name, value.float())
+
+    @classmethod
+    def unknown(cls, dim: int) -> MaskCode:
+        """A code of ``dim`` numbers that is to be loaded from a checkpoint; until then all it gives is NaN."""
+        size = MASK_SIZE**2
+        return cls(torch.full((size,), torch.nan), torch.zeros(dim, size), torch.ones(dim))
 
     @property
     def dim(self) -> int:

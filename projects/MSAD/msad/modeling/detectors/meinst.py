@@ -12,7 +12,7 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from ..mask_code import MaskCode
+from ..mask_code import IN_CHECKPOINT, MaskCode
 from .fcos import FCOS
 
 
@@ -62,7 +62,7 @@ class MEInst(FCOS):
     @classmethod
     def from_config(cls, cfg) -> dict:
         options = cfg.MODEL.MEINST
-        code = MaskCode.load(options.CODE)
+        code = MaskCode.unknown(options.DIM) if options.CODE == IN_CHECKPOINT else MaskCode.load(options.CODE)
         if code.dim != options.DIM:
             raise ValueError(f"MODEL.MEINST.DIM is {options.DIM}, but codes of {options.CODE} have {code.dim} numbers")
         return {**super().from_config(cfg), "mask_code": code, "code_loss_weight": options.CODE_LOSS_WEIGHT}
