@@ -219,3 +219,30 @@ def test_mask_code_is_in_the_weights(exported, images, tmp_path, arch):
         assert torch.equal(value, stored[name])
     untrained = getattr(build_model(again), "detector", build_model(again)).mask_code
     assert untrained.decode(torch.zeros(1, 8)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("resolution", "sizes"), [("H", (300, 401, 667)), ("L", (150, 201, 334)), ("EL", (75, 101, 167))]
+)
+def test_a_student_is_trained_on_at_its_own_size(exported, tmp_path, resolution, sizes):
+    """Without its teacher nobody reduces the images; crops are cut out before the images are resized."""
+    cfg, weights, _ = exported(tmp_path / "out", "FCOS")
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (300, 401), 667
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, "absolute", [256, 200]
+    cfg.DISTILL.STUDENT_RESOLUTION = resolution
+
+    def sizes_of_export():
+        export(cfg, weights, tmp_path / "out")
+        plain = get_cfg()
+        plain.merge_from_file(str(tmp_path / "out" / "config.yaml"))
+        assert (plain.INPUT.MIN_SIZE_TEST, list(plain.INPUT.CROP.SIZE)) == (64, [256, 200])
+        return *plain.INPUT.MIN_SIZE_TRAIN, plain.INPUT.MAX_SIZE_TRAIN
+
+    assert sizes_of_export() == (300, 401, 667)  # trained alone, on what the loader reads
+    cfg.DISTILL.TEACHERS = [{"CONFIG": "teacher.yaml", "WEIGHTS": "teacher.pth"}]
+    assert sizes_of_export() == sizes
+    assert cfg.INPUT.MAX_SIZE_TRAIN == 667
+    again = load_config(tmp_path / "out" / "config.yaml")
+    again.merge_from_file(str(tmp_path / "out" / "msad.yaml"))
+    assert again.DISTILL == load_config("").DISTILL
+    assert (*again.INPUT.MIN_SIZE_TRAIN, again.INPUT.MAX_SIZE_TRAIN) == sizes

@@ -14,8 +14,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from fvcore.common.registry import Registry
 
+from ..config import add_msad_config
 from ..modeling.mask_code import IN_CHECKPOINT
-from ..resolution import level_of
+from ..resolution import get_resolution, level_of, reduced_size
 from .checkpoint import CheckedCheckpointer, replacing
 
 # Parts that docs/plain_backbone.py makes of detectron2's own.
@@ -67,6 +68,22 @@ def plain_file(cfg: CfgNode) -> str | None:
     return files.get(tuple(part for part in foreign_parts(cfg) if part not in PLAIN_BACKBONE))
 
 
+def by_itself(cfg: CfgNode) -> CfgNode:
+    """The config of a student without its teacher.
+
+    Training images have the size that the student sees: the teacher's trainer reads H and reduces it, detectron2's
+    does not. Crops stay as they are, because detectron2 cuts them out before it resizes.
+    """
+    out = cfg.clone()
+    out.defrost()
+    shift = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift if cfg.DISTILL.TEACHERS else 0
+    sizes = out.INPUT
+    sizes.MIN_SIZE_TRAIN = tuple(reduced_size((size, size), shift)[0] for size in sizes.MIN_SIZE_TRAIN)
+    sizes.MAX_SIZE_TRAIN = reduced_size((sizes.MAX_SIZE_TRAIN,) * 2, shift)[0]
+    out.DISTILL = add_msad_config(get_cfg()).DISTILL
+    return out
+
+
 def _texts(node: CfgNode, prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in node.items():
         if isinstance(value, CfgNode):
@@ -79,8 +96,8 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     """Write ``output``/model.pth, the model's tensors and nothing else, and ``output``/config.yaml.
 
     config.yaml has the values that differ from detectron2's defaults, for the keys that detectron2 has. Where that
-    does not suffice to build the model, the project's keys go to ``output``/msad.yaml. No other file is
-    needed; MODEL.WEIGHTS is the absolute path of model.pth.
+    does not suffice to build the model, the project's keys go to ``output``/msad.yaml. A student is described by
+    itself, see :func:`by_itself`. No other file is needed; MODEL.WEIGHTS is the absolute path of model.pth.
 
     Args:
         cfg: of the model; for a student the one it was trained with.
@@ -95,8 +112,7 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     """
     if not os.path.isfile(weights) and "://" not in weights:
         raise FileNotFoundError(f"no checkpoint {weights}")
-    cfg = cfg.clone()
-    cfg.defrost()
+    cfg = by_itself(cfg)
     if cfg.MODEL.MEINST.CODE:
         cfg.MODEL.MEINST.CODE = IN_CHECKPOINT
     build_cfg = cfg.clone()
