@@ -4,7 +4,8 @@
     tools/export_model.py --config-file configs/.../student.yaml --weights output/.../model_final.pth --output exported
 
 writes exported/model.pth, which holds the model's weights and nothing else, and exported/config.yaml, which has only
-keys that plain detectron2 knows. The last line printed says whether plain detectron2 builds the model from them.
+keys that plain detectron2 knows; exported/msad.yaml has ours, if the model needs any. The last line printed says what
+builds the model from them: plain detectron2, a file of docs/ without this package, or this package.
 """
 
 import argparse
