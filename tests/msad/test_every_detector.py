@@ -13,6 +13,7 @@ import cv2
 import pytest
 import torch
 import yaml
+from detectron2.modeling import build_model
 from test_plain_student import detections
 from test_resume import assert_equal_weights
 
@@ -61,11 +62,13 @@ def merged(*parts: dict) -> dict:
     return out
 
 
-def model_keys(arch: str, finest: int) -> dict:
-    """yaml of the detector on five levels from P``finest``, with anchors of the size of a few cells."""
+def model_keys(arch: str, finest: int, c1: bool = False) -> dict:
+    """yaml of the detector on five levels from P``finest``, with anchors of the size of a few cells.
+
+    ``c1`` gives a dense detector the map C1, which R-CNNs always have.
+    """
     levels = [f"p{level}" for level in range(finest, finest + 5)]
-    with_c1 = ["c1"] if arch in RCNN else []
-    features = [*with_c1, "res2", "res3", "res4", "res5"]
+    features = [*["c1"] * (c1 or arch in RCNN), "res2", "res3", "res4", "res5"]
     keys = {
         "MODEL": {
             "META_ARCHITECTURE": "GeneralizedRCNN" if arch in RCNN else arch,
@@ -93,8 +96,6 @@ def model_keys(arch: str, finest: int) -> dict:
         "ROI_KEYPOINT_HEAD": {"CONV_DIMS": [8], "NUM_KEYPOINTS": NUM_KEYPOINTS, "POOLER_RESOLUTION": 4},
     }  # fmt: skip
     return merged(keys, {"MODEL": merged(heads, RCNN[arch])})
-
-
 
 
 def write(project: Path, folder: Path, name: str, keys: dict):
@@ -128,14 +129,32 @@ def fit_code(project: Path, folder: Path) -> dict:
     return keys
 
 
-@pytest.mark.parametrize("arch", [*DENSE, *RCNN])
-def test_teacher_and_student(project, tmp_path, arch):
+def student_keys(arch: str, kind: str, finest: int) -> dict:
+    """yaml of the student of a teacher on levels from P``finest``: at L, at EL, or a fusion student at H."""
+    if kind == "fusion":
+        narrow = {"RESOLUTION": "H", "MODEL": {"RESNETS": {"STEM_OUT_CHANNELS": 4, "RES2_OUT_CHANNELS": 4}}}
+        around = {
+            "MODEL": {"META_ARCHITECTURE": "FusionStudent"},
+            "MSAD": {"DETECTOR": arch, "FUSION_STUDENT": {"BRANCHES": [narrow, {"RESOLUTION": "L"}]}},
+            "DISTILL": {"STUDENT_RESOLUTION": "H"},
+        }
+        return merged(model_keys(arch, finest), around)
+    side = {"L": 32, "EL": 16}[kind]
+    around = {"INPUT": {"MIN_SIZE_TEST": side, "MAX_SIZE_TEST": side}, "DISTILL": {"STUDENT_RESOLUTION": kind}}
+    return merged(model_keys(arch, finest - {"L": 1, "EL": 2}[kind], c1=kind == "EL"), around)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"), [*((arch, "L") for arch in (*DENSE, *RCNN)), ("FCOS", "EL"), ("FCOS", "fusion")]
+)
+def test_teacher_and_student(project, tmp_path, arch, kind):
     finest = 2 if arch in RCNN else 3
     tasks = TASKS.get(arch, {"bbox"})
     code = fit_code(project, tmp_path) if arch == "MEInst" else {}
-    inner = merged(model_keys(arch, finest), code)
+    inner = merged(model_keys(arch, finest, c1=kind == "EL"), code)
+    resolutions = ["H", "L", "EL"] if kind == "EL" else ["H", "L"]
     around = {"MODEL": {"META_ARCHITECTURE": "MultiScaleTeacher"}}
-    around["MSAD"] = {"DETECTOR": inner["MODEL"]["META_ARCHITECTURE"]}
+    around["MSAD"] = {"DETECTOR": inner["MODEL"]["META_ARCHITECTURE"], "RESOLUTIONS": resolutions}
     teacher_cfg = write(project, tmp_path, "teacher", merged(inner, around))
     teacher_cfg.DATASETS.TEST = ()
     run(teacher_cfg, 2, resume=False)
@@ -144,16 +163,14 @@ def test_teacher_and_student(project, tmp_path, arch):
     teacher_weights = f"{teacher_cfg.OUTPUT_DIR}/model_final.pth"
     teacher_cfg.DATASETS.TEST = ("tiny_val",)
     branches = evaluate_branches(teacher_cfg, load_model(teacher_cfg, teacher_weights))
-    assert set(branches) == {"fused", "H", "L"} and all(set(found) == tasks for found in branches.values())
+    assert set(branches) == {"fused", *resolutions} and all(set(found) == tasks for found in branches.values())
 
-    student_keys = merged(model_keys(arch, finest - 1), code, {
-        "INPUT": SMALL,
+    cfg = write(project, tmp_path, "student", merged(student_keys(arch, kind, finest), code, {
         "DISTILL": {
             "TEACHERS": [{"CONFIG": "teacher.yaml", "WEIGHTS": teacher_weights}],
             "LOSSES": [{"NAME": "AlignedL1", "WEIGHT": 0.6}], "WARMUP_ITERS": 1,
         },
-    })  # fmt: skip
-    cfg = write(project, tmp_path, "student", student_keys)
+    }))  # fmt: skip
     cfg.DATASETS.TEST = ()
     run(cfg, 2, resume=False)
     student = run(cfg, 3, resume=True)
@@ -167,7 +184,11 @@ def test_teacher_and_student(project, tmp_path, arch):
     cfg.DATASETS.TEST = ("tiny_val",)
     assert set(evaluate(cfg, load_model(cfg, weights))) == tasks
     export(cfg, weights, tmp_path / "exported")
-    assert_equal_weights(torch.load(tmp_path / "exported" / "model.pth", weights_only=True)["model"], stored)
+    again = load_config(tmp_path / "exported" / "config.yaml")
+    again.merge_from_file(str(tmp_path / "exported" / "msad.yaml"))
+    model = build_model(again)
+    model.load_state_dict(torch.load(again.MODEL.WEIGHTS, weights_only=True)["model"])  # strictly
+    assert_equal_weights(model.state_dict(), stored)
 
 
 PLAIN = """
