@@ -19,6 +19,7 @@ from test_resume import assert_equal_weights
 
 from msad import load_config
 from msad.data import register_datasets
+from msad.distill.distiller import student_shapes
 from msad.engine import DistillTrainer
 from msad.engine.export import export
 from msad.engine.setup import evaluate, evaluate_branches, load_model
@@ -177,6 +178,8 @@ def test_teacher_and_student(project, tmp_path, arch, kind):
     assert student.start_iter == 2
     assert_equal_weights(student.distiller.teacher.model.state_dict(), resumed.model.state_dict())
     assert any("loss_distill/AlignedL1" in line for line in losses_of(Path(cfg.OUTPUT_DIR)))
+    levels = student_shapes(student.distiller.student, student.distiller.resolution)
+    assert levels == student.distiller.teacher.shapes()  # each of its maps has its own of the teacher's
 
     weights = f"{cfg.OUTPUT_DIR}/model_final.pth"
     stored = torch.load(weights, weights_only=True)["model"]

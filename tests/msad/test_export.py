@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from test_mask_code import shapes
 from test_plain_student import detections
@@ -67,6 +69,8 @@ docs, job, out = sys.argv[1:]
 sys.path.insert(0, docs)
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
 torch.set_num_threads(1)
 job = torch.load(job, weights_only=True)
@@ -236,6 +240,8 @@ def test_a_student_is_trained_on_at_its_own_size(exported, tmp_path, resolution,
         plain = get_cfg()
         plain.merge_from_file(str(tmp_path / "out" / "config.yaml"))
         assert (plain.INPUT.MIN_SIZE_TEST, list(plain.INPUT.CROP.SIZE)) == (64, [256, 200])
+        augmentations = DatasetMapper.from_config(plain, is_train=True)["augmentations"]
+        assert [type(a) for a in augmentations[:2]] == [T.RandomCrop, T.ResizeShortestEdge]
         return *plain.INPUT.MIN_SIZE_TRAIN, plain.INPUT.MAX_SIZE_TRAIN
 
     assert sizes_of_export() == (300, 401, 667)  # trained alone, on what the loader reads
