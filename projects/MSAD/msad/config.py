@@ -133,7 +133,8 @@ def add_msad_config(cfg: CN) -> CN:
     # themselves. WEIGHTS (optional) is a pretrained network or a detector whose backbone the branch takes over; it is
     # read where training begins, unless MODEL.WEIGHTS has a checkpoint for the whole student.
     cfg.MSAD.FUSION_STUDENT.BRANCHES = []
-    # Run the branches behind the first on CUDA streams of their own, beside it. Without effect on a CPU.
+    # Run the branches behind the first on CUDA streams of their own, beside it; not yet run on a GPU. Without
+    # effect on a CPU.
     cfg.MSAD.FUSION_STUDENT.STREAMS = False
 
     # --- distillation --------------------------------------------------------------------------------------------
