@@ -9,6 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
+from msad.distill.losses.fkd import NonLocal
 
 ALL = ["AlignedL1", "FitNet", "CWD", "FKD", "FGD", "MGD", "PKD"]
 ALL += ["NaiveL2", "MagnitudeMD", "LAD", "PAD", "CAD", "Angular"]
@@ -124,13 +125,30 @@ def test_mixed_precision(name, dtype):
     assert all(x.grad.isfinite().all() for x in student.values())
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"FKD", "PKD", "CWD"}))
+@pytest.mark.parametrize("name", ALL)
 def test_large_half_precision_maps_do_not_overflow(name):
     """Sums of squares of activations around 100 exceed float16's largest number, 65504."""
     loss = build(name, **{"FGD": {"LAM": 0.0}, "MGD": {"MASK_RATIO": 0.0}}.get(name, {}))
     student, teacher = ({k: (100 * v).half() for k, v in maps(seed=i).items()} for i in (1, 2))
     with torch.autocast("cpu", dtype=torch.float16):
         assert total(loss, student, teacher).isfinite()
+
+
+@pytest.mark.parametrize("scale", [10, 100])
+def test_non_local_products_do_not_overflow_float16(scale):
+    """Queries, keys and values of a wide map multiply to far more than 65504."""
+    block = NonLocal(256, 64, 2)
+    torch.nn.init.ones_(block.norm.weight)
+    x = (scale * (torch.randn(1, 256, 12, 12) + 1)).half().float()
+    expected = block(x)
+    half = x.half().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = block(half)
+    found.square().mean().backward()
+    assert found.dtype == torch.float32 and half.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+    added, wanted = (y.detach() - x for y in (found, expected))
+    assert (added - wanted).norm() < 0.02 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", ALL)

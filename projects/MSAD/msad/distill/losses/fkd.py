@@ -15,7 +15,8 @@ SUBSAMPLE = (8, 4, 2, 2, 2)  # of the non-local module's keys and values, finest
 class NonLocal(nn.Module):
     """Dot-product non-local block: x plus what every cell gathers from all cells. Begins as the identity.
 
-    Without a softmax, ``(q k^T) v = q (k^T v)``: the cost is linear in the number of cells.
+    Without a softmax, ``(q k^T) v = q (k^T v)``: the cost is linear in the number of cells. The products are made in
+    float32 under mixed precision.
 
     Args:
         channels: C of the map.
@@ -35,13 +36,14 @@ class NonLocal(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, _, h, w = x.shape
         kernel = (min(self.subsample, h), min(self.subsample, w))
-        keys, values = (F.max_pool2d(layer(x), kernel).flatten(2) for layer in (self.key, self.value))
-        relation = torch.matmul(values, keys.transpose(1, 2) / keys.shape[2])  # (N, hidden, hidden)
-        gathered = torch.matmul(relation, self.query(x).flatten(2)).view(n, -1, h, w)
-        out = self.output(gathered)
-        if out.numel() == out.shape[1]:  # BatchNorm refuses a single value; two copies have the same statistics
-            return x + self.norm(torch.cat([out, out]))[:1]
-        return x + self.norm(out)
+        query, key, value = (precise(layer(x)) for layer in (self.query, self.key, self.value))
+        with torch.autocast(x.device.type, enabled=False):  # float16 is too small for products of three maps
+            keys, values = (F.max_pool2d(m, kernel).flatten(2) for m in (key, value))
+            relation = torch.matmul(values, keys.transpose(1, 2) / keys.shape[2])  # (N, hidden, hidden)
+            out = self.output(torch.matmul(relation, query.flatten(2)).view(n, -1, h, w))
+            if out.numel() == out.shape[1]:  # BatchNorm refuses a single value; two copies have the same statistics
+                return x + self.norm(torch.cat([out, out]))[:1]
+            return x + self.norm(out)
 
 
 def length(x: torch.Tensor, per_image: bool) -> torch.Tensor:
