@@ -30,9 +30,9 @@ def shapes(levels, channels=4):
     ("match", "levels", "expected"),
     [
         ("by_stride", None, "p4-p4 p5-p5 p6-p6 p7-p7"),
-        ("by_stride", ["p6", "p4"], "p6-p6 p4-p4"),
+        ("by_stride", ["p6", "p4"], "p4-p4 p6-p6"),
         ("by_index", None, "p4-p3 p5-p4 p6-p5 p7-p6 p8-p7"),
-        ("by_index", ["p3", "p7"], "p4-p3 p8-p7"),
+        ("by_index", ["p7", "p3"], "p4-p3 p8-p7"),
     ],
 )
 def test_pairs(match, levels, expected):
@@ -57,6 +57,20 @@ def test_wrong_pairs_are_named(student, teacher, match, levels, message):
 
 def test_a_short_pyramid_is_paired_as_far_as_it_goes():
     assert pair_levels(shapes(range(5, 7)), shapes(range(3, 8)), "by_index", None) == [("p5", "p3"), ("p6", "p4")]
+
+
+@pytest.mark.parametrize("name", ["FKD", "MGD", "FitNet"])
+def test_the_order_of_levels_does_not_matter(name):
+    """FKD's modules depend on the place of a level, and all weights on the order in which they are drawn."""
+    one, other = (
+        build_losses([{"NAME": name, "LEVELS": levels}], shapes(range(3, 8), 8), shapes(range(3, 8), 16))[0]
+        for levels in (["p3", "p5", "p7"], ["p7", "p3", "p5"])
+    )
+    assert one.levels == other.levels == ["p3", "p5", "p7"]
+    assert_equal_weights(one.state_dict(), other.state_dict())
+    if name == "FKD":
+        parts = [other.loss.levels[level]["teacher_nonlocal"] for level in ("p3", "p5", "p7")]
+        assert [(part.subsample, part.query.out_channels) for part in parts] == [(8, 4), (4, 4), (2, 8)]
 
 
 # --- adaptors ---------------------------------------------------------------------------------------------------------

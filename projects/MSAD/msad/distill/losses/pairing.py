@@ -23,13 +23,13 @@ class LevelPair(NamedTuple):
 def pair_levels(
     student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], match: str, levels: list[str] | None
 ) -> list[LevelPair]:
-    """Pair the levels of two pyramids, finest first.
+    """Pair the levels of two pyramids; pairs are in order of the teacher's strides, finest first.
 
     Args:
         student, teacher: H-frame names, strides in H pixels, finest first.
         match: "by_stride": levels of equal name, and so of equal grid. "by_index": the i-th of the student with the
             i-th of the teacher, whatever their strides.
-        levels: the teacher's levels that take part; None: all that have a partner.
+        levels: the teacher's levels that take part, in any order; None: all that have a partner.
 
     Raises:
         ValueError: a level without a partner, or of another stride under by_stride; names it.
@@ -55,7 +55,7 @@ def pair_levels(
                 f"distillation level {name} (H frame): student has stride {student[name].stride}, teacher "
                 f"{teacher[name].stride}; MATCH: by_index pairs levels of different strides"
             )
-    return [LevelPair(partner[name], name) for name in levels]
+    return [LevelPair(partner[name], name) for name in sorted(levels, key=lambda name: teacher[name].stride)]
 
 
 def build_adaptors(
