@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from test_resume import config
 
 from msad import load_config
+from msad.data import register_datasets
 from msad.engine import DistillTrainer
-from msad.engine.doctor import check_checkpoint, check_start, examine, report
+from msad.engine.doctor import check_checkpoint, check_start, check_teacher_ap, examine, report
 from msad.engine.findings import (
     ERROR,
     OK,
@@ -98,6 +103,19 @@ def test_levels():
     assert finding.level == ERROR and finding.check == "strides" and "16" in finding.text
     (finding,) = check_levels(shapes([3], channels=4), shapes([3]))
     assert finding.level == OK and "1x1 adaptors" in finding.text
+
+
+def test_levels_that_losses_pair_by_index():
+    def shapes(levels, shift=0):
+        return {f"p{n}": ShapeSpec(channels=8, stride=2 ** (n + shift)) for n in levels}
+
+    for student in (shapes([1, 2]), shapes([2, 3]), shapes([3, 4], shift=1)):
+        (finding,) = check_levels(student, shapes([3, 4]), {"by_index"})
+        assert finding.level == OK and f"{next(iter(student))} with p3" in finding.text
+    assert levels_of(check_levels(shapes([1, 2]), shapes([3, 4]), {"by_index", "by_stride"})) == [ERROR]
+    # Nothing pairs levels in a control without losses, or where only predictions are compared.
+    assert levels_of(check_levels(shapes([1, 2]), shapes([3, 4]), set())) == [WARNING]
+    assert levels_of(check_levels(shapes([3], shift=1), shapes([3]), set())) == [WARNING]
 
 
 def test_anchors(project):
@@ -189,6 +207,102 @@ def test_no_validation_set_is_no_crash(project, teacher_weights, tmp_path):
     cfg.DATASETS.TEST = ()
     (finding,) = [f for f in examine(cfg, images=2) if f.check == "teacher's AP"]
     assert finding.level == WARNING and "DATASETS.TEST is empty" in finding.text
+
+
+@pytest.mark.parametrize(("match", "level"), [({}, WARNING), ({"match": "by_index"}, OK)])
+def test_levels_are_judged_by_how_losses_pair_them(project, teacher_weights, tmp_path, match, level):
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    cfg.DISTILL.STUDENT_RESOLUTION = "EL"  # p2 to p6 of the student are p4 to p8
+    cfg.DISTILL.LOSSES = [{"NAME": "CWD", **match}]
+    (finding,) = [f for f in examine(cfg, images=0) if f.check == "levels"]
+    assert finding.level == level and ("p4 with p3" in finding.text) == bool(match)
+
+
+@pytest.fixture
+def turned(project):
+    """Writes a copy of tiny_train's annotations with two classes in turned order; text of a teacher's yaml of it."""
+    register = load_config(project / "base.yaml").DATASETS.REGISTER
+    (entry,) = [dict(entry) for entry in register if entry["NAME"] == "tiny_train"]
+
+    def make(folder, name, classes=False, **changes):
+        data = json.loads(Path(entry["JSON"]).read_text())
+        data["categories"][0]["name"], data["categories"][1]["name"] = (c["name"] for c in data["categories"][1::-1])
+        (folder / "turned.json").write_text(json.dumps(data))
+        made = {**entry, "NAME": name, "JSON": str(folder / "turned.json"), **changes}
+        if classes:
+            made["CLASSES"] = [c["name"] for c in sorted(data["categories"], key=lambda c: c["id"])]
+        (folder / "teacher.yaml").write_text(
+            f"_BASE_: {project / 'teacher.yaml'}\nDATASETS:\n  REGISTER: [{made}]\n  TRAIN: [{name}]\n"
+        )
+        return {"CONFIG": str(folder / "teacher.yaml")}
+
+    yield make
+    for name in [name for name in DatasetCatalog.list() if name.startswith("turned_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("init", "losses", "level"),
+    [
+        ("full", ["AlignedL1"], ERROR),
+        ("none", ["AlignedL1", "Chen"], ERROR),
+        ("none", ["AlignedL1"], WARNING),
+        ("none", [], WARNING),
+    ],
+)
+def test_classes_must_be_equal_where_heads_are_copied_or_compared(
+    project, teacher_weights, tmp_path, turned, init, losses, level
+):
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    cfg.DISTILL.TEACHERS[0].update(turned(tmp_path, "turned_compared"))
+    cfg.DISTILL.INIT_STUDENT, cfg.DISTILL.LOSSES = init, [{"name": name} for name in losses]
+    (finding,) = [f for f in examine(cfg, images=0) if f.check == "classes"]
+    assert finding.level == level and "equal classes in another order" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("case", "known"), [("named", True), ("small", True), ("large", False), ("absent", False), ("broken", False)]
+)
+def test_training_knows_the_classes_of_the_teachers_own_data(
+    project, teacher_weights, tmp_path, turned, monkeypatch, caplog, case, known
+):
+    """From the yaml, even if the file is elsewhere, or from a file that does not take long to read."""
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    teacher = turned(tmp_path, f"turned_{case}", classes=case == "named")
+    cfg.DISTILL.TEACHERS[0].update(teacher)
+    if case in ("named", "absent"):
+        (tmp_path / "turned.json").unlink()
+    if case == "broken":
+        (tmp_path / "turned.json").write_text("{")
+    if case == "large":
+        monkeypatch.setattr("msad.engine.doctor._SMALL_FILE", 100)
+    run = DistillTrainer(cfg)
+    if known:
+        with pytest.raises(ValueError, match="classes: equal classes in another order"):
+            run.resume_or_load(False)
+    else:
+        with caplog.at_level("WARNING", logger="msad"):
+            run.resume_or_load(False)
+        assert "class names of student or teacher are not known" in caplog.text
+
+
+def test_images_for_the_teachers_ap_are_spread_evenly(project, teacher_weights, tmp_path, monkeypatch):
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    register_datasets(cfg)
+    cfg.DATASETS.TEST = ("tiny_train",)
+    order = [record["image_id"] for record in DatasetCatalog.get("tiny_train")]
+    chosen = []
+
+    def run(_model, loader, _evaluator):
+        chosen[:] = [item["image_id"] for batch in loader for item in batch]
+        return {"bbox": {"AP": 50.0}}
+
+    monkeypatch.setattr("msad.engine.doctor.inference_on_dataset", run)
+    teacher = load_config(project / "teacher.yaml")
+    for images, places in ((3, [0, 2, 4]), (4, [0, 1, 3, 4]), (9, range(6))):
+        (finding,) = check_teacher_ap(cfg, teacher, torch.nn.Identity(), images)
+        assert chosen == [order[i] for i in places] and f"on {len(chosen)} images" in finding.text
 
 
 def test_training_stops_at_errors_and_logs_warnings(project, teacher_weights, tmp_path, caplog, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from ..data.loader import load_train_dicts
 from ..data.register import register_datasets
 from ..distill.distiller import FrozenTeacher, student_shapes
 from ..distill.init import copies
+from ..distill.losses.registry import compares_heads, lower_keys
 from ..resolution import get_resolution
 from .build import build_distiller
 from .checkpoint import CheckedCheckpointer, load_branches
@@ -42,6 +44,8 @@ from .findings import (
 
 logger = logging.getLogger(__name__)
 _MIN_AP = 5.0
+# Bytes of an annotation file that is read for its class names when training starts: about a second.
+_SMALL_FILE = 32 * 2**20
 
 
 def check_start(student: nn.Module, teacher: nn.Module, mode: str, loaded: set[str]) -> list[Finding]:
@@ -115,11 +119,13 @@ def check_checkpoint(who: str, model: nn.Module, weights: str) -> tuple[list[Fin
 
 
 def check_teacher_ap(cfg: CfgNode, teacher: CfgNode, model: nn.Module, images: int) -> list[Finding]:
-    """Box AP of the teacher on the first ``images`` of the student's DATASETS.TEST."""
+    """Box AP of the teacher on ``images`` images of the student's DATASETS.TEST, taken at equal distances."""
     if not cfg.DATASETS.TEST:
         return [Finding(WARNING, "teacher's AP", "not measured: DATASETS.TEST is empty", "name a validation set")]
     name = cfg.DATASETS.TEST[0]
-    dicts = DatasetCatalog.get(name)[:images]
+    everything = DatasetCatalog.get(name)  # in the order of the file, where a class or a scene may come in one piece
+    count = min(images, len(everything))
+    dicts = [everything[i * len(everything) // count] for i in range(count)]
     # The evaluator asks for tasks that the teacher may not have, so it is told the one that all have.
     evaluator = COCOEvaluator(
         name, tasks=("bbox",), distributed=False, max_dets_per_image=teacher.TEST.DETECTIONS_PER_IMAGE
@@ -141,12 +147,16 @@ def check_teacher_ap(cfg: CfgNode, teacher: CfgNode, model: nn.Module, images: i
 
 
 def check_training_sets(cfg: CfgNode, teacher: CfgNode) -> list[Finding]:
-    """:func:`check_classes` of the training sets, as far as names are known without reading annotations."""
+    """:func:`check_classes` of the training sets, as far as names are known by now.
+
+    Classes must be equal where heads are copied (INIT_STUDENT) or compared (LD, Chen).
+    """
     names = [c.DATASETS.TRAIN[0] if c.DATASETS.TRAIN else "" for c in (cfg, teacher)]
     if names[0] == names[1]:
         return [Finding(OK, "classes", f"student and teacher train on {names[0]}")]
     classes = [MetadataCatalog.get(n).get("thing_classes") if n in DatasetCatalog.list() else None for n in names]
-    return check_classes(*classes, shared=cfg.DISTILL.INIT_STUDENT != "none")
+    compared = any(compares_heads(entry.get("name")) for entry in map(lower_keys, cfg.DISTILL.LOSSES))
+    return check_classes(*classes, shared=compared or cfg.DISTILL.INIT_STUDENT != "none")
 
 
 def preflight_checks(
@@ -159,11 +169,13 @@ def preflight_checks(
     """
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
     config = load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"])
+    entries = [entry for entry in map(lower_keys, cfg.DISTILL.LOSSES) if not compares_heads(entry.get("name"))]
+    matches = {entry.get("match", "by_stride") for entry in entries}
     return {
         "classes": lambda: check_training_sets(cfg, config),
         "pixels": lambda: check_pixels(cfg, config),
         "sizes": lambda: check_sizes(cfg, config, resolution),
-        "levels": lambda: check_levels(student_shapes(student, resolution), teacher.shapes()),
+        "levels": lambda: check_levels(student_shapes(student, resolution), teacher.shapes(), matches),
         "anchors": lambda: check_anchors(cfg, config, resolution.shift),
         "student's start": lambda: check_start(student, teacher.model, cfg.DISTILL.INIT_STUDENT, loaded),
         "schedule": lambda: check_schedule(cfg),
@@ -171,7 +183,12 @@ def preflight_checks(
 
 
 def preflight(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]) -> list[Finding]:
-    """All findings of :func:`preflight_checks`."""
+    """All findings of :func:`preflight_checks`.
+
+    Class names of the teacher's data set are read if its yaml lists them or the annotation file is here and small.
+    """
+    with contextlib.suppress(FileNotFoundError, ValueError):  # its data need not be usable here: names are not known
+        _read_classes(load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"]), _SMALL_FILE)
     return [finding for check in preflight_checks(cfg, student, teacher, loaded).values() for finding in check()]
 
 
@@ -235,11 +252,17 @@ def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
     return out
 
 
-def _read_classes(teacher: CfgNode) -> None:
-    """Make the class names of the teacher's training set known, if the set is on this machine."""
+def _read_classes(teacher: CfgNode, limit: float = math.inf) -> None:
+    """Make the class names of the teacher's training set known, if the set is on this machine.
+
+    An annotation file of more than ``limit`` bytes is not read.
+    """
     register_datasets(teacher)
     name = teacher.DATASETS.TRAIN[0] if teacher.DATASETS.TRAIN else ""
-    if name in DatasetCatalog.list() and not MetadataCatalog.get(name).get("thing_classes"):
+    if name not in DatasetCatalog.list() or MetadataCatalog.get(name).get("thing_classes"):
+        return
+    file = MetadataCatalog.get(name).get("json_file", "")
+    if limit == math.inf or (os.path.isfile(file) and os.path.getsize(file) <= limit):
         with contextlib.suppress(FileNotFoundError):
             DatasetCatalog.get(name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
@@ -130,18 +130,29 @@ def check_sizes(cfg: CfgNode, teacher: CfgNode, resolution: Resolution) -> list[
     return out or [Finding(OK, "image size", f"trained on H, tested at {given or 'the size of the files'}")]
 
 
-def check_levels(student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> list[Finding]:
-    """Levels by H-frame names, strides in H pixels, channels."""
+def check_levels(
+    student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], matches: Collection[str] = ("by_stride",)
+) -> list[Finding]:
+    """Levels by H-frame names, strides in H pixels, channels.
+
+    Args:
+        student, teacher: levels that heads read, finest first.
+        matches: MATCH of the losses between features; without any, only weights are copied or predictions compared.
+    """
+    if matches and "by_stride" not in matches:
+        pairs = ", ".join(f"{ours} with {theirs}" for ours, theirs in zip(student, teacher))
+        return [Finding(OK, "levels", f"paired by index: {pairs} of the teacher (names of the H frame)")]
+    serious = ERROR if "by_stride" in matches else WARNING
     common = [name for name in student if name in teacher]
     sides = f"student {', '.join(student)}; teacher {', '.join(teacher)} (names of the H frame)"
     if not common:
         return [
             Finding(
-                ERROR,
+                serious,
                 "levels",
                 f"no level in common: {sides}",
                 "check DISTILL.STUDENT_RESOLUTION and IN_FEATURES of both: at L the student reads p2 where the "
-                "teacher reads p3",
+                "teacher reads p3; or pair levels of different strides: MATCH: by_index",
             )
         ]
     out = []
@@ -159,10 +170,10 @@ def check_levels(student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -
         if s.stride != t.stride:
             out.append(
                 Finding(
-                    ERROR,
+                    serious,
                     "strides",
                     f"{name} has stride {s.stride} for the student and {t.stride} for the teacher, in pixels of H",
-                    "give both pyramids levels of equal strides",
+                    "give both pyramids levels of equal strides, or pair them with MATCH: by_index",
                 )
             )
     other = [name for name in common if student[name].channels != teacher[name].channels]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -127,6 +127,16 @@ class WeightedLoss(nn.Module):
         }
 
 
+def lower_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of DISTILL.LOSSES, whose keys may have either case, with keys in lower case."""
+    return {key.lower(): value for key, value in entry.items()}
+
+
+def compares_heads(name: str | None) -> bool:
+    """Whether ``name`` is that of a loss between predictions."""
+    return any(name == known and getattr(cls, "heads", ()) for known, cls in DISTILL_LOSS_REGISTRY)
+
+
 def build_losses(
     entries: list[dict], student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], seed: int = 0
 ) -> nn.ModuleList:
@@ -144,7 +154,7 @@ def build_losses(
     built = nn.ModuleList()
     names: list[str] = []
     for entry in entries:
-        options = {key.lower(): value for key, value in entry.items()}
+        options = lower_keys(entry)
         kind = options.pop("name", None)
         known = [name for name, _ in DISTILL_LOSS_REGISTRY]
         if kind not in known:
