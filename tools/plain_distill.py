@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Distillation without a trainer: every step of it in one file, to read, to change, to copy.
+"""Distillation without a trainer and without hooks: every step of it in one file, to read, to change, to copy.
 
     tools/plain_distill.py configs/nuclei/losses/cwd.yaml --output output/plain
     tools/plain_distill.py STUDENT.yaml DISTILL.TEACHERS "[{'CONFIG': 'T.yaml', 'WEIGHTS': 't.pth'}]"
@@ -12,7 +12,6 @@ fusion students, losses between head predictions, MATCH: by_index.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,8 @@ from msad.engine.build import load_teacher
 from msad.engine.checkpoint import CheckedCheckpointer
 from msad.engine.scaling import scale_to_batch
 from msad.engine.solver import build_optimizer
-from msad.modeling.features import freeze_unread_levels, tap_neck
+from msad.modeling.features import freeze_unread_levels
+from msad.modeling.features import losses as detection_losses
 from msad.resolution import get_resolution, shift_levels, view
 
 
@@ -68,13 +68,16 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
     with EventStorage() as storage:  # the detectors log into it
         for iteration in range(cfg.SOLVER.MAX_ITER):
             batch = next(loader)
-            seed_step(cfg.SEED, iteration)
+            # What is random in a step (masks of MGD, sampled proposals) is a function of seed and iteration.
+            seed_all_rng(int(np.random.SeedSequence((cfg.SEED, iteration, 0)).generate_state(1)[0]))
 
-            # 5. The teacher's pyramid (levels of H), then the student's losses, keeping its pyramid on the way.
+            # 5. The teacher's pyramid (levels of H), the student's pyramid, and the student's detection losses on it.
             inputs = [dict(item, image=item["image"].to(device)) for item in batch]
             imitated = teacher.features(inputs, resolution.shift)
-            with tap_neck(student) as pyramid:
-                detection = student(view(inputs, resolution.shift, torch.device(device), cfg.MSAD.DOWNSAMPLE))
+            small = view(inputs, resolution.shift, torch.device(device), cfg.MSAD.DOWNSAMPLE)
+            images, gt = student.preprocess_image(small), [x["instances"].to(device) for x in small]
+            pyramid = student.backbone(images.tensor)
+            detection = detection_losses(student, images, pyramid, gt)
             terms = {name: cfg.DISTILL.W_DET * value for name, value in detection.items()}
 
             # 6. P2 of the small image is P3 of H: rename the student's levels, and cut the teacher's padding to theirs.
@@ -94,13 +97,6 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
             for part in (optimizer, scheduler, storage):
                 part.step()
             yield {name: value.detach() for name, value in terms.items()}
-
-
-def seed_step(seed: int, iteration: int) -> None:
-    """Make what is random in a step (masks of MGD, sampled proposals) a function of seed and iteration."""
-    number = int(np.random.SeedSequence((seed, iteration, 0)).generate_state(1)[0])
-    for generator in (random.seed, np.random.seed, torch.manual_seed):
-        generator(number)
 
 
 def check(cfg: CfgNode) -> None:
@@ -125,7 +121,11 @@ def main() -> int:
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides")
     args = parser.parse_intermixed_args()
     try:
-        cfg = scale_to_batch(load_config(args.config, args.opts))
+        cfg = load_config(args.config, args.opts)
+        if cfg.SEED < 0:
+            cfg.SEED = np.random.randint(2**31)
+            print(f"SEED is not set; this run uses {cfg.SEED}")
+        cfg = scale_to_batch(cfg)
         check(cfg)
         register_datasets(cfg)
         seed_all_rng(cfg.SEED)
