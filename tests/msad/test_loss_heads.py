@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 
 from msad.distill.losses import DistillBatch, build_losses
 from msad.distill.losses.chen import Chen, bounded_regression, soft_binary_cross_entropy, soft_cross_entropy
-from msad.distill.losses.ld import LD, mean_kl, valuable_region
+from msad.distill.losses.ld import LD, mean_kl, mean_per_level, valuable_region
 from msad.distill.losses.predictions import HeadPair
 from msad.modeling.detectors import atss
 from msad.modeling.detectors.distribution import DistributionTransform
@@ -134,20 +134,22 @@ def test_ld_equals_numpy(options):
     s, t = (array(x).reshape(2, -1, 4, BINS) for x in (pair.student_boxes, pair.teacher_boxes))
     temperature = options.get("temperature", 10.0)
     region = loop_region(pair, UNEVEN, options.get("vlr_lower", 0.25))
-    main = vlr = cls = positives = 0
+    main = vlr = positives = 0
+    cls = {0: [], 1: []}  # of each level
     for n in range(2):
         for r in range(80):
             kl = sum(loop_kl(s[n, r, i], t[n, r, i], temperature) for i in range(4))
             if pair.labels[n, r] < K:
                 positives += 1
                 main += sigmoid(z[n, r]).max() * kl / 4
-                cls += loop_kl(z[n, r], y[n, r], 2.0)
+                cls[int(r >= 64)].append(loop_kl(z[n, r], y[n, r], 2.0))
             else:
                 vlr += region[n, r] * kl / 16
-    assert positives > 4 and vlr > 0
+    assert positives > 4 and vlr > 0 and len(cls[0]) != len(cls[1]) and all(cls.values())
     share = 0.5 if "per_image" in options else 1.0
     expected = {
-        "main": options.get("w_main", 0.25) * share * main, "vlr": 0.25 * share * vlr, "cls": 10 * cls / positives
+        "main": options.get("w_main", 0.25) * share * main, "vlr": 0.25 * share * vlr,
+        "cls": 10 * sum(np.mean(level) for level in cls.values()),
     }  # fmt: skip
     assert values(LD(**options), batch) == pytest.approx(expected, rel=1e-5)
 
@@ -159,6 +161,13 @@ def test_mean_kl_by_hand():
     assert mean_kl(s, t, 1.0).item() == pytest.approx(kl / 2, rel=1e-5)
     assert mean_kl(5 * s, 5 * t, 5.0).item() == pytest.approx(25 * kl / 2, rel=1e-5)
     assert mean_kl(t, t, 5.0).item() == 0
+
+
+def test_mean_per_level_by_hand():
+    """Anchors 0 to 3, none, 4, and 5 to 6."""
+    values, place = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([3, 0, 1, 5])
+    assert mean_per_level(values, place, [4, 0, 1, 2]).tolist() == [3, 0, 0, 5]
+    assert mean_per_level(values[:0], place[:0], [4, 1]).tolist() == [0, 0]
 
 
 def test_valuable_region_equals_loops():

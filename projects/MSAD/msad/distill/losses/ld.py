@@ -26,6 +26,14 @@ def mean_kl(s: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tenso
     return temperature**2 * F.kl_div(log_s, log_t, reduction="none", log_target=True).mean(dim=-1)
 
 
+def mean_per_level(values: torch.Tensor, place: torch.Tensor, level_sizes: list[int]) -> torch.Tensor:
+    """Mean of ``values`` (P,) of anchors ``place`` (P,) over each level, (number of levels,); 0 for a level without."""
+    last = torch.tensor(level_sizes, device=place.device).cumsum(0)
+    level = torch.bucketize(place, last, right=True)
+    total, count = (values.new_zeros(len(last)).index_add(0, level, x) for x in (values, torch.ones_like(values)))
+    return total / count.clamp(min=1)
+
+
 def valuable_region(
     cells: list[torch.Tensor], boxes: torch.Tensor, image: torch.Tensor, num_images: int, topk: int, size: float,
     lower: float,
@@ -60,8 +68,8 @@ class LD(nn.Module):
     - "main": w_main sum over positives and sides of max-score mean_kl(T) / 4, the student's largest class score as
       weight, as its own box losses have.
     - "vlr": w_vlr sum over the region and sides of IoU mean_kl(T) / 16.
-    - "cls": w_cls mean over positives of mean_kl(T_cls) of the class logits, read as a softmax. Nothing with a single
-      class.
+    - "cls": w_cls sum over levels of the mean over the level's positives of mean_kl(T_cls) of the class logits, read as
+      a softmax. Nothing with a single class.
 
     "main" and "vlr" are sums over the batch, as in the released code, where they go with two images a process;
     PER_IMAGE divides them by the number of images.
@@ -74,6 +82,7 @@ class LD(nn.Module):
     """
 
     heads = ("distributions",)
+    positive = ("temperature", "cls_temperature")
 
     def __init__(
         self, w_main: float = 0.25, w_vlr: float = 0.25, w_cls: float = 10.0, temperature: float = 10.0,
@@ -104,7 +113,8 @@ class LD(nn.Module):
             terms["vlr"] = self.w_vlr * share * (region[place][:, None] * self._sides(pair, place)).sum() / 16
         if self.w_cls:
             s, t = pair.student_logits[pair.positives], pair.teacher_logits[pair.positives]
-            terms["cls"] = self.w_cls * mean_kl(s, t, self.cls_temperature).sum() / max(len(s), 1)
+            divergence = mean_kl(s, t, self.cls_temperature)
+            terms["cls"] = self.w_cls * mean_per_level(divergence, pair.positives[1], pair.level_sizes).sum()
         return terms
 
     def _sides(self, pair: HeadPair, place: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
