@@ -14,8 +14,9 @@ from test_resume import config
 
 from msad import load_config
 from msad.data import register_datasets
+from msad.distill.distiller import FrozenTeacher
 from msad.engine import DistillTrainer
-from msad.engine.doctor import check_checkpoint, check_start, check_teacher_ap, examine, report
+from msad.engine.doctor import check_checkpoint, check_start, check_teacher_ap, examine, preflight, report
 from msad.engine.findings import (
     ERROR,
     OK,
@@ -27,6 +28,7 @@ from msad.engine.findings import (
     check_pixels,
     check_schedule,
     check_sizes,
+    check_two_stage,
 )
 from msad.resolution import get_resolution
 
@@ -116,6 +118,27 @@ def test_levels_that_losses_pair_by_index():
     # Nothing pairs levels in a control without losses, or where only predictions are compared.
     assert levels_of(check_levels(shapes([1, 2]), shapes([3, 4]), set())) == [WARNING]
     assert levels_of(check_levels(shapes([3], shift=1), shapes([3]), set())) == [WARNING]
+
+
+def test_two_stage_values():
+    (finding,) = check_two_stage([{"name": "FGD", "alpha": 1e-4}, {"name": "Chen"}, {"name": "Unknown"}], True)
+    assert finding.level == WARNING and finding.text.endswith("R-CNN: BETA, GAMMA, LAM")
+    assert "BETA 2.5e-05, GAMMA 5e-05, LAM 5e-07," in finding.fix
+    found = check_two_stage([{"name": "MGD"}, {"name": "PKD"}, {"name": "FKD"}], True)
+    values = ["WEIGHT 5e-07, MASK_RATIO 0.45,", "WEIGHT 6,", "ALPHA 7e-05, BETA 0.004, TEMPERATURE 0.5,"]
+    assert [value in f.fix for value, f in zip(values, found, strict=True)] == [True] * 3
+    (finding,) = check_two_stage([{"name": "MGD"}, {"name": "PKD"}], False)  # weights are set otherwise
+    assert "MASK_RATIO 0.45," in finding.fix and "WEIGHT" not in finding.fix
+
+
+@pytest.mark.parametrize("arch", ["GeneralizedRCNN", "FCOS"])
+def test_two_stage_values_are_for_rcnns(tiny_cfg, tiny_model, tmp_path, arch):
+    name = "FasterRCNN" if arch == "GeneralizedRCNN" else arch
+    cfg = tiny_cfg(name, DISTILL__STUDENT_RESOLUTION="H", DISTILL__LOSSES=[{"NAME": "MGD"}])
+    (tmp_path / "teacher.yaml").write_text(cfg.dump())
+    cfg.DISTILL.TEACHERS = [{"CONFIG": str(tmp_path / "teacher.yaml")}]
+    found = preflight(cfg, tiny_model(name), FrozenTeacher(tiny_model(name)), set())
+    assert sum("MASK_RATIO 0.45" in f.fix for f in found) == (arch == "GeneralizedRCNN")
 
 
 def test_anchors(project):

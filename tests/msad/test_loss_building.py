@@ -142,6 +142,41 @@ def test_numbers_that_yaml_reads_as_text(raw):
         build_losses([{"NAME": "Raw", "CHANNELS": 3}], shapes([3]), shapes([3]))
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "wanted"),
+    [
+        ("FitNet", "GT_ONLY", "False", "True or False, without quotation marks"),
+        ("FKD", "PER_IMAGE", "no", "True or False, without quotation marks"),
+        ("AlignedL1", "NORMALIZE", 1, "True or False, without quotation marks"),
+        ("CWD", "TAU", 0, "above 0"),
+        ("FGD", "TEMPERATURE", -0.5, "above 0"),
+        ("FKD", "TEMPERATURE", "0", "above 0"),
+        ("LD", "TEMPERATURE", 0, "above 0"),
+        ("LD", "CLS_TEMPERATURE", 0, "above 0"),
+        ("CWD", "TAU", True, "a number"),
+        ("CWD", "WEIGHT", float("nan"), "a number"),
+    ],
+)
+def test_values_of_another_kind_are_refused(name, key, value, wanted):
+    with pytest.raises(ValueError, match=f"^DISTILL.LOSSES: {name}: {key} must be {wanted}, not "):
+        build_losses([{"NAME": name, key: value}], shapes([3]), shapes([3]))
+
+
+def test_values_of_the_right_kind_are_taken():
+    (loss,) = build_losses([{"NAME": "FKD", "PER_IMAGE": True, "TEMPERATURE": 1}], shapes([3]), shapes([3]))
+    assert loss.loss.per_image is True and loss.loss.temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"),
+    [("MD", "; did you mean MagnitudeMD"), ("fgd", "; did you mean FGD"), ("FitNets", "; did you mean FitNet"),
+     ("Naive", "; did you mean NaiveL2"), ("xyzzy", r" \(known")],
+)  # fmt: skip
+def test_hints_for_unknown_losses(kind, hint):
+    with pytest.raises(ValueError, match=f"unknown loss '{kind}'{hint}"):
+        build_losses([{"NAME": kind}], shapes([3]), shapes([3]))
+
+
 def test_initial_weights_depend_on_seed_and_name_alone():
     def weights(entries, seed=5):
         built = build_losses(entries, shapes([3, 4], 6), shapes([3, 4], 4), seed=seed)

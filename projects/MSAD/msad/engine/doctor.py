@@ -17,7 +17,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import nn
 
 from ..config import load_config
@@ -40,6 +40,7 @@ from .findings import (
     check_pixels,
     check_schedule,
     check_sizes,
+    check_two_stage,
 )
 
 logger = logging.getLogger(__name__)
@@ -169,8 +170,10 @@ def preflight_checks(
     """
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
     config = load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"])
-    entries = [entry for entry in map(lower_keys, cfg.DISTILL.LOSSES) if not compares_heads(entry.get("name"))]
-    matches = {entry.get("match", "by_stride") for entry in entries}
+    entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
+    matches = {entry.get("match", "by_stride") for entry in entries if not compares_heads(entry.get("name"))}
+    weighted = not (cfg.DISTILL.READING or cfg.DISTILL.BALANCE.RATIO)
+    two_stage = isinstance(student, GeneralizedRCNN)
     return {
         "classes": lambda: check_training_sets(cfg, config),
         "pixels": lambda: check_pixels(cfg, config),
@@ -178,6 +181,7 @@ def preflight_checks(
         "levels": lambda: check_levels(student_shapes(student, resolution), teacher.shapes(), matches),
         "anchors": lambda: check_anchors(cfg, config, resolution.shift),
         "student's start": lambda: check_start(student, teacher.model, cfg.DISTILL.INIT_STUDENT, loaded),
+        "two-stage values": lambda: check_two_stage(entries, weighted) if two_stage else [],
         "schedule": lambda: check_schedule(cfg),
     }
 

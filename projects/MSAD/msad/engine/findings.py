@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
 from ..config import detector_architecture
+from ..distill.losses.registry import loss_class
 from ..resolution import Resolution
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -202,6 +203,30 @@ def check_anchors(cfg: CfgNode, teacher: CfgNode, shift: int) -> list[Finding]:
             f"divide the teacher's sizes by {2**shift} for the student",
         )
     ]
+
+
+def check_two_stage(entries: Sequence[Mapping[str, Any]], weighted: bool) -> list[Finding]:
+    """Losses of an R-CNN that are left at defaults for dense detectors though two-stage values are published.
+
+    Args:
+        entries: of DISTILL.LOSSES, keys in lower case.
+        weighted: whether WEIGHT counts, which DISTILL.READING and BALANCE replace.
+    """
+    out = []
+    for entry in entries:
+        published = getattr(loss_class(entry.get("name")), "two_stage", {})
+        unset = {k: v for k, v in published.items() if k not in entry and (weighted or k != "weight")}
+        if unset:
+            keys, values = ", ".join(map(str.upper, unset)), ", ".join(f"{k.upper()} {v:g}" for k, v in unset.items())
+            out.append(
+                Finding(
+                    WARNING,
+                    "two-stage values",
+                    f"{entry['name']} has its defaults for dense detectors, but this is an R-CNN: {keys}",
+                    f"set what is published for two-stage detectors, {values}, or other values of your own",
+                )
+            )
+    return out
 
 
 def check_schedule(cfg: CfgNode) -> list[Finding]:

@@ -28,6 +28,7 @@ class CWD(nn.Module):
     """
 
     default_weight = 5.0  # the authors' for detection, on the first four levels; mmrazor: 10 on five
+    positive = ("tau",)
 
     def __init__(self, levels: list[str], tau: float = 1.0) -> None:
         super().__init__()

@@ -92,6 +92,9 @@ class FGD(nn.Module):
         temperature: of the attention.
     """
 
+    positive = ("temperature",)
+    two_stage = {"alpha": 5e-5, "beta": 2.5e-5, "gamma": 5e-5, "lam": 5e-7}
+
     def __init__(
         self,
         levels: list[str],

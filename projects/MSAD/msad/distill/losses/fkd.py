@@ -66,6 +66,9 @@ class FKD(nn.Module):
         per_image: mean over images of norms instead, which does not depend on their number.
     """
 
+    positive = ("temperature",)
+    two_stage = {"alpha": 7e-5, "beta": 4e-3, "temperature": 0.5}
+
     def __init__(
         self,
         levels: list[str],

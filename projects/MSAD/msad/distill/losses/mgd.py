@@ -37,7 +37,8 @@ class MGD(nn.Module):
         mask_ratio: fraction of the cells that are hidden; two-stage detectors: 0.45.
     """
 
-    default_weight = 2e-5  # one-stage detectors; two-stage: 5e-7
+    default_weight = 2e-5  # one-stage detectors
+    two_stage = {"weight": 5e-7, "mask_ratio": 0.45}
 
     def __init__(self, levels: list[str], channels: dict[str, int], mask_ratio: float = 0.65) -> None:
         super().__init__()

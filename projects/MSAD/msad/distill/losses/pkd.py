@@ -29,7 +29,8 @@ class PKD(nn.Module):
     are those of the batch (of a process): images contribute together, and the loss does not grow with their number.
     """
 
-    default_weight = 10.0  # dense detectors, first four levels; Faster R-CNN: 6
+    default_weight = 10.0  # dense detectors, first four levels
+    two_stage = {"weight": 6.0}
 
     def __init__(self, levels: list[str]) -> None:
         super().__init__()

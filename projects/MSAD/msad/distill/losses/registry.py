@@ -8,8 +8,10 @@ A loss is an ``nn.Module`` registered by class name and built from an entry of D
 - ``strides``: {level: stride in H pixels} of the grid on which maps are compared.
 
 It is called as ``loss(student, teacher, batch)`` with feature dicts of equal names, grids and (but for
-``student_channels``) shapes (N, C, h, w), and returns a dict of scalar tensors. The class attribute
-``default_weight`` is the WEIGHT of entries that have none. Losses know tensors, not models.
+``student_channels``) shapes (N, C, h, w), and returns a dict of scalar tensors. Losses know tensors, not models.
+Class attributes may say more of the options, by their names in lower case: ``default_weight`` is the WEIGHT of entries
+that have none, ``positive`` names those that must be above 0, ``two_stage`` has values published for two-stage
+detectors where the defaults are those of dense ones.
 
 A loss that compares predictions instead of features has a class attribute ``heads``, the kinds of heads it can compare
 ("dense", "distributions", "rcnn"). It is built without ``levels`` and called with empty feature dicts; predictions are
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -132,9 +135,14 @@ def lower_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key.lower(): value for key, value in entry.items()}
 
 
+def loss_class(name: str | None) -> type[nn.Module] | None:
+    """The registered loss ``name``, or None."""
+    return next((cls for known, cls in DISTILL_LOSS_REGISTRY if known == name), None)
+
+
 def compares_heads(name: str | None) -> bool:
     """Whether ``name`` is that of a loss between predictions."""
-    return any(name == known and getattr(cls, "heads", ()) for known, cls in DISTILL_LOSS_REGISTRY)
+    return bool(getattr(loss_class(name), "heads", ()))
 
 
 def build_losses(
@@ -156,10 +164,10 @@ def build_losses(
     for entry in entries:
         options = lower_keys(entry)
         kind = options.pop("name", None)
-        known = [name for name, _ in DISTILL_LOSS_REGISTRY]
-        if kind not in known:
-            raise ValueError(f"DISTILL.LOSSES: unknown loss {kind!r}{nearest(str(kind), known)} (known: {known})")
-        cls = DISTILL_LOSS_REGISTRY.get(kind)
+        cls = loss_class(kind)
+        if cls is None:
+            known = [name for name, _ in DISTILL_LOSS_REGISTRY]
+            raise ValueError(f"DISTILL.LOSSES: unknown loss {kind!r}{_suggest(str(kind), known)} (known: {known})")
         options = check_options(kind, cls, options)
         label = kind if kind not in names else f"{kind}_{names.count(kind) + 1}"
         names.append(kind)
@@ -167,6 +175,12 @@ def build_losses(
             torch.manual_seed(zlib.crc32(f"{seed} {label}".encode()))
             built.append(_build_loss(label, cls, options, student, teacher))
     return built
+
+
+def _suggest(kind: str, known: list[str]) -> str:
+    """As :func:`nearest`, but a part of one name alone means that name: MD is MagnitudeMD and not MGD."""
+    containing = [name for name in known if kind.lower() in name.lower()]
+    return f"; did you mean {containing[0]}?" if len(containing) == 1 else nearest(kind, known)
 
 
 def _build_loss(
@@ -203,9 +217,13 @@ def _build_loss(
 
 
 def check_options(kind: str, cls: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
-    """``options`` (lower-case keys) if the loss takes them, numbers as numbers: yaml reads 1e-3 as a text."""
+    """``options`` (lower-case keys) if the loss takes them, numbers as numbers: yaml reads 1e-3 as a text.
+
+    Raises:
+        ValueError: an unknown option, or a value of another kind than its default; names loss and option.
+    """
     parameters = inspect.signature(cls.__init__).parameters
-    own = [name for name in parameters if name not in GIVEN]
+    own = {name: parameter.default for name, parameter in parameters.items() if name not in GIVEN}
     valid = [name.upper() for name in (*COMMON, *own)]
     checked = {}
     for key, value in options.items():
@@ -214,10 +232,25 @@ def check_options(kind: str, cls: type[nn.Module], options: dict[str, Any]) -> d
                 f"DISTILL.LOSSES: {kind} has no option {key.upper()}{nearest(key.upper(), valid)} "
                 f"(options: {', '.join(valid)})"
             )
-        if key == "weight" or (key in own and isinstance(parameters[key].default, float)):
-            try:
-                value = float(value)
-            except (TypeError, ValueError):
-                raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} must be a number, not {value!r}") from None
+        wanted = ""
+        if key == "weight" or isinstance(own.get(key), float):
+            number = _number(value)
+            wanted = "a number" if number is None else ""
+            value = value if number is None else number
+        elif isinstance(own.get(key), bool) and not isinstance(value, bool):
+            wanted = "True or False, without quotation marks"
+        if not wanted and key in getattr(cls, "positive", ()) and not value > 0:
+            wanted = "above 0"
+        if wanted:
+            raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} must be {wanted}, not {value!r}")
         checked[key] = value
     return checked
+
+
+def _number(value: Any) -> float | None:
+    """``value`` as a finite number, None if it is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
