@@ -67,8 +67,8 @@ def add_msad_config(cfg: CN) -> CN:
 
     # --- MEInst (its boxes have the keys of MODEL.FCOS) ----------------------------------------------------------
     cfg.MODEL.MEINST = CN()
-    # File of the mask code that tools/fit_mask_code.py makes from DATASETS.TRAIN; "checkpoint": MODEL.WEIGHTS have it, as
-    # those of exported models do.
+    # File of the mask code that tools/fit_mask_code.py makes from DATASETS.TRAIN; "checkpoint": MODEL.WEIGHTS have
+    # it, as those of exported models do.
     cfg.MODEL.MEINST.CODE = ""
     # Numbers in a code.
     cfg.MODEL.MEINST.DIM = 60
