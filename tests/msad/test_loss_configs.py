@@ -16,7 +16,7 @@ from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.engine import DistillTrainer
 
 ROOT = Path(__file__).parents[2] / "configs"
-NUCLEI = sorted((ROOT / "nuclei" / "losses").glob("*.yaml"))
+NUCLEI = sorted(path for path in (ROOT / "nuclei" / "losses").glob("*.yaml") if not path.stem.startswith("Base"))
 RAW = sorted(path for path in (ROOT / "RawFeatures").glob("*.yaml") if not path.name.startswith("teacher"))
 COCO = sorted(path for path in (ROOT / "losses").glob("*.yaml") if not path.name.startswith("Base"))
 # Everything that makes a run small; the tiny data sets have six classes.
@@ -77,12 +77,21 @@ def check(path, trainer, losses):
     assert [entry["NAME"].lower() for entry in entries[:1]] == ([expected.lower()] if expected else [])
 
 
-@pytest.mark.parametrize("path", [path for path in NUCLEI if path.stem != "Base"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NUCLEI, ids=lambda p: p.stem)
 def test_nuclei(losses_of_a_step, path):
     trainer, losses = losses_of_a_step(path, CLASSES)
     check(path, trainer, losses)
     assert trainer.cfg.DISTILL.STUDENT_RESOLUTION == "L"
     assert sum(v for k, v in losses.items() if "distill" in k) > 0 or path.stem == "control"
+
+
+def test_nuclei_weights_come_from_all_losses_of_the_folder(losses_of_a_step):
+    trainer, _ = losses_of_a_step(ROOT / "nuclei/losses/Base-balance.yaml", CLASSES)
+    balance = trainer.distiller.balance
+    entries = [entry for path in NUCLEI for entry in load_config(path).DISTILL.LOSSES]
+    assert sorted(balance.names) == sorted({entry["NAME"] for entry in entries})
+    assert (balance.weights > 0).all() and balance.ratio <= 1e-6  # measured, and without effect
+    assert all("WEIGHT" in entry for entry in entries)
 
 
 @pytest.mark.parametrize("path", RAW, ids=lambda p: p.stem)
@@ -129,4 +138,4 @@ def test_nothing_but_the_loss_differs():
         assert Path(entry["CONFIG"]).samefile(teacher["CONFIG"]) and entry["WEIGHTS"] == teacher["WEIGHTS"]
         cfg.DISTILL.LOSSES = cfg.DISTILL.TEACHERS = []
         assert cfg == reference
-    assert len(NUCLEI) >= 15
+    assert len(NUCLEI) >= 14  # Base*.yaml are none of them
