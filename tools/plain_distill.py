@@ -46,7 +46,7 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
     """Train ``student`` as ``cfg`` says, in place; yields the weighted loss terms of every iteration."""
     device = cfg.MODEL.DEVICE
     # 1. The teacher: frozen, in evaluation mode. It sees H; the student sees H reduced by 2^shift.
-    teacher = load_teacher(cfg.DISTILL.TEACHERS[0], device, cfg.DISTILL.TEACHER_BN, cfg.INPUT.FORMAT)
+    teacher = load_teacher(cfg.DISTILL.TEACHERS[0], cfg)
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
 
     # 2. The student starts from pretrained weights, then from the teacher's, wherever names and shapes agree.

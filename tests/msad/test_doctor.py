@@ -71,6 +71,12 @@ def test_pixels(pair):
     assert finding.level == WARNING and "PIXEL_STD" in finding.text
     cfg.INPUT.FORMAT = "RGB"
     assert ERROR in levels_of(check_pixels(cfg, teacher))
+    # Without the teacher's first layer in the student, each may have its own order.
+    cfg.DISTILL.INIT_STUDENT = "none"
+    teacher.MODEL.PIXEL_MEAN, teacher.MODEL.PIXEL_STD = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = ([*reversed(teacher.MODEL[k])] for k in ("PIXEL_MEAN", "PIXEL_STD"))
+    (finding,) = check_pixels(cfg, teacher)
+    assert finding.level == OK and "RGB for the student, BGR for the teacher" in finding.text
 
 
 def test_statistics_in_the_other_order_than_the_channels(pair):

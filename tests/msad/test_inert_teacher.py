@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from msad.distill.distiller import FrozenTeacher
+from msad.resolution import view
 
 SIZES = [(64, 96), (90, 128)]
 
@@ -139,6 +140,20 @@ def test_batchnorm_with_updates_of_its_own_does_not_drift(tiny_model, make_batch
 def test_unknown_batchnorm_mode_names_the_key(tiny_model):
     with pytest.raises(ValueError, match=r"DISTILL\.TEACHER_BN.*'train'"):
         FrozenTeacher(tiny_model(), "train")
+
+
+@pytest.mark.parametrize("resolutions", [None, ["H", "L"]])
+def test_teacher_sees_its_own_channel_order(tiny_model, make_batch, resolutions):
+    """Of images in the other order, and of those that were reduced for the student already."""
+    teacher, batch = tiny_model(resolutions=resolutions), make_batch(SIZES)
+    expected = FrozenTeacher(teacher).features(batch, 1)
+    turned = [dict(item, image=item["image"].flip(0)) for item in batch]
+    for item, small in zip(turned, view(turned, 1, "cpu")):
+        item["reduced_images"] = {(1, "antialias"): small["image"]}
+    for name, value in FrozenTeacher(teacher, reverse_channels=True).features(turned, 1).items():
+        torch.testing.assert_close(value, expected[name])
+        assert not torch.allclose(FrozenTeacher(teacher).features(turned, 1)[name], value)
+    assert all(torch.equal(a["image"], b["image"].flip(0)) for a, b in zip(turned, batch))
 
 
 def test_teacher_is_invisible_to_the_module_tree(make_distiller, tiny_model, make_batch):

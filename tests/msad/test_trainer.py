@@ -306,12 +306,24 @@ def test_teacher_that_is_not_there(student, project):
     cfg = student()
     entry = dict(cfg.DISTILL.TEACHERS[0])
     with pytest.raises(FileNotFoundError, match=r"DISTILL.TEACHERS: no checkpoint absent.pth"):
-        load_teacher({**entry, "WEIGHTS": "absent.pth"}, "cpu")
+        load_teacher({**entry, "WEIGHTS": "absent.pth"}, cfg)
     with pytest.raises(FileNotFoundError, match=r"no config file absent.yaml"):
-        load_teacher({**entry, "CONFIG": "absent.yaml"}, "cpu")
+        load_teacher({**entry, "CONFIG": "absent.yaml"}, cfg)
+
+
+def test_teacher_of_the_other_channel_order(student):
+    cfg = student(INPUT__FORMAT="RGB", DISTILL__INIT_STUDENT="neck_and_head")
+    entry = dict(cfg.DISTILL.TEACHERS[0])
+    assert load_teacher(entry, cfg).reverse_channels
+    assert not load_teacher(entry, student()).reverse_channels
+    with pytest.raises(ValueError, match=r"INPUT.FORMAT is RGB for .* BGR for .*INIT_STUDENT full copies"):
+        load_teacher(entry, student(INPUT__FORMAT="RGB", DISTILL__INIT_STUDENT="full"))
+    with pytest.raises(ValueError, match=r"INPUT.FORMAT is L for the student and BGR for the teacher"):
+        load_teacher(entry, student(INPUT__FORMAT="L", DISTILL__INIT_STUDENT="none"))
 
 
 def test_teacher_checkpoint_must_be_complete(student, project, teacher_weights, tmp_path):
+    cfg = student()
     entry = {"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": str(tmp_path / "other.pth")}
     weights = torch.load(teacher_weights["teacher"], weights_only=True)["model"]
 
@@ -320,15 +332,15 @@ def test_teacher_checkpoint_must_be_complete(student, project, teacher_weights, 
 
     save({k: v for k, v in weights.items() if k != "fusion.excite.weight"})
     with pytest.raises(ValueError, match=r"other.pth is not a checkpoint of .*teacher.yaml: 1 tensors .*fusion.excite"):
-        load_teacher(entry, "cpu")
+        load_teacher(entry, cfg)
     save({k: torch.zeros(3, *v.shape[1:]) if "cls_score" in k else v for k, v in weights.items()})
     with pytest.raises(ValueError, match=r"2 tensors are absent or of another shape, e.g. .*cls_score"):
-        load_teacher(entry, "cpu")
+        load_teacher(entry, cfg)
     save({"encoder." + k: v for k, v in weights.items()})
     with pytest.raises(ValueError, match=r"no tensor of the checkpoint fits MultiScaleTea.*the file has e.g. enc"):
-        load_teacher(entry, "cpu")
+        load_teacher(entry, cfg)
     save(weights)
-    assert_equal_weights(load_teacher(entry, "cpu").model.state_dict(), weights)
+    assert_equal_weights(load_teacher(entry, cfg).model.state_dict(), weights)
 
 
 def test_weights_that_fit_nothing_stop_a_run(student, teacher_weights, tmp_path):

@@ -40,12 +40,14 @@ class FrozenTeacher:
     Args:
         model: a MultiScaleTeacher or a detector in the H frame.
         batch_norm: "eval" (running statistics) or "batch" (statistics of the batch, buffers untouched).
+        reverse_channels: images are in the other order, RGB for BGR, than the model's.
     """
 
-    def __init__(self, model: nn.Module, batch_norm: str = "eval") -> None:
+    def __init__(self, model: nn.Module, batch_norm: str = "eval", reverse_channels: bool = False) -> None:
         if batch_norm not in ("eval", "batch"):
             raise ValueError(f"DISTILL.TEACHER_BN must be 'eval' or 'batch', not {batch_norm!r}")
         self.model = model.eval().requires_grad_(False)
+        self.reverse_channels = reverse_channels
         if batch_norm == "batch":
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -68,6 +70,8 @@ class FrozenTeacher:
     @torch.no_grad()
     def features(self, batched_inputs: list[dict], max_shift: int) -> F_.Features:
         """Maps to imitate, level l: (N, C, h_l, w_l), on the grid of H padded for branches up to ``max_shift``."""
+        if self.reverse_channels:
+            batched_inputs = [_with_reversed_channels(item) for item in batched_inputs]
         if hasattr(self.model, "neck_features"):
             return self.model.neck_features(batched_inputs, max_shift)
         detector = self.model
@@ -79,6 +83,12 @@ class FrozenTeacher:
             pad_divisibility(max(detector.backbone.size_divisibility, 1), 0, max_shift),
         )
         return F_.run_neck(detector.backbone, images.tensor, F_.head_levels(detector))
+
+
+def _with_reversed_channels(item: dict) -> dict:
+    """A model input whose images (3, h, w), also those that are reduced already, have their channels turned round."""
+    reduced = {key: image.flip(0) for key, image in item.get("reduced_images", {}).items()}
+    return dict(item, image=item["image"].flip(0), reduced_images=reduced)
 
 
 class Distiller(nn.Module):

@@ -21,26 +21,20 @@ from .checkpoint import CheckedCheckpointer
 logger = logging.getLogger(__name__)
 
 
-def load_teacher(
-    entry: dict, device: str, batch_norm: str = "eval", input_format: str | None = None
-) -> FrozenTeacher:
-    """Build and load the teacher of one DISTILL.TEACHERS entry {CONFIG, WEIGHTS}.
+def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
+    """Build and load the teacher of one DISTILL.TEACHERS entry {CONFIG, WEIGHTS}, for the student of a config.
 
     Raises:
         ValueError: a wrong entry, a checkpoint that does not have all of the teacher's tensors, or a channel order
-            other than the student's ``input_format``.
+            that cannot be made of the student's.
         FileNotFoundError: CONFIG or WEIGHTS does not exist.
     """
     if set(entry) - {"CONFIG", "WEIGHTS"} or not entry.get("CONFIG") or not entry.get("WEIGHTS"):
         raise ValueError(f"a DISTILL.TEACHERS entry needs CONFIG and WEIGHTS and nothing else, got {dict(entry)}")
     if "://" not in entry["WEIGHTS"] and not os.path.isfile(entry["WEIGHTS"]):
         raise FileNotFoundError(f"DISTILL.TEACHERS: no checkpoint {entry['WEIGHTS']}")
-    cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", device])
-    if input_format not in (None, cfg.INPUT.FORMAT):
-        raise ValueError(
-            f"INPUT.FORMAT is {cfg.INPUT.FORMAT} in the teacher's {entry['CONFIG']} and {input_format} for the "
-            "student; both get the same images"
-        )
+    cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", student.MODEL.DEVICE])
+    reverse = other_channel_order(student, cfg)
     model = build_model(cfg)
     checkpointer = CheckedCheckpointer(model)
     checkpointer.load(entry["WEIGHTS"])
@@ -49,7 +43,26 @@ def load_teacher(
             f"DISTILL.TEACHERS: {entry['WEIGHTS']} is not a checkpoint of {entry['CONFIG']}: {len(checkpointer.unfit)} "
             f"tensors are absent or of another shape, e.g. {', '.join(checkpointer.unfit[:3])}"
         )
-    return FrozenTeacher(model, batch_norm)
+    return FrozenTeacher(model, student.DISTILL.TEACHER_BN, reverse)
+
+
+def other_channel_order(student: CfgNode, teacher: CfgNode) -> bool:
+    """Whether the teacher needs the student's images with RGB and BGR exchanged.
+
+    Raises:
+        ValueError: INPUT.FORMAT differ otherwise, or the student starts from weights of the other order.
+    """
+    ours, theirs = student.INPUT.FORMAT, teacher.INPUT.FORMAT
+    if ours == theirs:
+        return False
+    if {ours, theirs} != {"RGB", "BGR"}:
+        raise ValueError(f"INPUT.FORMAT is {ours} for the student and {theirs} for the teacher; images are the same")
+    if student.DISTILL.INIT_STUDENT == "full":
+        raise ValueError(
+            f"INPUT.FORMAT is {ours} for the student and {theirs} for the teacher, whose whole network "
+            "DISTILL.INIT_STUDENT full copies: take neck_and_head or none, or one INPUT.FORMAT for both"
+        )
+    return True
 
 
 def build_balance(cfg: CfgNode, losses: nn.ModuleList) -> GradientBalance | None:

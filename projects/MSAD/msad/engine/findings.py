@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from ..config import detector_architecture
 from ..distill.losses.registry import loss_class
 from ..resolution import Resolution
+from .build import other_channel_order
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 _IMAGENET_RED = 120.0  # the mean of red in the usual statistics is above, that of blue (103 to 104) below
@@ -67,16 +68,13 @@ def check_classes(student: Sequence[str] | None, teacher: Sequence[str] | None, 
 def check_pixels(cfg: CfgNode, teacher: CfgNode) -> list[Finding]:
     """Channel order, and mean and standard deviation of pixels."""
     out = []
-    if cfg.INPUT.FORMAT != teacher.INPUT.FORMAT:
-        out.append(
-            Finding(
-                ERROR,
-                "channel order",
-                f"INPUT.FORMAT is {cfg.INPUT.FORMAT} for the student and "
-                f"{teacher.INPUT.FORMAT} for the teacher; both get the same images",
-                f"set INPUT.FORMAT {teacher.INPUT.FORMAT} for both",
-            )
-        )
+    try:
+        if other_channel_order(cfg, teacher):
+            formats = f"{cfg.INPUT.FORMAT} for the student, {teacher.INPUT.FORMAT} for the teacher"
+            out.append(Finding(OK, "channel order", f"{formats}, which gets the channels reversed"))
+    except ValueError as error:
+        fix = f"set INPUT.FORMAT {teacher.INPUT.FORMAT} for both, or DISTILL.INIT_STUDENT neck_and_head or none"
+        out.append(Finding(ERROR, "channel order", str(error), fix))
     for side, config in (("student", cfg), ("teacher", teacher)):
         mean = list(config.MODEL.PIXEL_MEAN)
         red_first = mean[0] > _IMAGENET_RED > mean[-1] and max(mean) > 2
@@ -91,8 +89,9 @@ def check_pixels(cfg: CfgNode, teacher: CfgNode) -> list[Finding]:
                     "turn PIXEL_MEAN and PIXEL_STD round, or change INPUT.FORMAT",
                 )
             )
+    direction = 1 if cfg.INPUT.FORMAT == teacher.INPUT.FORMAT else -1
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        ours, theirs = list(cfg.MODEL[key]), list(teacher.MODEL[key])
+        ours, theirs = list(cfg.MODEL[key]), list(teacher.MODEL[key])[::direction]
         if ours != theirs:
             out.append(
                 Finding(

@@ -103,9 +103,7 @@ class DistillTrainer(DefaultTrainer):
             return model
         if len(cfg.DISTILL.TEACHERS) > 1:
             raise ValueError(f"DISTILL.TEACHERS has {len(cfg.DISTILL.TEACHERS)} entries; one teacher at a time")
-        teacher = load_teacher(
-            cfg.DISTILL.TEACHERS[0], cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER_BN, cfg.INPUT.FORMAT
-        )
+        teacher = load_teacher(cfg.DISTILL.TEACHERS[0], cfg)
         if cfg.SOLVER.CHANNELS_LAST:
             teacher.model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
