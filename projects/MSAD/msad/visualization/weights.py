@@ -33,7 +33,6 @@ def weights_figure(
     lines: Mapping[str, Sequence[tuple[float, IntervalRow]]], label: str, line: float | None = None, line_name: str = ""
 ) -> Figure:
     """The figure of :func:`plot_weights`."""
-    intervals = any(row.half is not None for points in lines.values() for _, row in points)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
@@ -41,16 +40,17 @@ def weights_figure(
         for number, (name, points) in enumerate(lines.items()):
             points = sorted(points, key=lambda point: point[0])
             weights, rows = zip(*points)
-            axes.errorbar(weights, [r.mean for r in rows], yerr=[r.half or 0.0 for r in rows], fmt="-o", markersize=4.5,
-                          color=PALETTE[number], linewidth=1.6, capsize=3 if intervals else 0, label=name)  # fmt: skip
+            axes.plot(weights, [row.mean for row in rows], "-o", markersize=5, color=PALETTE[number], linewidth=1.6,
+                      label=name)  # fmt: skip
             for weight, row in points:
                 if len(row.per_seed) > 1:
-                    axes.plot([weight] * len(row.per_seed), row.per_seed, ".", color=PALETTE[number], markersize=3)
+                    axes.plot([weight] * len(row.per_seed), row.per_seed, ".", color=PALETTE[number], markersize=4)
         if line is not None:
             axes.axhline(line, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(line_name, (1, line), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
                           textcoords="offset points", color=INK, fontsize=9)  # fmt: skip
-        axes.set_xlabel("weight" + (" (bars: 95 % interval of the mean; small dots: seeds)" if intervals else ""))
+        several = any(len(row.per_seed) > 1 for points in lines.values() for _, row in points)
+        axes.set_xlabel("weight" + (" (lines: means; small dots: seeds)" if several else ""))
         axes.set_ylabel(label)
         axes.legend(fontsize=9)
     return figure
