@@ -102,8 +102,10 @@ def _by_weight(losses: dict[str, list[dict]], rows: list[IntervalRow]) -> dict[s
     """Loss -> (weight, row) of the losses that rows have by themselves, with several positive weights."""
     out = {}
     for row in rows:
-        if len(entry := losses.get(row.name, ())) == 1 and entry[0].get("WEIGHT", 0) > 0:
-            out.setdefault(entry[0]["NAME"], []).append((entry[0]["WEIGHT"], row))
+        entries_ = losses.get(row.name, ())
+        weight = float(entries_[0].get("weight", 0)) if len(entries_) == 1 else 0.0  # yaml reads 1e-3 as a text
+        if weight > 0:
+            out.setdefault(entries_[0]["name"], []).append((weight, row))
     return {name: points for name, points in out.items() if len({weight for weight, _ in points}) > 1}
 
 

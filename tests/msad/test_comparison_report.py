@@ -86,9 +86,9 @@ def test_markdown_has_tables_failures_and_files(data, tmp_path):
 
 def test_weights_are_an_axis_where_rows_differ_in_them(data, tmp_path):
     draw = runpy.run_path(str(COMPARE))["draw"]
-    data["losses"] = {"a": [], "b": [{"NAME": "LAD", "WEIGHT": 3}], "c": [{"NAME": "CAD", "WEIGHT": 3}]}
+    data["losses"] = {"a": [], "b": [{"name": "LAD", "weight": 3}], "c": [{"name": "CAD", "weight": 3}]}
     assert draw(data, tmp_path, "bbox/AP") == ("compare.png", "differences.png")
-    data["losses"]["c"] = [{"NAME": "LAD", "WEIGHT": 0.3}]
+    data["losses"]["c"] = [{"name": "LAD", "weight": "3e-1"}]
     assert draw(data, tmp_path, "bbox/AP")[-1] == "weights.png" and (tmp_path / "weights.png").stat().st_size > 1000
     points = [(3.0, IntervalRow("b", 32.0, 1.2, (31.0, 32.5, 32.5))), (0.3, IntervalRow("c", 29.0, None, (29.0,)))]
     axes = weights_figure({"LAD": points}, "AP", 31.0, "a").axes[0]

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..config import load_config
+from ..distill.losses.registry import lower_keys
 from .scaling import scale_to_batch, set_iterations
 from .schedule import SAME_TIME, Plan, Slot, Task, run_tasks
 
@@ -52,7 +53,7 @@ class Comparison(Plan):
         used = {name: [_key(e) for e in cfg.DISTILL.TEACHERS] for name, cfg in configs.items()}
         paths = [] if self.teacher_weights else dict.fromkeys(path for files in used.values() for path in files)
         self.teachers = unique_names(list(paths))
-        self.losses = {name: [dict(e) for e in cfg.DISTILL.LOSSES] for name, cfg in configs.items()}
+        self.losses = {name: [lower_keys(e) for e in cfg.DISTILL.LOSSES] for name, cfg in configs.items()}
         by_path = {path: name for name, path in self.teachers.items()}
         self.row_teachers = {name: [by_path[p] for p in files if p in by_path] for name, files in used.items()}
 
