@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from msad import load_config
-from msad.engine.export import export
+from msad.export.plain import export
 
 
 def main() -> int:

@@ -21,8 +21,8 @@ from msad import load_config
 from msad.data import register_datasets
 from msad.distill.distiller import student_shapes
 from msad.engine import DistillTrainer
-from msad.engine.export import export
 from msad.engine.setup import evaluate, evaluate_branches, load_model
+from msad.export.plain import export
 
 PLAIN_RCNN = Path(__file__).parents[2] / "docs" / "plain_rcnn.py"
 FIT = Path(__file__).parents[2] / "tools" / "fit_mask_code.py"

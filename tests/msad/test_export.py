@@ -19,8 +19,8 @@ from test_mask_code import shapes
 from test_plain_student import detections
 
 from msad import load_config
-from msad.engine.export import export, plain_file
 from msad.engine.setup import load_model
+from msad.export.plain import export, plain_file
 from msad.modeling.mask_code import MaskStatistics
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -18,10 +18,10 @@ from msad import load_config
 from msad.distill.init import init_student
 from msad.engine import DistillTrainer
 from msad.engine.doctor import examine
-from msad.engine.export import export
 from msad.engine.findings import ERROR, OK
 from msad.engine.setup import prepare
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
+from msad.export.plain import export
 from msad.modeling import features as F_
 from msad.modeling.fusion_student import FusionBackbone, branch_configs
 from msad.resolution import batch_images, shift_names, view

@@ -15,9 +15,9 @@ from detectron2.utils.events import EventStorage
 from test_resume import assert_equal_weights, config, train
 
 from msad import load_config
-from msad.engine.export import export, foreign_parts
 from msad.engine.setup import evaluate, load_model
 from msad.evaluation import cost
+from msad.export.plain import export, foreign_parts
 from msad.modeling import features as F_
 from msad.modeling.detectors import atss
 from msad.modeling.detectors.distribution import (

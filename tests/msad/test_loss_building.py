@@ -16,7 +16,7 @@ from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losse
 from msad.distill.losses.pairing import LevelPair, build_adaptors, pair_levels
 from msad.distill.losses.shared import attention, cells_inside, paint_max
 from msad.engine import DistillTrainer
-from msad.engine.export import export
+from msad.export.plain import export
 
 
 def shapes(levels, channels=4):

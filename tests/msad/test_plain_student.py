@@ -19,8 +19,8 @@ from test_resume import assert_equal_weights, train
 
 from msad import load_config
 from msad.data import register_datasets
-from msad.engine.export import by_itself, export, foreign_parts, split_config
 from msad.engine.setup import load_model
+from msad.export.plain import by_itself, export, foreign_parts, split_config
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "plain_fcos.py"
 

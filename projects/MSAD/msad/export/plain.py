@@ -15,9 +15,9 @@ from detectron2.modeling import build_model
 from fvcore.common.registry import Registry
 
 from ..config import add_msad_config
+from ..engine.checkpoint import CheckedCheckpointer, replacing
 from ..modeling.mask_code import IN_CHECKPOINT
 from ..resolution import get_resolution, level_of, reduced_size
-from .checkpoint import CheckedCheckpointer, replacing
 
 # Parts that docs/plain_backbone.py makes of detectron2's own.
 PLAIN_BACKBONE = {"MODEL.BACKBONE.NAME build_level_fpn_backbone", "MODEL.FPN.BOTTOM_UP build_resnet_c1_backbone"}
