@@ -1,0 +1,1 @@
+"""Progressive distillation: adaptation costs between networks, the order of the teachers, the stages that follow."""

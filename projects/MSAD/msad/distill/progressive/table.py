@@ -1,0 +1,140 @@
+"""Files of adaptation costs, JSON of tools/adaptation_cost.py or typed in yaml, and the DISTILL.STAGES that follow.
+
+.. code-block:: yaml
+
+    student: S
+    quality: {I: 38.2, II: 38.7}        # performance of the teachers, e.g. AP on validation data
+    costs:                              # from: {to: C(from, to)}
+      S: {I: 0.939, II: 0.060}
+      I: {II: 0.070}
+      II: {I: 1.181}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from .order import Costs, check_costs
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Adaptation costs and what is known of the networks.
+
+    Attributes:
+        student: its name.
+        quality: performance of each teacher, in the order of the file.
+        costs: C(from, to).
+        normalized_costs: the same divided by the variance of "to" (1 - R^2); empty if not measured.
+        teachers: DISTILL.TEACHERS entries of the teachers; empty if not known.
+    """
+
+    student: str
+    quality: dict[str, float]
+    costs: Costs
+    normalized_costs: Costs = field(default_factory=dict)
+    teachers: list[dict] = field(default_factory=list)
+
+
+def read_costs(path: str | os.PathLike, quality: Mapping[str, float] | None = None) -> CostTable:
+    """Read and check a file of adaptation costs.
+
+    Args:
+        quality: performances that replace or complete those of the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON or yaml, or something is missing or wrong; names the file and the culprit.
+    """
+    path = os.fspath(path)
+    with open(path) as file:
+        try:
+            content = yaml.safe_load(file)  # JSON is yaml
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is neither JSON nor yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no table of costs: it must have the keys student, quality and costs")
+    if not isinstance(content.get("student"), str):
+        raise ValueError(f"{path}: student must be the name of a network, got {content.get('student')!r}")
+    costs = _numbers_of_pairs(content.get("costs"), f"{path}: costs")
+    known = _numbers(content.get("quality") or {}, f"{path}: quality") | dict(quality or {})
+    teachers = [name for name in _names(costs) if name != content["student"]]
+    for name in teachers:
+        if name not in known:
+            raise ValueError(f"{path}: the performance of teacher {name!r} is not known; give it as quality")
+    for name in known:
+        if name not in teachers:
+            raise ValueError(f"{path}: {name!r} has a quality but no costs; the teachers are {', '.join(teachers)}")
+    try:
+        check_costs(costs, content["student"], teachers)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return CostTable(
+        student=content["student"],
+        quality={name: known[name] for name in teachers},
+        costs=costs,
+        normalized_costs=_numbers_of_pairs(content.get("normalized_costs") or {}, f"{path}: normalized_costs"),
+        teachers=list(content.get("teachers") or []),
+    )
+
+
+def _names(costs: Costs) -> list[str]:
+    return list(dict.fromkeys([*costs, *(name for row in costs.values() for name in row)]))
+
+
+def _numbers(mapping: Any, where: str) -> dict[str, float]:
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{where} must be a mapping from names to numbers, got {mapping!r}")
+    for name, value in mapping.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: {name!r} must be a number, got {value!r}")
+    return {str(name): float(value) for name, value in mapping.items()}
+
+
+def _numbers_of_pairs(mapping: Any, where: str) -> dict[str, dict[str, float]]:
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{where} must be a mapping from: {{to: cost}}, got {mapping!r}")
+    return {str(name): _numbers(row, f"{where} from {name!r}") for name, row in mapping.items()}
+
+
+def stages_block(
+    order: Sequence[str], teachers: Sequence[Mapping[str, Any]] = (), max_iter: int | None = None
+) -> dict[str, Any]:
+    """The DISTILL block of a curriculum: one stage a teacher.
+
+    Only the first stage initialises the student from its teacher (DISTILL.INIT_STUDENT of the yaml); later ones start
+    from the student of the stage before.
+
+    Args:
+        order: names of the teachers, first stage first.
+        teachers: DISTILL.TEACHERS entries; those of the order are repeated in the block.
+        max_iter: iterations of each stage; None leaves SOLVER.MAX_ITER of the yaml.
+    """
+    stages: list[dict[str, Any]] = []
+    for number, name in enumerate(order):
+        stage: dict[str, Any] = {"TEACHERS": [name]}
+        if number:
+            stage["DISTILL"] = {"INIT_STUDENT": "none"}
+        if max_iter is not None:
+            stage["SOLVER"] = {"MAX_ITER": max_iter}
+        stages.append(stage)
+    entries = {entry.get("NAME"): dict(entry) for entry in teachers}
+    block: dict[str, Any] = {"STAGES": stages}
+    if all(name in entries for name in order):
+        block = {"TEACHERS": [entries[name] for name in order], **block}
+    return {"DISTILL": block}
+
+
+def dump_stages(block: dict[str, Any]) -> str:
+    """``block`` as yaml, a line a teacher and a stage."""
+    lines = ["DISTILL:"]
+    for key, entries in block["DISTILL"].items():
+        lines.append(f"  {key}:")
+        for entry in entries:
+            lines.append(f"    - {yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=1000).strip()}")
+    return "\n".join(lines) + "\n"

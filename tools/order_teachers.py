@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""The order of teachers for progressive distillation, from their adaptation costs.
+
+    tools/order_teachers.py costs.json --k 3
+    tools/order_teachers.py costs.yaml --k 3 --rule max --output configs/my_stages.yaml
+    tools/order_teachers.py costs.json --quality swin_t=42.7 swin_s=48.2
+
+prints the order that each rule suggests for 1 to k teachers and the DISTILL.STAGES block of the chosen one, which
+train_net.py runs stage by stage. COSTS is the JSON of tools/adaptation_cost.py or a table typed in yaml with the keys
+student, quality and costs (see msad/distill/progressive/table.py).
+
+Rules: algorithm1 (Algorithm 1 of MTPD: backwards from the best teacher, default), sum and max (shortest path from the
+student to the best teacher), forward (always the nearest unused teacher).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tabulate import tabulate
+
+from msad.distill.progressive.order import RULES, path_costs, suggest
+from msad.distill.progressive.table import CostTable, dump_stages, read_costs, stages_block
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="order_teachers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("costs", metavar="COSTS", help="JSON of adaptation_cost.py, or a table in yaml")
+    parser.add_argument("--k", type=int, metavar="N", help="the most teachers to use (default: all)")
+    parser.add_argument("--rule", choices=RULES, default=RULES[0], help="whose order becomes the stages")
+    parser.add_argument("--at-most", action="store_true", help="sum and max: paths over at most k teachers, not k")
+    parser.add_argument("--normalized", action="store_true", help="use the costs divided by the variance of the target")
+    parser.add_argument("--quality", nargs="+", default=[], metavar="NAME=AP", help="performance of the teachers")
+    parser.add_argument("--max-iter", type=int, metavar="N", help="iterations of a stage (default: the yaml's)")
+    parser.add_argument("--output", metavar="FILE", help="yaml file for the DISTILL.STAGES block")
+    return parser.parse_args(argv)
+
+
+def _quality(pairs: list[str]) -> dict[str, float]:
+    quality = {}
+    for pair in pairs:
+        name, equals, value = pair.rpartition("=")
+        try:
+            quality[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not (name and equals):
+            raise ValueError(f"--quality takes NAME=AP, got {pair!r}")
+    return quality
+
+
+def compare_rules(table: CostTable, costs: dict, longest: int, exactly: bool) -> str:
+    """What every rule suggests for 1 to ``longest`` teachers, with sum and maximum of the costs along the path."""
+    rows = []
+    for k in range(1, longest + 1):
+        for rule in RULES:
+            order = suggest(rule, costs, table.student, table.quality, k, exactly=exactly)
+            steps = path_costs(costs, table.student, order)
+            rows.append([k, rule, " -> ".join(order), sum(steps), max(steps)])
+    return tabulate(rows, ["k", "rule", "order", "sum", "max"], floatfmt=".3f")
+
+
+def run(args: argparse.Namespace) -> str:
+    table = read_costs(args.costs, _quality(args.quality))
+    if args.normalized and not table.normalized_costs:
+        raise ValueError(f"{args.costs} has no normalized_costs: --normalized needs the JSON of adaptation_cost.py")
+    costs = table.normalized_costs if args.normalized else table.costs
+    longest = len(table.quality) if args.k is None else args.k
+    order = suggest(args.rule, costs, table.student, table.quality, longest, exactly=not args.at_most)
+    block = dump_stages(stages_block(order, table.teachers, args.max_iter))
+    if args.output:
+        if os.path.exists(args.output) and os.path.samefile(args.output, args.costs):
+            raise ValueError(f"--output {args.output} is the file of the costs itself")
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(block)
+    compared = compare_rules(table, costs, min(longest, len(table.quality)), not args.at_most)
+    return f"{compared}\n\n{args.rule}: {table.student} -> {' -> '.join(order)}\n\n{block}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        print(run(args), end="")
+    except (OSError, ValueError) as error:
+        print(f"order_teachers.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
