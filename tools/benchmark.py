@@ -30,7 +30,7 @@ from msad.engine import DistillTrainer
 from msad.evaluation import cost
 from msad.evaluation.memory import PeakMemory, peak_memory
 from msad.modeling.teacher import MultiScaleTeacher
-from msad.resolution import get_resolution, reduced_size
+from msad.resolution import downsampled_size, get_resolution
 
 EXAMPLES = """
 a config is measured at the size of its resolution, given as PATH@H, PATH@L (1/2) or PATH@EL (1/4); default H.
@@ -132,7 +132,7 @@ def describe(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], CfgNo
     else:
         resolution = resolution or "H"
         with blaming(name):
-            size = reduced_size(size, get_resolution(resolution).shift)
+            size = downsampled_size(size, get_resolution(resolution).shift)
     label = f"{os.path.splitext(os.path.basename(path))[0]}@{resolution}"
     return {"name": label, "config": path, "resolution": resolution, "input": list(size)}, cfg
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from msad.engine import compare
-from msad.engine.checkpoint import replacing
+from msad.engine.checkpoint import atomic_write
 from msad.engine.schedule import device_opts, make_slots
 from msad.engine.setup import engine_name
 from msad.report.comparison import TITLES, Entry, entries, format_comparison, write_markdown
@@ -129,7 +129,7 @@ def report(comparison: compare.Comparison, metric: str) -> dict:
         **compare.collect(comparison),
     }
     comparison.output.mkdir(parents=True, exist_ok=True)
-    with replacing(str(comparison.output / "compare.json"), "w") as file:
+    with atomic_write(str(comparison.output / "compare.json"), "w") as file:
         json.dump(data, file, indent=1)
     write_markdown(data, comparison.output / "compare.md", metric, draw(data, comparison.output, metric))
     return data

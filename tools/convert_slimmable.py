@@ -17,8 +17,8 @@ import torch
 from detectron2.modeling import build_backbone
 
 from msad import load_config
-from msad.engine.checkpoint import replacing
-from msad.modeling.backbones.slimmable import PIXEL_MEAN, PIXEL_STD, from_slimmable
+from msad.engine.checkpoint import atomic_write
+from msad.engine.slimmable import PIXEL_MEAN, PIXEL_STD, from_slimmable
 
 
 def convert(weights: str, config_file: str, output: str = "", opts: tuple = ()) -> str:
@@ -46,7 +46,7 @@ def convert(weights: str, config_file: str, output: str = "", opts: tuple = ()) 
         "matching_heuristics": True,
     }
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-    with replacing(output) as file:
+    with atomic_write(output) as file:
         pickle.dump(content, file)
     return f"{len(state)} tensors of a {type(network).__name__} written to {output}"
 

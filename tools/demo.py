@@ -136,10 +136,11 @@ def load_predictor(config_file: str, weights: str, device: str | None, opts: lis
     predictor = DefaultPredictor(cfg)
     checkpointer = CheckedCheckpointer(predictor.model)
     checkpointer.load(weights)
-    if checkpointer.unfit:
+    unfit = checkpointer.missing_or_mismatched
+    if unfit:
         raise ValueError(
-            f"{weights} is not a checkpoint of {config_file}: it lacks {len(checkpointer.unfit)} tensors of the model, "
-            f"e.g. {checkpointer.unfit[0]}"
+            f"{weights} is not a checkpoint of {config_file}: it lacks {len(unfit)} tensors of the model, "
+            f"e.g. {unfit[0]}"
         )
     return predictor
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from msad import load_config
 from msad.data.loader import load_train_dicts
 from msad.data.register import register_datasets
-from msad.modeling.mask_code import MASK_SIZE, MaskStatistics
+from msad.modeling.detectors.mask_code import MASK_SIZE, MaskStatistics
 
 FIELDS = ("bbox", "bbox_mode", "category_id", "segmentation")
 

@@ -37,9 +37,9 @@ from msad.engine.build import load_teacher
 from msad.engine.checkpoint import CheckedCheckpointer
 from msad.engine.scaling import scale_to_batch
 from msad.engine.solver import build_optimizer
-from msad.modeling.features import freeze_unread_levels
-from msad.modeling.features import losses as detection_losses
-from msad.resolution import get_resolution, shift_levels, view
+from msad.modeling.adapters import adapt
+from msad.modeling.features import freeze_unused_levels
+from msad.resolution import downsample_batch, get_resolution, shift_levels
 
 
 def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
@@ -50,7 +50,7 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
 
     # 2. The student starts from pretrained weights, then from the teacher's, wherever names and shapes agree.
-    freeze_unread_levels(student)
+    freeze_unused_levels(student)
     if cfg.MODEL.WEIGHTS:
         CheckedCheckpointer(student).load(cfg.MODEL.WEIGHTS)
     init_student(student, teacher.model, cfg.DISTILL.INIT_STUDENT)
@@ -74,10 +74,10 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
             # 5. The teacher's pyramid (levels of H), the student's pyramid, and the student's detection losses on it.
             inputs = [dict(item, image=item["image"].to(device)) for item in batch]
             imitated = teacher.features(inputs, resolution.shift)
-            small = view(inputs, resolution.shift, torch.device(device), cfg.MSAD.DOWNSAMPLE)
-            images, gt = student.preprocess_image(small), [x["instances"].to(device) for x in small]
+            small = downsample_batch(inputs, resolution.shift, torch.device(device), cfg.MSAD.DOWNSAMPLE)
+            images, targets = student.preprocess_image(small), adapt(student).targets(small)
             pyramid = student.backbone(images.tensor)
-            detection = detection_losses(student, images, pyramid, gt)
+            detection = adapt(student).losses(images, pyramid, targets)
             terms = {name: cfg.DISTILL.W_DET * value for name, value in detection.items()}
 
             # 6. P2 of the small image is P3 of H: rename the student's levels, and cut the teacher's padding to theirs.

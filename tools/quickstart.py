@@ -28,7 +28,7 @@ from detectron2.engine import DefaultPredictor
 from msad import load_config
 from msad.data import register_datasets
 from msad.data.synthetic import make_dataset, register_entries
-from msad.engine.checkpoint import replacing
+from msad.engine.checkpoint import atomic_write
 from msad.engine.schedule import count_cores, device_opts, make_slots
 from msad.engine.setup import engine_name, load_model
 from msad.engine.study import ROWS, Study, collect, run
@@ -199,7 +199,7 @@ def finish(study: Study, begin: float) -> dict:
         "results": collect(study),
         "cost": cost,
     }
-    with replacing(str(study.output / "metrics.json"), "w") as file:
+    with atomic_write(str(study.output / "metrics.json"), "w") as file:
         json.dump(metrics, file, indent=1)
     write_report(metrics, study.output)
     return metrics

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from msad import load_config
 from msad.engine import DistillTrainer
-from msad.engine.checkpoint import replacing
+from msad.engine.checkpoint import atomic_write
 from msad.engine.runs import log_to
 from msad.engine.setup import engine_name, load_model, prepare
 from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
@@ -103,7 +103,7 @@ def earlier(file: Path, about: dict) -> list[dict]:
 
 
 def save(file: Path, about: dict, sizes: list[dict]) -> None:
-    with replacing(str(file), "w") as stream:
+    with atomic_write(str(file), "w") as stream:
         json.dump({**about, "sizes": sizes}, stream, indent=1)
         stream.write("\n")
 

@@ -12,7 +12,7 @@ from msad import resolution
 from msad.distill.distiller import Distiller, student_shapes
 from msad.distill.losses import build_losses
 from msad.distill.schedules import distillation_factor
-from msad.resolution import RESOLUTIONS, batch_images, downsample, view
+from msad.resolution import RESOLUTIONS, batch_images, downsample, downsample_batch
 
 SIZES = [(64, 96), (90, 128)]
 LEVELS = [f"p{level}" for level in range(3, 8)]
@@ -58,7 +58,7 @@ def test_losses_are_detection_plus_distillation(make_distiller, tiny_model, make
     batch = make_batch(SIZES)
     found = run(distiller, batch)
     with EventStorage(0):
-        detection = plain(view(batch, shift, "cpu"))
+        detection = plain(downsample_batch(batch, shift, "cpu"))
     assert list(found) == [*detection, "loss_distill/AlignedL1"]
     for name, value in detection.items():
         torch.testing.assert_close(found[name], 0.8 * value)
@@ -112,7 +112,7 @@ def test_without_losses_it_is_the_student(make_distiller, tiny_model, make_batch
     student, plain = (tiny_model(levels=range(2, 7), seed=1) for _ in range(2))
     control = Distiller(student, None, build_losses([], {}, {}), RESOLUTIONS["L"], w_det=0.5)
     with EventStorage(0):
-        expected = {k: 0.5 * v for k, v in plain(view(batch, 1, "cpu")).items()}
+        expected = {k: 0.5 * v for k, v in plain(downsample_batch(batch, 1, "cpu")).items()}
     for distiller in (control.train(), make_distiller(losses=[], w_det=0.5)):
         torch.testing.assert_close(run(distiller, batch), expected)
 
@@ -353,4 +353,4 @@ def test_images_are_reduced_once_a_step(make_distiller, make_batch, monkeypatch)
         distiller.teacher.model.downsample_mode = "nearest"
         calls.clear()
         assert distiller(batch)["loss_distill/AlignedL1"] != shared and sorted(calls) == [0, 0, 1, 1, 1, 1]
-    assert "reduced_images" not in batch[0]
+    assert "downsampled_images" not in batch[0]

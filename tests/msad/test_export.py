@@ -21,7 +21,7 @@ from test_plain_student import detections
 from msad import load_config
 from msad.engine.setup import load_model
 from msad.export.plain import export, plain_file
-from msad.modeling.mask_code import MaskStatistics
+from msad.modeling.detectors.mask_code import MaskStatistics
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 
-from msad.fusion import CrossFeatureLevelFusion, masked_mean
+from msad.modeling.fusion import CrossFeatureLevelFusion, masked_mean
 
 
 def numpy_gate(fusion, pooled):

@@ -22,9 +22,10 @@ from msad.engine.findings import ERROR, OK
 from msad.engine.setup import prepare
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
 from msad.export.plain import export
-from msad.modeling import features as F_
+from msad.modeling.adapters import adapt
+from msad.modeling.features import freeze_unused_levels, tap_neck
 from msad.modeling.fusion_student import FusionBackbone, branch_configs
-from msad.resolution import batch_images, shift_names, view
+from msad.resolution import batch_images, downsample_batch, shift_names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
@@ -62,12 +63,12 @@ def test_fused_maps_by_hand(fused_as, make_batch):
     """Each branch on its own image; global means over the image; two linear layers; softmax; weighted sum."""
     _, student = fused_as
     backbone, batch = student.backbone, make_batch(SIZES[1:2])
-    with F_.tap_neck(student) as taken:
+    with tap_neck(student) as taken:
         student(batch)
     assert list(taken) == LEVELS
     maps = []
     for shift, branch in enumerate(backbone.branches.values()):
-        images = [item["image"] for item in view(batch, shift, "cpu")]
+        images = [item["image"] for item in downsample_batch(batch, shift, "cpu")]
         images = batch_images(images, student.pixel_mean, student.pixel_std, 64 >> shift)
         maps.append(branch(images.tensor, shift_names(LEVELS, -shift)))
     w1, w2 = backbone.fusion.squeeze.weight.numpy(), backbone.fusion.excite.weight.numpy()
@@ -92,7 +93,7 @@ def test_with_a_teachers_weights_it_is_the_teacher(fused_as, make_batch, same_de
     with EventStorage(0):
         losses = student(batch)
         images, gt = student.preprocess_image(batch), [item["instances"] for item in batch]
-        expected = F_.losses(teacher.detector, images, teacher.neck_features(batch), gt)
+        expected = adapt(teacher.detector).losses(images, teacher.neck_features(batch), gt)
     assert losses.keys() == expected.keys()
     for name, value in losses.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
@@ -114,7 +115,7 @@ def test_low_resolution_input_is_that_of_an_l_student(fusion_cfg, make_batch, mo
     images = student.preprocess_image(batch)
     assert images.tensor.shape[-2:] == (128, 128)
     student.backbone.image_sizes = images.image_sizes
-    expected = [item["image"] for item in view(batch, 1, "cpu", mode)]
+    expected = [item["image"] for item in downsample_batch(batch, 1, "cpu", mode)]
     expected = batch_images(expected, student.pixel_mean, student.pixel_std, 32).tensor
     torch.testing.assert_close(student.backbone.branch_input(images.tensor, 1), expected, rtol=1e-5, atol=1e-5)
 
@@ -140,7 +141,7 @@ def test_branches_have_their_own_width_and_weights(fusion_cfg, make_batch):
     assert {name: shape.stride for name, shape in shapes.items()} == dict(zip(LEVELS, (8, 16, 32, 64, 128)))
     clone = copy.deepcopy(student)
     batch = make_batch(SIZES)
-    with F_.tap_neck(student) as a, F_.tap_neck(clone) as b:
+    with tap_neck(student) as a, tap_neck(clone) as b:
         student(batch), clone(batch)
     assert all(torch.equal(a[name], b[name]) for name in LEVELS)
     assert clone.backbone.image_sizes is None
@@ -185,7 +186,7 @@ def test_retinanet_with_stock_backbones(tiny_cfg, make_batch):
     cfg.MODEL.META_ARCHITECTURE, cfg.MSAD.DETECTOR = "FusionStudent", "RetinaNet"
     cfg.MSAD.FUSION_STUDENT.BRANCHES = [{"RESOLUTION": "H"}, {"RESOLUTION": "L"}]
     student = build_model(cfg)
-    frozen = F_.freeze_unread_levels(student)
+    frozen = freeze_unused_levels(student)
     assert frozen == [f"backbone.branches.L.top_block.p7.{kind}" for kind in ("weight", "bias")]
     with EventStorage(0):
         sum(student(make_batch(SIZES[:1])).values()).backward()
@@ -198,10 +199,10 @@ def test_streams_change_nothing(fused_as, make_batch):
     """On a CPU the option has no effect; on a GPU it has none on the numbers."""
     _, student = fused_as
     batch = make_batch(SIZES)
-    with F_.tap_neck(student) as one_by_one:
+    with tap_neck(student) as one_by_one:
         student(batch)
     student.backbone.streams = True
-    with F_.tap_neck(student) as beside:
+    with tap_neck(student) as beside:
         student(batch)
     assert all(torch.equal(one_by_one[name], beside[name]) for name in LEVELS)
 

@@ -18,7 +18,7 @@ from msad import load_config
 from msad.engine.setup import evaluate, load_model
 from msad.evaluation import cost
 from msad.export.plain import export, foreign_parts
-from msad.modeling import features as F_
+from msad.modeling.adapters import adapt
 from msad.modeling.detectors import atss
 from msad.modeling.detectors.distribution import (
     DistributionTransform,
@@ -424,7 +424,7 @@ def test_student_of_its_teacher(tiny_model, make_batch, make_distiller):
     distiller = make_distiller(
         "L", teacher=tiny_model("GFL", resolutions=["H", "L"]), student=tiny_model("GFL", levels=L_LEVELS, seed=1)
     )
-    assert F_.head_levels(distiller.student) == ["p2", "p3", "p4", "p5", "p6"]
+    assert adapt(distiller.student).levels == ["p2", "p3", "p4", "p5", "p6"]
     with EventStorage(0):
         losses = distiller(make_batch([(64, 96), (60, 90)]))
     assert set(losses) == {"loss_gfl_qfl", "loss_gfl_dfl", "loss_gfl_giou", "loss_distill/AlignedL1"}

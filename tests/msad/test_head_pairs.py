@@ -16,10 +16,11 @@ from torch import nn
 
 from msad import load_config
 from msad.distill.distiller import Distiller, FrozenTeacher
-from msad.distill.heads import check_heads, pair_heads
+from msad.distill.head_pairs import check_heads, pair_heads
 from msad.distill.losses import DISTILL_LOSS_REGISTRY, build_losses
-from msad.modeling.heads import heads_of, run_head, tap_heads
-from msad.resolution import get_resolution, view
+from msad.modeling.adapters import adapt
+from msad.modeling.head_outputs import tap_heads
+from msad.resolution import downsample_batch, get_resolution
 
 DENSE = ["RetinaNet", "FCOS", "GFL"]
 KINDS = ("dense", "distributions", "rcnn")
@@ -81,7 +82,7 @@ def test_pairs_are_what_the_heads_say(make_distiller, tiny_model, make_batch, lo
     assert calls == [1, 1]
     (pair,) = look.seen
 
-    reduced = view(batch, shift, "cpu")
+    reduced = downsample_batch(batch, shift, "cpu")
     images = alone.preprocess_image(reduced)
     maps = list(alone.backbone(images.tensor).values())
     own = alone.head(maps)
@@ -215,8 +216,8 @@ def test_yaml_files_pair_heads_that_compare(path):
 
 
 def test_a_module_without_heads():
-    with pytest.raises(TypeError, match="predictions of a Linear with NoneType cannot be compared"):
-        heads_of(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="Linear cannot be run from features"):
+        adapt(nn.Linear(1, 1)).heads()
 
 
 # --- R-CNN ------------------------------------------------------------------------------------------------------------
@@ -260,7 +261,8 @@ def rcnn_pairs(student, teacher, shift, boxes=(3, 0)):
     own = {f"p{level - shift}": x for level, x in maps.items()}
     images = ImageList(torch.zeros(2, 3, h // scale, w // scale), [(h // scale, w // scale)] * 2)
     rpn, roi = student.proposal_generator, student.roi_heads
-    with EventStorage(0), tap_heads(student.train()) as record, counting(rpn.rpn_head, roi.box_predictor) as calls:
+    heads = adapt(student.train()).heads()
+    with EventStorage(0), tap_heads(heads) as record, counting(rpn.rpn_head, roi.box_predictor) as calls:
         proposals, losses = rpn(images, own, gt)
         losses.update(roi(images, own, proposals, gt)[1])
     assert calls == [1, 1]
@@ -291,7 +293,7 @@ def test_rcnn_of_equal_heads_and_maps_says_the_same_in_both_frames(tiny_faster, 
     assert torch.equal(roi.labels[0], torch.cat([p.gt_classes for p in proposals]))
     torch.testing.assert_close(roi.anchors, 2.0**shift * torch.cat([p.proposal_boxes.tensor for p in proposals]))
     with torch.no_grad():
-        again = run_head(teacher, "roi", named, [Boxes(roi.anchors), Boxes(roi.anchors[:0])])
+        again = adapt(teacher).run_head("roi", named, [Boxes(roi.anchors), Boxes(roi.anchors[:0])])
     torch.testing.assert_close(again[0][: len(proposals[0])], roi.teacher_logits[0, : len(proposals[0])])
 
 
@@ -333,7 +335,7 @@ def test_dense_and_rcnn_do_not_compare(tiny_faster, tiny_model):
 def test_cascades_are_refused(tiny_faster):
     cascade = tiny_faster(MODEL__ROI_HEADS__NAME="CascadeROIHeads", MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG=True)
     with pytest.raises(TypeError, match=r"GeneralizedRCNN with CascadeROIHeads cannot be compared"):
-        heads_of(cascade)
+        adapt(cascade).heads()
 
 
 @pytest.mark.parametrize("resolution", ["H", "L"])

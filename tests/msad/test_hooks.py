@@ -13,7 +13,7 @@ from detectron2.engine.train_loop import TrainerBase
 from torch import nn
 
 from msad.engine import hooks
-from msad.engine.hooks import ExactResume, LossBalance, SkippedImages
+from msad.engine.hooks import ExactResume, LossRatioLogger, SkippedImages
 
 
 class Idle(TrainerBase):
@@ -150,11 +150,11 @@ def test_loss_balance_divides_distillation_by_detection_losses():
         )
 
     values = Values("distill_to_detection")
-    run(losses, [LossBalance(2), values], 3)
+    run(losses, [LossRatioLogger(2), values], 3)
     assert values.values == [None, pytest.approx(2.0), pytest.approx(2.0)]
 
 
 def test_loss_balance_without_detection_losses_is_silent():
     values = Values("distill_to_detection")
-    run(lambda t: t.storage.put_scalars(**{"loss_cls": 0.0, "loss_distill/A": 3.0}), [LossBalance(1), values], 1)
+    run(lambda t: t.storage.put_scalars(**{"loss_cls": 0.0, "loss_distill/A": 3.0}), [LossRatioLogger(1), values], 1)
     assert values.values == [None]

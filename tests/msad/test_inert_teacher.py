@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from msad.distill.distiller import FrozenTeacher
-from msad.resolution import view
+from msad.resolution import downsample_batch
 
 SIZES = [(64, 96), (90, 128)]
 
@@ -148,8 +148,8 @@ def test_teacher_sees_its_own_channel_order(tiny_model, make_batch, resolutions)
     teacher, batch = tiny_model(resolutions=resolutions), make_batch(SIZES)
     expected = FrozenTeacher(teacher).features(batch, 1)
     turned = [dict(item, image=item["image"].flip(0)) for item in batch]
-    for item, small in zip(turned, view(turned, 1, "cpu")):
-        item["reduced_images"] = {(1, "antialias"): small["image"]}
+    for item, small in zip(turned, downsample_batch(turned, 1, "cpu")):
+        item["downsampled_images"] = {(1, "antialias"): small["image"]}
     for name, value in FrozenTeacher(teacher, reverse_channels=True).features(turned, 1).items():
         torch.testing.assert_close(value, expected[name])
         assert not torch.allclose(FrozenTeacher(teacher).features(turned, 1)[name], value)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from msad.distill.init import init_student
-from msad.resolution import view
+from msad.resolution import downsample_batch
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_full_copy_is_the_teachers_branch(tiny_model, teacher, make_batch, same_
     batch = [dict(item, height=200, width=300) for item in batch]
     teacher.set_eval_branch(branch)
     with torch.no_grad():
-        found, expected = student.eval()(view(batch, shift, "cpu")), teacher.eval()(batch)
+        found, expected = student.eval()(downsample_batch(batch, shift, "cpu")), teacher.eval()(batch)
     # Both are clipped to their input, which for an odd side ends half an H pixel apart.
     same_detections(found[:1], expected[:1], tolerance=1e-3)
     assert len(found[1]["instances"]) == len(expected[1]["instances"])

@@ -13,8 +13,8 @@ from test_resume import SAVED, assert_equal_weights, config, left_by_a_killed_ru
 from torch import nn
 
 from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
-from msad.distill.losses.pairing import LevelPair, build_adaptors, pair_levels
-from msad.distill.losses.shared import attention, cells_inside, paint_max
+from msad.distill.losses.pairing import LevelPair, build_adaptation, pair_levels
+from msad.distill.losses.shared import attention, locations_in_boxes, rasterize_max
 from msad.engine import DistillTrainer
 from msad.export.plain import export
 
@@ -82,7 +82,7 @@ def test_the_order_of_levels_does_not_matter(name):
 )
 def test_adaptors_where_they_are_needed(mode, student, expected):
     pairs = [LevelPair("p3", "p3"), LevelPair("p4", "p4")]
-    adaptors = build_adaptors(pairs, shapes([3, 4], student), shapes([3, 4], 4), mode)
+    adaptors = build_adaptation(pairs, shapes([3, 4], student), shapes([3, 4], 4), mode)
     assert list(adaptors) == expected
     for adaptor in adaptors.values():
         assert adaptor(torch.zeros(2, student, 3, 5)).shape == (2, 4, 3, 5)
@@ -90,7 +90,7 @@ def test_adaptors_where_they_are_needed(mode, student, expected):
 
 
 def test_adaptor_with_normalisation():
-    adaptors = build_adaptors([LevelPair("p3", "p3")], shapes([3], 6), shapes([3], 4), "auto", "BN")
+    adaptors = build_adaptation([LevelPair("p3", "p3")], shapes([3], 6), shapes([3], 4), "auto", "BN")
     out = adaptors["p3"](5 + 3 * torch.randn(4, 6, 8, 8))
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(4), rtol=0.01, atol=0)
@@ -216,14 +216,14 @@ def test_attention_sums():
 def test_rectangles_overlap_by_maximum():
     rows = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1]], dtype=torch.bool)
     columns = torch.tensor([[1, 0], [1, 1], [0, 1]], dtype=torch.bool)
-    canvas = paint_max(rows, columns, torch.tensor([0, 0, 2]), torch.tensor([2.0, 1.0, 3.0]), 3)
+    canvas = rasterize_max(rows, columns, torch.tensor([0, 0, 2]), torch.tensor([2.0, 1.0, 3.0]), 3)
     assert canvas.tolist() == [[[2, 0], [2, 1], [1, 1]], [[0, 0]] * 3, [[0, 3]] * 3]
 
 
 def test_cells_inside_equal_loops():
     boxes = torch.tensor([[3.9, 0, 21, 13], [20, 20, 28, 27.9], [0, 0, 3, 3], [-9, -9, 99, 5]])
     image = torch.tensor([0, 0, 1, 1])
-    found = cells_inside(boxes, image, 8, (4, 5), 3)
+    found = locations_in_boxes(boxes, image, 8, (4, 5), 3)
     for n in range(3):
         for i in range(4):
             for j in range(5):
@@ -231,7 +231,7 @@ def test_cells_inside_equal_loops():
                 hits = [b[0] < x < b[2] and b[1] < y < b[3] for b, k in zip(boxes.tolist(), image) if k == n]
                 assert found[n, i, j] == any(hits)
     assert found.sum() == 6 + 0 + 0 + 5
-    assert cells_inside(boxes[:0], image[:0], 8, (4, 5), 2).tolist() == torch.zeros(2, 4, 5).tolist()
+    assert locations_in_boxes(boxes[:0], image[:0], 8, (4, 5), 2).tolist() == torch.zeros(2, 4, 5).tolist()
 
 
 def instances(*boxes):

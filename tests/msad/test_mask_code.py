@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from msad.modeling.mask_code import MASK_SIZE, MaskCode, MaskStatistics
+from msad.modeling.detectors.mask_code import MASK_SIZE, MaskCode, MaskStatistics
 
 
 def shapes(count, seed=0, size=MASK_SIZE):

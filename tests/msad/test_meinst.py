@@ -19,10 +19,11 @@ from test_resume import assert_equal_weights, train
 from msad import load_config
 from msad.data import register_datasets
 from msad.engine.setup import evaluate, load_model
-from msad.modeling import features as F_
+from msad.modeling.adapters import adapt
+from msad.modeling.detectors.mask_code import MaskCode, MaskStatistics
 from msad.modeling.detectors.meinst import MEInst
-from msad.modeling.mask_code import MaskCode, MaskStatistics
-from msad.resolution import scale_instances, view
+from msad.modeling.features import run_neck
+from msad.resolution import downsample_batch, scale_instances
 
 CLASSES, DIM = 3, 20
 TOOL = Path(__file__).parents[2] / "tools" / "fit_mask_code.py"
@@ -81,7 +82,7 @@ def masked_batch(make_batch):
 
 def maps_of(detector, batch):
     images = detector.preprocess_image(batch)
-    features = F_.run_neck(detector.backbone, images.tensor, F_.head_levels(detector))
+    features = run_neck(detector.backbone, images.tensor, adapt(detector).levels)
     return images, list(features.values())
 
 
@@ -265,7 +266,7 @@ def test_a_code_becomes_a_mask_of_the_original_image(meinst):
     (found,) = detector.forward_inference(images, maps, predictions)
     assert found.pred_classes.tolist() == [2, 0] and found.pred_masks.shape == (2, 1, 28, 28)
     torch.testing.assert_close(found.pred_boxes.tensor, boxes, atol=1e-4, rtol=1e-5)
-    (result,) = F_.postprocess([found], [{"height": 192, "width": 288}], images)
+    (result,) = adapt(detector).postprocess([found], [{"height": 192, "width": 288}], images)
     masks = result["instances"].pred_masks
     assert masks.shape == (2, 192, 288) and masks.dtype == torch.bool
     drawn = np.zeros((2, 192, 288), np.uint8)
@@ -310,7 +311,7 @@ def test_student_of_its_teacher(meinst, masked_batch, make_distiller, kind):
     batch = masked_batch([(96, 128), (50, 127)], kind)
     with EventStorage(0):
         losses = distiller(batch)
-        alone = student(view(batch, 1, "cpu"))["loss_meinst_code"]
+        alone = student(downsample_batch(batch, 1, "cpu"))["loss_meinst_code"]
     assert losses["loss_distill/AlignedL1"] > 0
     # the running number of positives has moved on by one step
     assert losses["loss_meinst_code"].item() == pytest.approx(alone.item(), rel=0.1)

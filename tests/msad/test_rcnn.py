@@ -13,8 +13,9 @@ from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.evaluation import cost
-from msad.modeling import features as F_
-from msad.resolution import RESOLUTIONS, scale_instances, view
+from msad.modeling.adapters import adapt
+from msad.modeling.features import run_neck
+from msad.resolution import RESOLUTIONS, downsample_batch, scale_instances
 
 H, L = RESOLUTIONS["H"], RESOLUTIONS["L"]
 RCNNS = ["FasterRCNN", "MaskRCNN", "KeypointRCNN", "CascadeRCNN"]
@@ -43,9 +44,9 @@ def test_losses_equal_the_detectors_forward(tiny_model, make_batch, arch):
         torch.manual_seed(3)
         expected = detector(batch)
         images = detector.preprocess_image(batch)
-        maps = F_.run_neck(detector.backbone, images.tensor, F_.head_levels(detector))
+        maps = run_neck(detector.backbone, images.tensor, adapt(detector).levels)
         torch.manual_seed(3)
-        found = F_.losses(detector, images, maps, ground_truth(batch))
+        found = adapt(detector).losses(images, maps, ground_truth(batch))
     assert found.keys() == expected.keys() == LOSSES[arch] and all(value > 0 for value in expected.values())
     torch.testing.assert_close(found, expected)
 
@@ -55,9 +56,10 @@ def test_predictions_equal_the_detectors_forward(tiny_model, make_batch, same_de
     detector, batch = tiny_model(arch).eval(), make_batch(SIZES)
     batch[0].update(height=128, width=192)
     images = detector.preprocess_image(batch)
-    maps = F_.run_neck(detector.backbone, images.tensor, F_.head_levels(detector))
+    maps = run_neck(detector.backbone, images.tensor, adapt(detector).levels)
     with torch.no_grad():
-        found, expected = F_.postprocess(F_.predict(detector, images, maps), batch, images), detector(batch)
+        adapter = adapt(detector)
+        found, expected = adapter.postprocess(adapter.predict(images, maps), batch, images), detector(batch)
     same_detections(found, expected)
     if arch in OUTPUTS:
         for a, b in zip(found, expected):
@@ -66,16 +68,16 @@ def test_predictions_equal_the_detectors_forward(tiny_model, make_batch, same_de
 
 
 def test_levels_are_those_of_all_heads(tiny_model):
-    assert F_.head_levels(tiny_model("MaskRCNN")) == ["p2", "p3", "p4", "p5", "p6"]
+    assert adapt(tiny_model("MaskRCNN")).levels == ["p2", "p3", "p4", "p5", "p6"]
     only_fine = tiny_model("KeypointRCNN", MODEL__RPN__IN_FEATURES=["p5", "p6"], MODEL__ANCHOR_GENERATOR__SIZES=[[32]])
-    assert F_.head_levels(only_fine) == ["p2", "p3", "p4", "p5", "p6"]
+    assert adapt(only_fine).levels == ["p2", "p3", "p4", "p5", "p6"]
 
 
 def test_without_proposal_generator_it_is_refused(tiny_model):
     detector = tiny_model("FasterRCNN")
     detector.proposal_generator = None
     with pytest.raises(TypeError, match="GeneralizedRCNN cannot be run from features"):
-        F_.head_levels(detector)
+        adapt(detector)
 
 
 # --- the teacher ------------------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ def test_branch_losses_are_the_detectors_in_the_h_frame(tiny_model, make_batch, 
         fused = alone.fuse([h_maps, l_maps], images.image_sizes)
         assert {name: tuple(x.shape) for name, x in h_maps.items()} == {n: tuple(x.shape) for n, x in l_maps.items()}
         for branch, maps, weight in (("H", h_maps, 1.0), ("L", l_maps, 1.0), ("fused", fused, 0.3)):
-            for name, value in F_.losses(alone.detector, images, maps, ground_truth(batch)).items():
+            for name, value in adapt(alone.detector).losses(images, maps, ground_truth(batch)).items():
                 torch.testing.assert_close(found[f"{branch}/{name}"], weight * value, rtol=1e-3, atol=1e-5)
 
 
@@ -198,11 +200,11 @@ def test_initialised_student_is_the_teachers_low_resolution_branch(tiny_model, m
     counts = init_student(student, teacher.detector, "full")
     assert counts["copied"] > 20 and counts["kept"] == 0
     batch = make_batch([(64, 128)])
-    reduced = view(batch, 1, "cpu")
+    reduced = downsample_batch(batch, 1, "cpu")
     with torch.no_grad():
         _, expected = teacher.branch_features(batch, L)
         images = student.preprocess_image(reduced)
-        found = F_.run_neck(student.backbone, images.tensor, F_.head_levels(student))
+        found = run_neck(student.backbone, images.tensor, adapt(student).levels)
         for name, h_name in zip(found, expected):
             torch.testing.assert_close(found[name], expected[h_name])
         teacher.set_eval_branch("L")
@@ -220,7 +222,7 @@ def test_boxes_fall_one_pooler_level_at_half_size(tiny_model):
     used = {}
     for name, detector, scale in (("H", h, 1.0), ("L", student, 0.5)):
         # Level l is a constant map of value l (in the H frame): pooling tells which level a box was given.
-        levels = F_.head_levels(detector)[:-1]
+        levels = adapt(detector).levels[:-1]
         strides = [detector.backbone.output_shape()[level].stride for level in levels]
         side = int(512 * scale)
         maps = [torch.full((1, 1, side // s, side // s), float(k)) for k, s in enumerate(strides)]
@@ -236,10 +238,10 @@ def test_losses_of_the_l_frame_equal_those_of_the_h_frame(tiny_model, make_batch
     batch = make_batch([(64, 128), (128, 64)], seed=4)
     with EventStorage(0):
         images, maps = teacher.branch_features(batch, H)
-        in_h = F_.losses(teacher.detector, images, maps, ground_truth(batch))
+        in_h = adapt(teacher.detector).losses(images, maps, ground_truth(batch))
         small = ImageList(torch.zeros(2, 3, *(s // 2 for s in images.tensor.shape[-2:])), [(32, 64), (64, 32)])
-        renamed = dict(zip(F_.head_levels(student), maps.values()))
-        in_l = F_.losses(student, small, renamed, [scale_instances(x, 1) for x in ground_truth(batch)])
+        renamed = dict(zip(adapt(student).levels, maps.values()))
+        in_l = adapt(student).losses(small, renamed, [scale_instances(x, 1) for x in ground_truth(batch)])
     for name in in_h:
         torch.testing.assert_close(in_l[name], in_h[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -13,14 +13,14 @@ from msad.resolution import (
     RESOLUTIONS,
     batch_images,
     downsample,
+    downsample_batch,
+    downsampled_size,
     get_resolution,
     level_of,
     pad_divisibility,
-    reduced_size,
     scale_instances,
     shift_levels,
     shift_names,
-    view,
 )
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_divisibility_outside_the_branches_is_refused(shift, max_shift):
     [((10, 7), 0, (10, 7)), ((10, 7), 1, (5, 4)), ((9, 8), 2, (3, 2)), ((1, 1), 2, (1, 1))],
 )
 def test_reduced_size_rounds_up(size, shift, expected):
-    assert reduced_size(size, shift) == expected
+    assert downsampled_size(size, shift) == expected
 
 
 def _level_sizes(side: int, levels: range) -> dict[int, int]:
@@ -110,7 +110,7 @@ def test_padded_grids_are_equal_for_any_side(max_shift):
     for sides in itertools.combinations_with_replacement(ODD_SIDES, 2):
         padded = {}
         for shift in range(max_shift + 1):
-            images = [torch.zeros(1, 1, reduced_size((1, side), shift)[1]) for side in sides]
+            images = [torch.zeros(1, 1, downsampled_size((1, side), shift)[1]) for side in sides]
             batch = batch_images(images, zero, zero + 1, pad_divisibility(32, shift, max_shift))
             padded[shift] = batch.tensor.shape[-1]
         step = 32 * 2**max_shift
@@ -150,7 +150,7 @@ SIZES = [(8, 8), (9, 12), (11, 7), (1, 1), (2, 5), (13, 6)]
 def test_constant_image_stays_constant(size, shift, mode):
     image = torch.tensor([7, 100, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, *size)
     small = downsample(image, shift, mode)
-    assert small.shape == (3, *reduced_size(size, shift)) and small.dtype == torch.float32
+    assert small.shape == (3, *downsampled_size(size, shift)) and small.dtype == torch.float32
     torch.testing.assert_close(small, image[:, :1, :1].float().expand_as(small), rtol=0, atol=1e-4)
 
 
@@ -204,7 +204,7 @@ def test_antialias_averages_what_nearest_aliases():
 @pytest.mark.parametrize("shift", [1, 2])
 def test_odd_sides_are_completed_by_their_last_line(shift):
     image = torch.randint(0, 256, (3, 13, 10), dtype=torch.uint8)
-    h, w = (side * 2**shift for side in reduced_size((13, 10), shift))
+    h, w = (side * 2**shift for side in downsampled_size((13, 10), shift))
     completed = image[:, torch.arange(h).clamp(max=12)][:, :, torch.arange(w).clamp(max=9)]
     assert torch.equal(downsample(image, shift), downsample(completed, shift))
 
@@ -288,7 +288,7 @@ def test_bitmask_pixels_belong_to_the_object_from_half_their_area_on():
 def test_a_mask_of_the_whole_image_stays_whole(size, shift):
     full = _instances(size, gt_masks=BitMasks(torch.ones(2, *size, dtype=torch.bool)))
     reduced = scale_instances(full, shift)
-    assert reduced.gt_masks.tensor.shape == (2, *reduced_size(size, shift)) and reduced.gt_masks.tensor.all()
+    assert reduced.gt_masks.tensor.shape == (2, *downsampled_size(size, shift)) and reduced.gt_masks.tensor.all()
 
 
 def test_keypoints_move_and_keep_their_visibility():
@@ -320,7 +320,7 @@ def test_view_does_not_modify_its_input(make_batch, shift):
     before = [dict(item) for item in batch]
     pixels = [item["image"].clone() for item in batch]
     boxes = [item["instances"].gt_boxes.tensor.clone() for item in batch]
-    seen = view(batch, shift, "cpu")
+    seen = downsample_batch(batch, shift, "cpu")
     for i, (item, out) in enumerate(zip(batch, seen)):
         assert item is not out and item.keys() == before[i].keys()
         assert all(item[key] is before[i][key] for key in item)
@@ -332,5 +332,5 @@ def test_view_does_not_modify_its_input(make_batch, shift):
 
 
 def test_view_without_ground_truth():
-    (out,) = view([{"image": torch.zeros(3, 6, 6), "image_id": 5}], 1, "cpu", "nearest")
+    (out,) = downsample_batch([{"image": torch.zeros(3, 6, 6), "image_id": 5}], 1, "cpu", "nearest")
     assert out["image"].shape == (3, 3, 3) and out["image_id"] == 5 and "instances" not in out

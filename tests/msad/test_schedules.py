@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from msad import load_config
-from msad.distill.schedules import distillation_factor, reading_weights
+from msad.distill.schedules import distillation_factor, paper_weights
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_impossible_decay_names_the_keys(start, end):
 
 def test_reading_a():
     """L_T = L_H + L_L + lambda L_F; L_S = gamma L_det + (1 - gamma) L_KD. With 0.4 and 0.8 the released weights."""
-    w_fuse, w_det, w_distill = reading_weights("A", 0.4, 0.8)
+    w_fuse, w_det, w_distill = paper_weights("A", 0.4, 0.8)
     assert (w_fuse, w_det) == (0.4, 0.8) and w_distill == pytest.approx(0.2 * 3)
-    w_fuse, w_det, w_distill = reading_weights("A", 0.2, 0.6)  # Mask R-CNN
+    w_fuse, w_det, w_distill = paper_weights("A", 0.2, 0.6)  # Mask R-CNN
     assert (w_fuse, w_det) == (0.2, 0.6) and w_distill == pytest.approx(0.4 * 3)
 
 
 def test_reading_b():
     """L_S = gamma L_det + lambda L_KD, the fused branch at the released 0.4."""
-    w_fuse, w_det, w_distill = reading_weights("B", 0.2, 0.6)
+    w_fuse, w_det, w_distill = paper_weights("B", 0.2, 0.6)
     assert (w_fuse, w_det) == (0.4, 0.6) and w_distill == pytest.approx(0.2 * 3)
 
 
@@ -65,10 +65,10 @@ def test_defaults_are_the_released_weights():
     cfg = load_config("")
     assert (cfg.MSAD.W_FUSE, cfg.DISTILL.W_DET, cfg.DISTILL.WARMUP_ITERS, cfg.DISTILL.READING) == (0.4, 1.0, 500, "")
     assert (cfg.DISTILL.DECAY_FROM, cfg.DISTILL.DECAY_TO) == (1.0, 1.0)
-    assert reading_weights("A", cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)[0] == cfg.MSAD.W_FUSE
+    assert paper_weights("A", cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)[0] == cfg.MSAD.W_FUSE
 
 
 @pytest.mark.parametrize("reading", ["", "C", "a"])
 def test_unknown_reading_names_the_key(reading):
     with pytest.raises(ValueError, match=rf"DISTILL\.READING must be .* not '{reading}'"):
-        reading_weights(reading, 0.4, 0.8)
+        paper_weights(reading, 0.4, 0.8)

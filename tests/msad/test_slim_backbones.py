@@ -17,9 +17,9 @@ from torchvision.models import mobilenet_v2, resnet18, resnet34
 
 from msad import load_config
 from msad.engine.checkpoint import CheckedCheckpointer
+from msad.engine.slimmable import from_slimmable
 from msad.modeling.backbones.mobilenetv2 import MobileNetV2
 from msad.modeling.backbones.resnet import ResNetC1
-from msad.modeling.backbones.slimmable import from_slimmable
 
 ALL = ["c1", "res2", "res3", "res4", "res5"]
 RESNET_WIDTHS = (0.25, 0.5, 0.75, 1.0)
@@ -125,7 +125,7 @@ def test_shallow_resnets_take_torchvisions_weights(tmp_path, depth, network, nor
     neck = build(cfg).double()
     checkpointer = CheckedCheckpointer(neck)
     checkpointer.load(str(file))
-    assert not [name for name in checkpointer.unfit if "bottom_up" in name]
+    assert not [name for name in checkpointer.missing_or_mismatched if "bottom_up" in name]
 
     def normalised(image, mean, std):
         return (image - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)

@@ -120,11 +120,11 @@ def test_optimizers(student):
 
 
 def test_reading_sets_the_weights(student):
-    cfg = trainer.apply_reading(student(DISTILL__READING="A", DISTILL__LAMBDA=0.3, DISTILL__GAMMA=0.8))
+    cfg = trainer.apply_weighting(student(DISTILL__READING="A", DISTILL__LAMBDA=0.3, DISTILL__GAMMA=0.8))
     assert (cfg.MSAD.W_FUSE, cfg.DISTILL.W_DET) == (0.3, 0.8)
     assert [{"NAME": "AlignedL1", "WEIGHT": pytest.approx(0.6)}] == cfg.DISTILL.LOSSES
     cfg = student()
-    assert trainer.apply_reading(cfg) is cfg
+    assert trainer.apply_weighting(cfg) is cfg
 
 
 # --- switches of speed --------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ def test_weights_that_fit_nothing_stop_a_run(student, teacher_weights, tmp_path)
     run = DistillTrainer(run.cfg)
     run.resume_or_load(False)
     assert run.model.head.cls_score.bias.eq(1).all()
-    assert "head.cls_score.weight" in run.checkpointer.unfit
+    assert "head.cls_score.weight" in run.checkpointer.missing_or_mismatched
 
 
 def annotate(project, tmp_path, name, edit) -> dict:

@@ -77,7 +77,7 @@ def test_the_file_fills_the_bottom_up_of_detector_and_teacher(folder, convert):
         model = build_model(load_config(folder / "slim.yaml", ["MODEL.META_ARCHITECTURE", architecture]))
         checkpointer = CheckedCheckpointer(model)
         checkpointer.load(str(folder / "made" / "slim.pkl"))
-        assert not [name for name in checkpointer.unfit if "bottom_up" in name]
+        assert not [name for name in checkpointer.missing_or_mismatched if "bottom_up" in name]
         detector = getattr(model, "detector", model)
         features = detector.backbone.bottom_up.features
         assert torch.equal(features[0][0].weight, source["module.features.0.0.weight"])
@@ -92,7 +92,7 @@ def test_torchvisions_names_load_without_conversion(folder):
     model = build_model(load_config(folder / "slim.yaml", ["MODEL.META_ARCHITECTURE", "MultiScaleTeacher"]))
     checkpointer = CheckedCheckpointer(model)
     checkpointer.load(f"{folder}/torchvision.pth?matching_heuristics=True")
-    assert not [name for name in checkpointer.unfit if "bottom_up" in name]
+    assert not [name for name in checkpointer.missing_or_mismatched if "bottom_up" in name]
     assert torch.equal(model.detector.backbone.bottom_up.features[18][0].weight, public.features[18][0].weight)
 
 

@@ -76,7 +76,7 @@ def pad_divisibility(base: int, shift: int, max_shift: int) -> int:
     return base * 2 ** (max_shift - shift)
 
 
-def reduced_size(size: tuple[int, int], shift: int) -> tuple[int, int]:
+def downsampled_size(size: tuple[int, int], shift: int) -> tuple[int, int]:
     """(h, w) in H pixels -> (h, w) of its view at ``shift``: an odd last row or column still counts."""
     k = 2**shift
     return -(-size[0] // k), -(-size[1] // k)
@@ -108,12 +108,12 @@ def downsample(image: torch.Tensor, shift: int, mode: str = "antialias") -> torc
     return F.interpolate(image, size=(h // k, w // k), mode="bilinear", antialias=True)[0]
 
 
-def reduced_image(item: dict, shift: int, device: torch.device | str, mode: str = "antialias") -> torch.Tensor:
+def downsampled_image(item: dict, shift: int, device: torch.device | str, mode: str = "antialias") -> torch.Tensor:
     """:func:`downsample` of an input dict's "image" on ``device``.
 
-    What its entry "reduced_images", {(shift, mode): image}, already holds is not made again.
+    What its entry "downsampled_images", {(shift, mode): image}, already holds is not made again.
     """
-    ready = item.get("reduced_images", {}).get((shift, mode))
+    ready = item.get("downsampled_images", {}).get((shift, mode))
     return downsample(item["image"].to(device, non_blocking=True), shift, mode) if ready is None else ready
 
 
@@ -131,7 +131,7 @@ def scale_instances(instances: Instances, shift: int) -> Instances:
     if shift == 0:
         return instances
     s = 0.5**shift
-    out = Instances(reduced_size(instances.image_size, shift))
+    out = Instances(downsampled_size(instances.image_size, shift))
     for name, value in instances.get_fields().items():
         if isinstance(value, Boxes):
             value = Boxes(value.tensor * s)
@@ -145,7 +145,9 @@ def scale_instances(instances: Instances, shift: int) -> Instances:
     return out
 
 
-def view(batched_inputs: list[dict], shift: int, device: torch.device | str, mode: str = "antialias") -> list[dict]:
+def downsample_batch(
+    batched_inputs: list[dict], shift: int, device: torch.device | str, mode: str = "antialias"
+) -> list[dict]:
     """The batch as a model at ``1 / 2**shift`` of H sees it.
 
     Args:
@@ -160,7 +162,7 @@ def view(batched_inputs: list[dict], shift: int, device: torch.device | str, mod
     out = []
     for item in batched_inputs:
         item = dict(item)
-        item["image"] = reduced_image(item, shift, device, mode)
+        item["image"] = downsampled_image(item, shift, device, mode)
         if "instances" in item:
             item["instances"] = scale_instances(item["instances"], shift)
         out.append(item)

@@ -7,6 +7,7 @@ every sample carries its position in that stream, and its augmentations are draw
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import random
@@ -21,7 +22,7 @@ from detectron2.data import DatasetFromList, DatasetMapper, MetadataCatalog, get
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
-from ..config import detector_architecture
+from ..modeling.adapters import num_classes_key
 from .checks import check_dataset, clean
 
 logger = logging.getLogger(__name__)
@@ -109,11 +110,12 @@ def load_train_dicts(cfg: CfgNode) -> list[dict]:
 
 
 def _classes_of_model(cfg: CfgNode) -> tuple[str, int | None]:
-    """Config key and number of classes of the model's head; None where the architecture does not say."""
-    architecture = detector_architecture(cfg)
-    others = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "MEInst": "FCOS"}
-    node = others.get(architecture, architecture.upper())
-    return f"MODEL.{node}.NUM_CLASSES", cfg.MODEL.get(node, {}).get("NUM_CLASSES")
+    """Config key and number of classes of the model's head; "" and None where the architecture does not say."""
+    try:
+        key = num_classes_key(cfg)
+    except KeyError:
+        return "", None
+    return key, functools.reduce(lambda node, name: node[name], key.split("."), cfg)
 
 
 class TrainLoader:

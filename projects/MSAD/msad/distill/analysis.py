@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .losses.shared import precise
+from .losses.shared import at_least_float32
 
 
 class Decomposition(NamedTuple):
@@ -39,7 +39,7 @@ def decompose(student: torch.Tensor, teacher: torch.Tensor) -> Decomposition:
     """
     if student.shape != teacher.shape:
         raise ValueError(f"maps to decompose must have one shape, got {tuple(student.shape)}, {tuple(teacher.shape)}")
-    s, t = (precise(x).flatten(1) for x in (student, teacher))
+    s, t = (at_least_float32(x).flatten(1) for x in (student, teacher))
     size = s.shape[1]
     m, n, dot = t.norm(dim=1), s.norm(dim=1), (s * t).sum(dim=1)
     cosine = torch.where(m * n > 0, dot / (m * n).clamp(min=torch.finfo(m.dtype).tiny), 0.0).clamp(-1, 1)

@@ -12,20 +12,21 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..modeling import features as F_
-from ..modeling.heads import tap_heads
+from ..modeling.adapters import Features, adapt
+from ..modeling.features import run_neck, tap_neck
+from ..modeling.head_outputs import tap_heads
 from ..resolution import (
     Resolution,
     batch_images,
+    downsample_batch,
+    downsampled_size,
     level_of,
     pad_divisibility,
-    reduced_size,
     shift_levels,
     shift_names,
-    view,
 )
 from .balance import GradientBalance
-from .heads import check_heads, pair_heads
+from .head_pairs import check_heads, pair_heads
 from .losses import DistillBatch
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,10 @@ class FrozenTeacher:
     def shapes(self) -> dict[str, ShapeSpec]:
         """Levels that can be imitated, H-frame names, strides in H pixels."""
         shapes = self.detector.backbone.output_shape()
-        return {name: shapes[name] for name in F_.head_levels(self.detector)}
+        return {name: shapes[name] for name in adapt(self.detector).levels}
 
     @torch.no_grad()
-    def features(self, batched_inputs: list[dict], max_shift: int) -> F_.Features:
+    def features(self, batched_inputs: list[dict], max_shift: int) -> Features:
         """Maps to imitate, level l: (N, C, h_l, w_l), on the grid of H padded for branches up to ``max_shift``."""
         if self.reverse_channels:
             batched_inputs = [_with_reversed_channels(item) for item in batched_inputs]
@@ -82,13 +83,13 @@ class FrozenTeacher:
             detector.pixel_std,
             pad_divisibility(max(detector.backbone.size_divisibility, 1), 0, max_shift),
         )
-        return F_.run_neck(detector.backbone, images.tensor, F_.head_levels(detector))
+        return run_neck(detector.backbone, images.tensor, adapt(detector).levels)
 
 
 def _with_reversed_channels(item: dict) -> dict:
     """A model input whose images (3, h, w), also those that are reduced already, have their channels turned round."""
-    reduced = {key: image.flip(0) for key, image in item.get("reduced_images", {}).items()}
-    return dict(item, image=item["image"].flip(0), reduced_images=reduced)
+    reduced = {key: image.flip(0) for key, image in item.get("downsampled_images", {}).items()}
+    return dict(item, image=item["image"].flip(0), downsampled_images=reduced)
 
 
 class Distiller(nn.Module):
@@ -111,7 +112,7 @@ class Distiller(nn.Module):
         observer: None, or called with student's and teacher's maps (H-frame names, one grid) of each training step.
     """
 
-    observer: Callable[[F_.Features, F_.Features], None] | None = None
+    observer: Callable[[Features, Features], None] | None = None
 
     def __init__(
         self,
@@ -157,15 +158,15 @@ class Distiller(nn.Module):
             return self.student(batched_inputs)
         shift = self.resolution.shift
         moved = [dict(item, image=item["image"].to(self.device, non_blocking=True)) for item in batched_inputs]
-        reduced = view(moved, shift, self.device, self.downsample_mode)
+        reduced = downsample_batch(moved, shift, self.device, self.downsample_mode)
         for item, small in zip(moved, reduced):  # the teacher's branch at this resolution need not reduce them again
-            item["reduced_images"] = {(shift, self.downsample_mode): small["image"]}
+            item["downsampled_images"] = {(shift, self.downsample_mode): small["image"]}
         factor = self._current_factor()
         # The teacher runs first: what it needs is free again before the student keeps its activations.
         wanted = factor is not None or self.observer is not None
         imitated = {} if not wanted else self.teacher.features(moved, self.max_shift)
-        tap = nullcontext() if factor is None or not self._compares_heads else tap_heads(self.student)
-        with F_.tap_neck(self.student) as taken, tap as record:
+        tap = nullcontext() if factor is None or not self._compares_heads else tap_heads(adapt(self.student).heads())
+        with tap_neck(self.student) as taken, tap as record:
             output = {name: self.w_det * value for name, value in self.student(reduced).items()}
         if not wanted:
             return output
@@ -199,13 +200,13 @@ class Distiller(nn.Module):
         over = factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters())
         return None if over else factor
 
-    def _on_student_grid(self, teacher: F_.Features, student: F_.Features) -> F_.Features:
+    def _on_student_grid(self, teacher: Features, student: Features) -> Features:
         """Cut off what the teacher padded beyond the student's input; both grids begin at the image's corner."""
         finest = min(student, key=level_of)
         extent = tuple(side << level_of(finest) for side in student[finest].shape[-2:])  # padded input, H pixels
         out = {}
         for name, t in teacher.items():
-            h, w = reduced_size(extent, level_of(name))
+            h, w = downsampled_size(extent, level_of(name))
             if name in student:
                 h, w = student[name].shape[-2:]
                 if t.shape[-2] < h or t.shape[-1] < w or t.shape[0] != student[name].shape[0]:
@@ -221,7 +222,7 @@ class Distiller(nn.Module):
 def student_shapes(student: nn.Module, resolution: Resolution) -> dict[str, ShapeSpec]:
     """Levels the student's head reads under H-frame names, strides in H pixels."""
     shapes = student.backbone.output_shape()
-    names = F_.head_levels(student)
+    names = adapt(student).levels
     return {
         h_name: ShapeSpec(channels=shapes[name].channels, stride=shapes[name].stride * 2**resolution.shift)
         for name, h_name in zip(names, shift_names(names, resolution.shift))

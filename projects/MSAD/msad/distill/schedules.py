@@ -21,7 +21,7 @@ def distillation_factor(
     return factor
 
 
-def reading_weights(reading: str, lam: float, gamma: float) -> tuple[float, float, float]:
+def paper_weights(reading: str, lam: float, gamma: float) -> tuple[float, float, float]:
     """(w_fuse, w_det, w_distill) for a reading of the paper's lambda and gamma.
 
     The main text is not explicit on how lambda and gamma enter. Reading A: ``L_teacher = L_H + L_L + lambda L_F`` and

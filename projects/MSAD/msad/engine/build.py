@@ -38,10 +38,11 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
     model = build_model(cfg)
     checkpointer = CheckedCheckpointer(model)
     checkpointer.load(entry["WEIGHTS"])
-    if checkpointer.unfit:
+    unfit = checkpointer.missing_or_mismatched
+    if unfit:
         raise ValueError(
-            f"DISTILL.TEACHERS: {entry['WEIGHTS']} is not a checkpoint of {entry['CONFIG']}: {len(checkpointer.unfit)} "
-            f"tensors are absent or of another shape, e.g. {', '.join(checkpointer.unfit[:3])}"
+            f"DISTILL.TEACHERS: {entry['WEIGHTS']} is not a checkpoint of {entry['CONFIG']}: {len(unfit)} "
+            f"tensors are absent or of another shape, e.g. {', '.join(unfit[:3])}"
         )
     return FrozenTeacher(model, student.DISTILL.TEACHER_BN, reverse)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 
 @contextmanager
-def replacing(path: str, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
     """Write a local file under a temporary name that becomes ``path`` at the end, unless the block raises."""
     temporary = f"{path}.tmp"
     with open(temporary, mode) as file:
@@ -40,7 +40,7 @@ def load_branches(detector: nn.Module, entries: list[dict]) -> set[str]:
             holder.backbone = detector.backbone.branches[entry["RESOLUTION"]]
             checkpointer = CheckedCheckpointer(holder)
             checkpointer.load(entry["WEIGHTS"])
-            names = holder.state_dict().keys() - set(checkpointer.unfit)
+            names = holder.state_dict().keys() - set(checkpointer.missing_or_mismatched)
             loaded |= {name.replace("backbone.", f"backbone.branches.{entry['RESOLUTION']}.", 1) for name in names}
     return loaded
 
@@ -54,12 +54,12 @@ class CheckedCheckpointer(DetectionCheckpointer):
     rightly lack whole parts (neck, head) and nothing else.
 
     Attributes:
-        unfit: names of the model's tensors that the last loaded file lacks or has in another shape.
-        unused: keys of that file that match nothing in the model.
+        missing_or_mismatched: names of the model's tensors that the last loaded file lacks or has in another shape.
+        unexpected: keys of that file that match nothing in the model.
     """
 
-    unfit: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    missing_or_mismatched: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``{save_dir}/{name}.pth`` and note it as the last; a run killed meanwhile keeps the one before."""
@@ -70,14 +70,14 @@ class CheckedCheckpointer(DetectionCheckpointer):
         content.update(kwargs)
         folder = self.path_manager.get_local_path(self.save_dir)
         self.logger.info("Saving checkpoint to %s", os.path.join(folder, f"{name}.pth"))
-        with replacing(os.path.join(folder, f"{name}.pth")) as file:
+        with atomic_write(os.path.join(folder, f"{name}.pth")) as file:
             torch.save(content, file)
         self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note from which file of ``save_dir`` a run resumes."""
         folder = self.path_manager.get_local_path(self.save_dir)
-        with replacing(os.path.join(folder, "last_checkpoint"), "w") as file:
+        with atomic_write(os.path.join(folder, "last_checkpoint"), "w") as file:
             file.write(last_filename_basename)
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -86,15 +86,16 @@ class CheckedCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         # Tensors of another shape are in both lists.
         differing = [name for name, *_ in incompatible.incorrect_shapes]
-        self.unused = tuple(incompatible.unexpected_keys)
-        self.unfit = tuple(dict.fromkeys([*incompatible.missing_keys, *differing]))
-        if total and len(self.unfit) >= total:
+        self.unexpected = tuple(incompatible.unexpected_keys)
+        self.missing_or_mismatched = tuple(dict.fromkeys([*incompatible.missing_keys, *differing]))
+        if total and len(self.missing_or_mismatched) >= total:
             raise ValueError(
                 f"no tensor of the checkpoint fits {type(self.model).__name__}: the model wants e.g. "
-                f"{self.unfit[0]}, the file has e.g. "
+                f"{self.missing_or_mismatched[0]}, the file has e.g. "
                 f"{next(iter(incompatible.unexpected_keys), 'other shapes')}"
             )
-        self.logger.info("%d of %d tensors of %s loaded", total - len(self.unfit), total, type(self.model).__name__)
+        loaded = total - len(self.missing_or_mismatched)
+        self.logger.info("%d of %d tensors of %s loaded", loaded, total, type(self.model).__name__)
         for line in self._doubtful_parts():
             self.logger.warning("PRETRAINED WEIGHTS DO NOT FIT: %s", line)
         return incompatible
@@ -108,7 +109,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
         for name in self.model.state_dict():
             if not name.endswith((".running_mean", ".running_var", ".num_batches_tracked")):
                 names.setdefault(part_of(name), []).append(name)
-        unfit = set(self.unfit)
+        unfit = set(self.missing_or_mismatched)
         network = "backbone.bottom_up" if "backbone.bottom_up" in names else "backbone"
         lines = []
         for part, tensors in names.items():

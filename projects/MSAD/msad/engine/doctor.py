@@ -95,24 +95,24 @@ def check_checkpoint(who: str, model: nn.Module, weights: str) -> tuple[list[Fin
     except Exception as error:  # whatever torch or pickle make of a broken file
         return [Finding(ERROR, f"{who}'s weights", f"{weights}: {error}", "give the checkpoint of this config")], set()
     out = []
-    loaded = set(model.state_dict()) - set(checkpointer.unfit)
-    if checkpointer.unfit:
+    loaded = set(model.state_dict()) - set(checkpointer.missing_or_mismatched)
+    if checkpointer.missing_or_mismatched:
         level = ERROR if who == "teacher" else WARNING
         out.append(
             Finding(
                 level,
                 f"{who}'s weights",
-                f"{len(checkpointer.unfit)} tensors are not in {weights} or of "
-                f"another shape, e.g. {checkpointer.unfit[0]}",
+                f"{len(checkpointer.missing_or_mismatched)} tensors are not in {weights} or of "
+                f"another shape, e.g. {checkpointer.missing_or_mismatched[0]}",
                 "give the checkpoint of this very config",
             )
         )
-    if checkpointer.unused:
+    if checkpointer.unexpected:
         out.append(
             Finding(
                 WARNING,
                 f"{who}'s weights",
-                f"{len(checkpointer.unused)} keys of {weights} match nothing, e.g. {checkpointer.unused[0]}",
+                f"{len(checkpointer.unexpected)} keys of {weights} match nothing, e.g. {checkpointer.unexpected[0]}",
                 "correct if the file has another head; otherwise the names differ: convert it",
             )
         )

@@ -119,7 +119,7 @@ class SkippedImages(HookBase):
         self.total = state_dict["total"]
 
 
-class LossBalance(HookBase):
+class LossRatioLogger(HookBase):
     """Log distillation losses as a fraction of detection losses ("distill_to_detection").
 
     The released weight outweighs the detection loss where features are large; this is the number to look at first.
@@ -139,7 +139,7 @@ class LossBalance(HookBase):
             self.trainer.storage.put_scalar("distill_to_detection", distill / detection, smoothing_hint=False)
 
 
-class BalanceLog(HookBase):
+class BalanceLogger(HookBase):
     """Log the weights that DISTILL.BALANCE finds: as "distill_weight/NAME" while it measures, then once for all."""
 
     def __init__(self, balance: GradientBalance, period: int = 20) -> None:

@@ -17,7 +17,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from tqdm import tqdm
 
-from .checkpoint import replacing
+from .checkpoint import atomic_write
 from .setup import evaluate, evaluate_branches, load_model, prepare
 from .trainer import DistillTrainer
 
@@ -84,7 +84,7 @@ def _run(cfg: CfgNode, name: str, title: str, folder: Path, position: int) -> di
         **json.loads((folder / "clock.json").read_text()),
         "results": results,
     }
-    with replacing(str(folder / "result.json"), "w") as file:
+    with atomic_write(str(folder / "result.json"), "w") as file:
         json.dump(result, file, indent=1)
     return result
 
@@ -158,7 +158,7 @@ class _Progress(HookBase):
             loss = self.trainer.storage.latest().get("total_loss")
             if loss:
                 self.bar.set_postfix(loss=f"{loss[0]:.3f}", refresh=False)
-            with replacing(str(self.clock), "w") as file:
+            with atomic_write(str(self.clock), "w") as file:
                 json.dump({key: round(value, 1) for key, value in self.spent.items()}, file)
 
     def after_train(self) -> None:

@@ -18,26 +18,26 @@ from torch import nn
 from ..data.loader import build_train_loader
 from ..distill.distiller import Distiller
 from ..distill.init import init_student
-from ..distill.schedules import reading_weights
-from ..modeling.features import freeze_unread_levels
+from ..distill.schedules import paper_weights
+from ..modeling.features import freeze_unused_levels
 from ..modeling.teacher import MultiScaleTeacher
 from . import doctor
 from .build import build_distiller, load_teacher
 from .checkpoint import CheckedCheckpointer, load_branches
-from .hooks import BalanceLog, ExactResume, FeatureAnalysis, LossBalance, SkippedImages
+from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
 from .scaling import scale_to_batch, scale_to_processes
 from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
 
 
-def apply_reading(cfg: CfgNode) -> CfgNode:
+def apply_weighting(cfg: CfgNode) -> CfgNode:
     """If DISTILL.READING is set, write the weights that it implies over W_FUSE, W_DET and the losses' WEIGHT."""
     if not cfg.DISTILL.READING:
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
-    w_fuse, w_det, w_distill = reading_weights(cfg.DISTILL.READING, cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)
+    w_fuse, w_det, w_distill = paper_weights(cfg.DISTILL.READING, cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)
     cfg.MSAD.W_FUSE, cfg.DISTILL.W_DET = w_fuse, w_det
     cfg.DISTILL.LOSSES = [dict(entry, WEIGHT=w_distill) for entry in cfg.DISTILL.LOSSES]
     cfg.freeze()
@@ -77,7 +77,7 @@ class DistillTrainer(DefaultTrainer):
             cfg.freeze()
             logger.info("SEED is not set; this run uses %d", cfg.SEED)
         seed_all_rng(cfg.SEED + comm.get_rank())
-        super().__init__(scale_to_processes(scale_to_batch(apply_reading(cfg)), comm.get_world_size()))
+        super().__init__(scale_to_processes(scale_to_batch(apply_weighting(cfg)), comm.get_world_size()))
 
     @property
     def distiller(self) -> Distiller | None:
@@ -90,7 +90,7 @@ class DistillTrainer(DefaultTrainer):
         """The model of ``cfg``, inside a Distiller if DISTILL.TEACHERS is not empty."""
         model = super().build_model(cfg)
         if not isinstance(model, MultiScaleTeacher):
-            frozen = freeze_unread_levels(model)
+            frozen = freeze_unused_levels(model)
             if frozen:
                 logger.info("Not trained, because no head reads their level: %s", ", ".join(frozen))
         if cfg.SOLVER.CHANNELS_LAST:
@@ -150,9 +150,9 @@ class DistillTrainer(DefaultTrainer):
             SkippedImages(loader, (20, period)),
         ]
         if distiller is not None and len(distiller.losses):
-            ours.append(LossBalance())
+            ours.append(LossRatioLogger())
             if distiller.balance is not None:
-                ours.append(BalanceLog(distiller.balance))
+                ours.append(BalanceLogger(distiller.balance))
         if distiller is not None and self.cfg.DISTILL.ANALYSIS_PERIOD > 0:
             ours.append(FeatureAnalysis(distiller, self.cfg.DISTILL.ANALYSIS_PERIOD, self.cfg.OUTPUT_DIR))
         return ours + hooks
@@ -166,7 +166,7 @@ class DistillTrainer(DefaultTrainer):
         resumed = resume and self.checkpointer.has_checkpoint()
         student, loaded = self.checkpointer.model, set()
         if self.cfg.MODEL.WEIGHTS:
-            loaded = student.state_dict().keys() - set(self.checkpointer.unfit)
+            loaded = student.state_dict().keys() - set(self.checkpointer.missing_or_mismatched)
         elif self.cfg.MODEL.META_ARCHITECTURE == "FusionStudent" and not resumed:
             loaded = load_branches(student, self.cfg.MSAD.FUSION_STUDENT.BRANCHES)
         if self.distiller is not None and not resumed:

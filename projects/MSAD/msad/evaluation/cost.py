@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 from detectron2.evaluation import inference_context
-from detectron2.modeling import GeneralizedRCNN
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..distill.distiller import Distiller
+from ..modeling.adapters import adapt
 from ..modeling.fusion_student import FusionBackbone
-from ..resolution import view
+from ..resolution import downsample_batch
 
 PARTS = ("preprocessing", "bottom_up", "neck", "fusion", "head", "postprocessing")
 TOTAL = "total"
@@ -43,20 +42,9 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
     of its regions. The parts of a fusion student are those of all of its branches.
 
     Raises:
-        TypeError: the detector is neither dense nor an R-CNN.
+        TypeError: no adapter knows the detector.
     """
     detector = getattr(model, "detector", model)
-    if isinstance(detector, DenseDetector):
-        head = [detector.head]
-    elif isinstance(detector, GeneralizedRCNN) and detector.proposal_generator is not None:
-        regions = detector.roi_heads.children()
-        stages = [list(module) if isinstance(module, nn.ModuleList) else [module] for module in regions]
-        head = [detector.proposal_generator.rpn_head, *(module for stage in stages for module in stage)]
-    else:
-        raise TypeError(
-            "cost by part is known for dense detectors (RetinaNet, FCOS, ...), R-CNNs and teachers around them, "
-            f"not for {type(detector).__name__}"
-        )
     backbone = detector.backbone
     backbones = list(backbone.branches.values()) if isinstance(backbone, FusionBackbone) else [backbone]
     modules = {"bottom_up": [getattr(network, "bottom_up", network) for network in backbones]}
@@ -66,7 +54,7 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
         modules["fusion"] = [backbone.fusion]
     elif detector is not model:
         modules["fusion"] = [model.fusion]
-    modules["head"] = head
+    modules["head"] = adapt(detector).head_modules()
     return modules
 
 
@@ -252,7 +240,7 @@ def training_step_cost(
     if distiller.teacher is None or not len(distiller.losses):
         raise ValueError("no distillation to measure: DISTILL.TEACHERS or DISTILL.LOSSES is empty")
     shift, device = distiller.resolution.shift, distiller.device
-    reduced = view(batch, shift, device, distiller.downsample_mode)
+    reduced = downsample_batch(batch, shift, device, distiller.downsample_mode)
 
     def step(module: nn.Module, inputs: list[dict]) -> None:
         sum(module(inputs).values()).backward()

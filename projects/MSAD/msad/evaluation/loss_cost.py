@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 
 from ..distill.losses import DistillBatch, build_losses
 from ..distill.losses.registry import WeightedLoss
-from ..resolution import level_of, reduced_size
+from ..resolution import downsampled_size, level_of
 from .cost import medians, milliseconds, random_inputs
 from .memory import PeakMemory
 
@@ -61,7 +61,7 @@ def make_batch(setting: Setting) -> tuple[dict[str, torch.Tensor], dict[str, tor
     generator = torch.Generator().manual_seed(0)
 
     def maps(channels: int) -> dict[str, torch.Tensor]:
-        sizes = {name: reduced_size(padded, level_of(name)) for name in setting.levels}
+        sizes = {name: downsampled_size(padded, level_of(name)) for name in setting.levels}
         draw = {k: torch.randn(setting.batch, channels, *size, generator=generator) for k, size in sizes.items()}
         return {name: x.to(setting.device) for name, x in draw.items()}
 

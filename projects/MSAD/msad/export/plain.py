@@ -15,9 +15,9 @@ from detectron2.modeling import build_model
 from fvcore.common.registry import Registry
 
 from ..config import add_msad_config
-from ..engine.checkpoint import CheckedCheckpointer, replacing
-from ..modeling.mask_code import IN_CHECKPOINT
-from ..resolution import get_resolution, level_of, reduced_size
+from ..engine.checkpoint import CheckedCheckpointer, atomic_write
+from ..modeling.detectors.mask_code import IN_CHECKPOINT
+from ..resolution import downsampled_size, get_resolution, level_of
 
 # Parts that docs/plain_backbone.py makes of detectron2's own.
 PLAIN_BACKBONE = {"MODEL.BACKBONE.NAME build_level_fpn_backbone", "MODEL.FPN.BOTTOM_UP build_resnet_c1_backbone"}
@@ -78,8 +78,8 @@ def by_itself(cfg: CfgNode) -> CfgNode:
     out.defrost()
     shift = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift if cfg.DISTILL.TEACHERS else 0
     sizes = out.INPUT
-    sizes.MIN_SIZE_TRAIN = tuple(reduced_size((size, size), shift)[0] for size in sizes.MIN_SIZE_TRAIN)
-    sizes.MAX_SIZE_TRAIN = reduced_size((sizes.MAX_SIZE_TRAIN,) * 2, shift)[0]
+    sizes.MIN_SIZE_TRAIN = tuple(downsampled_size((size, size), shift)[0] for size in sizes.MIN_SIZE_TRAIN)
+    sizes.MAX_SIZE_TRAIN = downsampled_size((sizes.MAX_SIZE_TRAIN,) * 2, shift)[0]
     out.DISTILL = add_msad_config(get_cfg()).DISTILL
     return out
 
@@ -120,15 +120,16 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     model = build_model(build_cfg)
     checkpointer = CheckedCheckpointer(model)
     checkpointer.load(weights)
-    if checkpointer.unfit:
+    unfit = checkpointer.missing_or_mismatched
+    if unfit:
         raise ValueError(
-            f"{weights} is not a checkpoint of this config: {len(checkpointer.unfit)} tensors are absent or of another "
-            f"shape, e.g. {', '.join(checkpointer.unfit[:3])}"
+            f"{weights} is not a checkpoint of this config: {len(unfit)} tensors are absent or of another "
+            f"shape, e.g. {', '.join(unfit[:3])}"
         )
 
     typed, output = Path(output), Path(output).absolute()
     output.mkdir(parents=True, exist_ok=True)
-    with replacing(str(output / "model.pth")) as file:
+    with atomic_write(str(output / "model.pth")) as file:
         torch.save({"model": model.state_dict()}, file)
     known, own = split_config(cfg, get_cfg())
     known["VERSION"] = cfg.VERSION

@@ -10,9 +10,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import nn
 
-from ..fusion import CrossFeatureLevelFusion
-from ..resolution import Resolution, downsample, get_resolution, level_of, reduced_size, shift_levels, shift_names
-from . import features as F_
+from ..resolution import Resolution, downsample, downsampled_size, get_resolution, level_of, shift_levels, shift_names
+from .adapters import Features, adapt
+from .features import run_neck
+from .fusion import CrossFeatureLevelFusion
 
 KEY = "MSAD.FUSION_STUDENT.BRANCHES"
 
@@ -73,18 +74,18 @@ class FusionBackbone(Backbone):
         if shift == 0:
             return x
         sizes = self.image_sizes or [tuple(x.shape[-2:])] * len(x)
-        reduced = x.new_zeros(*x.shape[:2], *reduced_size(tuple(x.shape[-2:]), shift))
+        reduced = x.new_zeros(*x.shape[:2], *downsampled_size(tuple(x.shape[-2:]), shift))
         for image, (h, w), target in zip(x, sizes, reduced):
-            rows, columns = reduced_size((h, w), shift)
+            rows, columns = downsampled_size((h, w), shift)
             target[:, :rows, :columns] = downsample(image[:, :h, :w], shift, self.downsample_mode)
         return reduced
 
-    def _branch(self, x: torch.Tensor, resolution: Resolution) -> F_.Features:
+    def _branch(self, x: torch.Tensor, resolution: Resolution) -> Features:
         own = shift_names(self._out_features, -resolution.shift)
-        features = F_.run_neck(self.branches[resolution.name], self.branch_input(x, resolution.shift), own)
+        features = run_neck(self.branches[resolution.name], self.branch_input(x, resolution.shift), own)
         return shift_levels(features, resolution.shift)
 
-    def branch_features(self, x: torch.Tensor) -> list[F_.Features]:
+    def branch_features(self, x: torch.Tensor) -> list[Features]:
         """Maps of every branch before fusion, H-frame names."""
         if not (self.streams and x.is_cuda):
             return [self._branch(x, resolution) for resolution in self.resolutions]
@@ -104,14 +105,14 @@ class FusionBackbone(Backbone):
                 tensor.record_stream(here)
         return output
 
-    def forward(self, x: torch.Tensor) -> F_.Features:
+    def forward(self, x: torch.Tensor) -> Features:
         """(N, 3, H, W), normalised, padded with zeros to :attr:`size_divisibility` -> fused maps by H-frame name."""
         branches = self.branch_features(x)
         sizes = self.image_sizes
         return {
             name: self.fusion(
                 [features[name] for features in branches],
-                sizes and [reduced_size(size, level_of(name)) for size in sizes],
+                sizes and [downsampled_size(size, level_of(name)) for size in sizes],
             )
             for name in self._out_features
         }
@@ -190,7 +191,7 @@ def FusionStudent(cfg: CfgNode) -> nn.Module:
     (_, first), *others = configs = branch_configs(cfg)
     first.MODEL.META_ARCHITECTURE = cfg.MSAD.DETECTOR
     detector = META_ARCH_REGISTRY.get(cfg.MSAD.DETECTOR)(first)
-    levels = F_.head_levels(detector)
+    levels = adapt(detector).levels
     resolutions = [resolution for resolution, _ in configs]
     branches = [detector.backbone, *(build_backbone(config) for _, config in others)]
     shapes = branch_shapes(branches, resolutions, levels)

@@ -8,19 +8,20 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import ImageList
 from torch import nn
 
-from ..fusion import CrossFeatureLevelFusion
 from ..resolution import (
     Resolution,
     batch_images,
+    downsampled_image,
+    downsampled_size,
     get_resolution,
     level_of,
     pad_divisibility,
-    reduced_image,
-    reduced_size,
     shift_levels,
     shift_names,
 )
-from . import features as F_
+from .adapters import Features, adapt
+from .features import run_neck
+from .fusion import CrossFeatureLevelFusion
 
 FUSED = "fused"
 
@@ -72,7 +73,8 @@ class MultiScaleTeacher(nn.Module):
         self.fusion = fusion
         self.w_fuse = w_fuse
         self.downsample_mode = downsample_mode
-        self.levels = F_.head_levels(detector)
+        self.adapter = adapt(detector)
+        self.levels = self.adapter.levels
         made = detector.backbone.output_shape()
         absent = [name for name in teacher_levels(self.levels, self.resolutions) if name not in made]
         if absent:
@@ -97,7 +99,7 @@ class MultiScaleTeacher(nn.Module):
             "detector": detector,
             "resolutions": resolutions,
             "fusion": CrossFeatureLevelFusion.from_shapes(
-                {name: shapes[name] for name in F_.head_levels(detector)},
+                {name: shapes[name] for name in adapt(detector).levels},
                 len(resolutions),
                 reduction=cfg.MSAD.FUSION.REDUCTION,
                 mask_padding=cfg.MSAD.FUSION.MASK_PADDING,
@@ -129,7 +131,7 @@ class MultiScaleTeacher(nn.Module):
         H frame, so that their grids are equal.
         """
         images = [
-            reduced_image(item, resolution.shift, self.device, self.downsample_mode) for item in batched_inputs
+            downsampled_image(item, resolution.shift, self.device, self.downsample_mode) for item in batched_inputs
         ]
         base = max(self.detector.backbone.size_divisibility, 1)
         max_shift = max(max_shift, *(r.shift for r in self.resolutions))
@@ -138,28 +140,28 @@ class MultiScaleTeacher(nn.Module):
 
     def branch_features(
         self, batched_inputs: list[dict], resolution: Resolution, max_shift: int = 0
-    ) -> tuple[ImageList, F_.Features]:
+    ) -> tuple[ImageList, Features]:
         """Images of the branch and its features under H-frame names, level l: (N, C, h_l, w_l)."""
         images = self.branch_images(batched_inputs, resolution, max_shift)
         own_levels = shift_names(self.levels, -resolution.shift)
-        features = F_.run_neck(self.detector.backbone, images.tensor, own_levels)
+        features = run_neck(self.detector.backbone, images.tensor, own_levels)
         return images, shift_levels(features, resolution.shift)
 
-    def fuse(self, branches: list[F_.Features], image_sizes: list[tuple[int, int]]) -> F_.Features:
+    def fuse(self, branches: list[Features], image_sizes: list[tuple[int, int]]) -> Features:
         """C-FF per level; ``image_sizes`` (h, w) in H pixels tell the gate where padding begins."""
         return {
             name: self.fusion(
                 [features[name] for features in branches],
-                [reduced_size(size, level_of(name)) for size in image_sizes],
+                [downsampled_size(size, level_of(name)) for size in image_sizes],
             )
             for name in self.levels
         }
 
-    def neck_features(self, batched_inputs: list[dict], max_shift: int = 0) -> F_.Features:
+    def neck_features(self, batched_inputs: list[dict], max_shift: int = 0) -> Features:
         """What a student at up to ``max_shift`` imitates: fused maps under H-frame names, from inputs in H pixels."""
         return self._fused(batched_inputs, max_shift)[1]
 
-    def _fused(self, batched_inputs: list[dict], max_shift: int = 0) -> tuple[ImageList, F_.Features]:
+    def _fused(self, batched_inputs: list[dict], max_shift: int = 0) -> tuple[ImageList, Features]:
         images, features = zip(*(self.branch_features(batched_inputs, r, max_shift) for r in self.resolutions))
         return images[0], self.fuse(list(features), images[0].image_sizes)
 
@@ -174,16 +176,16 @@ class MultiScaleTeacher(nn.Module):
             else:
                 images, features = self.branch_features(batched_inputs, get_resolution(self.eval_branch))
                 images = _in_h_frame(images, batched_inputs)
-            return F_.postprocess(F_.predict(self.detector, images, features), batched_inputs, images)
+            return self.adapter.postprocess(self.adapter.predict(images, features), batched_inputs, images)
 
-        gt = [item["instances"].to(self.device) for item in batched_inputs]
+        targets = self.adapter.targets(batched_inputs)
         images, features = zip(*(self.branch_features(batched_inputs, r) for r in self.resolutions))
         branches = {r.name: (f, 1.0) for r, f in zip(self.resolutions, features)}
         branches[FUSED] = (self.fuse(list(features), images[0].image_sizes), self.w_fuse)
         output = {}
-        with F_.targets_once(self.detector):
+        with self.adapter.assign_once():
             for branch, (maps, weight) in branches.items():
-                for name, value in F_.losses(self.detector, images[0], maps, gt).items():
+                for name, value in self.adapter.losses(images[0], maps, targets).items():
                     output[f"{branch}/{name}"] = weight * value
         return output
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...fusion import masked_mean
-from ...resolution import level_of, reduced_size
+from ...modeling.fusion import masked_mean
+from ...resolution import downsampled_size, level_of
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
 
 
@@ -44,7 +44,7 @@ class AlignedL1(nn.Module):
             if self.normalize:
                 s, t = standardise(s), standardise(t)
             if self.mask_padding:
-                sizes = [reduced_size(size, level_of(name)) for size in batch.image_sizes]
+                sizes = [downsampled_size(size, level_of(name)) for size in batch.image_sizes]
                 total = total + masked_mean((s - t).abs(), sizes).mean()
             else:
                 total = total + F.l1_loss(s, t)

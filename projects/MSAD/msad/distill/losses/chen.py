@@ -8,7 +8,7 @@ from torch import nn
 
 from .predictions import HeadPair
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import precise
+from .shared import at_least_float32
 
 
 def soft_cross_entropy(s: torch.Tensor, t: torch.Tensor, w_bg: float = 1.5) -> torch.Tensor:
@@ -20,7 +20,7 @@ def soft_cross_entropy(s: torch.Tensor, t: torch.Tensor, w_bg: float = 1.5) -> t
     Returns:
         (...). Unless w_bg is 1, it is least where the student's background is above the teacher's.
     """
-    terms = -precise(t).softmax(dim=-1) * precise(s).log_softmax(dim=-1)
+    terms = -at_least_float32(t).softmax(dim=-1) * at_least_float32(s).log_softmax(dim=-1)
     return terms[..., :-1].sum(dim=-1) + w_bg * terms[..., -1]
 
 
@@ -35,7 +35,7 @@ def soft_binary_cross_entropy(s: torch.Tensor, t: torch.Tensor, w_bg: float = 1.
     Returns:
         (...), summed over classes.
     """
-    s, t = precise(s), precise(t)
+    s, t = at_least_float32(s), at_least_float32(t)
     p = t.sigmoid()
     terms = -p * F.logsigmoid(s) - w_bg * (1 - p) * F.logsigmoid(-s)
     if focus:
@@ -93,8 +93,8 @@ class Chen(nn.Module):
     ) -> dict[str, torch.Tensor]:
         terms = {}
         for pair in batch.heads:
-            soft = self._classification(pair).sum() / pair.counted
-            bounded = bounded_regression(*pair.regressed(), self.margin).sum() / pair.counted
+            soft = self._classification(pair).sum() / pair.normalizer
+            bounded = bounded_regression(*pair.matched_deltas(), self.margin).sum() / pair.normalizer
             terms[f"{pair.name}_cls"] = (1 - self.mu) / self.mu * soft
             terms[f"{pair.name}_reg"] = self.nu * bounded
         return terms

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import precise
+from .shared import at_least_float32
 
 
 def channel_kl(s: torch.Tensor, t: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
@@ -15,7 +15,7 @@ def channel_kl(s: torch.Tensor, t: torch.Tensor, tau: float = 1.0) -> torch.Tens
 
     ``s`` and ``t``: (N, C, h, w). Cells of the padding take part.
     """
-    log_s, log_t = ((precise(x).flatten(2) / tau).log_softmax(dim=2) for x in (s, t))
+    log_s, log_t = ((at_least_float32(x).flatten(2) / tau).log_softmax(dim=2) for x in (s, t))
     return tau**2 * F.kl_div(log_s, log_t, reduction="sum", log_target=True) / (s.shape[0] * s.shape[1])
 
 

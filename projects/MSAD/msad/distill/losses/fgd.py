@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import attention, paint_max, precise
+from .shared import at_least_float32, attention, rasterize_max
 
 
 def focal_masks(
@@ -27,7 +27,7 @@ def focal_masks(
     Returns:
         foreground, background, each (num_images, h, w).
     """
-    boxes = precise(boxes)
+    boxes = at_least_float32(boxes)
     low, high = (boxes[:, :2] / stride).floor(), (boxes[:, 2:] / stride).ceil()
 
     def covered(axis: int, length: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def focal_masks(
         return (cells >= low[:, axis, None]) & (cells <= high[:, axis, None])
 
     weight = 1 / (high - low + 1).prod(dim=1)
-    foreground = paint_max(covered(1, size[0]), covered(0, size[1]), image, weight, num_images)
+    foreground = rasterize_max(covered(1, size[0]), covered(0, size[1]), image, weight, num_images)
     background = (foreground == 0).to(foreground.dtype)
     return foreground, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
@@ -119,8 +119,8 @@ class FGD(nn.Module):
         for name, s in student.items():
             t = teacher[name]
             masks = focal_masks(*batch.boxes(s.device), self.strides[name], s.shape[-2:], len(s))
-            context = precise(self.student_context[name](s)) - precise(self.teacher_context[name](t))
-            difference = precise(s) - precise(t)
+            context = at_least_float32(self.student_context[name](s)) - at_least_float32(self.teacher_context[name](t))
+            difference = at_least_float32(s) - at_least_float32(t)
             whole = (difference + context[:, :, None, None]).square().sum() / len(s)
             terms = (*focal_loss(s, t, difference, masks, self.temperature), whole)
             for key, term in zip(totals, terms):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import cells_inside, precise
+from .shared import at_least_float32, locations_in_boxes
 
 REDUCTIONS = ("mean", "sum")
 
@@ -19,9 +19,10 @@ def hint_loss(
 
     "mean" is over the elements of all selected cells of the batch, and 0 without any; "sum" is divided by N.
     """
+    s, t = at_least_float32(s), at_least_float32(t)
     if mask is None:
-        return F.mse_loss(precise(s), precise(t), reduction=reduction) / (1 if reduction == "mean" else len(s))
-    total = ((precise(s) - precise(t)).square().sum(dim=1) * mask).sum()
+        return F.mse_loss(s, t, reduction=reduction) / (1 if reduction == "mean" else len(s))
+    total = ((s - t).square().sum(dim=1) * mask).sum()
     return total / (mask.sum() * s.shape[1]).clamp(min=1) if reduction == "mean" else total / len(s)
 
 
@@ -54,6 +55,6 @@ class FitNet(nn.Module):
             mask = None
             if self.gt_only:
                 boxes, image = batch.boxes(s.device)
-                mask = cells_inside(boxes, image, self.strides[name], s.shape[-2:], len(s))
+                mask = locations_in_boxes(boxes, image, self.strides[name], s.shape[-2:], len(s))
             total = total + hint_loss(s, teacher[name], mask, self.reduction)
         return {"l2": total}

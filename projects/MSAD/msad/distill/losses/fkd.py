@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import attention, precise
+from .shared import at_least_float32, attention
 
 SUBSAMPLE = (8, 4, 2, 2, 2)  # of the non-local module's keys and values, finest level first
 
@@ -36,7 +36,7 @@ class NonLocal(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, _, h, w = x.shape
         kernel = (min(self.subsample, h), min(self.subsample, w))
-        query, key, value = (precise(layer(x)) for layer in (self.query, self.key, self.value))
+        query, key, value = (at_least_float32(layer(x)) for layer in (self.query, self.key, self.value))
         with torch.autocast(x.device.type, enabled=False):  # float16 is too small for products of three maps
             keys, values = (F.max_pool2d(m, kernel).flatten(2) for m in (key, value))
             relation = torch.matmul(values, keys.transpose(1, 2) / keys.shape[2])  # (N, hidden, hidden)
@@ -116,7 +116,7 @@ class FKD(nn.Module):
             "channel": (parts["channel"](s.mean(dim=(2, 3))), t.mean(dim=(2, 3))),
             "relation": (parts["relation"](parts["student_nonlocal"](s)), parts["teacher_nonlocal"](t)),
         }
-        differences = {key: precise(a) - precise(b) for key, (a, b) in pairs.items()}
+        differences = {key: at_least_float32(a) - at_least_float32(b) for key, (a, b) in pairs.items()}
         differences["feature"] = weights * differences["feature"]
         return {key: length(difference, self.per_image) for key, difference in differences.items()}
 

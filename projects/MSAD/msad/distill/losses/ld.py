@@ -10,7 +10,7 @@ from torchvision.ops import box_iou, distance_box_iou
 from ...modeling.detectors import atss
 from .predictions import HeadPair
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import precise
+from .shared import at_least_float32
 
 
 def mean_kl(s: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -22,7 +22,7 @@ def mean_kl(s: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tenso
     Returns:
         (...). The mean over n bins instead of their sum is that of the released code; weights belong to it.
     """
-    log_s, log_t = ((precise(x) / temperature).log_softmax(dim=-1) for x in (s, t))
+    log_s, log_t = ((at_least_float32(x) / temperature).log_softmax(dim=-1) for x in (s, t))
     return temperature**2 * F.kl_div(log_s, log_t, reduction="none", log_target=True).mean(dim=-1)
 
 
@@ -100,7 +100,7 @@ class LD(nn.Module):
         share = 1 / len(pair.labels) if self.per_image else 1.0
         terms = {}
         if self.w_main:
-            score = precise(pair.student_logits[pair.positives].detach()).sigmoid().amax(dim=1)
+            score = at_least_float32(pair.student_logits[pair.positives].detach()).sigmoid().amax(dim=1)
             terms["main"] = self.w_main * share * (score[:, None] * self._sides(pair, pair.positives)).sum() / 4
         if self.w_vlr:
             boxes, image = batch.boxes(pair.labels.device)

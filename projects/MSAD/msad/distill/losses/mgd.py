@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import precise
+from .shared import at_least_float32
 
 
 def mask_cells(x: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -53,5 +53,6 @@ class MGD(nn.Module):
         total = 0.0
         for name, s in student.items():
             made = self.generators[name](mask_cells(s, self.mask_ratio))
-            total = total + F.mse_loss(precise(made), precise(teacher[name]), reduction="sum") / len(s)
+            made, t = at_least_float32(made), at_least_float32(teacher[name])
+            total = total + F.mse_loss(made, t, reduction="sum") / len(s)
         return {"l2": total}

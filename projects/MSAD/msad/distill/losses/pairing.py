@@ -58,7 +58,7 @@ def pair_levels(
     return [LevelPair(partner[name], name) for name in sorted(levels, key=lambda name: teacher[name].stride)]
 
 
-def build_adaptors(
+def build_adaptation(
     pairs: list[LevelPair],
     student: dict[str, ShapeSpec],
     teacher: dict[str, ShapeSpec],

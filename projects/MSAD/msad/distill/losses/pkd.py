@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import precise
+from .shared import at_least_float32
 
 
 def unit_deviation(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -15,7 +15,7 @@ def unit_deviation(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
     ``eps`` keeps a constant channel, and its gradient, finite: sqrt(var + eps^2) stands for std + eps.
     """
-    x = precise(x)
+    x = at_least_float32(x)
     single = x.numel() == x.shape[1]  # value per channel; its deviation is 0
     var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=0 if single else 1)
     return (x - mean) * torch.rsqrt(var + eps**2)

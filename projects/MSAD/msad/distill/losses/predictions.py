@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ...modeling.heads import DENSE, ROI, coordinates
-from .shared import precise
+from ...modeling.head_outputs import DENSE, ROI, coordinates
+from .shared import at_least_float32
 
 
 @dataclass
@@ -57,7 +57,7 @@ class HeadPair:
         return ((self.labels >= 0) & (self.labels < self.classes)).nonzero(as_tuple=True)
 
     @cached_property
-    def counted(self) -> torch.Tensor:
+    def normalizer(self) -> torch.Tensor:
         """What detection losses of this head are divided by, at least 1.
 
         The positives of a dense head; all anchors or proposals drawn for the others.
@@ -66,14 +66,14 @@ class HeadPair:
             return self.labels.new_full((), len(self.positives[0]), dtype=torch.float32).clamp(min=1)
         return (self.labels >= 0).sum().clamp(min=1)
 
-    def regressed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def matched_deltas(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Encoded boxes of the P positives in the units of ``transform``: student's, teacher's and target, (P, 4)."""
         image, place = self.positives
         target = self.transform.get_deltas(self.anchors[place], self.targets[image, place])
         kind = self.labels[image, place]
         sides = []
         for raw in (self.student_boxes, self.teacher_boxes):
-            x = precise(raw[image, place])
+            x = at_least_float32(raw[image, place])
             if self.name == ROI and x.shape[1] > 4:
                 x = x.unflatten(1, (-1, 4))[torch.arange(len(x), device=x.device), kind]
             sides.append(coordinates(self.transform, x))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
-from .shared import precise
+from .shared import at_least_float32
 
 # What is one vector: the whole map of an image, all channels of a cell, or all cells of a channel.
 UNITS = {"layer": (1, 2, 3), "pixel": (1,), "location": (1,), "channel": (2, 3)}
@@ -27,13 +27,13 @@ def unit_vectors(x: torch.Tensor, dims: tuple[int, ...], eps: float = 1e-12) -> 
 def angular_loss(s: torch.Tensor, t: torch.Tensor, unit: str) -> torch.Tensor:
     """Mean of 2 (1 - cos) over the vectors of (N, C, h, w) maps: the squared distance of unit vectors, in [0, 4]."""
     dims = UNITS[unit]
-    square = (unit_vectors(precise(s), dims) - unit_vectors(precise(t), dims)).square()
+    square = (unit_vectors(at_least_float32(s), dims) - unit_vectors(at_least_float32(t), dims)).square()
     return square.sum(dim=dims).mean()
 
 
 def magnitude_loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Mean over images of (m - n)^2 / D."""
-    m, n = (torch.linalg.vector_norm(precise(x), dim=(1, 2, 3)) for x in (t, s))
+    m, n = (torch.linalg.vector_norm(at_least_float32(x), dim=(1, 2, 3)) for x in (t, s))
     return (m - n).square().mean() / s[0].numel()
 
 
@@ -60,7 +60,7 @@ class NaiveL2(_SumOverLevels):
     """Mean squared difference, eq. (10)."""
 
     def compare(self, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return F.mse_loss(precise(s), precise(t))
+        return F.mse_loss(at_least_float32(s), at_least_float32(t))
 
 
 @DISTILL_LOSS_REGISTRY.register()

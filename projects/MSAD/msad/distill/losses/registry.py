@@ -36,7 +36,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ...config import nearest
-from .pairing import LevelPair, build_adaptors, pair_levels, resize_to
+from .pairing import LevelPair, build_adaptation, pair_levels, resize_to
 from .predictions import HeadPair
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def build_losses(
 
     Args:
         entries: {NAME, WEIGHT, LEVELS (default: all that have a partner), MATCH, ADAPTOR, ADAPTOR_NORM, further
-            options of the loss}; see :func:`pair_levels` and :func:`build_adaptors`.
+            options of the loss}; see :func:`pair_levels` and :func:`build_adaptation`.
         student, teacher: H-frame shapes; strides in H pixels.
         seed: initial weights of a loss are a function of it and of the loss's name alone.
 
@@ -202,7 +202,7 @@ def _build_loss(
             raise ValueError(f"DISTILL.LOSSES: {label} adapts channels by itself and takes no ADAPTOR")
         adaptors = nn.ModuleDict()
     else:
-        adaptors = build_adaptors(pairs, student, teacher, adaptor, norm)
+        adaptors = build_adaptation(pairs, student, teacher, adaptor, norm)
     given = {
         "channels": {pair.teacher: teacher[pair.teacher].channels for pair in pairs},
         "student_channels": {pair.teacher: student[pair.student].channels for pair in pairs},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def precise(x: torch.Tensor) -> torch.Tensor:
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """``x`` in float32 at least, so that sums over maps are safe under mixed precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -21,13 +21,13 @@ def attention(x: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.
         channel: (N, C), C softmax over the channels of mean_hw |x| / T; sums to C.
     """
     n, c, h, w = x.shape
-    energy = precise(x).abs()
+    energy = at_least_float32(x).abs()
     spatial = h * w * (energy.mean(dim=1).flatten(1) / temperature).softmax(dim=1)
     channel = c * (energy.mean(dim=(2, 3)) / temperature).softmax(dim=1)
     return spatial.view(n, h, w), channel
 
 
-def paint_max(
+def rasterize_max(
     rows: torch.Tensor, columns: torch.Tensor, image: torch.Tensor, values: torch.Tensor, num_images: int
 ) -> torch.Tensor:
     """Draw K rectangles; where several overlap, the largest value counts, and 0 where there is none.
@@ -49,7 +49,7 @@ def paint_max(
     return canvas.scatter_reduce(0, image, covers * values[:, None, None], "amax")
 
 
-def cells_inside(
+def locations_in_boxes(
     boxes: torch.Tensor, image: torch.Tensor, stride: int, size: tuple[int, int], num_images: int
 ) -> torch.Tensor:
     """Cells whose centre lies inside a box of their image.
@@ -63,13 +63,13 @@ def cells_inside(
     Returns:
         (num_images, h, w) float, 1 inside and 0 elsewhere.
     """
-    boxes = precise(boxes)
+    boxes = at_least_float32(boxes)
 
     def covered(low: torch.Tensor, high: torch.Tensor, length: int) -> torch.Tensor:
         centre = (torch.arange(length, device=boxes.device) + 0.5) * stride
         return (centre > low[:, None]) & (centre < high[:, None])
 
     x0, y0, x1, y1 = boxes.unbind(1)
-    return paint_max(covered(y0, y1, size[0]), covered(x0, x1, size[1]), image, torch.ones_like(x0), num_images)
+    return rasterize_max(covered(y0, y1, size[0]), covered(x0, x1, size[1]), image, torch.ones_like(x0), num_images)
 
 

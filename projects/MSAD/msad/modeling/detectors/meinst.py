@@ -12,8 +12,8 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from ..mask_code import IN_CHECKPOINT, MaskCode
 from .fcos import FCOS
+from .mask_code import IN_CHECKPOINT, MaskCode
 
 
 class MEInstHead(fcos.FCOSHead):

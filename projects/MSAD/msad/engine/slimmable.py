@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from .mobilenetv2 import MobileNetV2
+from ..modeling.backbones.mobilenetv2 import MobileNetV2
 
 # Of the images that slimmable networks were trained on: RGB, 0-255.
 PIXEL_MEAN = (123.675, 116.28, 103.53)

@@ -1,4 +1,4 @@
-"""What the heads of a detector say: recorded while a training step runs, or evaluated for given maps and proposals.
+"""Record the outputs and targets of a detector's heads while a training step runs.
 
 A dense detector has one head, "dense"; an R-CNN has "rpn" (on anchors) and "roi" (on proposals). No detector is edited:
 outputs are taken by forward hooks and targets by covering the method that assigns them, for the length of a call.
@@ -6,15 +6,14 @@ outputs are taken by forward hooks and targets by covering the method that assig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import nn
 
 from .detectors.distribution import DistributionTransform, integral
@@ -41,32 +40,6 @@ class Head(NamedTuple):
     classes: int
 
 
-def heads_of(detector: nn.Module) -> dict[str, Head]:
-    """The heads whose predictions can be compared, by name.
-
-    Raises:
-        TypeError: neither a dense detector nor an R-CNN with one box predictor of softmax classes.
-    """
-    if isinstance(detector, DenseDetector):
-        levels = list(detector.head_in_features)
-        return {DENSE: Head(detector.head, detector, detector, "label_anchors", levels, detector.num_classes)}
-    rpn, roi = getattr(detector, "proposal_generator", None), getattr(detector, "roi_heads", None)
-    predictor = getattr(roi, "box_predictor", None)
-    # Cascades have a list of predictors, C4 models no pooler of boxes by itself.
-    if (
-        not hasattr(rpn, "rpn_head") or not hasattr(roi, "box_pooler") or not hasattr(predictor, "box2box_transform")
-        or getattr(predictor, "use_sigmoid_ce", False)
-    ):  # fmt: skip
-        raise TypeError(
-            f"the head predictions of a {type(detector).__name__} with {type(roi).__name__} cannot be compared: only "
-            "those of dense detectors and of R-CNNs with an RPN and StandardROIHeads (softmax) can"
-        )
-    return {
-        RPN: Head(rpn.rpn_head, rpn, rpn, "label_and_sample_anchors", list(rpn.in_features), 1),
-        ROI: Head(predictor, predictor, roi, "label_and_sample_proposals", list(roi.box_in_features), roi.num_classes),
-    }
-
-
 @dataclass
 class HeadRecord:
     """What happened in one training step, by name of the head."""
@@ -76,8 +49,8 @@ class HeadRecord:
 
 
 @contextmanager
-def tap_heads(detector: nn.Module) -> Iterator[HeadRecord]:
-    """Inside, a training step of ``detector`` also fills the yielded record; nothing is computed twice."""
+def tap_heads(heads: Mapping[str, Head]) -> Iterator[HeadRecord]:
+    """Inside, a training step of the detector of ``heads`` also fills the yielded record; nothing is computed twice."""
     record, handles, covered = HeadRecord(), [], []
 
     def keep(name: str) -> Callable:
@@ -92,7 +65,7 @@ def tap_heads(detector: nn.Module) -> Iterator[HeadRecord]:
         return assign
 
     try:
-        for name, head in heads_of(detector).items():
+        for name, head in heads.items():
             handles.append(head.module.register_forward_hook(keep(name)))
             setattr(head.assigner, head.assign, recording(name, getattr(head.assigner, head.assign)))
             covered.append(head)
@@ -102,16 +75,6 @@ def tap_heads(detector: nn.Module) -> Iterator[HeadRecord]:
             handle.remove()
         for head in covered:
             delattr(head.assigner, head.assign)  # uncover the method
-
-
-def run_head(detector: nn.Module, name: str, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> tuple:
-    """Output of head ``name`` on ``features``; ``boxes`` of each image, in its pixels, are read by "roi" alone."""
-    head = heads_of(detector)[name]
-    maps = [features[level] for level in head.levels]
-    if name != ROI:
-        return head.module(maps)
-    roi = detector.roi_heads
-    return head.module(roi.box_head(roi.box_pooler(maps, boxes)))
 
 
 def box_code(head: Head) -> tuple:

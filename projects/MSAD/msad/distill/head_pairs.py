@@ -7,15 +7,16 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..modeling import heads as H_
+from ..modeling.adapters import adapt
 from ..modeling.detectors.distribution import DistributionTransform
+from ..modeling.head_outputs import DENSE, ROI, RPN, HeadRecord, box_code, cell_anchors, proposal_targets
 from ..resolution import shift_names
 from .losses.predictions import HeadPair
 
 
 def head_kind(detector: nn.Module) -> str:
     """What losses declare in ``heads``: "distributions" (GFL), "dense" (RetinaNet, FCOS) or "rcnn"."""
-    head = H_.heads_of(detector).get(H_.DENSE)
+    head = adapt(detector).heads().get(DENSE)
     if head is None:
         return "rcnn"
     return "distributions" if isinstance(head.owner.box2box_transform, DistributionTransform) else "dense"
@@ -35,7 +36,7 @@ def check_heads(student: nn.Module, teacher: nn.Module, shift: int, kinds: tuple
                 f"DISTILL.LOSSES: {loss} compares the predictions of {' or '.join(kinds)} heads; "
                 f"the {side} {type(detector).__name__} has {head_kind(detector)}"
             )
-    ours, theirs = (H_.heads_of(detector) for detector in both.values())
+    ours, theirs = (adapt(detector).heads() for detector in both.values())
     if ours.keys() != theirs.keys():
         names = " and ".join(f"a {type(detector).__name__} {side}" for side, detector in both.items())
         raise ValueError(f"DISTILL.LOSSES: {loss} needs heads of one kind, not those of {names}")
@@ -44,11 +45,11 @@ def check_heads(student: nn.Module, teacher: nn.Module, shift: int, kinds: tuple
         differing = {
             "levels (H frame)": (shift_names(s.levels, shift), t.levels),
             "classes": (s.classes, t.classes),
-            "box encoding": (H_.box_code(s), H_.box_code(t)),
+            "box encoding": (box_code(s), box_code(t)),
         }
-        if name != H_.ROI:
+        if name != ROI:
             scale = float(2**shift)
-            rounded = ([(scale * x).tolist() for x in H_.cell_anchors(s)], [x.tolist() for x in H_.cell_anchors(t)])
+            rounded = ([(scale * x).tolist() for x in cell_anchors(s)], [x.tolist() for x in cell_anchors(t)])
             if not _nearly_equal(*rounded):
                 differing["anchors (H pixels)"] = rounded
         else:
@@ -74,7 +75,7 @@ def _rows(levels: list[torch.Tensor], width: int) -> torch.Tensor:
 
 
 def pair_heads(
-    record: H_.HeadRecord, student: nn.Module, teacher: nn.Module, features: dict[str, torch.Tensor], shift: int
+    record: HeadRecord, student: nn.Module, teacher: nn.Module, features: dict[str, torch.Tensor], shift: int
 ) -> list[HeadPair]:
     """One pair a head.
 
@@ -86,22 +87,22 @@ def pair_heads(
     """
     scale = 2**shift
     pairs = []
-    for name, head in H_.heads_of(student).items():
+    for name, head in adapt(student).heads().items():
         boxes = []
         args, assigned = record.assigned[name]
-        if name == H_.ROI:
+        if name == ROI:
             boxes = [Boxes(p.proposal_boxes.tensor * scale) for p in assigned]
         with torch.no_grad():
-            output = H_.run_head(teacher, name, features, boxes)
+            output = adapt(teacher).run_head(name, features, boxes)
         outputs = record.outputs[name], output
-        if name == H_.ROI:
-            anchors, labels, targets = H_.proposal_targets(assigned)
+        if name == ROI:
+            anchors, labels, targets = proposal_targets(assigned)
             sides = [(logits[None], deltas[None]) for logits, deltas in outputs]
             labels, targets, sizes = labels[None], targets[None], [len(anchors)]
         else:
             anchors = torch.cat([level.tensor for level in args[0]])
             labels, targets = (torch.stack(list(x)) for x in assigned[:2])  # MEInst assigns codes too
-            if name == H_.RPN:  # 1 object, 0 background, -1 not drawn
+            if name == RPN:  # 1 object, 0 background, -1 not drawn
                 labels = torch.where(labels < 0, -1, 1 - labels.long())
             sizes = [len(level) for level in args[0]]
             reg_max = getattr(head.owner.box2box_transform, "reg_max", None)
