@@ -232,7 +232,7 @@ def test_parameters_of_the_parts_add_up(teacher):
 
 
 def test_other_models_are_refused_by_name():
-    with pytest.raises(TypeError, match="not for Linear"):
+    with pytest.raises(TypeError, match="Linear cannot be run from features"):
         cost.count_parameters(nn.Linear(1, 1))
 
 

@@ -45,6 +45,7 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
         TypeError: no adapter knows the detector.
     """
     detector = getattr(model, "detector", model)
+    head = adapt(detector).head_modules()
     backbone = detector.backbone
     backbones = list(backbone.branches.values()) if isinstance(backbone, FusionBackbone) else [backbone]
     modules = {"bottom_up": [getattr(network, "bottom_up", network) for network in backbones]}
@@ -54,7 +55,7 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
         modules["fusion"] = [backbone.fusion]
     elif detector is not model:
         modules["fusion"] = [model.fusion]
-    modules["head"] = adapt(detector).head_modules()
+    modules["head"] = head
     return modules
 
 
