@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 
-from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
+from detectron2.layers import CNNBlockBase, Conv2d, DeformConv, ModulatedDeformConv, ShapeSpec, get_norm
 
 from .backbone import Backbone
 from .build import BACKBONE_REGISTRY
@@ -65,8 +65,10 @@ class _ResidualBlock(CNNBlockBase):
 
     def _init_convs(self) -> None:
         # The shortcut last, as detectron2 does: the same seed then gives the same weights.
-        for conv in sorted(self.children(), key=lambda child: child is self.shortcut):
-            c2_msra_fill(conv)
+        for name in ("conv1", "conv2", "conv3", "shortcut"):
+            conv = getattr(self, name, None)
+            if conv is not None:
+                c2_msra_fill(conv)
 
     def _join(self, branch: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         # In place: the last convolution of the branch needs only its input for its gradient.
@@ -111,14 +113,45 @@ class BottleneckBlock(_ResidualBlock):
         return self._join(self.conv3(hidden), x)
 
 
-class DeformBottleneckBlock(CNNBlockBase):
-    """Not part of detectron2-lite: there is no deformable convolution in it."""
+class DeformBottleneckBlock(_ResidualBlock):
+    """A :class:`BottleneckBlock` whose 3x3 convolution is deformable (arXiv:1703.06211; modulated: 1811.11168).
 
-    def __init__(self, *args, **kwargs):
-        raise NotImplementedError(
-            "detectron2-lite has no deformable convolutions (DeformBottleneckBlock, "
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE); use the full detectron2 for this model"
+    Offsets and, if ``deform_modulated``, factors are predicted by a 3x3 convolution beside it, ``conv2_offset``, that
+    starts at zero: the block starts as a plain one (modulated: with half of the 3x3 convolution, as sigmoid(0) = 0.5).
+    ``deform_num_groups`` groups of channels have offsets of their own.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, bottleneck_channels: int, stride: int = 1,
+        num_groups: int = 1, norm="BN", stride_in_1x1: bool = False, dilation: int = 1,
+        deform_modulated: bool = False, deform_num_groups: int = 1,
+    ):
+        super().__init__(in_channels, out_channels, stride, norm)
+        self.deform_modulated = deform_modulated
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        width = bottleneck_channels
+        window = {"stride": second, "padding": dilation, "dilation": dilation}
+        self.conv1 = _conv(in_channels, width, 1, norm, stride=first)
+        # For each group and each of the 9 taps dy and dx, and behind all of these the factors.
+        self.conv2_offset = Conv2d(width, (27 if deform_modulated else 18) * deform_num_groups, 3, **window)
+        self.conv2 = (ModulatedDeformConv if deform_modulated else DeformConv)(
+            width, width, 3, **window, bias=False, groups=num_groups, deformable_groups=deform_num_groups,
+            norm=get_norm(norm, width),
         )
+        self.conv3 = _conv(width, out_channels, 1, norm)
+        self._init_convs()
+        nn.init.zeros_(self.conv2_offset.weight)
+        nn.init.zeros_(self.conv2_offset.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.relu_(self.conv1(x))
+        where = self.conv2_offset(hidden)
+        if self.deform_modulated:
+            split = where.shape[1] // 3 * 2
+            hidden = self.conv2(hidden, where[:, :split], where[:, split:].sigmoid())
+        else:
+            hidden = self.conv2(hidden, where)
+        return self._join(self.conv3(F.relu_(hidden)), x)
 
 
 class ResNet(Backbone):
@@ -271,8 +304,8 @@ def _stage_settings(node) -> list[dict]:
     """Arguments of ``make_stage`` for res2 to res5 from a ``cfg.MODEL.RESNETS`` node, checked."""
     depth, dilation = node.DEPTH, node.RES5_DILATION
     counts = _blocks_of(depth)
-    if any(node.DEFORM_ON_PER_STAGE):
-        DeformBottleneckBlock()
+    if len(node.DEFORM_ON_PER_STAGE) != len(counts):
+        raise ValueError(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE must have {len(counts)} entries, for res2 to res5")
     if dilation not in (1, 2):
         raise ValueError(f"MODEL.RESNETS.RES5_DILATION must be 1 or 2, not {dilation}")
     basic = depth in BASIC_DEPTHS
@@ -280,6 +313,8 @@ def _stage_settings(node) -> list[dict]:
         for key, needed in (("RES2_OUT_CHANNELS", 64), ("RES5_DILATION", 1), ("NUM_GROUPS", 1)):
             if node[key] != needed:
                 raise ValueError(f"MODEL.RESNETS.{key} must be {needed} for ResNet-{depth}, not {node[key]}")
+        if any(node.DEFORM_ON_PER_STAGE):
+            raise ValueError(f"MODEL.RESNETS.DEFORM_ON_PER_STAGE: ResNet-{depth} has no deformable blocks")
 
     settings, c_in = [], node.STEM_OUT_CHANNELS
     for level, count in enumerate(counts):
@@ -300,6 +335,12 @@ def _stage_settings(node) -> list[dict]:
                 "num_groups": node.NUM_GROUPS,
                 "stride_in_1x1": node.STRIDE_IN_1X1,
                 "dilation": 2 if dilated else 1,
+            }
+        if node.DEFORM_ON_PER_STAGE[level]:
+            stage |= {
+                "block_class": DeformBottleneckBlock,
+                "deform_modulated": node.DEFORM_MODULATED,
+                "deform_num_groups": node.DEFORM_NUM_GROUPS,
             }
         settings.append(stage)
         c_in = c_out

@@ -8,8 +8,10 @@ from detectron2.layers import (
     CNNBlockBase,
     Conv2d,
     CycleBatchNormList,
+    DeformConv,
     DepthwiseSeparableConv2d,
     FrozenBatchNorm2d,
+    ModulatedDeformConv,
     ROIAlign,
     ShapeSpec,
     batched_nms,
@@ -33,7 +35,7 @@ NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "LN", "naiveSyncBN", "nai
 def probe(workdir: pathlib.Path) -> dict:
     torch.set_num_threads(1)
     out = {}
-    for part in (_norms, _frozen, _blocks, _nms, _losses, _roi_align, _paste, _small):
+    for part in (_norms, _frozen, _blocks, _nms, _losses, _roi_align, _paste, _small, _deform):
         rng = np.random.default_rng(11)
         torch.manual_seed(11)
         out.update({f"{part.__name__[1:]}.{k}": v for k, v in part(rng, workdir).items()})
@@ -219,3 +221,22 @@ def _small(rng, workdir):
         "spec": repr(ShapeSpec(channels=3, stride=4)),
         "spec_equal": str(ShapeSpec(3) == ShapeSpec(channels=3)),
     }
+
+
+def _deform(rng, workdir):
+    """On a CPU detectron2's operator has no gradients, one deformable group and no modulation: only its parameters
+    are compared beyond that."""
+    out = {}
+    for groups, deformable, stride, dilation in ((1, 1, 1, 1), (2, 1, 2, 1), (4, 1, 1, 2), (1, 2, 1, 1), (4, 4, 1, 1)):
+        window = {"stride": stride, "padding": dilation, "dilation": dilation}
+        layer = DeformConv(8, 12, 3, **window, groups=groups, deformable_groups=deformable, norm=nn.BatchNorm2d(12))
+        modulated = ModulatedDeformConv(8, 12, 3, **window, groups=groups, deformable_groups=deformable)
+        name = f"{groups}.{deformable}.{stride}.{dilation}"
+        out[f"{name}.parameters"] = [list(layer.state_dict()), layer.weight]
+        out[f"{name}.modulated.parameters"] = [list(modulated.state_dict()), modulated.weight, modulated.bias]
+        if deformable == 1:
+            x, offset = _tensor(rng, 2, 8, 9, 11), _tensor(rng, 2, 18, (9 - 1) // stride + 1, (11 - 1) // stride + 1)
+            out[name] = layer(x, offset)
+    out["no_image"] = DeformConv(8, 12, 3)(torch.zeros(0, 8, 9, 11), torch.zeros(0, 18, 7, 9))
+    out["no_bias"] = list(ModulatedDeformConv(8, 12, 3, bias=False).state_dict())
+    return out

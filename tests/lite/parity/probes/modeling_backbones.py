@@ -6,7 +6,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_backbone, build_model
 from detectron2.modeling.backbone import BasicStem, BottleneckBlock
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from detectron2.modeling.backbone.resnet import BasicBlock, build_resnet_backbone, make_stage
+from detectron2.modeling.backbone.resnet import BasicBlock, DeformBottleneckBlock, build_resnet_backbone, make_stage
 
 VARIANTS = {
     "r50_c4": {},
@@ -15,6 +15,12 @@ VARIANTS = {
     "r18": {"DEPTH": 18, "RES2_OUT_CHANNELS": 64, "OUT_FEATURES": ["res2", "res5"]},
     "r34_bn": {"DEPTH": 34, "RES2_OUT_CHANNELS": 64, "NORM": "BN", "OUT_FEATURES": ["res3"]},
     "x50": {"NUM_GROUPS": 32, "WIDTH_PER_GROUP": 4, "STRIDE_IN_1X1": False, "OUT_FEATURES": ["res3"]},
+    "x50_64x4d": {"NUM_GROUPS": 64, "WIDTH_PER_GROUP": 4, "STRIDE_IN_1X1": False, "OUT_FEATURES": ["res4"]},
+    "r50_dcn": {"DEFORM_ON_PER_STAGE": [False, True, True, True], "OUT_FEATURES": ["res5"]},
+    "x50_dcn": {
+        "DEFORM_ON_PER_STAGE": [False, False, True, True], "NUM_GROUPS": 32, "WIDTH_PER_GROUP": 4,
+        "STRIDE_IN_1X1": False, "RES5_DILATION": 2, "OUT_FEATURES": ["res3", "res5"],
+    },
     "r50_gn": {"NORM": "GN", "OUT_FEATURES": ["res2", "res3"]},
     "stem_only": {"OUT_FEATURES": ["stem"]},
 }
@@ -41,8 +47,18 @@ def probe(workdir):
         cfg.MODEL.RESNETS.merge_from_list([x for item in settings.items() for x in item])
         torch.manual_seed(4)
         model = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+        for part, module in model.named_modules():
+            if part.endswith("conv2_offset"):  # starts at zero: no displacement
+                torch.nn.init.normal_(module.weight, std=0.1)
         out[name] = described(model, image)
         out[f"{name}.stages"] = [list(model.stage_names), len(model.stages), model.num_classes]
+
+    for modulated, groups in ((False, 4), (True, 1), (True, 2)):  # detectron2's operator for these needs a GPU
+        torch.manual_seed(9)
+        options = {"deform_modulated": modulated, "deform_num_groups": groups, "num_groups": 2, "dilation": 2}
+        block = DeformBottleneckBlock(8, 16, bottleneck_channels=8, stride=2, stride_in_1x1=True, **options)
+        shapes = {name: list(value.shape) for name, value in block.state_dict().items()}
+        out[f"deform_block_{modulated}_{groups}"] = [shapes, [float(v.double().sum()) for v in block.parameters()]]
 
     for freeze_at in range(7):
         model = ResNet(BasicStem(norm="BN"), ResNet.make_default_stages(18, norm="BN"), freeze_at=freeze_at)
