@@ -8,9 +8,8 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
@@ -19,6 +18,7 @@ from ..data.loader import build_train_loader
 from ..distill.distiller import Distiller
 from ..distill.init import init_student
 from ..distill.schedules import paper_weights
+from ..evaluation.evaluators import build_evaluator
 from ..modeling.features import freeze_unused_levels
 from ..modeling.teacher import MultiScaleTeacher
 from . import doctor
@@ -120,17 +120,8 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """COCO metrics; TEST.DETECTIONS_PER_IMAGE also bounds what the evaluator counts.
-
-        Without TEST.KEYPOINT_OKS_SIGMAS the data set's own sigmas are used, if it has any.
-        """
-        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS or MetadataCatalog.get(dataset_name).get("keypoint_oks_sigmas", [])
-        return COCOEvaluator(
-            dataset_name,
-            output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
-            max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-            kpt_oks_sigmas=sigmas,
-        )
+        """The evaluator of the data set's ``evaluator_type``, see :mod:`msad.evaluation.evaluators`."""
+        return build_evaluator(cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     def build_hooks(self) -> list:
         """detectron2's hooks, writing the student alone, and ours."""

@@ -1,0 +1,42 @@
+"""Evaluators by the ``evaluator_type`` of a data set, as detectron2's own training script chooses them.
+
+A further type is one function ``(cfg, name of the data set, output folder) -> DatasetEvaluator``, registered under the
+name of the type.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from fvcore.common.registry import Registry
+
+EVALUATOR_REGISTRY = Registry("EVALUATOR")
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """The evaluator of a registered data set; a set that names no type gets COCO's.
+
+    Raises:
+        ValueError: no evaluator is registered for its type; says which there are.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind not in EVALUATOR_REGISTRY:
+        known = ", ".join(sorted(name for name, _ in EVALUATOR_REGISTRY))
+        raise ValueError(f"data set {dataset_name!r} has evaluator_type {kind!r}; there are evaluators for {known}")
+    return EVALUATOR_REGISTRY.get(kind)(cfg, dataset_name, output_folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """COCO metrics; TEST.DETECTIONS_PER_IMAGE also bounds what the evaluator counts.
+
+    Without TEST.KEYPOINT_OKS_SIGMAS the data set's own sigmas are used, if it has any.
+    """
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS or MetadataCatalog.get(dataset_name).get("keypoint_oks_sigmas", [])
+    return COCOEvaluator(
+        dataset_name,
+        output_dir=output_folder,
+        max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        kpt_oks_sigmas=sigmas,
+    )
