@@ -8,10 +8,13 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import transform_instance_annotations
+from fvcore.common.registry import Registry
 
 from msad.config import add_msad_config
 from msad.data import make_dataset, register_datasets, register_entries, shapes
+from msad.data import register as register_module
 from msad.data.checks import check_dataset
+from msad.data.dataset_types import DATASET_TYPE_REGISTRY, PATH, TEXT, add_dataset, check_entry
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +139,33 @@ def test_all_entries_are_checked_before_any_is_registered(root):
         ({"NAME": "a", "JSON": "x", "IMAGES": "y", "KEYPOINT_FLIP_PAIRS": [["l"]]}, "must be a list of pairs"),
         ({"NAME": "a", "JSON": "x", "IMAGES": "y", "KEYPOINT_SIGMAS": [0.0]}, "a list of positive numbers"),
         ("a", r"REGISTER\[0\] must be a mapping"),
+        ({"NAME": "a", "TYPE": "coko", "JSON": "x", "IMAGES": "y"}, r"\('a'\): unknown TYPE 'coko'; did you mean coco"),
+        ({"NAME": "a", "TYPE": 3, "JSON": "x", "IMAGES": "y"}, "unknown TYPE 3. Known are coco"),
     ],
 )
 def test_wrong_entries(entry, message):
     with pytest.raises(ValueError, match=message):
         register_datasets(_cfg(entry))
+
+
+def test_a_type_is_a_function_with_keys_of_its_own(monkeypatch):
+    types = Registry("DATASET_TYPE")
+
+    @types.register()
+    def list_of_files(name, entry):
+        entry = check_entry(entry, {"FOLDER": PATH, "PATTERN": TEXT.optional()})
+        files = [f"{entry['FOLDER']}/{i}.png" for i in range(2)]
+        add_dataset(name, entry, lambda: [{"file_name": f} for f in files], evaluator_type="none")
+
+    monkeypatch.setattr(register_module, "DATASET_TYPE_REGISTRY", types)
+    assert register_datasets(_cfg({"NAME": "files", "TYPE": "list_of_files", "FOLDER": "/here"})) == ["files"]
+    assert DatasetCatalog.get("files") == [{"file_name": "/here/0.png"}, {"file_name": "/here/1.png"}]
+    assert MetadataCatalog.get("files").evaluator_type == "none"
+    with pytest.raises(ValueError, match=r"\('b'\): unknown key 'PATERN'; did you mean 'PATTERN'"):
+        register_datasets(_cfg({"NAME": "b", "TYPE": "list_of_files", "FOLDER": "/here", "PATERN": "x"}))
+    with pytest.raises(ValueError, match="unknown TYPE 'coco'"):
+        register_datasets(_cfg({"NAME": "b", "JSON": "x", "IMAGES": "y"}))
+    assert "coco" in DATASET_TYPE_REGISTRY
 
 
 @pytest.mark.parametrize(("key", "kind"), [("JSON", "file"), ("IMAGES", "folder")])

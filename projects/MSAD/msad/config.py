@@ -16,8 +16,9 @@ from detectron2.config import get_cfg
 def add_msad_config(cfg: CN) -> CN:
     """Add the project's keys to a detectron2 config, in place, and return it."""
     # --- data sets declared in yaml ------------------------------------------------------------------------------
-    # Entries {NAME, JSON, IMAGES, CLASSES, KEYPOINT_FLIP_PAIRS, KEYPOINT_SIGMAS}, of which the first three are needed;
-    # paths are relative to $DETECTRON2_DATASETS. CLASSES are the names that the file must have, by ascending id.
+    # Entries {NAME, TYPE, ...}. TYPE "coco" (default) has JSON and IMAGES, and if wanted CLASSES, KEYPOINT_FLIP_PAIRS,
+    # KEYPOINT_SIGMAS; paths are relative to $DETECTRON2_DATASETS. CLASSES are the names that the file must have, by
+    # ascending id.
     cfg.DATASETS.REGISTER = []
 
     # --- backbones and necks -------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Data: data sets declared in yaml, their checks, the exactly resumable training loader, synthetic scenes."""
 
 from .checks import DatasetReport, check_dataset, clean
+from .dataset_types import DATASET_TYPE_REGISTRY
 from .loader import TrainLoader, build_train_loader
 from .register import register_datasets
 from .synthetic import make_dataset, register_entries
 
 __all__ = [
+    "DATASET_TYPE_REGISTRY",
     "DatasetReport",
     "TrainLoader",
     "build_train_loader",
