@@ -81,11 +81,12 @@ def render(source: str) -> str:
     return "\n".join(lines) + "\n" + TAIL
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
     page = render(SOURCE.read_text())
-    if parser.parse_args().check:
+    if args.check:
         if not TARGET.is_file() or TARGET.read_text() != page:
             print(f"{TARGET.name} is not up to date; run {Path(__file__).name}", file=sys.stderr)
             return 1

@@ -16,7 +16,7 @@ import sys
 import torch
 from detectron2.modeling import build_backbone
 
-from msad import load_config
+from msad import cli, load_config
 from msad.engine.checkpoint import atomic_write
 from msad.engine.slimmable import PIXEL_MEAN, PIXEL_STD, from_slimmable
 
@@ -36,6 +36,7 @@ def convert(weights: str, config_file: str, output: str = "", opts: tuple = ()) 
         )
     if not os.path.isfile(weights):
         raise FileNotFoundError(f"no checkpoint {weights}")
+    cli.refuse_overwriting([output], [weights, config_file])
     backbone = build_backbone(cfg)
     network = getattr(backbone, "bottom_up", backbone)
     state = from_slimmable(torch.load(weights, map_location="cpu", weights_only=True), network)
@@ -51,18 +52,13 @@ def convert(weights: str, config_file: str, output: str = "", opts: tuple = ()) 
     return f"{len(state)} tensors of a {type(network).__name__} written to {output}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, metavar="FILE", help="the public checkpoint")
     parser.add_argument("--config-file", required=True, metavar="FILE", help="yaml of a detector of the wanted width")
     parser.add_argument("--output", default="", metavar="FILE", help="default: the yaml's MODEL.WEIGHTS")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and their values, KEY VALUE ...")
-    args = parser.parse_args()
-    try:
-        print(convert(args.weights, args.config_file, args.output, args.opts))
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        parser.error(str(error.args[0]))
-    return 0
+    args = cli.parse(parser, argv)
+    return cli.run(parser.prog, lambda: print(convert(args.weights, args.config_file, args.output, args.opts)))
 
 
 if __name__ == "__main__":

@@ -9,24 +9,26 @@ builds the model from them: plain detectron2, a file of docs/ without this packa
 """
 
 import argparse
+import os
 import sys
 
-from msad import load_config
-from msad.export.plain import export
+from msad import cli, load_config
+from msad.export import export
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the yaml that the model was trained with")
     parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and their values, KEY VALUE ...")
-    args = parser.parse_args()
-    try:
+    args = cli.parse(parser, argv)
+
+    def work() -> None:
+        for used in (args.config_file, args.weights):
+            cli.refuse_overwriting([args.output], [os.path.dirname(used) or "."])
         print(export(load_config(args.config_file, args.opts), args.weights, args.output))
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        parser.error(str(error.args[0]))
-    return 0
+
+    return cli.run(parser.prog, work)
 
 
 if __name__ == "__main__":

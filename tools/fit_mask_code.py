@@ -8,13 +8,14 @@ Teacher and student of one experiment share the file.
 """
 
 import argparse
+import os
 import sys
 
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import annotations_to_instances, filter_empty_instances
 from tqdm import tqdm
 
-from msad import load_config
+from msad import cli, load_config
 from msad.data.loader import load_train_dicts
 from msad.data.register import register_datasets
 from msad.modeling.detectors.mask_code import MASK_SIZE, MaskStatistics
@@ -47,18 +48,24 @@ def fit(cfg: CfgNode, output: str = "", mask_size: int = MASK_SIZE) -> str:
     )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="yaml of the detector")
     parser.add_argument("--output", default="", metavar="FILE", help="default: the yaml's MODEL.MEINST.CODE")
     parser.add_argument("--mask-size", type=int, default=MASK_SIZE, help="rows of a mask (default: %(default)s)")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and their values, KEY VALUE ...")
-    args = parser.parse_args()
-    try:
-        print(fit(load_config(args.config_file, args.opts), args.output, args.mask_size))
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        parser.error(str(error.args[0]))
-    return 0
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    args = cli.parse(parser, argv)
+
+    def work() -> None:
+        cfg = load_config(args.config_file, args.opts)
+        output = args.output or cfg.MODEL.MEINST.CODE
+        if os.path.exists(output) and not args.overwrite:
+            raise ValueError(
+                f"{output} exists, and models trained with it need it: choose another --output, or add --overwrite"
+            )
+        print(fit(cfg, output, args.mask_size))
+
+    return cli.run(parser.prog, work)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from msad import cli
 from msad.visualization.feature_plots import plot_features, read_features
 
 
@@ -23,19 +24,20 @@ def named(text: str) -> tuple[str, Path]:
     return (name or Path(folder).name), Path(folder)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="folder with the features.jsonl of a run")
     parser.add_argument("--output", type=Path, default=Path("features.png"), help="default: %(default)s")
     parser.add_argument("--levels", nargs="+", metavar="LEVEL", help="e.g. p3 p4; default: all")
-    args = parser.parse_args()
-    try:
-        runs = {name: read_features(folder / "features.jsonl") for name, folder in map(named, args.runs)}
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        files = {name: folder / "features.jsonl" for name, folder in map(named, args.runs)}
+        cli.refuse_overwriting([args.output], files.values())
+        runs = {name: read_features(file) for name, file in files.items()}
         print(f"Plot: {plot_features(runs, args.output, args.levels)}")
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return cli.run(parser.prog, work)
 
 
 if __name__ == "__main__":

@@ -226,3 +226,77 @@ def test_every_key_has_a_comment_and_a_reader():
             assert above.strip().startswith("# ") and "# ---" not in above, f"{key} has no comment"
             assert re.search(rf"\.{key.split('.')[-1]}\b", package), f"nothing reads {key}"
     assert keys_found == len(set(keys(load_config(""))) - set(keys(get_cfg())))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a.yaml is empty"),
+        ("# nothing\n", "a.yaml is empty"),
+        ("- SOLVER\n", "a.yaml is not a config"),
+        ("SOLVER\n", "a.yaml is not a config"),
+        ("DISTILL:\n", "a.yaml: DISTILL is a section of keys, not nothing"),
+        ("MODEL: {FCOS: [3]}\n", r"a.yaml: MODEL.FCOS is a section of keys, not \[3\]"),
+        ("_BASE_: b.yaml\n", "b.yaml is empty"),
+        ("DISTILL: {LOSSES: [AlignedL1]}", r"DISTILL.LOSSES\[0\] \('AlignedL1'\): an entry is a mapping with NAME"),
+        ("DISTILL: {LOSSES: [{WEIGHT: 1}]}", r"DISTILL.LOSSES\[0\] .*: an entry needs NAME"),
+        ("DISTILL: {LOSSES: [{NAME: CWD}, {NAME: PKD, LEVELS: p3}]}", r"DISTILL.LOSSES\[1\] .*: LEVELS is a list"),
+        ("DISTILL: {LOSSES: [{NAME: CWD, weight: -1.0}]}", r"DISTILL.LOSSES\[0\] .*: WEIGHT is a number of at least 0"),
+        ("DISTILL: {LOSSES: [{NAME: CWD, WEIGHT: .nan}]}", r"WEIGHT is a number of at least 0"),
+        ("DISTILL: {LOSSES: [{NAME: CWD, WEIGHT: True}]}", r"WEIGHT is a number of at least 0"),
+        ("DISTILL: {TEACHERS: [teacher.yaml]}", r"DISTILL.TEACHERS\[0\] .*: an entry is a mapping with CONFIG"),
+        ("MSAD: {FUSION_STUDENT: {BRANCHES: [L]}}", r"MSAD.FUSION_STUDENT.BRANCHES\[0\] .*RESOLUTION"),
+    ],
+)
+def test_what_a_yaml_file_cannot_mean_is_named(tmp_path, text, said):
+    (tmp_path / "b.yaml").touch()
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("DISTILL.LOSSES", "[{NAME: CWD, LEVELS: [p3]}]", [{"NAME": "CWD", "LEVELS": ["p3"]}]),
+        ("DISTILL.LOSSES", "[{'NAME': 'CWD', 'WEIGHT': '1e-3'}]", [{"NAME": "CWD", "WEIGHT": "1e-3"}]),
+        ("MODEL.MASK_ON", "true", True),
+        ("SOLVER.BASE_LR", "1", 1.0),
+        ("SOLVER.BASE_LR", "1e-3", 0.001),
+        ("SOLVER.MAX_ITER", "1e4", 10000),
+        ("OUTPUT_DIR", "123", "123"),
+        ("OUTPUT_DIR", "'quoted'", "quoted"),
+        ("MODEL.WEIGHTS", "", ""),
+        ("DATASETS.TRAIN", "(a, b)", None),
+    ],
+)
+def test_overrides_are_read_as_they_are_meant(key, text, value):
+    if value is None:
+        with pytest.raises(ValueError, match=key):
+            load_config("", [key, text])
+        return
+    node = load_config("", [key, text])
+    for part in key.split("."):
+        node = node[part]
+    assert node == value and type(node) is type(value)
+
+
+def test_files_beside_a_yaml_and_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    for name in ("w.pth", "teacher.yaml", "runs/w.pth", "runs/teacher.yaml", "here.pth"):
+        (tmp_path / name).touch()
+    (tmp_path / "runs" / "a.yaml").write_text(
+        "MODEL: {WEIGHTS: w.pth}\nDISTILL: {TEACHERS: [{CONFIG: teacher.yaml, WEIGHTS: here.pth}]}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("runs/a.yaml")
+    assert cfg.MODEL.WEIGHTS == "runs/w.pth"
+    assert cfg.DISTILL.TEACHERS == [{"CONFIG": "runs/teacher.yaml", "WEIGHTS": "here.pth"}]
+    assert load_config("runs/a.yaml", ["MODEL.WEIGHTS", "w.pth"]).MODEL.WEIGHTS == "w.pth"
+
+
+def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config("configs/MSAD/fcos_R_50_T_1x.yaml")
+    assert cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher"
+    assert load_config("MSAD/fcos_R_50_T_1x.yaml") == cfg

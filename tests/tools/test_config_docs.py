@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detectron2.config import get_cfg
 
-from msad.config import _valid_keys, add_msad_config
+from msad.config import add_msad_config, valid_keys
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "config_docs.py"
 
@@ -28,7 +28,7 @@ def test_every_key_has_a_row_and_a_meaning():
         for cells in [["", cells[0].lstrip("| "), cells[1], cells[2].rstrip("| ")]]
     }
     plain = get_cfg()
-    ours = {k for k in _valid_keys(add_msad_config(get_cfg())) if k not in _valid_keys(plain)}
+    ours = {k for k in valid_keys(add_msad_config(get_cfg())) if k not in valid_keys(plain)}
     leaves = {k for k in ours if not any(other.startswith(k + ".") for other in ours)}
     assert leaves <= set(rows), leaves - set(rows)
     assert all(rows[key] for key in leaves)

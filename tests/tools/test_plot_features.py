@@ -33,7 +33,7 @@ def call(monkeypatch, capsys):
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["plot_features.py", *map(str, args)])
-        return module.main(), capsys.readouterr()
+        return module.main(list(map(str, args))), capsys.readouterr()
 
     return run
 

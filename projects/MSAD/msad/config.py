@@ -5,12 +5,16 @@ The comments after the defaults state unit and source; docs/CONFIG.md is generat
 
 from __future__ import annotations
 
-import difflib
 import os
+from collections.abc import Callable
+from functools import reduce
+from operator import getitem
+from pathlib import Path
 
-import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+
+from .config_values import check_entries, check_yaml, decode, nearest, valid_keys
 
 
 def add_msad_config(cfg: CN) -> CN:
@@ -203,62 +207,70 @@ def detector_architecture(cfg: CN) -> str:
     return cfg.MSAD.DETECTOR if name in ("MultiScaleTeacher", "FusionStudent") else name
 
 
-def _valid_keys(cfg: CN, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in cfg.items():
-        keys.append(prefix + key)
-        if isinstance(value, CN):
-            keys += _valid_keys(value, f"{prefix}{key}.")
-    return keys
-
-
-def nearest(name: str, valid: list[str]) -> str:
-    """A hint for error messages: '; did you mean X?' if something in ``valid`` is close, otherwise ''."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _unknown_key(error: KeyError, cfg: CN, source: str) -> KeyError:
     name = str(error.args[0]).rsplit(":", 1)[-1].strip().strip("'\"")
-    return KeyError(f"{source}: unknown config key {name}{nearest(name, _valid_keys(cfg))}")
+    return KeyError(f"{source}: unknown config key {name}{nearest(name, valid_keys(cfg))}")
 
 
-def load_config(config_file: str | os.PathLike, opts: list[str] | tuple = ()) -> CN:
+def find_config(config_file: str | os.PathLike) -> str:
+    """The path of a yaml file; one that does not exist is also looked for among those that the project ships.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    name = os.fspath(config_file)
+    if os.path.isfile(name) or "://" in name:
+        return name
+    installed, checkout = Path(__file__).parent / "configs", Path(__file__).parents[3] / "configs"
+    shipped = (installed if installed.is_dir() else checkout) / name.removeprefix("configs/")
+    if not shipped.is_file():
+        raise FileNotFoundError(f"no config file {name}")
+    return str(shipped)
+
+
+def load_config(config_file: str | os.PathLike, opts: list | tuple = ()) -> CN:
     """detectron2's defaults, the project's, a yaml file and ``KEY VALUE`` overrides, in this order.
 
-    Relative CONFIG entries of DISTILL.TEACHERS are looked up beside ``config_file``, as ``_BASE_`` is, and then in the
-    working directory.
+    Relative paths in the yaml file, MODEL.WEIGHTS and the CONFIG and WEIGHTS of DISTILL.TEACHERS, are looked up beside
+    it, as ``_BASE_`` is, and then in the working directory; for those of overrides it is the other way round. A
+    config.yaml that :func:`msad.export.export` wrote is completed by the msad.yaml beside it.
 
     Raises:
         FileNotFoundError: no such yaml file, or none that it is based on.
-        ValueError: not a yaml file, or overrides that are not pairs or of the wrong type.
+        ValueError: not a yaml file, wrong entries of a list, or overrides that are not pairs or of the wrong type.
         KeyError: an unknown key; names the file and the nearest valid key.
     """
     cfg = add_msad_config(get_cfg())
     config_file = os.fspath(config_file)
     if config_file:
-        if not os.path.isfile(config_file) and "://" not in config_file:
-            raise FileNotFoundError(f"no config file {config_file}")
-        try:
-            cfg.merge_from_file(config_file)
-        except KeyError as error:
-            raise _unknown_key(error, cfg, config_file) from None
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{config_file}: _BASE_: no file {error.filename}") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"{config_file} is not valid yaml: {' '.join(str(error).split())}") from None
+        config_file = find_config(config_file)
+        exported = os.path.join(os.path.dirname(config_file), "msad.yaml")
+        more = [exported] if os.path.basename(config_file) == "config.yaml" and os.path.isfile(exported) else []
+        for file in [config_file, *more]:
+            check_yaml(file, cfg)
+            try:
+                cfg.merge_from_file(file)
+            except KeyError as error:
+                raise _unknown_key(error, cfg, file) from None
+        check_entries(cfg)
+        _look_beside(cfg, os.path.dirname(config_file))
     if len(opts) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, got {list(opts)}")
     for key, value in zip(opts[::2], opts[1::2]):
-        try:
-            cfg.merge_from_list([key, value])
-        except (KeyError, AssertionError):
-            if key in _valid_keys(cfg):
-                raise
-            raise _unknown_key(KeyError(key), cfg, "command line") from None
-    folder = os.path.dirname(config_file)
-    for teacher in cfg.DISTILL.TEACHERS:
-        beside = os.path.join(folder, teacher.get("CONFIG", ""))
-        if os.path.isfile(beside):
-            teacher["CONFIG"] = beside
+        if key not in valid_keys(cfg):
+            raise _unknown_key(KeyError(key), cfg, "command line")
+        value = decode(value, reduce(getitem, key.split("."), cfg))
+        cfg.merge_from_list([key, repr(value) if isinstance(value, str) else value])  # or texts are decoded again
+    check_entries(cfg)
+    _look_beside(cfg, os.path.dirname(config_file), os.path.exists)
     return cfg
+
+
+def _look_beside(cfg: CN, folder: str, settled: Callable[[str], bool] = lambda path: False) -> None:
+    """Let relative paths of files that are in ``folder`` say so, but for those that are ``settled``."""
+    holders = [(cfg.MODEL, ("WEIGHTS",)), *((teacher, ("CONFIG", "WEIGHTS")) for teacher in cfg.DISTILL.TEACHERS)]
+    for holder, keys in holders:
+        for key in keys:
+            path = holder.get(key) or ""
+            if not settled(path) and os.path.isfile(os.path.join(folder, path)):
+                holder[key] = os.path.join(folder, path)

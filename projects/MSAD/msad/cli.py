@@ -1,0 +1,172 @@
+"""What all command lines share, and the command ``msad``, which runs them by name.
+
+Overrides of config keys are ``KEY VALUE ...``, as in detectron2, anywhere in the line: options may follow them, and an
+option of many values may precede them. ``--opts``, which detectron2's demo wants in front of them, and ``--`` are
+accepted and not needed. A wrong call or input ends in one line and status 2, Ctrl-C in status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import yaml
+from detectron2.config import get_cfg
+
+from .config import add_msad_config, nearest, valid_keys
+
+# What bad input raises; anything else is a defect of the program and keeps its traceback.
+BAD_INPUT = (OSError, KeyError, ValueError, FloatingPointError, yaml.YAMLError)
+# Subcommands whose names are not those of their files.
+SHORT = {"train": "train_net", "export": "export_model", "sweep": "sweep_resolution"}
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; overrides of config keys become ``opts``, [KEY, VALUE, ...].
+
+    What is neither an option nor an override ends the program with the nearest option or key.
+    """
+    rest, opts, wrong = split_overrides(sys.argv[1:] if argv is None else argv)
+    if wrong:
+        parser.error(wrong)
+    args, unknown = parser.parse_known_args(rest)
+    unknown = [*(getattr(args, "opts", None) or ()), *unknown]  # detectron2's parser takes all that is left as opts
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = nearest(unknown[0] if unknown[0].startswith("-") else unknown[0].upper(), [*options, *_keys()])
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near} (config keys are overridden by KEY VALUE)")
+    args.opts = opts
+    return args
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str], str]:
+    """(the command line without overrides, the overrides, what is wrong with them or "")."""
+    rest, opts = [], []
+    tokens = iter(argv)
+    for token in tokens:
+        key, equals, _ = token.partition("=")
+        if equals and _is_key(key):
+            return rest, opts, f"{token}: overrides are written KEY VALUE, with a blank"
+        if _is_key(token):
+            value = next(tokens, None)
+            if value is None or value.startswith("--") or _is_key(value):
+                return rest, opts, f"overrides must be KEY VALUE pairs: {token} has no value"
+            opts += [token, value]
+        elif token not in ("--", "--opts"):
+            rest.append(token)
+    return rest, opts, ""
+
+
+def _is_key(token: str) -> bool:
+    """Whether this is a config key, or one with a slip; a file of such a name (TEST.PNG) is none."""
+    if not _KEY.fullmatch(token) or os.path.exists(token):
+        return False
+    section, dot, _ = token.partition(".")
+    if not dot:
+        return token in _SECTIONS
+    return section in _SECTIONS or bool(difflib.get_close_matches(section, _SECTIONS, n=1, cutoff=0.75))
+
+
+_SECTIONS = tuple(add_msad_config(get_cfg()).keys())
+
+
+def _keys() -> list[str]:
+    return valid_keys(add_msad_config(get_cfg()))
+
+
+def run(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """The exit status of a command: ``work``'s own (None is 0), 2 for bad input, 130 after Ctrl-C.
+
+    Args:
+        name: of the command, in front of messages.
+        work: does what the command is for.
+        interrupted: what to say after Ctrl-C.
+    """
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print(f"\n{name}: {interrupted}", file=sys.stderr)
+        return 130
+    except BAD_INPUT as error:
+        print(f"{name}: error: {message(error)}", file=sys.stderr)
+        return 2
+
+
+def message(error: BaseException) -> str:
+    """The text of an error; KeyError quotes its own, and the first argument of an OSError is a number."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+def refuse_overwriting(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]) -> None:
+    """Stop before anything is written if a file or folder that will be written is also read.
+
+    Links are followed, so that one file under two names counts as one. A folder among the outputs is the command's
+    own: neither it nor a folder above it is compared with files that are read from a folder below it.
+
+    Raises:
+        ValueError: names both.
+    """
+    sources = [Path(path) for path in inputs if path and "://" not in os.fspath(path)]
+    for output in map(Path, outputs):
+        for source in sources:
+            same = os.path.samefile(output, source) if output.exists() and source.exists() else False
+            if same or output.resolve() == source.resolve():
+                raise ValueError(f"{output} would overwrite an input: {source}; choose another output")
+
+
+def require_device(device: str) -> None:
+    """Raise ValueError with the way out if MODEL.DEVICE is a GPU that this machine does not have."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"MODEL.DEVICE is {device}, but torch finds no GPU here: add MODEL.DEVICE cpu")
+
+
+def tools_folder() -> Path:
+    """The folder of the command lines: inside an installed package, else of the checkout."""
+    installed = Path(__file__).parent / "tools"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "tools"
+
+
+def commands() -> dict[str, Path]:
+    """Subcommand -> file, in alphabetical order."""
+    names = {file: name for name, file in SHORT.items()}
+    files = sorted(file for file in tools_folder().glob("*.py") if not file.stem.startswith("_"))
+    return {names.get(file.stem, file.stem.replace("_", "-")): file for file in files}
+
+
+def _summary(file: Path) -> str:
+    """The first sentence of a command's docstring, without running it."""
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    return text.split("\n\n")[0].replace("\n", " ").split(". ")[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``msad COMMAND ...``: the tool of that name with the rest of the line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known = commands()
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: msad COMMAND ...        (msad COMMAND --help says more)\n")
+        print("\n".join(f"  {name:<20}{_summary(file)}" for name, file in known.items()))
+        return 0
+    name = argv[0].replace("_", "-")
+    name = next((short for short, file in SHORT.items() if file.replace("_", "-") == name), name)
+    if name not in known:
+        print(f"msad: error: no command {argv[0]!r}{nearest(name, list(known))}; there are {', '.join(known)}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    sys.argv = [f"msad {name}", *argv[1:]]  # the command's own name in its usage and messages
+    sys.path.insert(0, str(known[name].parent))  # processes that it starts find it there, too
+    return importlib.import_module(known[name].stem).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
