@@ -113,6 +113,34 @@ def test_every_parameter_of_a_built_level_learns(tiny_resnet):
     assert without == []
 
 
+@pytest.mark.parametrize("source", ["c5", "p5"])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("norm", ["", "BN"])
+def test_extra_levels_as_other_detectors_make_them(tiny_resnet, source, relu, norm):
+    neck = LevelFPN(
+        tiny_resnet(), RES, C, names(3, 4, 6, 7), top_source=source, top_relu=relu, top_norm=norm
+    )  # fmt: skip
+    randomise(neck.eval())
+    x = torch.randn(1, 3, 64, 96)
+    maps = neck.bottom_up(x)
+    start = maps["res5"] if source == "c5" else neck.fpn_output5(neck.fpn_lateral5(maps["res5"]))
+    assert hasattr(neck, "fpn_output5") == (source == "p5")  # P5 itself is not asked for
+
+    def strided(x, conv):
+        y = F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1)
+        return conv.norm(y) if norm else y
+
+    p6 = strided(start, neck.top_block.p6)
+    p7 = strided(p6.relu() if relu else p6, neck.top_block.p7)
+    found = neck(x)
+    assert list(found) == names(3, 4, 6, 7)
+    torch.testing.assert_close(found["p6"], p6)
+    torch.testing.assert_close(found["p7"], p7)
+    assert (neck.top_block.p6.bias is None) == bool(norm) and p6.min() < 0
+    with pytest.raises(ValueError, match=r"MODEL.FPN.TOP_SOURCE must be 'c5' or 'p5', not 'p6'"):
+        LevelFPN(tiny_resnet(), RES, C, names(3, 6), top_source="p6")
+
+
 def test_p1_is_made_from_c1(tiny_resnet):
     """P1 = conv3x3(conv1x1(C1) + nearest upsampling of the top-down map of level 2) (MSAD supplementary, Sec. E)."""
     bottom_up = tiny_resnet(["c1", *RES])

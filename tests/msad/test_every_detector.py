@@ -41,6 +41,13 @@ DENSE = {  # the first key says which levels are read
         }
     },
     "GFL": {"MODEL": {"GFL": {"CONV_DIMS": [32], "NORM": "", "NUM_CLASSES": 6, "SCORE_THRESH_TEST": 0.001}}},
+    "RepPoints": {
+        "MODEL": {
+            "REPPOINTS": {
+                "CONV_DIMS": [32], "POINT_DIM": 16, "NORM": "", "NUM_CLASSES": 6, "SCORE_THRESH_TEST": 0.001,
+            },
+        }
+    },
     "RetinaNet": {"MODEL": {"RETINANET": {"NUM_CLASSES": 6, "NUM_CONVS": 1, "SCORE_THRESH_TEST": 0.001}}},
 }
 NUM_KEYPOINTS = 5  # of the synthetic scenes

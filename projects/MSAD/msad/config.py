@@ -39,9 +39,15 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
     # Levels that build_level_fpn_backbone makes: those the head reads. A teacher adds those its branches need.
     cfg.MODEL.FPN.LEVELS = []
-    # How build_level_fpn_backbone makes the levels above P5: "conv" (P6, P7 by strided convolutions of C5; dense
+    # How build_level_fpn_backbone makes the levels above P5: "conv" (P6, P7 by strided convolutions; dense
     # detectors) or "maxpool" (P6 is every second element of P5, no P7; R-CNNs).
     cfg.MODEL.FPN.TOP_BLOCK = "conv"
+    # What TOP_BLOCK "conv" makes P6 from: "c5", or "p5" (FCOS, GFL).
+    cfg.MODEL.FPN.TOP_SOURCE = "c5"
+    # Whether it makes P7 from ReLU(P6) (as detectron2) or from P6 (as mmdetection's RetinaNet, GFL and RepPoints).
+    cfg.MODEL.FPN.TOP_RELU = True
+    # Normalisation of these convolutions; MODEL.FPN.NORM does not reach them, as in detectron2.
+    cfg.MODEL.FPN.TOP_NORM = ""
 
     # --- FCOS ----------------------------------------------------------------------------------------------------
     cfg.MODEL.FCOS = CN()
@@ -112,6 +118,43 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.GFL.TOPK_CANDIDATES_TEST = 1000
     # IoU above which the lower-scored of two boxes of one class is dropped.
     cfg.MODEL.GFL.NMS_THRESH_TEST = 0.6
+
+    # --- RepPoints -----------------------------------------------------------------------------------------------
+    cfg.MODEL.REPPOINTS = CN()
+    # Classes of the data set, without background.
+    cfg.MODEL.REPPOINTS.NUM_CLASSES = 80
+    # Levels the head reads, finest first. A detector in the L frame reads p2 to p6.
+    cfg.MODEL.REPPOINTS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Output channels of the 3x3 convolutions of each tower; fewer or narrower ones make a light head.
+    cfg.MODEL.REPPOINTS.CONV_DIMS = [256, 256, 256]
+    # Channels of the layers behind the towers, of which two are deformable.
+    cfg.MODEL.REPPOINTS.POINT_DIM = 256
+    # Normalisation in the towers: "GN" (32 groups), "BN", ... or "" for none.
+    cfg.MODEL.REPPOINTS.NORM = "GN"
+    # Initial score of every class (bias of the classification layer).
+    cfg.MODEL.REPPOINTS.PRIOR_PROB = 0.01
+    # The box of a set of points: "moment", "minmax" or "partial_minmax" (of the first four points).
+    cfg.MODEL.REPPOINTS.TRANSFORM = "moment"
+    # Sides of an object in strides of the level that learns it; also the unit of the box losses.
+    cfg.MODEL.REPPOINTS.POINT_SCALE = 4.0
+    # Points that each object takes in the first stage.
+    cfg.MODEL.REPPOINTS.POINTS_PER_OBJECT = 1
+    # Second stage: IoU below which a first-stage box is background, and from which on it is positive.
+    cfg.MODEL.REPPOINTS.IOU_THRESHOLDS = [0.4, 0.5]
+    # Focal loss: weight of the foreground, background gets 1 - alpha.
+    cfg.MODEL.REPPOINTS.FOCAL_LOSS_ALPHA = 0.25
+    # Focal loss: exponent that plays down easy cells.
+    cfg.MODEL.REPPOINTS.FOCAL_LOSS_GAMMA = 2.0
+    # Weight of the first stage's box loss.
+    cfg.MODEL.REPPOINTS.INIT_WEIGHT = 0.5
+    # Weight of the second stage's box loss.
+    cfg.MODEL.REPPOINTS.REFINE_WEIGHT = 1.0
+    # On the class score.
+    cfg.MODEL.REPPOINTS.SCORE_THRESH_TEST = 0.05
+    # Candidates per level before NMS.
+    cfg.MODEL.REPPOINTS.TOPK_CANDIDATES_TEST = 1000
+    # IoU above which the lower-scored of two boxes of one class is dropped.
+    cfg.MODEL.REPPOINTS.NMS_THRESH_TEST = 0.5
 
     # --- the multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiScaleTeacher) -------------------------------
     cfg.MSAD = CN()

@@ -9,6 +9,7 @@ is counted. Peak memory is in :mod:`msad.evaluation.memory`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,6 +153,11 @@ def _by_part(
     return costs
 
 
+def _deform_conv_flop(x: torch.Size, weight: torch.Size, *_args, out_shape: torch.Size, **_kwargs) -> int:
+    """As of an ordinary convolution: the sampling of its taps is no product of matrices."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
 def count_macs(model: nn.Module, inputs: list[dict]) -> dict[str, float]:
     """Multiply-adds of one image by part, and ``total``, in GMACs: 1e9 multiply-adds, half of the GFLOPs.
 
@@ -164,7 +170,7 @@ def count_macs(model: nn.Module, inputs: list[dict]) -> dict[str, float]:
             teacher that is H. Its size decides on the cost of dense detectors; that of an R-CNN's heads depends on how
             many proposals it makes of the image.
     """
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flop})
     with counter:
         flops = _by_part(model, inputs, counter.get_total_flops, lambda a, b: b - a)
     return {part: value / 2 / 1e9 for part, value in flops.items()}

@@ -15,20 +15,26 @@ from ...resolution import level_of
 
 
 class _ExtraLevels(nn.Module):
-    """P6 and P7 by stride-2 convolutions of C5 and of ReLU(P6) (RetinaNet, Sec. 4), as many as are wanted."""
+    """P6 and P7 by stride-2 convolutions, as many as are wanted.
 
-    def __init__(self, in_channels: int, out_channels: int, last_level: int) -> None:
+    RetinaNet (Sec. 4) makes P6 of C5 and P7 of ReLU(P6); other detectors start from P5, or leave out the ReLU.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, last_level: int, relu: bool, norm: str) -> None:
         super().__init__()
+        self.relu = relu
         for level in range(6, last_level + 1):
             source = in_channels if level == 6 else out_channels
-            conv = nn.Conv2d(source, out_channels, 3, stride=2, padding=1)
+            conv = Conv2d(
+                source, out_channels, 3, stride=2, padding=1, bias=norm == "", norm=get_norm(norm, out_channels)
+            )
             weight_init.c2_xavier_fill(conv)
             self.add_module(f"p{level}", conv)
 
-    def forward(self, c5: torch.Tensor, last_level: int) -> dict[str, torch.Tensor]:
-        outputs, x = {}, c5
+    def forward(self, x: torch.Tensor, last_level: int) -> dict[str, torch.Tensor]:
+        outputs = {}
         for level in range(6, last_level + 1):
-            x = getattr(self, f"p{level}")(x if level == 6 else F.relu(x))
+            x = getattr(self, f"p{level}")(F.relu(x) if level > 6 and self.relu else x)
             outputs[f"p{level}"] = x
         return outputs
 
@@ -45,8 +51,11 @@ class LevelFPN(Backbone):
         out_channels: C of every level.
         levels: levels that can be asked for, e.g. ["p2", ..., "p6"].
         norm: normalisation of the lateral and output convolutions, "" for none.
-        top_block: how P6 and P7 are made: "conv" (convolutions of C5, dense detectors) or "maxpool" (P6 is every
-            second element of P5 and there is no P7, R-CNNs).
+        top_block: how P6 and P7 are made: "conv" (convolutions, dense detectors) or "maxpool" (P6 is every second
+            element of P5 and there is no P7, R-CNNs).
+        top_source: what "conv" makes P6 from: "c5" or "p5".
+        top_relu: whether "conv" applies a ReLU to P6 before the convolution to P7.
+        top_norm: normalisation of these convolutions, "" for none.
     """
 
     selects_levels = True
@@ -59,10 +68,15 @@ class LevelFPN(Backbone):
         levels: Sequence[str],
         norm: str = "",
         top_block: str = "conv",
+        top_source: str = "c5",
+        top_relu: bool = True,
+        top_norm: str = "",
     ) -> None:
         super().__init__()
         if top_block not in ("conv", "maxpool"):
             raise ValueError(f"MODEL.FPN.TOP_BLOCK must be 'conv' or 'maxpool', not {top_block!r}")
+        if top_source not in ("c5", "p5"):
+            raise ValueError(f"MODEL.FPN.TOP_SOURCE must be 'c5' or 'p5', not {top_source!r}")
         shapes = bottom_up.output_shape()
         absent = [name for name in in_features if name not in shapes]
         if absent:
@@ -71,7 +85,9 @@ class LevelFPN(Backbone):
         wanted = sorted(level_of(name) for name in levels)
         self._finest = min(wanted[0], 5)
         missing = [f"p{level}" for level in range(self._finest, 6) if level not in sources]
-        if top_block == "maxpool" and (wanted[-1] > 6 or (wanted[-1] == 6 and 5 not in wanted)):
+        self._pools_p5 = top_block == "maxpool"
+        self._extends_p5 = top_source == "p5" and not self._pools_p5 and wanted[-1] > 5
+        if self._pools_p5 and (wanted[-1] > 6 or (wanted[-1] == 6 and 5 not in wanted)):
             raise ValueError(f"MODEL.FPN: TOP_BLOCK 'maxpool' makes P6 from P5 and no P7, not levels {list(levels)}")
         if missing or wanted[-1] > 7:
             raise ValueError(
@@ -85,14 +101,14 @@ class LevelFPN(Backbone):
             lateral = Conv2d(shapes[name].channels, out_channels, 1, bias=bias, norm=get_norm(norm, out_channels))
             weight_init.c2_xavier_fill(lateral)
             self.add_module(f"fpn_lateral{level}", lateral)
-            if level in wanted:
+            if level in wanted or (level == 5 and self._extends_p5):
                 output = Conv2d(out_channels, out_channels, 3, padding=1, bias=bias, norm=get_norm(norm, out_channels))
                 weight_init.c2_xavier_fill(output)
                 self.add_module(f"fpn_output{level}", output)
         self.bottom_up = bottom_up
-        self._pools_p5 = top_block == "maxpool"
         if wanted[-1] > 5 and not self._pools_p5:
-            self.top_block = _ExtraLevels(shapes[sources[5]].channels, out_channels, wanted[-1])
+            source = out_channels if self._extends_p5 else shapes[sources[5]].channels
+            self.top_block = _ExtraLevels(source, out_channels, wanted[-1], top_relu, top_norm)
         self._out_features = [f"p{level}" for level in wanted]
         self._out_feature_strides = {f"p{level}": 2**level for level in wanted}
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
@@ -116,22 +132,26 @@ class LevelFPN(Backbone):
         unknown = [name for name in names if name not in self._out_features]
         if unknown:
             raise ValueError(f"levels {unknown} were not built; this FPN has {self._out_features}")
+        return self.pyramid(self.bottom_up(x), names)
+
+    def pyramid(self, bottom_up: dict[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The levels ``names``, finest first, of the maps that the bottom-up network gave."""
         wanted = [level_of(name) for name in names]
-        bottom_up = self.bottom_up(x)
         outputs = {}
         top_down = None
-        pooled = self._pools_p5 and wanted[-1] == 6
+        needs_p5 = wanted[-1] > 5 and (self._pools_p5 or self._extends_p5)
         for level in range(5, wanted[0] - 1, -1):
             lateral = getattr(self, f"fpn_lateral{level}")(bottom_up[self._sources[level]])
             if top_down is not None:
                 lateral = lateral + F.interpolate(top_down, scale_factor=2.0, mode="nearest")
             top_down = lateral
-            if level in wanted or (level == 5 and pooled):
+            if level in wanted or (level == 5 and needs_p5):
                 outputs[f"p{level}"] = getattr(self, f"fpn_output{level}")(top_down)
-        if pooled:
+        if wanted[-1] > 5 and self._pools_p5:
             outputs["p6"] = F.max_pool2d(outputs["p5"], kernel_size=1, stride=2)
         elif wanted[-1] > 5:
-            outputs.update(self.top_block(bottom_up[self._sources[5]], wanted[-1]))
+            source = outputs["p5"] if self._extends_p5 else bottom_up[self._sources[5]]
+            outputs.update(self.top_block(source, wanted[-1]))
         return {name: outputs[name] for name in names}
 
 
@@ -144,6 +164,19 @@ def build_level_fpn_backbone(cfg, input_shape: ShapeSpec) -> LevelFPN:
     if options.FUSE_TYPE != "sum":
         raise ValueError(f"MODEL.FPN.FUSE_TYPE {options.FUSE_TYPE!r}: build_level_fpn_backbone adds levels up ('sum')")
     bottom_up = BACKBONE_REGISTRY.get(options.BOTTOM_UP)(cfg, input_shape)
-    return LevelFPN(
-        bottom_up, options.IN_FEATURES, options.OUT_CHANNELS, options.LEVELS, options.NORM, options.TOP_BLOCK
-    )
+    return LevelFPN(bottom_up, **fpn_options(cfg))
+
+
+def fpn_options(cfg) -> dict:
+    """Arguments of LevelFPN, without its bottom-up network, of MODEL.FPN."""
+    options = cfg.MODEL.FPN
+    return {
+        "in_features": options.IN_FEATURES,
+        "out_channels": options.OUT_CHANNELS,
+        "levels": options.LEVELS,
+        "norm": options.NORM,
+        "top_block": options.TOP_BLOCK,
+        "top_source": options.TOP_SOURCE,
+        "top_relu": options.TOP_RELU,
+        "top_norm": options.TOP_NORM,
+    }

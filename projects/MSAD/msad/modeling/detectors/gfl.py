@@ -177,7 +177,7 @@ class GFL(DenseDetector):
         giou = generalized_box_iou_loss(predicted, target)
 
         get_event_storage().put_scalar("num_pos_anchors", len(place) / len(labels))
-        positives, scores = _mean_of_processes(torch.stack([weight.new_full((), len(place)), weight.sum()]))
+        positives, scores = mean_of_processes(torch.stack([weight.new_full((), len(place)), weight.sum()]))
         positives, scores = positives.clamp(min=1), scores.clamp(min=1e-6)
         terms = {"qfl": qfl / positives, "dfl": (weight * dfl).sum() / scores, "giou": (weight * giou).sum() / scores}
         return {f"loss_gfl_{name}": w * value for w, (name, value) in zip(self.loss_weights, terms.items())}
@@ -205,7 +205,8 @@ class GFL(DenseDetector):
         return found[kept[: self.max_detections_per_image]]
 
 
-def _mean_of_processes(x: torch.Tensor) -> torch.Tensor:
+def mean_of_processes(x: torch.Tensor) -> torch.Tensor:
+    """``x`` averaged over the processes of a distributed run."""
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(x)
         x = x / comm.get_world_size()
