@@ -2,6 +2,7 @@
 
 from .checks import DatasetReport, check_dataset, clean
 from .dataset_types import DATASET_TYPE_REGISTRY
+from .fingerprint import dataset_fingerprint
 from .loader import TrainLoader, build_train_loader
 from .register import register_datasets
 from .synthetic import make_dataset, register_entries
@@ -13,6 +14,7 @@ __all__ = [
     "build_train_loader",
     "check_dataset",
     "clean",
+    "dataset_fingerprint",
     "make_dataset",
     "register_datasets",
     "register_entries",
