@@ -1,0 +1,99 @@
+"""Training of any detector without the ignored regions of its images: they are neither object nor background.
+
+Class scores of locations whose centre lies in a region are replaced by a constant far below zero: as background they
+cost nothing and pass no gradient, and an RPN's proposals there come last. Proposals that remain there are not shown to
+the second stage. All of it is done by module hooks, on dense detectors and R-CNNs of either engine; detectron2's own
+"ignore" label would not do, because its FCOS knows no such label.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from torch import nn
+
+from .features import head_levels
+
+# Sigmoid of it is 0 in float32 and the number exists in float16.
+_SURELY_BACKGROUND = -100.0
+
+
+class IgnoredRegions:
+    """The hooks of one model; they act on training batches whose inputs have "ignored_regions".
+
+    That field is (R, 4): boxes relative to width and height of the input, as msad.data.regions makes it. Locations
+    within one stride of an object's box and proposals centred in one stay: they may be its positives.
+
+    Args:
+        model: a dense detector, an R-CNN, or a module that is called with the same inputs and has it as ``detector``
+            (its head then reads maps in the frame of the inputs).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        detector = getattr(model, "detector", model)
+        shapes = detector.backbone.output_shape()
+        self._regions: list[torch.Tensor] | None = None
+        self._objects: list[torch.Tensor] = []
+        model.register_forward_pre_hook(self._take_batch)
+        if isinstance(detector, GeneralizedRCNN):
+            self._strides = [shapes[name].stride for name in detector.proposal_generator.in_features]
+            detector.proposal_generator.rpn_head.register_forward_hook(self._without_scores)
+            detector.roi_heads.register_forward_pre_hook(self._without_proposals, with_kwargs=True)
+        else:
+            self._strides = [shapes[name].stride for name in head_levels(detector)]
+            detector.head.register_forward_hook(self._without_scores)
+
+    def _take_batch(self, model: nn.Module, args: tuple) -> None:
+        batch = args[0] if model.training else []
+        if not any(len(item.get("ignored_regions", ())) for item in batch):
+            self._regions = None
+            return
+        self._regions, self._objects = [], []
+        for item in batch:
+            height, width = item["image"].shape[-2:]
+            regions = item.get("ignored_regions", torch.zeros(0, 4))
+            self._regions.append(regions * regions.new_tensor([width, height, width, height]))
+            self._objects.append(item["instances"].gt_boxes.tensor)
+
+    def _without_scores(self, _head: nn.Module, _args: tuple, output: tuple) -> tuple | None:
+        if self._regions is None:
+            return None
+        scores, *others = output
+        return ([self._masked(maps, stride) for maps, stride in zip(scores, self._strides)], *others)
+
+    @torch.no_grad()
+    def _mask(self, image: int, points: torch.Tensor, margin: float) -> torch.Tensor:
+        """(P,) whether ``points`` (P, 2), in pixels, lie in a region and not within ``margin`` of an object."""
+        regions = self._regions[image].to(points.device)
+        objects = self._objects[image].to(points.device)
+        margins = objects.new_tensor([-margin, -margin, margin, margin])
+        return _inside(points, regions) & ~_inside(points, objects + margins)
+
+    def _masked(self, scores: torch.Tensor, stride: int) -> torch.Tensor:
+        """``scores`` (N, A, h, w) of a level."""
+        h, w = scores.shape[-2:]
+        y, x = torch.meshgrid(
+            torch.arange(h, device=scores.device), torch.arange(w, device=scores.device), indexing="ij"
+        )
+        centres = (torch.stack([x, y], dim=-1).reshape(-1, 2) + 0.5) * stride
+        masks = torch.stack([self._mask(n, centres, stride) for n in range(len(scores))])
+        return scores.masked_fill(masks.view(-1, 1, h, w), _SURELY_BACKGROUND)
+
+    def _without_proposals(self, roi_heads: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        if self._regions is None or not roi_heads.training:
+            return None
+        args, kwargs = list(args), dict(kwargs)
+        holder, key = (args, 2) if len(args) > 2 else (kwargs, "proposals")
+        holder[key] = [
+            proposals[~self._mask(n, proposals.proposal_boxes.get_centers(), 0.0)]
+            for n, proposals in enumerate(holder[key])
+        ]
+        return tuple(args), kwargs
+
+
+def _inside(points: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """(P,) whether each of ``points`` (P, 2) lies in one of ``boxes`` (B, 4)."""
+    x, y = points[:, :1], points[:, 1:]
+    return ((x >= boxes[:, 0]) & (y >= boxes[:, 1]) & (x <= boxes[:, 2]) & (y <= boxes[:, 3])).any(dim=1)

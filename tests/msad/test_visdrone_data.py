@@ -1,0 +1,270 @@
+"""VisDrone's text format, patches, ignored regions in training, and the result files."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.events import EventStorage
+
+from msad.data.regions import RegionMapper
+from msad.data.visdrone import CLASSES, load_visdrone, read_rows
+from msad.evaluation.visdrone_evaluator import VisDroneEvaluator
+from msad.modeling.ignored_regions import IgnoredRegions
+
+LINES = """10,20,30,40,1,4,0,0
+1,2,3,4,1,1,1,2,
+50,10,0,12,1,4,0,0
+
+60,5,20,10,0,0,0,0,
+5,60,8,8,0,9,0,0
+70,60,9,9,1,11,0,0
+52,40,20,15,1,10,0,1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("images", "annotations"):
+        (tmp_path / name).mkdir()
+    image = np.arange(80 * 100 * 3, dtype=np.uint32).reshape(80, 100, 3).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), image)
+    (tmp_path / "annotations" / "a.txt").write_text(LINES)
+    return tmp_path
+
+
+def boxes_of(record):
+    return [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS) for a in record["annotations"]]
+
+
+def test_rows_with_trailing_commas_and_blank_lines(folder):
+    rows = read_rows(folder / "annotations" / "a.txt")
+    assert rows.shape == (7, 8) and rows[1].tolist() == [1, 2, 3, 4, 1, 1, 1, 2] and rows[3, 5] == 0
+    (folder / "annotations" / "empty.txt").write_text("\n")
+    assert read_rows(folder / "annotations" / "empty.txt").shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("1,2,3,4,1,4,0", "line 2: an object has 8 numbers"),
+        ("1,2,3,4,1,4,0,0,7", "line 2: an object has 8 numbers"),
+        ("1,2,x,4,1,4,0,0", "line 2: an object has 8 numbers"),
+        ("1,2,nan,4,1,4,0,0", "line 2: an object has 8 numbers"),
+        ("1,2,3,4,1,12,0,0", "line 2: category 12 is none of 0 to 11"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, line, words):
+    (tmp_path / "a.txt").write_text(f"1,2,3,4,1,4,0,0\n{line}\n")
+    with pytest.raises(ValueError, match=words) as caught:
+        read_rows(tmp_path / "a.txt")
+    assert "a.txt" in str(caught.value)
+
+
+def test_objects_and_regions_of_whole_images(folder):
+    (record,) = load_visdrone(folder / "images", folder / "annotations")
+    assert (record["height"], record["width"], record["image_id"]) == (80, 100, "a")
+    # Degenerate boxes and "others" are dropped; category 0 and score 0 are regions.
+    assert boxes_of(record) == [[10, 20, 30, 40], [1, 2, 3, 4], [52, 40, 20, 15]]
+    assert [a["category_id"] for a in record["annotations"]] == [3, 0, 9] and len(CLASSES) == 10
+    assert record["ignored_regions"] == [[60, 5, 80, 15], [5, 60, 13, 68]]
+    (unlabelled,) = load_visdrone(folder / "images")
+    assert "annotations" not in unlabelled and "annotation_file" not in unlabelled
+
+
+def test_patches(folder):
+    (folder / "annotations" / "a.txt").write_text(
+        # corner in the first patch and far into the others; corner on the border; region across all patches
+        "10,20,60,50,1,4,0,0\n50,40,10,10,1,1,0,0\n49,39,2,2,1,2,0,0\n40,30,20,20,0,0,0,0\n"
+    )
+    patches = load_visdrone(folder / "images", folder / "annotations", patches=True)
+    assert [p["crop"] for p in patches] == [[0, 0, 50, 40], [50, 0, 100, 40], [0, 40, 50, 80], [50, 40, 100, 80]]
+    assert [p["image_id"] for p in patches] == ["a_0", "a_1", "a_2", "a_3"]
+    assert [boxes_of(p) for p in patches] == [[[10, 20, 40, 20], [49, 39, 1, 1]], [], [], [[50, 40, 10, 10]]]
+    assert [p["ignored_regions"] for p in patches] == [
+        [[40, 30, 50, 40]], [[50, 30, 60, 40]], [[40, 40, 50, 50]], [[50, 40, 60, 50]]
+    ]  # fmt: skip
+
+
+def test_missing_files_are_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
+        load_visdrone(folder / "nowhere")
+    with pytest.raises(ValueError, match="no images"):
+        load_visdrone(folder / "annotations")
+    (folder / "annotations" / "b.txt").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"the first is b\.txt"):
+        load_visdrone(folder / "images", folder / "annotations")
+    (folder / "annotations" / "b.txt").unlink()
+    (folder / "annotations" / "a.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"image a\.png has no annotations"):
+        load_visdrone(folder / "images", folder / "annotations")
+
+
+def mapper_of(*augmentations):
+    return RegionMapper(DatasetMapper(is_train=True, augmentations=list(augmentations), image_format="BGR"))
+
+
+def test_the_mapper_cuts_patches_and_carries_regions(folder):
+    patches = load_visdrone(folder / "images", folder / "annotations", patches=True)
+    assert RegionMapper.is_needed(patches)
+    sample = mapper_of()(patches[1])
+    whole = cv2.imread(str(folder / "images" / "a.png"))
+    assert torch.equal(sample["image"], torch.from_numpy(whole[:40, 50:].transpose(2, 0, 1).copy()))
+    assert len(sample["instances"]) == 0  # only a region
+    assert torch.allclose(sample["ignored_regions"], torch.tensor([[10 / 50, 5 / 40, 30 / 50, 15 / 40]]))
+    # Flipped and twice as large: objects in pixels of the result, regions relative to it.
+    sample = mapper_of(T.HFlipTransform(50), T.ResizeTransform(40, 50, 80, 100))(patches[1])
+    assert sample["image"].shape == (3, 80, 100)
+    assert torch.allclose(sample["ignored_regions"], torch.tensor([[20 / 50, 5 / 40, 40 / 50, 15 / 40]]))
+    sample = mapper_of(T.ResizeTransform(40, 50, 80, 100))(patches[3])
+    assert sample["instances"].gt_boxes.tensor.tolist() == [[4.0, 0.0, 44.0, 30.0]]
+    assert sample["instances"].gt_classes.tolist() == [9] and len(sample["ignored_regions"]) == 0
+    assert "crop" in patches[1] and len(patches[1]["annotations"]) == 0  # the dict itself is as it was
+
+
+def test_the_mapper_leaves_other_dicts_alone(folder):
+    (record,) = load_visdrone(folder / "images", folder / "annotations")
+    del record["ignored_regions"]
+    assert not RegionMapper.is_needed([record])
+    mine, plain = mapper_of()(record), mapper_of().mapper(record)
+    assert mine.keys() == plain.keys() and torch.equal(mine["image"], plain["image"])
+    assert torch.equal(mine["instances"].gt_boxes.tensor, plain["instances"].gt_boxes.tensor)
+
+
+# --- training without the regions ------------------------------------------------------------------------------------
+
+
+def class_scores(detector):
+    """The raw class scores of the next passes of the dense head or RPN, before what later hooks make of them."""
+    head = detector.proposal_generator.rpn_head if hasattr(detector, "proposal_generator") else detector.head
+    taken = []
+
+    def keep(_module, _args, output):
+        for scores in output[0]:
+            scores.retain_grad()
+            taken.append(scores)
+
+    head.register_forward_hook(keep)
+    return taken
+
+
+@pytest.mark.parametrize("arch", ["FCOS", "RetinaNet", "GFL", "FasterRCNN", "CascadeRCNN"])
+def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
+    model = tiny_model(arch, levels=range(2, 7)).train()
+    taken = class_scores(model)
+    IgnoredRegions(model)
+    first, second = make_batch([(64, 96), (64, 96)], boxes=1)
+    first["instances"].gt_boxes.tensor[:] = torch.tensor([[4.0, 4.0, 28.0, 28.0]])
+    first["ignored_regions"] = torch.tensor([[0.5, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 0.5]])
+    seen = []
+    if hasattr(model, "roi_heads"):
+        sample = model.roi_heads.label_and_sample_proposals
+        model.roi_heads.label_and_sample_proposals = lambda p, t: seen.extend(p) or sample(p, t)
+    with EventStorage():
+        losses = model([first, second])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    grad = taken[0].grad  # p2, stride 4: (2, A, 16, 24)
+    inside = torch.zeros(16, 24, dtype=torch.bool)
+    inside[:, 12:] = inside[:8, :12] = True
+    inside[:8, :8] = False  # the object's box and a stride around it
+    assert (grad[0][:, inside] == 0).all()
+    assert (grad[0][:, ~inside] != 0).any() and (grad[1][:, inside] != 0).any()
+    if seen:  # proposals that the second stage may sample
+        centres = seen[0].proposal_boxes.get_centers()
+        object_ = (centres >= 4).all(dim=1) & (centres <= 28).all(dim=1)
+        assert ((centres[:, 0] < 48) & (centres[:, 1] > 32) | object_).all()
+        assert len(seen[1]) > 0 and (seen[1].proposal_boxes.get_centers()[:, 0] > 48).any()
+
+
+def test_hooks_change_nothing_without_regions_or_in_evaluation(tiny_model, make_batch, same_detections):
+    plain, hooked = tiny_model("FasterRCNN").train(), tiny_model("FasterRCNN").train()
+    IgnoredRegions(hooked)
+    batch = make_batch([(64, 96)])
+    results = []
+    for model in (plain, hooked):
+        torch.manual_seed(0)
+        with EventStorage():
+            results.append(model(batch))
+    assert results[0] == results[1]
+    batch[0]["ignored_regions"] = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    with torch.no_grad():
+        same_detections(plain.eval()(batch), hooked.eval()(batch))
+    assert plain.state_dict().keys() == hooked.state_dict().keys()
+
+
+def test_every_branch_of_a_teacher_leaves_the_regions_out(tiny_model, make_batch):
+    model = tiny_model(resolutions=["H", "L"]).train()
+    taken = class_scores(model.detector)
+    IgnoredRegions(model)
+    (item,) = make_batch([(128, 128)], boxes=0)
+    item["ignored_regions"] = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
+    with EventStorage():
+        sum(model([item]).values()).backward()
+    finest = [scores.grad for scores in taken if scores.shape[-1] == max(s.shape[-1] for s in taken)]
+    assert len(finest) == 3  # H, L and fused
+    for grad in finest:
+        half = grad.shape[-1] // 2
+        assert (grad[..., :half] == 0).all() and (grad[..., half:] != 0).any()
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def detections(boxes, scores, classes):
+    found = Instances((80, 100))
+    found.pred_boxes, found.scores = Boxes(torch.tensor(boxes)), torch.tensor(scores)
+    found.pred_classes = torch.tensor(classes)
+    return {"instances": found}
+
+
+@pytest.fixture
+def registered(folder):
+    name = f"visdrone_{folder.name}"
+    DatasetCatalog.register(name, lambda: load_visdrone(folder / "images", folder / "annotations"))
+    yield name
+    DatasetCatalog.remove(name)
+
+
+def test_evaluator_scores_and_writes_what_can_be_read_again(registered, folder):
+    evaluator = VisDroneEvaluator(registered, str(folder / "out"))
+    # A hit on each of the three objects, best last; a false alarm in the region and one on the ignored bus.
+    found = detections(
+        [[1.0, 2, 4, 6], [62.0, 6, 70, 12], [10, 20, 40, 60], [52, 40, 72, 55], [6, 61, 10, 64]],
+        [0.4, 0.9, 0.5, 0.6, 0.8],
+        [0, 3, 3, 9, 8],
+    )
+    evaluator.process([{"image_id": "a"}], [found])
+    metrics = evaluator.evaluate()["bbox"]
+    # pedestrian, car and motor 100; the class bus has only an ignored object: AP 0.
+    assert metrics["AP"] == pytest.approx(75) and metrics["AP-car"] == pytest.approx(100)
+    assert metrics["AP_plain"] == pytest.approx(30) and metrics["AP-bus"] == 0.0
+    rows = read_rows(folder / "out" / "visdrone_results" / "a.txt")
+    assert rows[:, 4].tolist() == [0.9, 0.8, 0.6, 0.5, 0.4] and (rows[:, 6:] == -1).all()
+    assert rows[3, :6].tolist() == [10, 20, 30, 40, 0.5, 4]
+
+
+def test_a_set_without_annotations_gets_result_files_only(folder, caplog):
+    DatasetCatalog.register("visdrone_unlabelled", lambda: load_visdrone(folder / "images"))
+    try:
+        evaluator = VisDroneEvaluator("visdrone_unlabelled", str(folder / "out"))
+        evaluator.process([{"image_id": "a"}], [detections([[1.0, 2, 4, 6]], [0.4], [0])])
+        assert evaluator.evaluate() == {}
+    finally:
+        DatasetCatalog.remove("visdrone_unlabelled")
+    assert (folder / "out" / "visdrone_results" / "a.txt").read_text() == "1.00,2.00,3.00,4.00,0.400000,1,-1,-1\n"
+
+
+def test_patches_cannot_be_tested_on(folder):
+    DatasetCatalog.register(
+        "visdrone_cut", lambda: load_visdrone(folder / "images", folder / "annotations", patches=True)
+    )
+    try:
+        with pytest.raises(ValueError, match="test on whole images"):
+            VisDroneEvaluator("visdrone_cut")
+    finally:
+        DatasetCatalog.remove("visdrone_cut")
