@@ -24,6 +24,7 @@ from detectron2.utils import comm
 
 from ..modeling.adapters import num_classes_key
 from .checks import check_dataset, clean
+from .regions import RegionMapper
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ def build_train_loader(
             f"processes, {world_size}"
         )
     dicts = load_train_dicts(cfg)
+    mapper = mapper or DatasetMapper(cfg, True)
+    if RegionMapper.is_needed(dicts):
+        mapper = RegionMapper(mapper)
     sampler = cfg.DATALOADER.SAMPLER_TRAIN
     repeat_factors = None
     if sampler == "RepeatFactorTrainingSampler":
@@ -63,7 +67,7 @@ def build_train_loader(
         )
     return TrainLoader(
         dicts,
-        mapper or DatasetMapper(cfg, True),
+        mapper,
         cfg.SOLVER.IMS_PER_BATCH // world_size,
         seed=seed,
         start_iter=start_iter,

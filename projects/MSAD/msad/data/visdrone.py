@@ -1,4 +1,4 @@
-"""VisDrone-DET: its text format read as it is, and dataset dicts of whole images or of the four patches to train on.
+"""``TYPE: visdrone``: VisDrone-DET, its text format read as it is, whole images or the four patches to train on.
 
 One file an image, one object a line: left, top, width, height, score, category, truncation, occlusion; some lines end
 with a comma. In ground truth a score of 0 marks an object that is not evaluated; category 0 is an ignored region and 11
@@ -7,16 +7,17 @@ with a comma. In ground truth a score of 0 marks an object that is not evaluated
 
 from __future__ import annotations
 
-import logging
+import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-logger = logging.getLogger(__name__)
+from .dataset_types import DATASET_TYPE_REGISTRY, PATH, Key, add_dataset, check_entry
 
 # Categories 1 to 10, those that are evaluated.
 CLASSES = (
@@ -27,6 +28,31 @@ FIELDS = ("left", "top", "width", "height", "score", "category", "truncation", "
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 _EXIF_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+
+
+@DATASET_TYPE_REGISTRY.register()
+def visdrone(name: str, entry: dict[str, Any]) -> None:
+    """VisDrone-DET, evaluated by the metric of its toolkit.
+
+    Keys of the entry:
+
+    - ``IMAGES``: folder of NAME.jpg (or png, bmp).
+    - ``ANNOTATIONS``: folder of NAME.txt; without it the set can only be tested on, for result files.
+    - ``PATCHES``: True for a training set: each image is cut into four, see :func:`split_into_patches`.
+    """
+    flag = Key(lambda value: isinstance(value, bool), "True or False", required=False)
+    entry = check_entry(entry, {"IMAGES": PATH, "ANNOTATIONS": PATH.optional(), "PATCHES": flag})
+    load = functools.partial(
+        load_visdrone, entry["IMAGES"], entry.get("ANNOTATIONS"), patches=entry.get("PATCHES", False)
+    )
+    add_dataset(
+        name,
+        entry,
+        load,
+        evaluator_type="visdrone",
+        thing_classes=list(CLASSES),
+        has_ignored_regions="ANNOTATIONS" in entry,
+    )
 
 
 def read_rows(path: str | os.PathLike) -> np.ndarray:

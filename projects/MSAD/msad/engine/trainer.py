@@ -8,6 +8,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -20,6 +21,7 @@ from ..distill.init import init_student
 from ..distill.schedules import paper_weights
 from ..evaluation.evaluators import build_evaluator
 from ..modeling.features import freeze_unused_levels
+from ..modeling.ignored_regions import IgnoredRegions
 from ..modeling.teacher import MultiScaleTeacher
 from . import doctor
 from .build import build_distiller, load_teacher
@@ -93,6 +95,8 @@ class DistillTrainer(DefaultTrainer):
             frozen = freeze_unused_levels(model)
             if frozen:
                 logger.info("Not trained, because no head reads their level: %s", ", ".join(frozen))
+        if any(MetadataCatalog.get(name).get("has_ignored_regions") for name in cfg.DATASETS.TRAIN):
+            IgnoredRegions(model)
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:

@@ -11,6 +11,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from fvcore.common.registry import Registry
 
+from .visdrone_evaluator import VisDroneEvaluator
+
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 
 
@@ -40,3 +42,9 @@ def coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluato
         max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
         kpt_oks_sigmas=sigmas,
     )
+
+
+@EVALUATOR_REGISTRY.register()
+def visdrone(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """The metric of VisDrone-DET, and the challenge's result files in the output folder."""
+    return VisDroneEvaluator(dataset_name, output_folder)

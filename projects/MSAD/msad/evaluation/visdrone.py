@@ -4,7 +4,8 @@ Follows the rules of the challenge's toolkit, which differ from COCO's:
 
 - What lies to half or more in an ignored region (category 0) is left out, ground truth and detections alike.
 - The limit on detections holds for an image over all classes together, so AR1 is tiny by construction.
-- Ground truth of score 0 absorbs detections, by the share of their own area; it stays in the denominator of recall.
+- Ground truth of score 0 absorbs detections, by the share of their own area; it stays in the denominator of recall,
+  as do boxes without area, which nothing can match.
 - AP is the area under the interpolated precision at every recall, not COCO's mean over 101 points.
 - The toolkit (since June 2018) averages over classes weighted by the number of images that contain them. That is
   "AP"; the plain mean over the ten classes is "AP_plain", and so on.

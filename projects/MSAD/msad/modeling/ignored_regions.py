@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.modeling import GeneralizedRCNN
 from torch import nn
 
-from .features import head_levels
+from .adapters import adapt
 
 # Sigmoid of it is 0 in float32 and the number exists in float16.
 _SURELY_BACKGROUND = -100.0
@@ -33,16 +32,16 @@ class IgnoredRegions:
 
     def __init__(self, model: nn.Module) -> None:
         detector = getattr(model, "detector", model)
-        shapes = detector.backbone.output_shape()
+        adapter, shapes = adapt(detector), detector.backbone.output_shape()
         self._regions: list[torch.Tensor] | None = None
         self._objects: list[torch.Tensor] = []
         model.register_forward_pre_hook(self._take_batch)
-        if isinstance(detector, GeneralizedRCNN):
+        if adapter.two_stage:
             self._strides = [shapes[name].stride for name in detector.proposal_generator.in_features]
             detector.proposal_generator.rpn_head.register_forward_hook(self._without_scores)
             detector.roi_heads.register_forward_pre_hook(self._without_proposals, with_kwargs=True)
         else:
-            self._strides = [shapes[name].stride for name in head_levels(detector)]
+            self._strides = [shapes[name].stride for name in adapter.levels]
             detector.head.register_forward_hook(self._without_scores)
 
     def _take_batch(self, model: nn.Module, args: tuple) -> None:
