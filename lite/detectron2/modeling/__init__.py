@@ -9,6 +9,7 @@ from .backbone import (
     Backbone,
     ResNet,
     ResNetBlockBase,
+    SwinTransformer,
     build_backbone,
     build_resnet_backbone,
     make_stage,
@@ -42,7 +43,7 @@ __all__ = [
     "PROPOSAL_GENERATOR_REGISTRY", "ROI_BOX_HEAD_REGISTRY", "ROI_HEADS_REGISTRY", "ROI_KEYPOINT_HEAD_REGISTRY",
     "ROI_MASK_HEAD_REGISTRY", "RPN_HEAD_REGISTRY", "Backbone", "BaseKeypointRCNNHead", "BaseMaskRCNNHead",
     "FastRCNNOutputLayers", "GeneralizedRCNN", "ProposalNetwork", "ROIHeads", "ResNet", "ResNetBlockBase",
-    "RetinaNet", "ShapeSpec", "StandardROIHeads", "build_anchor_generator", "build_backbone", "build_box_head",
-    "build_keypoint_head", "build_mask_head", "build_model", "build_proposal_generator", "build_resnet_backbone",
-    "build_roi_heads", "build_rpn_head", "detector_postprocess", "make_stage",
+    "RetinaNet", "ShapeSpec", "StandardROIHeads", "SwinTransformer", "build_anchor_generator", "build_backbone",
+    "build_box_head", "build_keypoint_head", "build_mask_head", "build_model", "build_proposal_generator",
+    "build_resnet_backbone", "build_roi_heads", "build_rpn_head", "detector_postprocess", "make_stage",
 ]

@@ -4,8 +4,9 @@ from .backbone import Backbone
 from .build import BACKBONE_REGISTRY, build_backbone
 from .fpn import FPN
 from .resnet import BasicStem, BottleneckBlock, ResNet, ResNetBlockBase, build_resnet_backbone, make_stage
+from .swin import SwinTransformer
 
 __all__ = [
     "BACKBONE_REGISTRY", "FPN", "Backbone", "BasicStem", "BottleneckBlock", "ResNet", "ResNetBlockBase",
-    "build_backbone", "build_resnet_backbone", "make_stage",
+    "SwinTransformer", "build_backbone", "build_resnet_backbone", "make_stage",
 ]

@@ -112,7 +112,8 @@ class FPN(Backbone):
                     merged = merged / 2
             pyramid.insert(0, output(merged))
         if self.top_block is not None:
-            named = {**sources, **dict(zip(self._out_features, pyramid))}
+            # The bottom-up first: a Swin's "p3" has stride 32, the pyramid's 8.
+            named = {**dict(zip(self._out_features, pyramid)), **sources}
             pyramid.extend(self.top_block(named[self.top_block.in_feature]))
         return dict(zip(self._out_features, pyramid))
 
