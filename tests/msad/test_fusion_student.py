@@ -17,11 +17,11 @@ from torch import nn
 from msad import load_config
 from msad.distill.init import init_student
 from msad.engine import DistillTrainer
-from msad.engine.doctor import examine
-from msad.engine.findings import ERROR, OK
+from msad.engine.preflight import examine
 from msad.engine.setup import prepare
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
 from msad.export.plain import export
+from msad.finding import ERROR, OK
 from msad.modeling.adapters import adapt
 from msad.modeling.features import freeze_unused_levels, tap_neck
 from msad.modeling.fusion_student import FusionBackbone, branch_configs
@@ -306,8 +306,8 @@ def test_trains_under_a_teacher(run_cfg, project, teacher_weights, caplog):
         assert not torch.equal(trained[name], start[name]), name
 
 
-def test_loaded_branches_are_known_to_the_doctor(run_cfg, project, teacher_weights, tmp_path, caplog):
-    """A branch that comes from its own WEIGHTS is not called random, neither in training nor by the doctor."""
+def test_loaded_branches_are_known_to_preflight(run_cfg, project, teacher_weights, tmp_path, caplog):
+    """A branch that comes from its own WEIGHTS is not called random, neither in training nor by preflight."""
     teachers = [{"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": teacher_weights["teacher"]}]
     cfg = run_cfg(DISTILL__TEACHERS=teachers, DISTILL__LOSSES=[{"NAME": "AlignedL1"}])
     holder = nn.Module()

@@ -23,7 +23,7 @@ from ..evaluation.evaluators import build_evaluator
 from ..modeling.features import freeze_unused_levels
 from ..modeling.ignored_regions import IgnoredRegions
 from ..modeling.teacher import MultiScaleTeacher
-from . import doctor
+from . import preflight
 from .build import build_distiller, load_teacher
 from .checkpoint import CheckedCheckpointer, load_branches
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
@@ -165,6 +165,6 @@ class DistillTrainer(DefaultTrainer):
         elif self.cfg.MODEL.META_ARCHITECTURE == "FusionStudent" and not resumed:
             loaded = load_branches(student, self.cfg.MSAD.FUSION_STUDENT.BRANCHES)
         if self.distiller is not None and not resumed:
-            doctor.report(doctor.preflight(self.cfg, student, self.distiller.teacher, loaded))
+            preflight.report(preflight.preflight(self.cfg, student, self.distiller.teacher, loaded))
             init_student(student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
         self._trainer.data_loader.start_iter = self.start_iter

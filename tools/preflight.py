@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Is this distillation set up as it should be? Looks at config, data, models and checkpoints before they cost a night.
+"""Is this training set up as it should be? Looks at config, data, models and checkpoints before they cost a night.
 
-    tools/doctor.py configs/nuclei/student_L.yaml
-    tools/doctor.py STUDENT.yaml DISTILL.TEACHERS "[{'CONFIG': 'T.yaml', 'WEIGHTS': 't.pth'}]" MODEL.DEVICE cuda
-    tools/doctor.py STUDENT.yaml --images 0 --json > findings.json          without running the teacher
+    tools/preflight.py configs/nuclei/student_L.yaml
+    tools/preflight.py STUDENT.yaml DISTILL.TEACHERS "[{'CONFIG': 'T.yaml', 'WEIGHTS': 't.pth'}]" MODEL.DEVICE cuda
+    tools/preflight.py STUDENT.yaml --images 0 --json > findings.json          without running the teacher
 
-Every finding that is not ok says how to mend it. Exit status: 0, or 1 if there is an error (with --strict: or a
-warning), or 2 if there is no such file. Training makes the quick ones of these checks by itself and stops at errors.
+Every finding that is not ok has a fix. Exit status: 0, or 1 if there is an error (with --strict: or a warning), or 2 if
+there is no such file. Training makes the quick ones of these checks by itself and stops at errors.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import sys
 import textwrap
 
 from msad import load_config
-from msad.engine.doctor import examine
-from msad.engine.findings import ERROR, OK, WARNING, Finding
+from msad.engine.preflight import examine
+from msad.finding import ERROR, OK, WARNING, Finding
 
 _MARKS = {OK: "ok     ", WARNING: "WARNING", ERROR: "ERROR  "}
 
@@ -30,7 +30,7 @@ def show(findings: list[Finding]) -> str:
         text = f"{_MARKS[finding.level]}  {finding.check}: {finding.text}"
         lines.append(textwrap.fill(text, 118, subsequent_indent=" " * 9, break_on_hyphens=False))
         if finding.fix:
-            fix = f"to mend it: {finding.fix}"
+            fix = f"Fix: {finding.fix}"
             lines.append(textwrap.fill(fix, 118, initial_indent=" " * 9, subsequent_indent=" " * 9))
     counts = {level: sum(f.level == level for f in findings) for level in _MARKS}
     return "\n".join([*lines, f"\n{counts[ERROR]} errors, {counts[WARNING]} warnings, {counts[OK]} ok"])

@@ -1,4 +1,4 @@
-"""Every check of the doctor on a setup that is broken in this one way, and what training does about it."""
+"""Every check of preflight on a setup that is broken in this one way, and what training does about it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,8 @@ from msad import load_config
 from msad.data import register_datasets
 from msad.distill.distiller import FrozenTeacher
 from msad.engine import DistillTrainer
-from msad.engine.doctor import check_checkpoint, check_start, check_teacher_ap, examine, preflight, report
-from msad.engine.findings import (
-    ERROR,
-    OK,
-    WARNING,
-    Finding,
+from msad.engine.preflight import examine, preflight, report
+from msad.engine.preflight.config_checks import (
     check_anchors,
     check_classes,
     check_levels,
@@ -30,6 +26,8 @@ from msad.engine.findings import (
     check_sizes,
     check_two_stage,
 )
+from msad.engine.preflight.model_checks import check_checkpoint, check_device, check_start, check_teacher_ap
+from msad.finding import ERROR, OK, WARNING, Finding, error_text
 from msad.resolution import get_resolution
 
 
@@ -110,7 +108,7 @@ def test_levels():
     (finding,) = check_levels(shapes([3], shift=1), shapes([3]))
     assert finding.level == ERROR and finding.check == "strides" and "16" in finding.text
     (finding,) = check_levels(shapes([3], channels=4), shapes([3]))
-    assert finding.level == OK and "1x1 adaptors" in finding.text
+    assert finding.level == OK and "1x1 adaptation layers" in finding.text
 
 
 def test_levels_that_losses_pair_by_index():
@@ -209,8 +207,35 @@ def test_examination_of_a_whole_setup(project, teacher_weights, tmp_path):
     cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = "nowhere.pth"
     errors = {f.check: f.text for f in examine(cfg, images=2) if f.level == ERROR}
     assert errors.keys() == {"losses", "teacher's weights"} and "did you mean AlignedL1" in errors["losses"]
-    cfg.DISTILL.TEACHERS = []
-    assert levels_of(examine(cfg)) == [ERROR]
+
+
+def test_a_detector_without_a_teacher(project, teacher_weights, tmp_path):
+    cfg = config(project, teacher_weights, "fcos", tmp_path)
+    found = {finding.check: finding for finding in examine(cfg)}
+    assert found.keys() == {"device", "data", "schedule"} and {f.level for f in found.values()} == {OK}
+    cfg.MODEL.FCOS.NUM_CLASSES = 5
+    assert [f.check for f in examine(cfg) if f.level == ERROR] == ["data"]
+    cfg.MODEL.WEIGHTS = "nowhere.pth"
+    assert [f.check for f in examine(cfg) if f.level == ERROR] == ["data", "student's weights"]
+
+
+def test_messages_of_exceptions(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        (tmp_path / "none.png").read_bytes()
+    assert "No such file or directory" in error_text(caught.value) and "none.png" in error_text(caught.value)
+    assert error_text(KeyError("unknown key 'A'")) == "unknown key 'A'"
+    assert error_text(ValueError("two\n lines")) == "two lines" and error_text(ValueError()) == "ValueError"
+
+
+def test_a_missing_device_is_named_and_all_else_looked_at(project, teacher_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    assert levels_of(check_device(cfg)) == [OK]
+    cfg.MODEL.DEVICE = "cuda"
+    found = examine(cfg, images=0)
+    (error,) = [f for f in found if f.level == ERROR]
+    assert error.check == "device" and "no NVIDIA GPU or driver" in error.text and error.fix == "add MODEL.DEVICE cpu"
+    assert {"teacher's weights", "levels", "losses"} <= {f.check for f in found}
 
 
 @pytest.mark.parametrize(
@@ -305,7 +330,7 @@ def test_training_knows_the_classes_of_the_teachers_own_data(
     if case == "broken":
         (tmp_path / "turned.json").write_text("{")
     if case == "large":
-        monkeypatch.setattr("msad.engine.doctor._SMALL_FILE", 100)
+        monkeypatch.setattr("msad.engine.preflight.run._SMALL_FILE", 100)
     run = DistillTrainer(cfg)
     if known:
         with pytest.raises(ValueError, match="classes: equal classes in another order"):
@@ -327,7 +352,7 @@ def test_images_for_the_teachers_ap_are_spread_evenly(project, teacher_weights, 
         chosen[:] = [item["image_id"] for batch in loader for item in batch]
         return {"bbox": {"AP": 50.0}}
 
-    monkeypatch.setattr("msad.engine.doctor.inference_on_dataset", run)
+    monkeypatch.setattr("msad.engine.preflight.model_checks.inference_on_dataset", run)
     teacher = load_config(project / "teacher.yaml")
     for images, places in ((3, [0, 2, 4]), (4, [0, 1, 3, 4]), (9, range(6))):
         (finding,) = check_teacher_ap(cfg, teacher, torch.nn.Identity(), images)
@@ -338,9 +363,9 @@ def test_training_stops_at_errors_and_logs_warnings(project, teacher_weights, tm
     run = DistillTrainer(config(project, teacher_weights, "student", tmp_path))
     with caplog.at_level("INFO", logger="msad"):
         run.resume_or_load(False)
-    assert "Pre-flight, levels:" in caplog.text and "WARMUP_ITERS 8" in caplog.text
+    assert "Preflight, levels:" in caplog.text and "WARMUP_ITERS 8" in caplog.text
     other = Finding(ERROR, "classes", "two orders", "choose one")
-    monkeypatch.setattr("msad.engine.doctor.check_training_sets", lambda *_: [other])
-    with pytest.raises(ValueError, match=r"classes: two orders\. To mend it: choose one"):
+    monkeypatch.setattr("msad.engine.preflight.run.check_training_sets", lambda *_: [other])
+    with pytest.raises(ValueError, match=r"classes: two orders\. Fix: choose one"):
         DistillTrainer(config(project, teacher_weights, "student", tmp_path / "again")).resume_or_load(False)
     report([Finding(OK, "a", "b")])

@@ -1,4 +1,4 @@
-"""tools/doctor.py: its exit status, its text and its JSON."""
+"""tools/preflight.py: its exit status, its text and its JSON."""
 
 import importlib.util
 import json
@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "doctor.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "preflight.py"
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("doctor_tool", SCRIPT)
+    spec = importlib.util.spec_from_file_location("preflight_tool", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["doctor.py", *map(str, args)])
+        monkeypatch.setattr(sys, "argv", ["preflight.py", *map(str, args)])
         return module.main(), capsys.readouterr()
 
     return run

@@ -1,0 +1,9 @@
+"""Preflight: what is wrong with a training is said before it has cost a night.
+
+Every check is a function that returns findings. Training makes the cheap ones (:func:`preflight`) and stops at errors;
+``tools/preflight.py`` makes all of them (:func:`examine`).
+"""
+
+from .run import examine, preflight, preflight_checks, report
+
+__all__ = ["examine", "preflight", "preflight_checks", "report"]

@@ -1,0 +1,98 @@
+"""Checks of devices, checkpoints and detections: they build, load or run models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from functools import partial
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from torch import nn
+
+from ...distill.init import copies
+from ...finding import ERROR, OK, WARNING, Finding, check, error_text
+from ..checkpoint import CheckedCheckpointer
+
+_MIN_AP = 5.0
+
+
+@check("device")
+def check_device(cfg: CfgNode) -> Generator:
+    """Whether MODEL.DEVICE exists here."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        yield ERROR, f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no NVIDIA GPU or driver", "add MODEL.DEVICE cpu"
+    return cfg.MODEL.DEVICE
+
+
+@check("student's start")
+def check_start(student: nn.Module, teacher: nn.Module, mode: str, loaded: set[str]) -> Generator:
+    """Whether the student's bottom-up network starts from trained weights.
+
+    Args:
+        student, teacher: detectors.
+        mode: DISTILL.INIT_STUDENT.
+        loaded: names of the student's tensors that MODEL.WEIGHTS has.
+    """
+    known = loaded | set(copies(student, teacher, mode))
+    backbone = {name: p for name, p in student.named_parameters() if name.startswith("backbone.")}
+    ours = {name: p for name, p in backbone.items() if ".bottom_up." in name} or backbone
+    random = [name for name in ours if name not in known]
+    frozen = [name for name in random if not ours[name].requires_grad]
+    fix = "set MODEL.WEIGHTS to a pretrained network, or DISTILL.INIT_STUDENT full with a teacher of the same network"
+    if frozen:
+        text = f"{len(frozen)} parameters of its bottom-up network are random and frozen, e.g. {frozen[0]}"
+        yield ERROR, text, f"{fix}; or set MODEL.BACKBONE.FREEZE_AT 0"
+    elif random:
+        share = f"{len(random)} of the {len(ours)} parameters of its bottom-up network"
+        yield WARNING, f"{share} start from random values, e.g. {random[0]}", fix
+    return f"all {len(ours)} parameters of its bottom-up network are initialised"
+
+
+def check_checkpoint(who: str, model: nn.Module, weights: str) -> tuple[list[Finding], set[str]]:
+    """Load ``weights`` into ``model``; findings and the names of the tensors that were loaded."""
+    name = f"{who}'s weights"
+    if "://" not in weights and not os.path.isfile(weights):
+        return [Finding(ERROR, name, f"no file {weights}", "train it first, or correct the path")], set()
+    checkpointer = CheckedCheckpointer(model)
+    try:
+        checkpointer.load(weights)
+    except Exception as error:  # whatever torch or pickle make of a broken file
+        return [Finding(ERROR, name, f"{weights}: {error_text(error)}", "give the checkpoint of this config")], set()
+    out, absent, unused = [], checkpointer.missing_or_mismatched, checkpointer.unexpected
+    loaded = set(model.state_dict()) - set(absent)
+    if absent:
+        level = ERROR if who == "teacher" else WARNING
+        text = f"{len(absent)} tensors are not in {weights} or of another shape, e.g. {absent[0]}"
+        out.append(Finding(level, name, text, "give the checkpoint of this very config"))
+    if unused:
+        text = f"{len(unused)} keys of {weights} match nothing, e.g. {unused[0]}"
+        fix = "correct if the file has another head; otherwise the names differ: convert it"
+        out.append(Finding(WARNING, name, text, fix))
+    return out or [Finding(OK, name, f"all {len(loaded)} tensors are in {weights}")], loaded
+
+
+@check("teacher's AP")
+def check_teacher_ap(cfg: CfgNode, teacher: CfgNode, model: nn.Module, images: int) -> Generator:
+    """Box AP of the teacher on ``images`` images of the student's DATASETS.TEST, taken at equal distances."""
+    if not cfg.DATASETS.TEST:
+        yield WARNING, "not measured: DATASETS.TEST is empty", "name a validation set"
+        return None
+    name = cfg.DATASETS.TEST[0]
+    everything = DatasetCatalog.get(name)  # in the order of the file, where a class or a scene may come in one piece
+    count = min(images, len(everything))
+    dicts = [everything[i * len(everything) // count] for i in range(count)]
+    # The evaluator asks for tasks that the teacher may not have, so it is told the one that all have.
+    evaluator = COCOEvaluator(
+        name, tasks=("bbox",), distributed=False, max_dets_per_image=teacher.TEST.DETECTIONS_PER_IMAGE
+    )
+    evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in dicts])
+    loader = build_detection_test_loader(dicts, mapper=DatasetMapper(teacher, is_train=False), num_workers=0)
+    ap = inference_on_dataset(model.eval(), loader, evaluator).get("bbox", {}).get("AP", 0.0)
+    text = f"{ap:.1f} box AP on {len(dicts)} images of {name}"
+    if not ap >= _MIN_AP:
+        fix = "train it longer; if it was good elsewhere, compare INPUT.FORMAT, PIXEL_MEAN and classes"
+        yield ERROR if not ap >= 1.0 else WARNING, f"{text}: nothing to be learnt from it", fix
+    return text

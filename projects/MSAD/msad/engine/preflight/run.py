@@ -1,0 +1,181 @@
+"""The checks in the order in which they can be made, and what is done with their findings."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN, build_model
+from torch import nn
+
+from ...config import load_config
+from ...data.loader import load_train_dicts
+from ...data.register import register_datasets
+from ...distill.distiller import FrozenTeacher, student_shapes
+from ...distill.losses.registry import compares_heads, lower_keys
+from ...finding import ERROR, OK, Finding, error_text
+from ...resolution import get_resolution
+from ..build import build_distiller
+from ..checkpoint import load_branches
+from .config_checks import (
+    check_anchors,
+    check_classes,
+    check_levels,
+    check_pixels,
+    check_schedule,
+    check_sizes,
+    check_two_stage,
+)
+from .model_checks import check_checkpoint, check_device, check_start, check_teacher_ap
+
+logger = logging.getLogger(__name__)
+# Bytes of an annotation file that is read for its class names when training starts: about a second.
+_SMALL_FILE = 32 * 2**20
+
+
+def check_training_sets(cfg: CfgNode, teacher: CfgNode) -> list[Finding]:
+    """:func:`check_classes` of the training sets, as far as names are known by now.
+
+    Classes must be equal where heads are copied (INIT_STUDENT) or compared (LD, Chen).
+    """
+    names = [c.DATASETS.TRAIN[0] if c.DATASETS.TRAIN else "" for c in (cfg, teacher)]
+    if names[0] == names[1]:
+        return [Finding(OK, "classes", f"student and teacher train on {names[0]}")]
+    classes = [MetadataCatalog.get(n).get("thing_classes") if n in DatasetCatalog.list() else None for n in names]
+    compared = any(compares_heads(entry.get("name")) for entry in map(lower_keys, cfg.DISTILL.LOSSES))
+    return check_classes(*classes, shared=compared or cfg.DISTILL.INIT_STUDENT != "none")
+
+
+def preflight_checks(
+    cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]
+) -> dict[str, Callable[[], list[Finding]]]:
+    """The checks that need nothing but the config and the models, by name.
+
+    Args:
+        loaded: names of the student's tensors that MODEL.WEIGHTS has.
+    """
+    resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
+    config = load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"])
+    entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
+    matches = {entry.get("match", "by_stride") for entry in entries if not compares_heads(entry.get("name"))}
+    weighted = not (cfg.DISTILL.READING or cfg.DISTILL.BALANCE.RATIO)
+    two_stage = isinstance(student, GeneralizedRCNN)
+    return {
+        "classes": lambda: check_training_sets(cfg, config),
+        "pixels": lambda: check_pixels(cfg, config),
+        "sizes": lambda: check_sizes(cfg, config, resolution),
+        "levels": lambda: check_levels(student_shapes(student, resolution), teacher.shapes(), matches),
+        "anchors": lambda: check_anchors(cfg, config, resolution.shift),
+        "student's start": lambda: check_start(student, teacher.model, cfg.DISTILL.INIT_STUDENT, loaded),
+        "two-stage values": lambda: check_two_stage(entries, weighted) if two_stage else [],
+        "schedule": lambda: check_schedule(cfg),
+    }
+
+
+def preflight(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]) -> list[Finding]:
+    """All findings of :func:`preflight_checks`.
+
+    Class names of the teacher's data set are read if its yaml lists them or the annotation file is here and small.
+    """
+    with contextlib.suppress(FileNotFoundError, ValueError):  # its data need not be usable here: names are not known
+        _read_classes(load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"]), _SMALL_FILE)
+    return [finding for check in preflight_checks(cfg, student, teacher, loaded).values() for finding in check()]
+
+
+def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
+    """All checks of a config; a student's teacher detects on ``images`` images, 0: on none."""
+    out: list[Finding] = []
+
+    def attempt(check: str, fix: str, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns; what it says is wrong becomes a finding."""
+        try:
+            return function()
+        except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            out.append(Finding(ERROR, check, error_text(error), fix))
+            return None
+
+    out += check_device(cfg)
+    if out[-1].level == ERROR:  # all else can be looked at on a CPU
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
+    attempt("data", "correct DATASETS.REGISTER", lambda: register_datasets(cfg))
+    if dicts := attempt("data", "correct the data set or the classes of the config", lambda: load_train_dicts(cfg)):
+        out.append(Finding(OK, "data", f"{len(dicts)} images for training"))
+    if not cfg.DISTILL.TEACHERS:
+        if (model := attempt("model", "correct the config", lambda: build_model(cfg))) and cfg.MODEL.WEIGHTS:
+            out += check_checkpoint("student", model, cfg.MODEL.WEIGHTS)[0]
+        return out + check_schedule(cfg)
+    entry = cfg.DISTILL.TEACHERS[0]
+    config = attempt(
+        "teacher",
+        "correct DISTILL.TEACHERS[0].CONFIG",
+        lambda: load_config(entry["CONFIG"], ["MODEL.DEVICE", cfg.MODEL.DEVICE]),
+    )
+    if config is None:
+        return out
+    attempt("data", "correct DATASETS.REGISTER of the teacher", lambda: _read_classes(config))
+    student = attempt("student", "correct the student's config", lambda: build_model(cfg))
+    teacher = attempt("teacher", "correct the teacher's config", lambda: build_model(config))
+    if student is None or teacher is None:
+        return out
+    loaded: set[str] = set()
+    if cfg.MODEL.WEIGHTS:
+        found, loaded = check_checkpoint("student", student, cfg.MODEL.WEIGHTS)
+        out += found
+    elif cfg.MODEL.META_ARCHITECTURE == "FusionStudent":
+        branches = cfg.MSAD.FUSION_STUDENT.BRANCHES
+        fix = "correct WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES"
+        loaded = attempt("student's weights", fix, lambda: load_branches(student, branches)) or set()
+    found, trained = check_checkpoint("teacher", teacher, entry.get("WEIGHTS", ""))
+    out += found
+    frozen = FrozenTeacher(teacher, cfg.DISTILL.TEACHER_BN)
+    checks = attempt(
+        "student", "correct DISTILL.STUDENT_RESOLUTION", lambda: preflight_checks(cfg, student, frozen, loaded)
+    )
+    for name, check in (checks or {}).items():
+        out += attempt(name, "correct the student's config, or DISTILL.STUDENT_RESOLUTION", check) or []
+    distiller = attempt("losses", "correct DISTILL", lambda: build_distiller(cfg, student, frozen))
+    if distiller is not None:
+        none = "none: this is the no-KD baseline"
+        names = ", ".join(loss.name for loss in distiller.losses) or none
+        out.append(Finding(OK, "losses", names))
+    if images and trained:
+        name, fix = "teacher's AP", "correct DATASETS.TEST"
+        out += attempt(name, fix, lambda: check_teacher_ap(cfg, config, teacher, images)) or []
+    return out
+
+
+def _read_classes(teacher: CfgNode, limit: float = math.inf) -> None:
+    """Make the class names of the teacher's training set known, if the set is on this machine.
+
+    An annotation file of more than ``limit`` bytes is not read.
+    """
+    register_datasets(teacher)
+    name = teacher.DATASETS.TRAIN[0] if teacher.DATASETS.TRAIN else ""
+    if name not in DatasetCatalog.list() or MetadataCatalog.get(name).get("thing_classes"):
+        return
+    file = MetadataCatalog.get(name).get("json_file", "")
+    if limit == math.inf or (os.path.isfile(file) and os.path.getsize(file) <= limit):
+        with contextlib.suppress(FileNotFoundError):
+            DatasetCatalog.get(name)
+
+
+def report(findings: Sequence[Finding]) -> None:
+    """Log findings, errors last.
+
+    Raises:
+        ValueError: there is an error; the message has all of them with their fixes.
+    """
+    for finding in findings:
+        if finding.level != ERROR:
+            logger.log(logging.INFO if finding.level == OK else logging.WARNING, "Preflight, %s", finding)
+    errors = [str(finding) for finding in findings if finding.level == ERROR]
+    if errors:
+        raise ValueError("preflight: " + "; ".join(errors))
