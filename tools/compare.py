@@ -26,11 +26,11 @@ from pathlib import Path
 
 import torch
 
-from msad.engine import compare
 from msad.engine.checkpoint import atomic_write
-from msad.engine.schedule import device_opts, make_slots
 from msad.engine.setup import engine_name
-from msad.report.comparison import TITLES, Entry, entries, format_comparison, write_markdown
+from msad.experiments import comparison as compare
+from msad.experiments.jobs import device_opts, make_slots
+from msad.experiments.report.comparison import TITLES, Entry, entries, format_comparison, write_markdown
 from msad.visualization import IntervalRow, plot_intervals, plot_weights
 
 

@@ -29,12 +29,12 @@ from msad import load_config
 from msad.data import register_datasets
 from msad.data.synthetic import make_dataset, register_entries
 from msad.engine.checkpoint import atomic_write
-from msad.engine.schedule import count_cores, device_opts, make_slots
 from msad.engine.setup import engine_name, load_model
-from msad.engine.study import ROWS, Study, collect, run
 from msad.evaluation.cost import count_macs, count_parameters, measure_latency
+from msad.experiments.jobs import count_cores, device_opts, make_slots
+from msad.experiments.report import format_table, write_report
+from msad.experiments.study import ROWS, Study, collect, run
 from msad.modeling.teacher import MultiScaleTeacher
-from msad.report import format_table, write_report
 from msad.visualization import Panel, plot_curves, save_panels
 
 REPOSITORY = Path(__file__).resolve().parents[1]

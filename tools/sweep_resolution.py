@@ -28,9 +28,9 @@ from tqdm import tqdm
 from msad import load_config
 from msad.engine import DistillTrainer
 from msad.engine.checkpoint import atomic_write
-from msad.engine.runs import log_to
 from msad.engine.setup import engine_name, load_model, prepare
 from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
+from msad.experiments.run import log_to
 from msad.visualization.sweep import plot_sweep
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from msad.engine.compare import Comparison, collect, run, unique_names
-from msad.engine.schedule import Slot, Task, make_slots, run_task
-from msad.report.comparison import write_markdown
+from msad.experiments.comparison import Comparison, collect, run, unique_names
+from msad.experiments.jobs import Slot, Task, make_slots, run_task
+from msad.experiments.report.comparison import write_markdown
 
 SMALL = ["SOLVER.IMS_PER_BATCH", 2]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from msad.report.comparison import class_table, entries, format_comparison, table, write_markdown
+from msad.experiments.report.comparison import class_table, entries, format_comparison, table, write_markdown
 from msad.visualization import IntervalRow, plot_intervals
 from msad.visualization.intervals import intervals_figure
 from msad.visualization.weights import weights_figure

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from msad.report import format_table, markdown_table, write_report
-from msad.report.rows import KINDS, rows_of
-from msad.report.summary import difference, summary
-from msad.report.tables import table
+from msad.experiments.report import format_table, markdown_table, write_report
+from msad.experiments.report.rows import KINDS, rows_of
+from msad.experiments.report.summary import difference, summary
+from msad.experiments.report.tables import table
 
 
 def row(ap, seconds=60.0, **extra):

@@ -10,7 +10,7 @@ from msad import load_config
 from msad.engine import DistillTrainer
 from msad.engine.scaling import scale_to_batch, scale_to_processes
 from msad.engine.setup import prepare
-from msad.engine.study import Study
+from msad.experiments.study import Study
 
 
 @pytest.fixture

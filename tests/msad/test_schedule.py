@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from msad.engine.runs import _alone
-from msad.engine.schedule import Plan, Slot, Task, device_opts, make_slots, run_task, run_tasks
+from msad.experiments.jobs import Plan, Slot, Task, device_opts, make_slots, run_task, run_tasks
+from msad.experiments.run import _alone
 
 HERE = Path(__file__).parent
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from msad.report.statistics import estimate, t_quantile
+from msad.experiments.report.statistics import estimate, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from .runs import check_result, read_result, run_config
+from .run import check_result, read_result, run_config
 
 SAME_TIME = 0.05  # a smaller difference in time is within what can be measured
 
@@ -59,7 +59,7 @@ class Plan(ABC):
         """The frozen config of the task."""
 
     def result(self, task: Task) -> dict | None:
-        """What the finished run left, see :func:`msad.engine.runs.run_config`, or None."""
+        """What the finished run left, see :func:`msad.experiments.run.run_config`, or None."""
         return read_result(self.folder(task))
 
     def error(self, task: Task) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..visualization.plots import RowPoint, plot_ap_vs_cost, plot_results
+from ...visualization.plots import RowPoint, plot_ap_vs_cost, plot_results
 from .rows import Row, reference_of, rows_of
 from .style import STYLE
 from .summary import summary

@@ -50,7 +50,7 @@ def entries(data: dict, kind: str, metric: str = "bbox/AP") -> list[Entry]:
     """The rows of kind "row" (equal iterations), "time" or "teacher" that have a result, in the given order.
 
     Args:
-        data: from :func:`msad.engine.compare.collect`.
+        data: from :func:`msad.experiments.comparison.collect`.
         metric: TASK/METRIC.
 
     Raises:

@@ -16,8 +16,8 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..config import load_config
-from .scaling import scale_to_batch, set_iterations
-from .schedule import Plan, Slot, Task, run_tasks
+from ..engine.scaling import scale_to_batch, set_iterations
+from .jobs import Plan, Slot, Task, run_tasks
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _scale_inputs(cfg: CfgNode, factor: float) -> None:
 
 
 def run(study: Study, slots: Sequence[Slot], report: Callable[[str], None] = tqdm.write) -> list[Task]:
-    """Run all rows for all seeds, see :func:`msad.engine.schedule.run_tasks`; returns the tasks that failed."""
+    """Run all rows for all seeds, see :func:`msad.experiments.jobs.run_tasks`; returns the tasks that failed."""
     return run_tasks(study, study.tasks(), slots, report)
 
 

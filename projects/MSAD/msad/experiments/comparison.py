@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from ..config import load_config
 from ..distill.losses.registry import lower_keys
-from .scaling import scale_to_batch, set_iterations
-from .schedule import SAME_TIME, Plan, Slot, Task, run_tasks
+from ..engine.scaling import scale_to_batch, set_iterations
+from .jobs import SAME_TIME, Plan, Slot, Task, run_tasks
 
 
 @dataclass
@@ -170,13 +170,13 @@ def unique_names(files: Sequence[Path]) -> dict[str, Path]:
 
 
 def run(comparison: Comparison, slots: Sequence[Slot], report: Callable[[str], None] = tqdm.write) -> list[Task]:
-    """Run all that is not finished, see :func:`msad.engine.schedule.run_tasks`; returns the tasks that failed."""
+    """Run all that is not finished, see :func:`msad.experiments.jobs.run_tasks`; returns the tasks that failed."""
     failed = run_tasks(comparison, comparison.tasks(), slots, report)
     return failed + run_tasks(comparison, comparison.time_tasks(), slots, report)
 
 
 def collect(comparison: Comparison) -> dict:
-    """All that is known, as plain data for :mod:`msad.report.comparison`.
+    """All that is known, as plain data for :mod:`msad.experiments.report.comparison`.
 
     {"seeds", "reference", "count_teachers", "rows": {row: config file}, "losses": {row: [entry of DISTILL.LOSSES]},
     "runs": [{"kind", "row", "seed", "iterations", "seconds", "cpu_seconds", "steps",

@@ -17,9 +17,9 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 from tqdm import tqdm
 
-from .checkpoint import atomic_write
-from .setup import evaluate, evaluate_branches, load_model, prepare
-from .trainer import DistillTrainer
+from ..engine.checkpoint import atomic_write
+from ..engine.setup import evaluate, evaluate_branches, load_model, prepare
+from ..engine.trainer import DistillTrainer
 
 
 def read_result(folder: Path) -> dict | None:

@@ -1,0 +1,1 @@
+"""Experiments: training runs that depend on one another, comparisons of their configurations, and the report."""
