@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -20,6 +22,7 @@ from test_plain_student import detections
 
 from msad import load_config
 from msad.engine.setup import load_model
+from msad.export.names import read_names
 from msad.export.plain import export, plain_file
 from msad.modeling.detectors.mask_code import MaskStatistics
 
@@ -86,6 +89,7 @@ def detector(folder, file):
         return lambda image: built["detect"](model, cfg, image)
     cfg = get_cfg()
     cfg.merge_from_file(f"{folder}/config.yaml")
+    cfg.MODEL.WEIGHTS = f"{folder}/{cfg.MODEL.WEIGHTS}"  # relative, so that the folder can be moved
     predictor = DefaultPredictor(cfg)
     predictor.model.load_state_dict(torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"])  # strictly
     return lambda image: predictor(image)["instances"]
@@ -144,15 +148,18 @@ def test_what_is_said_of_each_kind_is_true(exported, images, tmp_path, monkeypat
         cfg, weights, note = exported(f"exported/{name}", arch, range(first, last + 1), **options)
         folder = tmp_path / "exported" / name
         if needed == YAML:
-            assert note == f"exported/{name}/config.yaml builds this model in plain detectron2."
+            assert note == (
+                f"exported/{name}/config.yaml builds this model in plain detectron2, "
+                f"with MODEL.WEIGHTS exported/{name}/model.pth."
+            )
         elif needed == MSAD:
-            assert note.startswith("Plain detectron2 cannot build this model: import msad, ") and "docs/" not in note
+            assert note.startswith("Plain detectron2 cannot build this model: msad.load_config(")
+            assert "docs/" not in note
             again = load_config(folder / "config.yaml")
-            again.merge_from_file(str(folder / "msad.yaml"))
             stored = torch.load(again.MODEL.WEIGHTS, weights_only=True)["model"]
             build_model(again).load_state_dict(stored)  # strictly
         else:
-            assert note.startswith("To build this model, import msad, "), name
+            assert note.startswith("To build this model, msad.load_config("), name
             assert note.endswith(f"; docs/{needed} builds it without msad."), name
             folder = folder.rename(tmp_path / "moved" / name)
         files[str(folder)] = needed if needed != MSAD else FCOS if arch == "FCOS" else RCNN
@@ -191,9 +198,48 @@ def test_weights_are_found_from_any_folder(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exported("out", "FCOS", **RESNET)
     monkeypatch.chdir("/")
-    cfg = get_cfg()
-    cfg.merge_from_file(str(tmp_path / "out" / "config.yaml"))
-    assert str(tmp_path / "out" / "model.pth") == cfg.MODEL.WEIGHTS
+    (tmp_path / "out").rename(tmp_path / "moved")
+    for file in ("config.yaml", "msad.yaml"):
+        cfg = load_config(tmp_path / "moved" / file)
+        assert str(tmp_path / "moved" / "model.pth") == cfg.MODEL.WEIGHTS
+        load_model(cfg)  # all of its tensors
+
+
+def test_the_yaml_files_have_nothing_of_other_models(exported, tmp_path):
+    exported(tmp_path / "fcos", "FCOS", OUTPUT_DIR="output/training", **RESNET)
+    own = yaml.safe_load((tmp_path / "fcos" / "msad.yaml").read_text())
+    assert own.keys() == {"_BASE_", "MODEL"} and {"FCOS", "FPN"} <= own["MODEL"].keys() <= {"FCOS", "FPN", "RESNETS"}
+    assert "NUM_CLASSES" in own["MODEL"]["FCOS"]  # a default, but plain detectron2 does not know it
+    assert "output/training" not in (tmp_path / "fcos" / "config.yaml").read_text()
+    exported(tmp_path / "stock", "RetinaNet", range(2, 7), **OWN["dense"])
+    files = {file.name for file in (tmp_path / "stock").iterdir()}
+    assert {"config.yaml", "model.pth"} <= files <= {"config.yaml", "model.pth", "msad.yaml"}
+
+
+def test_names_of_classes_and_keypoints_travel(exported, tiny_cfg, tmp_path):
+    cfg, weights, _ = exported(tmp_path / "out", "FCOS", **RESNET)
+    assert read_names(str(tmp_path / "out" / "config.yaml")) == {}
+    category = {"id": 1, "name": "mouse", "keypoints": ["nose", "left_ear", "right_ear"], "skeleton": [[1, 2]]}
+    content = {"images": [], "annotations": [], "categories": [category, {"id": 2, "name": "rat"}]}
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    name = f"names_{tmp_path.name}"
+    cfg.DATASETS.REGISTER = [{"NAME": name, "JSON": str(tmp_path / "val.json"), "IMAGES": str(tmp_path)}]
+    cfg.DATASETS.TEST = (name,)
+    export(cfg, weights, tmp_path / "out")
+    names = read_names(str(tmp_path / "out" / "config.yaml"))
+    assert names["thing_classes"] == ["mouse", "rat"] and names["keypoint_names"][1] == "left_ear"
+    assert names["keypoint_flip_map"] == [("left_ear", "right_ear")]
+    assert [rule[:2] for rule in names["keypoint_connection_rules"]] == [("nose", "left_ear")]
+    assert load_config(tmp_path / "out" / "config.yaml").DATASETS.REGISTER == cfg.DATASETS.REGISTER
+
+
+def test_a_checkpoint_is_not_overwritten_by_its_own_export(exported, tmp_path):
+    cfg, weights, _ = exported(tmp_path / "out", "FCOS", **RESNET)
+    Path(weights).rename(tmp_path / "model.pth")
+    before = (tmp_path / "model.pth").read_bytes()
+    with pytest.raises(ValueError, match="would be overwritten"):
+        export(cfg, str(tmp_path / "model.pth"), tmp_path)
+    assert (tmp_path / "model.pth").read_bytes() == before and not (tmp_path / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("arch", ["student", "teacher"])
@@ -212,7 +258,6 @@ def test_mask_code_is_in_the_weights(exported, images, tmp_path, arch):
     (tmp_path / "out").rename(tmp_path / "moved")
 
     again = load_config(tmp_path / "moved" / "config.yaml")
-    again.merge_from_file(str(tmp_path / "moved" / "msad.yaml"))
     found = detections(again, str(tmp_path / "moved" / "model.pth"), images)
     for mine, theirs in zip(expected, found):
         assert len(mine[1])

@@ -388,7 +388,8 @@ def test_nan_loss_stops_the_run_and_names_the_iteration(student):
     run = DistillTrainer(cfg)
     run.resume_or_load(False)
     run.register_hooks([Poison(4)])
-    with pytest.raises(FloatingPointError, match=r"(?s)iteration\D*4\D.*loss_fcos_cls"):
+    said = r"^loss not finite at iteration 4 \(.*loss_fcos_cls.*\).*; lower SOLVER.BASE_LR \(now 0\.002\)$"
+    with pytest.raises(FloatingPointError, match=said):
         run.train()
     left = sorted(p.name for p in Path(cfg.OUTPUT_DIR).glob("*.pth"))
     assert left == ["model_0000002.pth"]
@@ -449,3 +450,88 @@ def test_only_the_main_process_writes(tmp_path):
     CheckedCheckpointer(nn.Linear(1, 1), str(tmp_path), save_to_disk=False).save("model")
     CheckedCheckpointer(nn.Linear(1, 1)).save("model")
     assert not list(tmp_path.iterdir())
+
+
+# --- divergence ---------------------------------------------------------------------------------------------------
+
+
+def test_a_learning_rate_that_is_far_too_high_is_named(student):
+    """Whatever engine and loss say of it: assertions on boxes, scores that are not finite."""
+    run = DistillTrainer(student("fcos", SOLVER__BASE_LR=1e8, SOLVER__WARMUP_ITERS=0, SOLVER__MAX_ITER=30,
+                                 SOLVER__CLIP_GRADIENTS__ENABLED=False))  # fmt: skip
+    run.resume_or_load(False)
+    with pytest.raises(FloatingPointError, match=r"not finite at iteration \d+ \(.*lower SOLVER.BASE_LR .now 1e\+08"):
+        run.train()
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong shape"), AssertionError("bad box: x1 larger than x2")])
+def test_other_errors_of_a_step_are_left_alone(student, error):
+    run = DistillTrainer(student("fcos"))
+
+    def fail(inputs):
+        raise error
+
+    run.model.forward = fail
+    expected = FloatingPointError if "bad box" in str(error) else ValueError
+    with pytest.raises(expected, match="not finite" if "bad box" in str(error) else "^wrong shape$"):
+        run.train()
+
+
+def test_nan_in_a_checkpoint_is_named(student, project, teacher_weights, tmp_path):
+    weights = torch.load(teacher_weights["teacher"], weights_only=True)["model"]
+    name = "detector.backbone.fpn_lateral3.weight"
+    weights[name] = weights[name].clone()
+    weights[name].view(-1)[3] = float("nan")
+    torch.save({"model": weights}, tmp_path / "nan.pth")
+    cfg = student()
+    entry = {"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": str(tmp_path / "nan.pth")}
+    with pytest.raises(ValueError, match=rf"DISTILL.TEACHERS: .*nan.pth has NaN or infinity in {name}"):
+        load_teacher(entry, cfg)
+    with pytest.raises(ValueError, match=rf"nan.pth has NaN or infinity in {name}"):
+        load_model(load_config(project / "teacher.yaml"), str(tmp_path / "nan.pth"))
+
+
+def test_a_checkpoint_with_gaps_is_not_evaluated(student, tmp_path):
+    cfg = student("fcos")
+    weights = DistillTrainer.build_model(cfg).state_dict()
+    torch.save({"model": weights}, tmp_path / "whole.pth")
+    load_model(cfg, str(tmp_path / "whole.pth"))
+    weights.pop("backbone.fpn_lateral3.weight")
+    torch.save({"model": weights}, tmp_path / "gap.pth")
+    with pytest.raises(ValueError, match=r"gap.pth is not a checkpoint of this config: 1 tensors .*fpn_lateral3"):
+        load_model(cfg, str(tmp_path / "gap.pth"))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint nowhere.pth"):
+        load_model(cfg, "nowhere.pth")
+
+
+def test_missing_weights_stop_training(student):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint nowhere.pth"):
+        DistillTrainer(student("fcos", MODEL__WEIGHTS="nowhere.pth")).resume_or_load(False)
+
+
+def test_a_teacher_starts_from_a_plain_detector(student, project, tmp_path, caplog):
+    torch.manual_seed(5)
+    plain = DistillTrainer.build_model(student("fcos")).state_dict()
+    torch.save({"model": plain}, tmp_path / "plain.pth")
+    run = DistillTrainer(student("teacher", MODEL__WEIGHTS=str(tmp_path / "plain.pth")))
+    run.checkpointer.logger.propagate = True
+    with caplog.at_level(logging.INFO, run.checkpointer.logger.name):
+        run.resume_or_load(False)
+    own = run.model.state_dict()
+    assert all(torch.equal(own[f"detector.{name}"], value) for name, value in plain.items())
+    new = set(run.checkpointer.missing_or_mismatched)  # the gate, and the finer level that the branch at L reads
+    assert {name.rpartition(".")[0] for name in new} == {
+        "fusion.squeeze", "fusion.excite", "detector.backbone.fpn_lateral2", "detector.backbone.fpn_output2"
+    }  # fmt: skip
+    (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Weights of a plain detector; new")]
+    assert set(said.partition("values: ")[2].split(", ")) == new
+    with pytest.raises(ValueError, match=r"is not a checkpoint of this config: \d+ tensors .*fusion"):
+        load_model(load_config(project / "teacher.yaml"), str(tmp_path / "plain.pth"))
+
+
+def test_nothing_is_said_of_a_missing_checkpoint_where_none_is_asked_for(student, caplog):
+    run = DistillTrainer(student())
+    run.checkpointer.logger.propagate = True
+    with caplog.at_level(logging.INFO):
+        run.resume_or_load(False)
+    assert "No checkpoint" not in caplog.text and "from scratch" not in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from functools import partial
 
 from detectron2.config import CfgNode
@@ -31,19 +30,13 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
     """
     if set(entry) - {"CONFIG", "WEIGHTS"} or not entry.get("CONFIG") or not entry.get("WEIGHTS"):
         raise ValueError(f"a DISTILL.TEACHERS entry needs CONFIG and WEIGHTS and nothing else, got {dict(entry)}")
-    if "://" not in entry["WEIGHTS"] and not os.path.isfile(entry["WEIGHTS"]):
-        raise FileNotFoundError(f"DISTILL.TEACHERS: no checkpoint {entry['WEIGHTS']}")
     cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", student.MODEL.DEVICE])
     reverse = other_channel_order(student, cfg)
     model = build_model(cfg)
-    checkpointer = CheckedCheckpointer(model)
-    checkpointer.load(entry["WEIGHTS"])
-    unfit = checkpointer.missing_or_mismatched
-    if unfit:
-        raise ValueError(
-            f"DISTILL.TEACHERS: {entry['WEIGHTS']} is not a checkpoint of {entry['CONFIG']}: {len(unfit)} "
-            f"tensors are absent or of another shape, e.g. {', '.join(unfit[:3])}"
-        )
+    try:
+        CheckedCheckpointer(model).load_all(entry["WEIGHTS"], entry["CONFIG"])
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"DISTILL.TEACHERS: {error}") from None
     return FrozenTeacher(model, student.DISTILL.TEACHER_BN, reverse)
 
 

@@ -31,12 +31,13 @@ def load_model(cfg: CfgNode, weights: str = "") -> nn.Module:
     """The model of ``cfg`` in eval mode (for a student: the student alone) with ``weights`` or MODEL.WEIGHTS.
 
     Raises:
-        ValueError: no weights are given, or they fit nothing.
+        FileNotFoundError: there is no such file.
+        ValueError: no weights are given, or they do not have all of the model's tensors.
     """
     if not (weights or cfg.MODEL.WEIGHTS):
         raise ValueError("MODEL.WEIGHTS is empty: which checkpoint is to be evaluated?")
     model = build_model(cfg)
-    CheckedCheckpointer(model).load(weights or cfg.MODEL.WEIGHTS)
+    CheckedCheckpointer(model).load_all(weights or cfg.MODEL.WEIGHTS, "this config")
     return model.eval()
 
 

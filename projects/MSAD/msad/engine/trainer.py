@@ -26,6 +26,7 @@ from ..modeling.teacher import MultiScaleTeacher
 from . import preflight
 from .build import build_distiller, load_teacher
 from .checkpoint import CheckedCheckpointer, load_branches
+from .divergence import LossRecorder
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
 from .scaling import scale_to_batch, scale_to_processes
 from .solver import build_optimizer
@@ -80,6 +81,7 @@ class DistillTrainer(DefaultTrainer):
             logger.info("SEED is not set; this run uses %d", cfg.SEED)
         seed_all_rng(cfg.SEED + comm.get_rank())
         super().__init__(scale_to_processes(scale_to_batch(apply_weighting(cfg)), comm.get_world_size()))
+        self._recorder = LossRecorder(self._trainer.model)
 
     @property
     def distiller(self) -> Distiller | None:
@@ -151,6 +153,15 @@ class DistillTrainer(DefaultTrainer):
         if distiller is not None and self.cfg.DISTILL.ANALYSIS_PERIOD > 0:
             ours.append(FeatureAnalysis(distiller, self.cfg.DISTILL.ANALYSIS_PERIOD, self.cfg.OUTPUT_DIR))
         return ours + hooks
+
+    def run_step(self) -> None:
+        """One iteration; FloatingPointError that names losses and learning rate if training has diverged."""
+        self._recorder.losses = {}
+        try:
+            super().run_step()
+        except (AssertionError, FloatingPointError, RuntimeError, ValueError) as error:
+            explained = self._recorder.explain(error, self.iter, self.cfg.SOLVER.BASE_LR)
+            raise explained or error from None
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume the last checkpoint of OUTPUT_DIR if asked and there; otherwise load weights and start the student.

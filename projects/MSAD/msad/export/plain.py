@@ -11,13 +11,14 @@ import detectron2.modeling
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from fvcore.common.registry import Registry
 
-from ..config import add_msad_config
+from ..config import add_msad_config, detector_architecture
 from ..engine.checkpoint import CheckedCheckpointer, atomic_write
 from ..modeling.detectors.mask_code import IN_CHECKPOINT
 from ..resolution import downsampled_size, get_resolution, level_of
+from .names import FILE, dataset_names, write_names
 
 # Parts that docs/plain_backbone.py makes of detectron2's own.
 PLAIN_BACKBONE = {"MODEL.BACKBONE.NAME build_level_fpn_backbone", "MODEL.FPN.BOTTOM_UP build_resnet_c1_backbone"}
@@ -92,12 +93,38 @@ def _texts(node: CfgNode, prefix: str) -> Iterator[tuple[str, str]]:
             yield prefix + key, value
 
 
+def needed(own: dict, cfg: CfgNode) -> dict:
+    """What of the project's keys is needed to build ``cfg``: those of its detector and neck, and no defaults of others.
+
+    Plain detectron2 knows none of them, so that the detector's own section is whole.
+    """
+    detector = detector_architecture(cfg).upper()
+    parts = {detector, "FPN", *(["FCOS"] if detector == "MEINST" else [])} if foreign_parts(cfg) else ()
+    others = {name.upper() for name, _ in META_ARCH_REGISTRY} - set(parts)
+    own = {**own, "MODEL": {key: value for key, value in own["MODEL"].items() if key not in others}}
+    return _prune(own, add_msad_config(get_cfg()), {f"MODEL.{part}" for part in parts}, "")
+
+
+def _prune(tree: dict, defaults: CfgNode, whole: set[str], prefix: str) -> dict:
+    out = {}
+    for key, value in tree.items():
+        if prefix + key not in whole and isinstance(defaults[key], CfgNode):
+            value = _prune(value, defaults[key], whole, f"{prefix}{key}.")
+            if value:
+                out[key] = value
+        elif prefix + key in whole or value != _plain(defaults[key]):
+            out[key] = value
+    return out
+
+
 def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     """Write ``output``/model.pth, the model's tensors and nothing else, and ``output``/config.yaml.
 
-    config.yaml has the values that differ from detectron2's defaults, for the keys that detectron2 has. Where that
-    does not suffice to build the model, the project's keys go to ``output``/msad.yaml. A student is described by
-    itself, see :func:`by_itself`. No other file is needed; MODEL.WEIGHTS is the absolute path of model.pth.
+    config.yaml has the values that differ from detectron2's defaults, for the keys that detectron2 has; what the
+    project's keys add, such as the declaration of data sets, is in ``output``/msad.yaml, which is based on it.
+    metadata.json has the names of classes and keypoints where the data sets of the config are there. A student is
+    described by itself, see :func:`by_itself`. No other file is needed, and the folder may be moved: MODEL.WEIGHTS is
+    relative to it, as :func:`msad.load_config` reads it; plain detectron2 must be told the path.
 
     Args:
         cfg: of the model; for a student the one it was trained with.
@@ -108,42 +135,38 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: the checkpoint does not have all tensors of the model.
+        ValueError: the checkpoint does not have all tensors of the model, or ``output`` is a folder of the training.
     """
-    if not os.path.isfile(weights) and "://" not in weights:
-        raise FileNotFoundError(f"no checkpoint {weights}")
     cfg = by_itself(cfg)
     if cfg.MODEL.MEINST.CODE:
         cfg.MODEL.MEINST.CODE = IN_CHECKPOINT
     build_cfg = cfg.clone()
     build_cfg.MODEL.DEVICE = "cpu"
     model = build_model(build_cfg)
-    checkpointer = CheckedCheckpointer(model)
-    checkpointer.load(weights)
-    unfit = checkpointer.missing_or_mismatched
-    if unfit:
-        raise ValueError(
-            f"{weights} is not a checkpoint of this config: {len(unfit)} tensors are absent or of another "
-            f"shape, e.g. {', '.join(unfit[:3])}"
-        )
+    CheckedCheckpointer(model).load_all(weights, "this config")
 
-    typed, output = Path(output), Path(output).absolute()
+    output = Path(output)
+    files = {name: output / name for name in ("model.pth", "config.yaml", "msad.yaml", FILE)}
+    if files["model.pth"].exists() and files["model.pth"].samefile(weights):
+        raise ValueError(f"{weights} would be overwritten: choose another output than {output}")
+    names = dataset_names(cfg)
     output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(output / "model.pth")) as file:
+    with atomic_write(str(files["model.pth"])) as file:
         torch.save({"model": model.state_dict()}, file)
     known, own = split_config(cfg, get_cfg())
+    known.pop("OUTPUT_DIR", None)  # the training's, into which nobody should write
     known["VERSION"] = cfg.VERSION
-    known["MODEL"]["WEIGHTS"] = str(output / "model.pth")
-    (output / "config.yaml").write_text(yaml.safe_dump(known))
+    known["MODEL"]["WEIGHTS"] = "model.pth"
+    files["config.yaml"].write_text(yaml.safe_dump(known))
+    write_names(output, names)
+    if own := needed(own, cfg):
+        files["msad.yaml"].write_text(yaml.safe_dump({"_BASE_": "config.yaml", **own}))
+    else:
+        files["msad.yaml"].unlink(missing_ok=True)
     foreign = foreign_parts(cfg)
     if not foreign:
-        (output / "msad.yaml").unlink(missing_ok=True)
-        return f"{typed / 'config.yaml'} builds this model in plain detectron2."
-    (output / "msad.yaml").write_text(yaml.safe_dump({"VERSION": cfg.VERSION, **own}))
-    how = (
-        f"import msad, which registers {', '.join(foreign)}, and merge config.yaml and msad.yaml "
-        "into msad.add_msad_config(get_cfg())"
-    )
+        return f"{files['config.yaml']} builds this model in plain detectron2, with MODEL.WEIGHTS {files['model.pth']}."
+    how = f"msad.load_config({str(files['config.yaml'])!r}), where msad registers {', '.join(foreign)}"
     plain = plain_file(cfg)
     if plain:
         return f"To build this model, {how}; {plain} builds it without msad."
