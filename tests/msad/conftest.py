@@ -24,7 +24,15 @@ RCNNS = {
     "MaskRCNN": {"MODEL.MASK_ON": True},
     "KeypointRCNN": {"MODEL.KEYPOINT_ON": True},
     "CascadeRCNN": {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True},
-}
+    "CascadeMask": {
+        "MODEL.ROI_HEADS.NAME": "CascadeMaskROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+        "MODEL.MASK_ON": True,
+    },
+    "HTC": {
+        "MODEL.ROI_HEADS.NAME": "HTCROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+        "MODEL.MASK_ON": True, "MODEL.ROI_MASK_HEAD.NAME": "HTCMaskHead",
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ SMALL = {"MIN_SIZE_TEST": 32, "MAX_SIZE_TEST": 32}
 BOX_AND_MASK = {"bbox", "segm"}
 TASKS = {
     "MaskRCNN": BOX_AND_MASK, "CascadeMaskRCNN": BOX_AND_MASK, "MEInst": BOX_AND_MASK,
+    "CascadeMask": BOX_AND_MASK, "HTC": BOX_AND_MASK,
     "KeypointRCNN": {"bbox", "keypoints"},
 }  # fmt: skip
 DENSE = {  # the first key says which levels are read
@@ -58,6 +59,13 @@ RCNN = {
     "CascadeRCNN": {"ROI_HEADS": {"NAME": "CascadeROIHeads"}, "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True}},
     "CascadeMaskRCNN": {
         "ROI_HEADS": {"NAME": "CascadeROIHeads"}, "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True}, "MASK_ON": True,
+    },
+    "CascadeMask": {
+        "ROI_HEADS": {"NAME": "CascadeMaskROIHeads"}, "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True}, "MASK_ON": True,
+    },
+    "HTC": {
+        "ROI_HEADS": {"NAME": "HTCROIHeads"}, "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True}, "MASK_ON": True,
+        "ROI_MASK_HEAD": {"NAME": "HTCMaskHead", "CONV_DIM": 32},
     },
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from msad.modeling.features import run_neck
 from msad.resolution import RESOLUTIONS, downsample_batch, scale_instances
 
 H, L = RESOLUTIONS["H"], RESOLUTIONS["L"]
-RCNNS = ["FasterRCNN", "MaskRCNN", "KeypointRCNN", "CascadeRCNN"]
+RCNNS = ["FasterRCNN", "MaskRCNN", "KeypointRCNN", "CascadeRCNN", "CascadeMask", "HTC"]
 SIZES = [(64, 96), (50, 127)]
 RPN = {"loss_rpn_cls", "loss_rpn_loc"}
 LOSSES = {
@@ -27,7 +27,8 @@ LOSSES = {
     "KeypointRCNN": RPN | {"loss_cls", "loss_box_reg", "loss_keypoint"},
     "CascadeRCNN": RPN | {f"loss_{term}_stage{k}" for term in ("cls", "box_reg") for k in range(3)},
 }
-OUTPUTS = {"MaskRCNN": "pred_masks", "KeypointRCNN": "pred_keypoints"}
+LOSSES["CascadeMask"] = LOSSES["HTC"] = LOSSES["CascadeRCNN"] | {f"loss_mask_stage{k}" for k in range(3)}
+OUTPUTS = dict.fromkeys(["MaskRCNN", "CascadeMask", "HTC"], "pred_masks") | {"KeypointRCNN": "pred_keypoints"}
 
 
 def ground_truth(batch):

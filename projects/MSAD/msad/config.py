@@ -156,6 +156,27 @@ def add_msad_config(cfg: CN) -> CN:
     # IoU above which the lower-scored of two boxes of one class is dropped.
     cfg.MODEL.REPPOINTS.NMS_THRESH_TEST = 0.5
 
+    # --- CascadeMaskROIHeads and HTCROIHeads (MODEL.ROI_HEADS.NAME) -----------------------------------------------
+    # Factors of all losses of each stage.
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.STAGE_LOSS_WEIGHTS = [1.0, 0.5, 0.25]
+    # What is averaged over the stages for the scores: "logits" (mmdetection) or "probs" (detectron2).
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_MEAN = "logits"
+    # Masks that are averaged at inference: of "all" stages, or of the "last" alone (HTC in mmdetection 3.x).
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.MASK_MEAN = "all"
+    cfg.MODEL.HTC = CN()
+    # HTC's semantic branch. It is trained on maps "sem_seg" (MODEL.META_ARCHITECTURE: HTC).
+    cfg.MODEL.HTC.SEMANTIC_ON = False
+    # Classes of things and stuff in these maps.
+    cfg.MODEL.HTC.SEMANTIC_CLASSES = 183
+    # Label of pixels that do not count.
+    cfg.MODEL.HTC.SEMANTIC_IGNORE = 255
+    # Levels that the branch reads.
+    cfg.MODEL.HTC.SEMANTIC_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    # The one of them on whose grid it works.
+    cfg.MODEL.HTC.SEMANTIC_LEVEL = "p3"
+    # Factor of its loss.
+    cfg.MODEL.HTC.SEMANTIC_WEIGHT = 0.2
+
     # --- the multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiScaleTeacher) -------------------------------
     cfg.MSAD = CN()
     # Meta-architecture of the detector inside the teacher, configured by its usual keys in the H frame.
