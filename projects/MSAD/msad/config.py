@@ -35,6 +35,14 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Its normalisation, as MODEL.RESNETS.NORM.
     cfg.MODEL.MOBILENETV2.NORM = "BN"
+    cfg.MODEL.EFFICIENTNET_LITE = CN()
+    # Size of build_efficientnet_lite_backbone: "lite0", "lite1" or "lite2". MODEL.WEIGHTS of lite0's ImageNet weights,
+    # which want RGB, mean 127 and std 128: pretrained://efficientnet_lite0?matching_heuristics=True
+    cfg.MODEL.EFFICIENTNET_LITE.VARIANT = "lite0"
+    # Maps that it returns: "c1" (stride 2), "res2" to "res5" (strides 4 to 32).
+    cfg.MODEL.EFFICIENTNET_LITE.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Its normalisation, as MODEL.RESNETS.NORM; "FrozenBN" keeps the pretrained statistics.
+    cfg.MODEL.EFFICIENTNET_LITE.NORM = "BN"
     # Registered backbone under build_level_fpn_backbone.
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
     # Levels that build_level_fpn_backbone makes: those the head reads. A teacher adds those its branches need.
