@@ -1,0 +1,88 @@
+"""The yaml files of configs/effnet: what they share with those of the ResNets, and a step of every kind of student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from msad import load_config
+from msad.data import register_datasets
+from msad.engine import DistillTrainer
+from msad.modeling.backbones.efficientnet_lite import EfficientNetLite
+
+ROOT = Path(__file__).parents[2] / "configs"
+DETECTORS = ("fcos", "retinanet", "faster_rcnn", "mask_rcnn", "keypoint_rcnn")
+ROWS = ("H", "L", "L_shifted", "T", "S_L")
+# Everything that makes a run small; the tiny data sets have six classes and no masks or keypoints.
+SHRINK = [
+    "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0, "SEED", 3, "TEST.EVAL_PERIOD", 0,
+    "INPUT.MIN_SIZE_TRAIN", [64], "INPUT.MAX_SIZE_TRAIN", 64, "DATASETS.TRAIN", ["tiny_train"], "DATASETS.TEST", [],
+    "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", [], "MODEL.EFFICIENTNET_LITE.NORM", "BN",
+    "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FCOS.NUM_CLASSES", 6, "MODEL.RETINANET.NUM_CLASSES", 6,
+    "MODEL.ROI_HEADS.NUM_CLASSES", 6,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_all_but_the_network_is_as_with_a_resnet(detector, row):
+    path = ROOT / f"effnet/{detector}_{row}_1x.yaml"
+    cfg, resnet = load_config(path), load_config(ROOT / f"MSAD/{detector}_R_50_{row}_1x.yaml")
+    assert f"output/effnet/{path.stem}" == cfg.OUTPUT_DIR
+    assert cfg.MODEL.WEIGHTS == "pretrained://efficientnet_lite0?matching_heuristics=True"
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == ("RGB", [127.0] * 3, [128.0] * 3)
+    cfg.INPUT.FORMAT = resnet.INPUT.FORMAT
+    assert cfg.INPUT == resnet.INPUT and cfg.DATASETS == resnet.DATASETS
+    images, others = (c.SOLVER.IMS_PER_BATCH * c.SOLVER.MAX_ITER for c in (cfg, resnet))
+    assert images == others
+    assert cfg.MSAD == resnet.MSAD
+    options, others = cfg.MODEL, resnet.MODEL
+    for key in ("META_ARCHITECTURE", "ANCHOR_GENERATOR", "RPN", "ROI_HEADS", "RETINANET", "MASK_ON", "KEYPOINT_ON"):
+        assert options[key] == others[key], key
+    assert options.FCOS.IN_FEATURES == others.FCOS.IN_FEATURES
+    if row == "S_L":
+        (teacher,) = cfg.DISTILL.TEACHERS
+        assert Path(teacher["CONFIG"]) == ROOT / f"effnet/{detector}_T_1x.yaml"
+        assert teacher["WEIGHTS"] == f"{load_config(teacher['CONFIG']).OUTPUT_DIR}/model_final.pth"
+        cfg.DISTILL.TEACHERS = resnet.DISTILL.TEACHERS
+    assert cfg.DISTILL == resnet.DISTILL
+
+
+@pytest.mark.parametrize("row", ["S_L", "S_L_light"])
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_student_takes_a_step_under_its_teacher(project, tmp_path, detector, row):
+    cfg = load_config(ROOT / f"effnet/{detector}_{row}_1x.yaml", SHRINK)
+    heads = ["MODEL.MASK_ON", False, "MODEL.KEYPOINT_ON", False]  # of which the tiny data sets have no ground truth
+    teacher = load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"], [*SHRINK, *heads])
+    cfg.merge_from_list(heads)
+    (tmp_path / "teacher.yaml").write_text(teacher.dump())
+    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "teacher.pth")
+    cfg.DATASETS.REGISTER = load_config(project / "base.yaml").DATASETS.REGISTER
+    cfg.DISTILL.TEACHERS = [{"CONFIG": str(tmp_path / "teacher.yaml"), "WEIGHTS": str(tmp_path / "teacher.pth")}]
+    cfg.DISTILL.WARMUP_ITERS, cfg.OUTPUT_DIR = 0, str(tmp_path)
+    register_datasets(cfg)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(False)
+    assert isinstance(trainer.distiller.student.backbone.bottom_up, EfficientNetLite)
+    trainer.train()
+    losses = {k: v for k, (v, _) in trainer.storage.latest().items() if "loss" in k}
+    assert all(0 <= value < float("inf") for value in losses.values())
+    assert any(k.startswith("loss_distill/AlignedL1") and value > 0 for k, value in losses.items())
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_light_head_is_light(detector):
+    """It has at most half of the student's parameters behind the neck, and the same neck."""
+
+    def count(row):
+        cfg = load_config(ROOT / f"effnet/{detector}_{row}_1x.yaml", ["MODEL.DEVICE", "meta"])
+        with torch.device("meta"):
+            model = build_model(cfg)
+        neck = {n: tuple(p.shape) for n, p in model.named_parameters() if n.startswith("backbone.")}
+        return sum(p.numel() for n, p in model.named_parameters() if not n.startswith("backbone.")), neck
+
+    (student, neck), (light, light_neck) = count("S_L"), count("S_L_light")
+    assert light <= student / 2 and light_neck == neck
