@@ -233,7 +233,7 @@ def test_a_detector_takes_them_by_its_yaml(package, norm):
     model = build_model(detector_cfg(norm))
     checkpointer = CheckedCheckpointer(model)
     checkpointer.load(WEIGHTS)
-    assert [name for name in checkpointer.unfit if name.startswith("backbone.bottom_up.")] == []
+    assert [name for name in checkpointer.missing_or_mismatched if name.startswith("backbone.bottom_up.")] == []
     loaded = model.backbone.bottom_up.state_dict()
     assert loaded and all(torch.equal(value, package[name]) for name, value in loaded.items())
 
