@@ -34,6 +34,7 @@ RESNET = {f"MODEL__RESNETS__{key}": value for key, value in WIDTHS.items()}
 WITHOUT_C1 = {**RESNET, "MODEL__FPN__BOTTOM_UP": "build_resnet_backbone"}
 WITH_C1 = {**RESNET, "MODEL__FPN__BOTTOM_UP": "build_resnet_c1_backbone"}
 MOBILENET = {**RESNET, "MODEL__FPN__BOTTOM_UP": "build_mobilenetv2_backbone", "MODEL__MOBILENETV2__WIDTH": 0.35}
+EFFICIENTNET = {**RESNET, "MODEL__FPN__BOTTOM_UP": "build_efficientnet_lite_backbone"}
 # detectron2's own backbones; of the tiny ResNet, which the config still names, nobody hears.
 OWN = {arch: {**RESNET, "MODEL__BACKBONE__NAME": name} for arch, name in
        (("dense", "build_retinanet_resnet_fpn_backbone"), ("R-CNN", "build_resnet_fpn_backbone"))}  # fmt: skip
@@ -55,6 +56,7 @@ KINDS = {  # name: (architecture, first and last level, options, what is needed)
     "faster_tiny": ("FasterRCNN", (1, 5), {"MODEL__RESNETS__WIDTH_PER_GROUP": 2}, MSAD),
     "fcos_tiny": ("FCOS", (2, 6), {"MODEL__RESNETS__WIDTH_PER_GROUP": 2}, MSAD),
     "fcos_mobilenet": ("FCOS", (2, 6), MOBILENET, MSAD),
+    "fcos_efficientnet_lite": ("FCOS", (2, 6), EFFICIENTNET, MSAD),
     "fcos_gap": ("FCOS", (3, 7), {**WITHOUT_C1, "MODEL__FPN__LEVELS": ["p3", "p5"],
                                   "MODEL__FCOS__IN_FEATURES": ["p3", "p5"]}, MSAD),
     "gfl": ("GFL", (2, 6), WITHOUT_C1, MSAD),
