@@ -6,11 +6,15 @@ name of the type.
 
 from __future__ import annotations
 
+import json
+import os
+
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from fvcore.common.registry import Registry
 
+from ..data.argoverse_hd import read_content
 from .visdrone_evaluator import VisDroneEvaluator
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
@@ -48,3 +52,17 @@ def coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluato
 def visdrone(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
     """The metric of VisDrone-DET, and the challenge's result files in the output folder."""
     return VisDroneEvaluator(dataset_name, output_folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def argoverse_hd(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """COCO metrics of single frames; the annotations are written in COCO's own format into the output folder."""
+    metadata = MetadataCatalog.get(dataset_name)
+    os.makedirs(output_folder, exist_ok=True)
+    file = os.path.join(output_folder, f"{dataset_name}_coco.json")
+    with open(file, "w") as stream:
+        json.dump(read_content(metadata.definition["JSON"]), stream)
+    if hasattr(metadata, "json_file"):
+        del metadata.json_file  # of an earlier evaluation; metadata cannot be changed
+    metadata.json_file = file
+    return coco(cfg, dataset_name, output_folder)

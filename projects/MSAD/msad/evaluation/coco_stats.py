@@ -1,0 +1,42 @@
+"""COCO's twelve numbers for boxes, from annotations and results in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def box_stats(content: dict[str, Any], results: list[dict], image_ids: list[int] | None = None) -> dict[str, float]:
+    """AP and AR in percent by their names in STATS; NaN where there is no ground truth.
+
+    Args:
+        content: annotations in COCO's format.
+        results: of {image_id, category_id, bbox (left, top, width, height), score}.
+        image_ids: evaluate on these images; None: on all.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = content
+        truth.createIndex()
+        if results:
+            found = truth.loadRes(copy.deepcopy(results))
+        else:  # loadRes takes no empty list
+            found = COCO()
+            found.dataset = {"images": content["images"], "categories": content["categories"], "annotations": []}
+            found.createIndex()
+        evaluation = COCOeval(truth, found, "bbox")
+        if image_ids is not None:
+            evaluation.params.imgIds = sorted(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = np.where(evaluation.stats < 0, np.nan, evaluation.stats * 100)
+    return dict(zip(STATS, map(float, values)))
