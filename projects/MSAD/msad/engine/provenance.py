@@ -1,0 +1,33 @@
+"""What measured numbers are of: a fingerprint of config, weights and data, and the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+
+from ..data.fingerprint import dataset_fingerprint, file_sha256
+from .setup import engine_name
+
+
+def fingerprint(cfg: CfgNode, weights: str | os.PathLike, *more: Any) -> str:
+    """Twelve digits that change with the config (without OUTPUT_DIR), the weights, the data, or ``more`` (JSON)."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = ""
+    key = [cfg.dump(), file_sha256(weights), dataset_fingerprint(cfg), *more]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Engine, torch, device and number of threads, for reports."""
+    return {
+        "engine": engine_name(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+    }
