@@ -21,8 +21,8 @@ def add_msad_config(cfg: CN) -> CN:
     """Add the project's keys to a detectron2 config, in place, and return it."""
     # --- data sets declared in yaml ------------------------------------------------------------------------------
     # Entries {NAME, TYPE, ...}. TYPE "coco" (default) has JSON and IMAGES, and if wanted CLASSES, KEYPOINT_FLIP_PAIRS,
-    # KEYPOINT_SIGMAS; paths are relative to $DETECTRON2_DATASETS. CLASSES are the names that the file must have, by
-    # ascending id.
+    # KEYPOINT_SIGMAS; CLASSES are the names that the file must have, by ascending id. "visdrone" has IMAGES and
+    # ANNOTATIONS (folders) and PATCHES, "argoverse_hd" JSON and IMAGES. Paths are relative to $DETECTRON2_DATASETS.
     cfg.DATASETS.REGISTER = []
 
     # --- backbones and necks -------------------------------------------------------------------------------------
