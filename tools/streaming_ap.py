@@ -93,8 +93,8 @@ def detector_of(cfg: CfgNode, weights: str, videos: Videos) -> FrameDetector:
     node = cfg
     for part in num_classes_key(cfg).split("."):
         node = node[part]
-    mapping = videos.content.get("coco_mapping")
-    return FrameDetector(cfg, load_model(cfg, weights), categories_of(node, category_ids(videos.content), mapping))
+    categories = categories_of(node, category_ids(videos.content), videos.content.get("coco_mapping"))
+    return FrameDetector(cfg, load_model(cfg, weights), categories)
 
 
 def measured(cfg: CfgNode, weights: str, videos: Videos, folder: Path, title: str) -> dict:
