@@ -1,7 +1,7 @@
 """Every configuration key with its default value.
 
-The tree equals detectron2's, also for parts that are not in this distribution (semantic and panoptic heads,
-rotated anchors, deformable convolution), so that any yaml file written for detectron2 can be merged.
+The tree equals detectron2's, also for parts that are not in this distribution (the panoptic model,
+rotated anchors), so that any yaml file written for detectron2 can be merged.
 A tuple here is a tuple there: the type of a default is the type that a yaml file must give.
 """
 
@@ -271,7 +271,7 @@ def _retinanet() -> dict[str, Any]:
 
 
 def _segmentation() -> dict[str, Any]:
-    """Heads that this distribution does not have; the keys are there for yaml files that set them."""
+    """The semantic head; the panoptic model is not in this distribution, its keys are there for yaml files."""
     semantic = {
         "NAME": "SemSegFPNHead",
         "NUM_CLASSES": 54,

@@ -21,7 +21,8 @@ class DatasetMapper:
     """Reads the image of a sample, augments it and turns its annotations into ``Instances``.
 
     The result is a copy of the sample with "image" (``C x H x W`` uint8 tensor, network input size), and in
-    training "instances" instead of "annotations". "height" and "width" stay those of the file, to which
+    training "instances" instead of "annotations". Where the sample has "sem_seg_file_name" it gets "sem_seg" instead
+    (``H x W`` int64 labels, resized without interpolation). "height" and "width" stay those of the file, to which
     results are scaled back.
 
     Args:
@@ -111,12 +112,17 @@ class DatasetMapper:
         image = utils.read_image(sample["file_name"], self.image_format)
         utils.check_image_size(sample, image)
 
-        seen = T.AugInput(image)
+        labels = None
+        if "sem_seg_file_name" in sample:
+            labels = utils.read_image(sample.pop("sem_seg_file_name"), "L").squeeze(2)
+        seen = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(seen)
         image_shape = seen.image.shape[:2]
         # Flips and BGR are views with negative strides, which torch cannot take over.
         sample["image"] = torch.from_numpy(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
 
+        if labels is not None:
+            sample["sem_seg"] = torch.from_numpy(seen.sem_seg.astype(np.int64))
         if self.proposal_topk is not None:
             utils.transform_proposals(sample, image_shape, transforms, proposal_topk=self.proposal_topk)
         if "annotations" in sample:

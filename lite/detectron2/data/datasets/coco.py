@@ -146,6 +146,39 @@ def _shift_points(keypoints: list[float], amount: float) -> list[float]:
     return [value if i % 3 == 2 else value + amount for i, value in enumerate(keypoints)]
 
 
+def load_sem_seg(gt_root: str, image_root: str, gt_ext: str = "png", image_ext: str = "jpg") -> list[dict]:
+    """Samples for semantic segmentation from two folders with files of equal names.
+
+    Args:
+        gt_root: folder of label maps: images of one channel whose values are class numbers.
+        image_root: folder of images.
+        gt_ext, image_ext: extensions of the files to take.
+
+    Returns:
+        a sample with "file_name" and "sem_seg_file_name" for each pair, by name; files without a partner are left out
+        with a warning.
+    """
+    stems = []
+    for folder, extension in ((image_root, image_ext), (gt_root, gt_ext)):
+        suffix = f".{extension}"
+        stems.append({name.removesuffix(suffix) for name in PathManager.ls(folder) if name.endswith(suffix)})
+    images, labels = stems
+    if not labels:
+        raise AssertionError(f"There is no .{gt_ext} file in {gt_root}.")
+    if images != labels:
+        logger.warning(
+            "%s has %d images and %s %d label maps; the %d with both are used.",
+            image_root, len(images), gt_root, len(labels), len(images & labels),
+        )
+    return [
+        {
+            "file_name": os.path.join(image_root, f"{stem}.{image_ext}"),
+            "sem_seg_file_name": os.path.join(gt_root, f"{stem}.{gt_ext}"),
+        }
+        for stem in sorted(images & labels)
+    ]
+
+
 def register_coco_instances(name: str, metadata: dict, json_file: str, image_root: str) -> None:
     """Register a data set in COCO format; it is read on first use.
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .augmentation import Augmentation, as_augmentation
 from .colors import RandomBrightness, RandomContrast, RandomLighting, RandomSaturation
-from .crops import FixedSizeCrop, MinIoURandomCrop, RandomCrop, round_size
+from .crops import FixedSizeCrop, MinIoURandomCrop, RandomCrop, RandomCrop_CategoryAreaConstraint, round_size
 from .transform import ExtentTransform, ResizeTransform, RotationTransform
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "RandomBrightness",
     "RandomContrast",
     "RandomCrop",
+    "RandomCrop_CategoryAreaConstraint",
     "RandomExtent",
     "RandomFlip",
     "RandomLighting",

@@ -8,6 +8,7 @@ from fvcore.transforms.transform import CropTransform, NoOpTransform, PadTransfo
 from .augmentation import Augmentation
 
 _CROP_TYPES = ("relative", "relative_range", "absolute", "absolute_range")
+_CATEGORY_TRIALS = 10
 
 
 def round_size(value: float) -> int:
@@ -80,6 +81,39 @@ class RandomCrop(Augmentation):
         if self.crop_type == "relative_range":
             fractions = fractions + np.random.rand(2) * (1 - fractions)
         return round_size(height * fractions[0]), round_size(width * fractions[1])
+
+
+class RandomCrop_CategoryAreaConstraint(Augmentation):
+    """:class:`RandomCrop` that tries ten times to find a place where no class covers nearly everything.
+
+    Args:
+        crop_type, crop_size: those of :class:`RandomCrop`.
+        single_category_max_area: largest part of the labelled pixels that one class may have; 1 for no limit.
+        ignored_category: label that does not count as a class, nor its pixels as labelled.
+    """
+
+    def __init__(
+        self, crop_type: str, crop_size: tuple[float, float], single_category_max_area: float = 1.0,
+        ignored_category: int | None = None,
+    ):
+        self._init(locals())
+        self.crop_aug = RandomCrop(crop_type, crop_size)
+
+    def get_transform(self, image: np.ndarray, sem_seg: np.ndarray) -> Transform:
+        """Choose a crop for labels ``sem_seg`` (H x W)."""
+        if self.single_category_max_area >= 1.0:
+            return self.crop_aug.get_transform(image)
+        height, width = sem_seg.shape
+        for _ in range(_CATEGORY_TRIALS):
+            crop_h, crop_w = self.crop_aug.get_crop_size((height, width))
+            y0 = np.random.randint(height - crop_h + 1)
+            x0 = np.random.randint(width - crop_w + 1)
+            classes, areas = np.unique(sem_seg[y0 : y0 + crop_h, x0 : x0 + crop_w], return_counts=True)
+            if self.ignored_category is not None:
+                areas = areas[classes != self.ignored_category]
+            if len(areas) > 1 and areas.max() < areas.sum() * self.single_category_max_area:
+                break
+        return CropTransform(x0, y0, crop_w, crop_h)
 
 
 class MinIoURandomCrop(Augmentation):

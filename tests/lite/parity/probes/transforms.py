@@ -44,6 +44,9 @@ def _augmentations():
         "rotation_in_place": T.RandomRotation((-40, 40), expand=False, center=((0.3, 0.3), (0.7, 0.7))),
         "extent": T.RandomExtent((0.4, 1.6), (0.5, 0.3)),
         "iou_crop": T.MinIoURandomCrop(crop_trials=15),
+        "category_crop": T.RandomCrop_CategoryAreaConstraint("absolute", (14, 20), 0.4, ignored_category=2),
+        "category_crop_range": T.RandomCrop_CategoryAreaConstraint("relative_range", (0.3, 0.3), 0.3),
+        "category_crop_any": T.RandomCrop_CategoryAreaConstraint("absolute", (14, 20)),
         "apply_sometimes": T.RandomApply(T.AugmentationList([flip, T.RandomContrast(0.5, 1.5)]), 0.6),
         "apply_transform": T.RandomApply(T.HFlipTransform(WIDTH), 0.5),
         "chain": T.AugmentationList(
