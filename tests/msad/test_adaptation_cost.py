@@ -1,0 +1,189 @@
+"""Adaptation costs: least squares against numpy, linear maps, resizing, and resuming."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+
+from msad.distill.progressive.cost import AdaptationCosts, image_maps, pair_levels, resize
+from msad.distill.progressive.least_squares import FeatureSums, SGDOptions, with_ones
+
+
+class Fixed:
+    """A network of given levels: name -> (channels, stride in H pixels)."""
+
+    def __init__(self, name, levels):
+        self.name = name
+        self._shapes = {level: ShapeSpec(channels=c, stride=s) for level, (c, s) in levels.items()}
+
+    def shapes(self):
+        return self._shapes
+
+    def features(self, inputs, max_shift):
+        h, w = (-(-side // 32) * 32 for side in inputs[0]["image"].shape[-2:])  # padded
+        return {name: torch.ones(1, s.channels, h // s.stride, w // s.stride) for name, s in self._shapes.items()}
+
+
+def images(seed, number=3, size=(12, 9), channels=5):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(channels, *size, generator=generator) for _ in range(number)]
+
+
+def costs_between(maps_a, maps_b, val_a=None, val_b=None, **options):
+    """C(A, B) and C(B, A) of single-level networks from their maps."""
+    a = Fixed("a", {"p3": (maps_a[0].shape[0], 8)})
+    b = Fixed("b", {"p3": (maps_b[0].shape[0], 8)})
+    study = AdaptationCosts([a, b], options.pop("pairing", "by_stride"), sgd=options.pop("sgd", None))
+    for x, y in zip(maps_a, maps_b):
+        study.add("train", {"a": {"p3": x}, "b": {"p3": y}})
+    for x, y in zip(val_a or maps_a, val_b or maps_b):
+        study.add("val", {"a": {"p3": x}, "b": {"p3": y}})
+    return study.result(**options)
+
+
+def test_least_squares_is_numpys():
+    a, b, val_a, val_b = images(0), images(1, channels=4), images(2), images(3, channels=4)
+    found = costs_between(a, b, val_a, val_b, ridge=0.0)
+
+    def rows(maps, ones):
+        flat = np.concatenate([m.flatten(1).T.double().numpy() for m in maps])
+        return np.column_stack([flat, np.ones(len(flat))]) if ones else flat
+
+    weight = np.linalg.lstsq(rows(a, True), rows(b, False), rcond=None)[0]
+    expected = np.mean((rows(val_b, False) - rows(val_a, True) @ weight) ** 2)
+    assert found["costs"]["a"]["b"] == pytest.approx(expected, rel=1e-10)
+    variance = rows(val_b, False).var(axis=0).mean()
+    assert found["normalized_costs"]["a"]["b"] == pytest.approx(expected / variance, rel=1e-10)
+    details = found["levels"]["a"]["b"]["p3>p3"]
+    assert details["train_cost"] == pytest.approx(np.mean((rows(b, False) - rows(a, True) @ weight) ** 2), rel=1e-10)
+
+
+def test_the_cost_to_a_linear_map_is_zero_and_back_is_not():
+    a, val_a = images(0, channels=6), images(5, channels=6)
+    matrix, bias = torch.randn(3, 6), torch.tensor([5.0, -1.0, 2.0])[:, None, None]
+
+    def to_b(maps):
+        return [torch.einsum("dc,chw->dhw", matrix.double(), m.double()) + bias for m in maps]
+
+    found = costs_between(a, to_b(a), val_a, to_b(val_a), ridge=1e-9)
+    assert found["normalized_costs"]["a"]["b"] < 1e-9
+    assert found["normalized_costs"]["b"]["a"] > 0.2  # three of six dimensions are lost
+    assert found["costs"]["b"]["a"] > 0.2
+
+
+def test_a_ridge_settles_dead_channels():
+    a, b = images(0), images(1)
+    for features in a:
+        features[2] = 0.0
+    with pytest.raises(ValueError, match="from a p3 to b p3: least squares has no finite solution"):
+        costs_between(a, b, ridge=0.0)
+    without = [features[[0, 1, 3, 4]] for features in a]
+    dead, alive = costs_between(a, b, ridge=1e-9), costs_between(without, b, ridge=1e-9)
+    assert dead["costs"]["a"]["b"] == pytest.approx(alive["costs"]["a"]["b"], rel=1e-6)
+
+
+def test_a_constant_target_has_no_normalized_cost():
+    found = costs_between(images(0), [torch.full((2, 12, 9), 3.0)] * 3)
+    assert found["costs"]["a"]["b"] == pytest.approx(0, abs=1e-9)
+    assert math.isnan(found["normalized_costs"]["a"]["b"]) and math.isfinite(found["normalized_costs"]["b"]["a"])
+
+
+def test_sgd_approaches_least_squares():
+    a = images(0, number=300, size=(6, 6))
+    matrix = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
+    noise = images(9, number=300, size=(6, 6), channels=4)
+    b = [torch.einsum("dc,chw->dhw", matrix, m) + 0.3 * n for m, n in zip(a, noise)]
+    exact = costs_between(a, b)["costs"]["a"]["b"]
+    trained = costs_between(a, b, sgd=SGDOptions(lr=0.05))["costs"]["a"]["b"]
+    assert exact < trained < 1.05 * exact
+    assert costs_between(a[:5], b[:5], a, b, sgd=SGDOptions(lr=0.05))["costs"]["a"]["b"] > 2 * exact
+
+
+def test_convolution_and_upsampling_change_places():
+    x, weight, bias = torch.randn(5, 4, 6), torch.randn(3, 5), torch.randn(3)
+    first = F.conv2d(resize(x, (8, 12))[None], weight[..., None, None], bias)
+    last = F.interpolate(F.conv2d(x[None], weight[..., None, None], bias), size=(8, 12), mode="bilinear")
+    torch.testing.assert_close(first, last)
+    assert resize(x, (4, 6)) is x
+    torch.testing.assert_close(resize(x, (2, 3)), F.avg_pool2d(x[None], 2)[0])
+
+
+def test_networks_of_other_scales_and_channels():
+    """A at half the input: its maps are upsampled to B's; B is a linear map of them, so the cost is zero."""
+    a = Fixed("a", {"p3": (4, 16), "p4": (4, 32)})
+    b = Fixed("b", {"p3": (6, 8), "p4": (6, 16)})
+    study = AdaptationCosts([a, b], "by_index")
+    matrix = torch.randn(6, 4).double()
+    for split in ("train", "val"):
+        for _ in range(3):
+            small = {"p3": torch.randn(4, 4, 5).double(), "p4": torch.randn(4, 2, 3).double()}
+            sizes = {"p3": (8, 9), "p4": (4, 5)}
+            large = {level: torch.einsum("dc,chw->dhw", matrix, resize(m, sizes[level])) for level, m in small.items()}
+            study.add(split, {"a": small, "b": large})
+    found = study.result(ridge=1e-10)
+    assert set(found["levels"]["a"]["b"]) == {"p3>p3", "p4>p4"}
+    assert found["normalized_costs"]["a"]["b"] < 1e-8 < 0.01 < found["normalized_costs"]["b"]["a"]
+
+
+def test_levels_pair_by_stride_or_index():
+    retina = Fixed("retina", {"p3": (8, 8), "p4": (8, 16), "p5": (8, 32)})
+    rcnn = Fixed("rcnn", {"p2": (8, 4), "p3": (8, 8), "p4": (8, 16)})
+    assert pair_levels(retina, rcnn, "by_stride") == [("p3", "p3"), ("p4", "p4")]
+    assert pair_levels(retina, rcnn, "by_index") == [("p3", "p2"), ("p4", "p3"), ("p5", "p4")]
+    with pytest.raises(ValueError, match=r"retina and odd have no level of equal stride .* pair them by_index"):
+        pair_levels(retina, Fixed("odd", {"p3": (8, 10.5)}), "by_stride")
+    with pytest.raises(ValueError, match="unknown pairing"):
+        pair_levels(retina, rcnn, "by_name")
+
+
+def test_padding_does_not_count():
+    source = Fixed("a", {"p3": (2, 8), "p5": (2, 32)})
+    maps = image_maps(source, {"image": torch.zeros(3, 40, 70)})
+    assert maps["p3"].shape == (2, 5, 9) and maps["p5"].shape == (2, 2, 3)
+
+
+def test_sums_do_not_depend_on_the_order_and_resume():
+    a, b = images(0, number=4), images(1, number=4)
+    networks = [Fixed(name, {"p3": (5, 8)}) for name in "ab"]
+
+    def study_of(parts, resumed=None):
+        study = AdaptationCosts(networks, sgd=SGDOptions())
+        if resumed is not None:
+            study.load_state_dict(resumed)
+        for i in parts:
+            for split in ("train", "val"):
+                study.add(split, {"a": {"p3": a[i]}, "b": {"p3": b[i]}})
+        return study
+
+    half = copy.deepcopy(study_of([0, 1]).state_dict())
+    resumed, whole = study_of([2, 3], half), study_of([0, 1, 2, 3])
+    assert resumed.result() == whole.result()
+
+
+def test_sums_of_an_image_are_those_of_its_rows():
+    sums = FeatureSums(5, 5)
+    (x,) = images(4, number=1)
+    sums.add(with_ones(x), x.flatten(1).T)
+    assert sums.count == 108 and sums.xx[-1, -1] == 108
+    assert sums.variance() == pytest.approx(float(x.flatten(1).var(dim=1, unbiased=False).mean()), rel=1e-5)
+    assert sums.error(torch.cat([torch.eye(5), torch.zeros(1, 5)])) == pytest.approx(0, abs=1e-12)
+
+
+def test_bad_features_and_names():
+    networks = [Fixed(name, {"p3": (5, 8)}) for name in "ab"]
+    study = AdaptationCosts(networks)
+    x = images(0, number=1)[0]
+    bad = x.clone()
+    bad[0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="the features of b at p3 are not finite"):
+        study.add("train", {"a": {"p3": x}, "b": {"p3": bad}})
+    with pytest.raises(ValueError, match="no features to fit"):
+        study.result()
+    with pytest.raises(ValueError, match="different names, got a, a"):
+        AdaptationCosts([networks[0], networks[0]])
