@@ -83,3 +83,50 @@ def test_a_light_head_is_light(detector):
 
     (student, neck), (light, light_neck) = count("S_L"), count("S_L_light")
     assert light <= 0.6 * student and light_neck == neck
+
+
+# --- studies on small data --------------------------------------------------------------------------------------------
+
+
+def shifted(levels):
+    return [f"p{int(name[1:]) - 1}" for name in levels]
+
+
+@pytest.mark.parametrize("folder", ["nuclei_effnet", "diagrams"])
+def test_rows_of_a_study_differ_in_what_they_are_called_after(folder):
+    """Set the stated difference back, and a row is the baseline at H."""
+
+    def load(row):
+        return load_config(ROOT / folder / f"{row}.yaml")
+
+    reference, low, low_shifted, teacher, student = map(
+        load, ("baseline_H", "baseline_L", "baseline_L_shifted", "teacher", "student_L")
+    )
+    size_keys = ("MIN_SIZE_TRAIN", "MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST")
+
+    def sizes(cfg):
+        return [list(v) if isinstance(v, (list, tuple)) else [v] for v in (cfg.INPUT[key] for key in size_keys)]
+
+    full = sizes(reference)
+    halves = [[size // 2 for size in values] for values in full]
+    assert sizes(low) == sizes(low_shifted) == halves and sizes(teacher) == full
+    assert sizes(student) == full[:2] + halves[2:], "the loader of a student reads H"
+    for cfg in (low_shifted, student):
+        assert cfg.MODEL.FPN.LEVELS == cfg.MODEL.FCOS.IN_FEATURES == shifted(reference.MODEL.FPN.LEVELS)
+        cfg.MODEL.FPN.LEVELS = cfg.MODEL.FCOS.IN_FEATURES = reference.MODEL.FPN.LEVELS
+    (entry,) = student.DISTILL.TEACHERS
+    assert Path(entry["CONFIG"]) == ROOT / folder / "teacher.yaml"
+    assert entry["WEIGHTS"] == f"output/{folder}/teacher/model_final.pth"
+    student.DISTILL = reference.DISTILL
+    assert teacher.MODEL.META_ARCHITECTURE == "MultiScaleTeacher" and teacher.MSAD.DETECTOR == "FCOS"
+    teacher.MODEL.META_ARCHITECTURE = "FCOS"
+    for cfg in (low, low_shifted, student):
+        for key in size_keys:
+            cfg.INPUT[key] = reference.INPUT[key]
+    assert low == low_shifted == teacher == student == reference
+
+
+def test_diagrams_are_not_flipped():
+    """Arrows, the marks inside of symbols and writing have a side."""
+    for path in (ROOT / "diagrams").glob("*.yaml"):
+        assert load_config(path).INPUT.RANDOM_FLIP == "none", path
