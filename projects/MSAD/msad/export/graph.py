@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import singledispatch
+
 import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -54,6 +56,14 @@ class DetectionGraph(nn.Module):
         """Detections from the maps of the backbone."""
         raise NotImplementedError
 
+    @property
+    def num_classes(self) -> int:
+        raise NotImplementedError
+
+    def limits(self) -> dict[str, float]:
+        """"score_threshold", "nms_threshold" and "max_detections" of an image."""
+        raise NotImplementedError
+
 
 def _anchors(generator: nn.Module, maps: list[Tensor]) -> list[Tensor]:
     """(R_l, 4) of every level."""
@@ -67,6 +77,17 @@ class DenseGraph(DetectionGraph):
     def __init__(self, detector: DenseDetector) -> None:
         super().__init__(detector, ["masks"] if isinstance(detector, MEInst) else [])
 
+    @property
+    def num_classes(self) -> int:
+        return self.detector.num_classes
+
+    def limits(self) -> dict[str, float]:
+        detector = self.detector
+        return {
+            "score_threshold": detector.test_score_thresh, "nms_threshold": detector.test_nms_thresh,
+            "max_detections": detector.max_detections_per_image,
+        }  # fmt: skip
+
     def detect(self, features: Tensors, sizes: Tensor) -> Tensors:
         detector = self.detector
         maps = [features[name] for name in detector.head_in_features]
@@ -74,9 +95,11 @@ class DenseGraph(DetectionGraph):
         predictions = zip(*detector.head(maps))
         best = [self._candidates(len(cell), *level, *maps) for (cell, *level), maps in zip(levels, predictions)]
         scores, classes, anchors, sides, *codes = (torch.cat(parts, dim=1) for parts in zip(*best))
+        # Before a selection: an exported box transform need not work on no boxes.
+        boxes = detector.box2box_transform.apply_deltas(sides.flatten(0, 1), anchors.flatten(0, 1))
+        boxes = boxes.reshape(*scores.shape, 4)
         image, row = (scores > detector.test_score_thresh).nonzero().unbind(1)
-        scores, classes = scores[image, row], classes[image, row]
-        boxes = detector.box2box_transform.apply_deltas(sides[image, row], anchors[image, row])
+        scores, classes, boxes = scores[image, row], classes[image, row], boxes[image, row]
         kept = ops.suppress(
             boxes, scores, image, classes, sizes.shape[0], detector.num_classes, detector.test_nms_thresh,
             detector.max_detections_per_image,
@@ -110,19 +133,29 @@ class RCNNGraph(DetectionGraph):
     def __init__(self, detector: GeneralizedRCNN) -> None:
         heads = detector.roi_heads
         super().__init__(detector, ["masks"] * heads.mask_on + ["keypoints"] * heads.keypoint_on)
+        self.stages = [(heads.box_head, heads.box_predictor)]
+        if isinstance(heads, CascadeROIHeads):
+            self.stages = list(zip(heads.box_head, heads.box_predictor))
+
+    @property
+    def num_classes(self) -> int:
+        return self.detector.roi_heads.num_classes
+
+    def limits(self) -> dict[str, float]:
+        predictor = self.stages[-1][1]
+        return {
+            "score_threshold": predictor.test_score_thresh, "nms_threshold": predictor.test_nms_thresh,
+            "max_detections": predictor.test_topk_per_image,
+        }  # fmt: skip
 
     def detect(self, features: Tensors, sizes: Tensor) -> Tensors:
         proposals, image = self._proposals(features, sizes)
         heads = self.detector.roi_heads
         maps = [features[name] for name in heads.box_in_features]
-        if isinstance(heads, CascadeROIHeads):
-            stages = list(zip(heads.box_head, heads.box_predictor))
-        else:
-            stages = [(heads.box_head, heads.box_predictor)]
-        scores = []
-        for number, (head, predictor) in enumerate(stages):
+        boxes, scores = proposals, []
+        for number, (head, predictor) in enumerate(self.stages):
             if number > 0:
-                proposals = ops.clip(boxes, sizes[image])  # noqa: F821: of the stage before
+                proposals = ops.clip(boxes, sizes[image])
             logits, deltas = predictor(head(ops.pool(heads.box_pooler, maps, proposals, image)))
             boxes = predictor.box2box_transform.apply_deltas(deltas, proposals)
             scores.append(logits.sigmoid() if predictor.use_sigmoid_ce else logits.softmax(dim=1))
@@ -182,22 +215,29 @@ class RCNNGraph(DetectionGraph):
         return extras
 
 
+@singledispatch
 def detection_graph(detector: nn.Module) -> DetectionGraph:
-    """The graph of a detector of detectron2 or of this project.
+    """The graph of a detector. Another kind is one subclass of :class:`DetectionGraph` and one ``register``.
 
     Raises:
-        TypeError: of this kind of detector, or of a part of it, no graph is known; the message names it.
+        TypeError: of no known kind, or with a part that no graph knows; names it.
     """
-    if isinstance(detector, (FCOS, RetinaNet, GFL)):
-        return DenseGraph(detector)
-    if isinstance(detector, GeneralizedRCNN):
-        heads, proposals = detector.roi_heads, detector.proposal_generator
-        if not isinstance(heads, StandardROIHeads) or not isinstance(proposals, RPN):
-            raise TypeError(f"R-CNNs of {type(proposals).__name__} and {type(heads).__name__} cannot be exported to ONNX")
-        unpooled = [t for t in ("mask", "keypoint") if getattr(heads, f"{t}_on") and getattr(heads, f"{t}_pooler") is None]
-        if unpooled:
-            raise TypeError(f"the {unpooled[0]} head has no pooler (POOLER_TYPE ''): it cannot be exported to ONNX")
-        return RCNNGraph(detector)
     raise TypeError(
-        f"{type(detector).__name__} cannot be exported to ONNX; RetinaNet, FCOS, GFL, MEInst and R-CNNs on a pyramid can"
+        f"a {type(detector).__name__} cannot be exported to ONNX; RetinaNet, FCOS, GFL, MEInst and R-CNNs can"
     )
+
+
+for _kind in (RetinaNet, FCOS, GFL):
+    detection_graph.register(_kind, DenseGraph)
+
+
+@detection_graph.register
+def _(detector: GeneralizedRCNN) -> DetectionGraph:
+    heads, proposals = detector.roi_heads, detector.proposal_generator
+    if not isinstance(heads, StandardROIHeads) or not isinstance(proposals, RPN):
+        parts = f"{type(proposals).__name__} and {type(heads).__name__}"
+        raise TypeError(f"an R-CNN of {parts} cannot be exported to ONNX; one of RPN and StandardROIHeads can")
+    for task in ("mask", "keypoint"):
+        if getattr(heads, f"{task}_on") and getattr(heads, f"{task}_pooler") is None:
+            raise TypeError(f"an R-CNN without pooler of its {task} head (POOLER_TYPE '') cannot be exported to ONNX")
+    return RCNNGraph(detector)

@@ -120,7 +120,6 @@ def pool(pooler: nn.Module, maps: list[Tensor], boxes: Tensor, image: Tensor) ->
     return torch.cat(parts)[place]
 
 
-@torch.jit.script
 def _cubic(length: int, source: int) -> Tensor:
     """(length, source) matrix of bicubic interpolation without aligned corners, a = -0.75, borders repeated."""
     at = (torch.arange(length).float() + 0.5) * (float(source) / float(length)) - 0.5
@@ -137,7 +136,7 @@ def _cubic(length: int, source: int) -> Tensor:
     return matrix
 
 
-@torch.jit.script
+@torch.jit.script_if_tracing
 def keypoint_peaks(maps: Tensor, boxes: Tensor) -> Tensor:
     """Keypoints (M, K, 3), x and y in pixels of ``boxes`` (M, 4) and a probability, of heatmap logits (M, K, S, S).
 

@@ -1,0 +1,179 @@
+"""ONNX files: from pixels to detections in one graph, with what its user must know in the file's metadata.
+
+The trace is taken by torch's TorchScript exporter. Detection is full of sizes that depend on data, and it has a loop
+(keypoints); this exporter turns both into ONNX and needs no further package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from torch import Tensor
+
+from ..data.register import register_datasets
+from ..engine.checkpoint import atomic_write
+from . import runner
+from .graph import DetectionGraph, detection_graph
+from .plain import by_itself, load_whole
+
+OPSET = 17
+RUNNER = "run.py"
+# Detections at a threshold may fall on either side of it.
+LEAST_MATCHED = 0.95
+
+logger = logging.getLogger(__name__)
+
+
+def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
+    """Write ``output``/model.onnx and beside it run.py, which runs it without torch and detectron2.
+
+    Inputs, outputs and their units are those of :class:`DetectionGraph`; number and size of the images are free. The
+    metadata entry "msad" of the file is the JSON of :func:`describe`. Before it is written, the graph is run once by
+    onnxruntime, on images of other sizes and number than the traced ones, and compared with the model.
+
+    Args:
+        cfg: of the model; for a student the one it was trained with.
+        weights: a checkpoint of it.
+
+    Returns:
+        one sentence: how the file is run.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ModuleNotFoundError: onnx or onnxruntime is not installed; says how.
+        ValueError: the checkpoint does not have all tensors of the model.
+        TypeError: this kind of detector cannot be exported; names the part.
+        RuntimeError: onnxruntime finds something else than the model.
+    """
+    require("onnx", "onnxruntime")
+    cfg = by_itself(cfg)
+    graph = detection_graph(load_whole(cfg, weights))
+    content = trace(graph, describe(cfg, graph))
+    check(content, graph)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with atomic_write(str(output / "model.onnx")) as file:
+        file.write(content)
+    shutil.copyfile(runner.__file__, output / RUNNER)
+    return f"python {output / RUNNER} {output / 'model.onnx'} --input PATH --output DIR runs this model."
+
+
+def require(*names: str) -> None:
+    """ModuleNotFoundError with the way to install it if an optional package is absent."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(f"{name} is not installed: pip install 'msad[onnx]'") from None
+
+
+def describe(cfg: CfgNode, graph: DetectionGraph) -> dict[str, Any]:
+    """What a user of the file must know, as JSON values.
+
+    - format: channel order of ``images``, "BGR" or "RGB";
+    - min_size, max_size: pixels of the short side, and at most of the long one, that images are resized to as
+      detectron2's ResizeShortestEdge does; 0 for not at all;
+    - classes: names by their number in ``classes``; keypoints: names of the keypoints; skeleton: pairs of their
+      numbers. Where no data set of the config knows them, classes are named by their numbers;
+    - detector, score_threshold, nms_threshold, max_detections: what is built in.
+    """
+    names = _data_set_metadata(cfg)
+    classes = list(names.get("thing_classes") or [])
+    if len(classes) != graph.num_classes:
+        classes = [str(number) for number in range(graph.num_classes)]
+    about = {
+        "detector": type(graph.detector).__name__, "format": cfg.INPUT.FORMAT, "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST, "classes": classes, **graph.limits(),
+    }  # fmt: skip
+    if "keypoints" in graph.outputs:
+        points = list(names.get("keypoint_names") or [])
+        rules = names.get("keypoint_connection_rules") or []
+        about["keypoints"] = points
+        about["skeleton"] = [[points.index(a), points.index(b)] for a, b, _ in rules]
+    return about
+
+
+def _data_set_metadata(cfg: CfgNode) -> Metadata | dict:
+    """Metadata of the first data set of the config that knows its classes, reading its file if need be."""
+    register_datasets(cfg)
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        if name not in DatasetCatalog.list():
+            continue
+        try:
+            if not MetadataCatalog.get(name).get("keypoint_names"):
+                DatasetCatalog.get(name)  # its file knows the names
+        except FileNotFoundError as error:
+            logger.warning("names of the classes: %s", error)
+        if MetadataCatalog.get(name).get("thing_classes"):
+            return MetadataCatalog.get(name)
+    return {}
+
+
+def trace(graph: DetectionGraph, about: dict[str, Any]) -> bytes:
+    """The ONNX file of ``graph`` with the metadata entry "msad"."""
+    import onnx
+
+    axes = {"images": {0: "batch", 1: "height", 2: "width"}, "sizes": {0: "batch"}}
+    axes.update({name: {0: "detections"} for name in graph.outputs})
+    file = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        # Python's decisions that a trace freezes are asserts of detectron2's layers; check() compares another size.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            graph, example_images([(128, 160), (96, 120)]), file, input_names=["images", "sizes"],
+            output_names=graph.outputs, dynamic_axes=axes, opset_version=OPSET, dynamo=False,
+        )  # fmt: skip
+    model = onnx.load_from_string(file.getvalue())
+    model.producer_name = "msad"
+    onnx.helper.set_model_props(model, {"msad": json.dumps(about)})
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def example_images(sizes: list[tuple[int, int]], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random blobs of these (height, width) as the inputs of a graph."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (max(side) for side in zip(*sizes))
+    coarse = torch.rand(len(sizes), 3, height // 16 + 1, width // 16 + 1, generator=generator) * 255
+    images = F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1).to(torch.uint8)
+    return images.contiguous(), torch.tensor(sizes)
+
+
+def check(content: bytes, graph: DetectionGraph) -> None:
+    """RuntimeError if onnxruntime finds something else than ``graph`` in images of three sizes."""
+    import onnxruntime
+
+    images, sizes = example_images([(150, 100), (70, 130), (97, 64)], seed=1)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()})
+    with torch.no_grad():
+        wanted = [value.numpy() for value in graph(images, sizes)]
+    shares = [matched(a, b) for a, b in ((found, wanted), (wanted, found))]
+    if min(shares) < LEAST_MATCHED:
+        raise RuntimeError(
+            f"onnxruntime finds {len(found[0])} objects in random images where the model finds {len(wanted[0])}; "
+            f"{100 * min(shares):.0f} % are the same. The exported graph is wrong"
+        )
+
+
+def matched(some: list[np.ndarray], others: list[np.ndarray]) -> float:
+    """Share of detections (boxes, scores, classes, image) that the others have too: same class, nearly same box."""
+    if len(some[0]) == 0:
+        return 1.0
+    same = (some[2][:, None] == others[2]) & (some[3][:, None] == others[3])
+    apart = np.abs(some[0][:, None] - others[0]).max(axis=2, initial=0.0)
+    return float((same & (apart < 0.1)).any(axis=1).mean())
