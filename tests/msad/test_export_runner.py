@@ -1,0 +1,161 @@
+"""The program that goes with an ONNX file: equal to detectron2 around the network, and without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from detectron2.layers import paste_masks_in_image
+from detectron2.modeling import build_model
+from pycocotools import mask as coco_mask
+
+pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
+pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
+
+from msad import load_config
+from msad.export import onnx as exporter
+from msad.export import runner
+from msad.export.graph import detection_graph
+
+# Imports of what a deployment does not have fail.
+ALONE = """
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "detectron2", "msad", "fvcore", "PIL", "onnx"):
+            raise ImportError(f"{name} is imported")
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "size", [(480, 640), (640, 480), (200, 75), (33, 47), (57, 160), (96, 96), (64, 64), (300, 1000), (1, 1)]
+)
+def test_resizes_as_for_training(size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    wanted = T.ResizeShortestEdge(96, 160).get_transform(image).apply_image(image)
+    resized = runner.resize_shortest_edge(image, 96, 160)
+    assert resized.shape == wanted.shape
+    apart = np.abs(resized.astype(int) - wanted)
+    assert apart.max() <= 1  # where Pillow resizes the other side first and rounds in between
+    linear = cv2.resize(image, wanted.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    if min(size) > 96:
+        assert np.abs(linear.astype(int) - wanted).mean() > 20 * apart.mean()
+
+
+def test_no_resizing_where_the_model_wants_none():
+    image = np.zeros((5, 7, 3), np.uint8)
+    assert runner.resize_shortest_edge(image, 0, 100) is image
+
+
+def test_pastes_and_encodes_masks_as_detectron2_and_coco():
+    rng = np.random.default_rng(0)
+    masks = cv2.GaussianBlur(rng.random((28, 28, 20)).astype(np.float32), (9, 9), 0).transpose(2, 0, 1)
+    masks = (masks - masks.min()) / (masks.max() - masks.min())
+    corner = rng.uniform(-10, 60, (20, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(0.3, 60, (20, 2))], axis=1).clip(0, [90, 70, 90, 70])
+    solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    boxes, masks = boxes[solid].astype(np.float32), np.ascontiguousarray(masks[solid])
+    assert len(boxes) > 10
+    wanted = paste_masks_in_image(torch.from_numpy(masks), torch.from_numpy(boxes), (70, 90)).numpy()
+    pasted = np.array([runner.paste(m, b, 70, 90) for m, b in zip(masks, boxes)])
+    assert wanted.any() and (pasted != wanted).sum() <= 2  # a pixel on the threshold
+    for mask in (*pasted, np.ones((3, 4), bool), np.zeros((3, 4), bool)):
+        counts = runner.run_lengths(mask)
+        assert sum(counts["counts"]) == mask.size
+        encoded = coco_mask.frPyObjects(counts, *mask.shape)
+        assert (coco_mask.decode(encoded) == mask).all()
+
+
+@pytest.fixture(scope="module")
+def shipped(project, tmp_path_factory):
+    """Folder with an FCOS as model.onnx and run.py, and with photos/: two images, a broken one and a video."""
+    torch.manual_seed(0)
+    cfg = load_config(project / "student.yaml")
+    graph = detection_graph(build_model(cfg))
+    folder = tmp_path_factory.mktemp("shipped")
+    (folder / "model.onnx").write_bytes(exporter.trace(graph, exporter.describe(cfg, graph)))
+    shutil.copyfile(runner.__file__, folder / "run.py")
+    (folder / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (3, 70, 90, 3), dtype=np.uint8)
+    cv2.imwrite(str(folder / "photos" / "a.jpg"), frames[0])
+    cv2.imwrite(str(folder / "photos" / "a.png"), frames[1][:50])
+    (folder / "photos" / "broken.jpg").write_bytes(b"no image")
+    video = cv2.VideoWriter(str(folder / "photos" / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (90, 70))
+    for frame in frames:
+        video.write(frame)
+    video.release()
+    return folder
+
+
+def test_runs_without_torch(shipped, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, "run.py", "model.onnx", "--input", "photos", "--output", tmp_path / "found",
+         "--threshold", "0.01", "--threads", "1"],
+        cwd=shipped, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "5 images" in done.stdout and "fps" in done.stdout
+    assert done.stderr.splitlines()[-1] == "skipped: cannot read photos/broken.jpg"
+    assert {p.name for p in (tmp_path / "found").iterdir()} == {"a.jpg", "a_2.jpg", "v.mp4", "detections.json"}
+    drawn = cv2.imread(str(tmp_path / "found" / "a.jpg"))
+    assert drawn.shape == (70, 90, 3) and (drawn != cv2.imread(str(shipped / "photos" / "a.jpg"))).any()
+    results = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert [(r["file"], r["frame"], r["height"]) for r in results] == [
+        ("photos/a.jpg", 0, 70), ("photos/a.png", 0, 50), *(("photos/v.avi", i, 70) for i in range(3)),
+    ]  # fmt: skip
+    detector = runner.Detector(shipped / "model.onnx", 1)
+    found = detector([cv2.imread(str(shipped / "photos" / "a.jpg"))])[0]
+    some = {name: value[found["scores"] >= 0.01] for name, value in found.items()}
+    assert results[0]["detections"] == runner.records(some, detector.about["classes"]) != []
+
+
+def test_records_and_drawings_have_masks_and_keypoints():
+    mask = np.zeros((1, 20, 30), bool)
+    mask[0, 5:10, 6:12] = True
+    found = {
+        "boxes": np.array([[6.0, 5.0, 12.0, 10.0]]), "scores": np.array([0.5]), "classes": np.array([1]),
+        "masks": mask, "keypoints": np.array([[[7.0, 6.0, 0.25], [25.0, 15.0, 0.5]]]),
+    }  # fmt: skip
+    assert runner.records(found, ["cat", "dog"]) == [{
+        "category": "dog", "class": 1, "score": 0.5, "bbox": [6.0, 5.0, 6.0, 5.0],
+        "segmentation": runner.run_lengths(mask[0]), "keypoints": [[7.0, 6.0, 0.25], [25.0, 15.0, 0.5]],
+    }]  # fmt: skip
+    drawn = runner.draw(np.zeros((20, 30, 3), np.uint8), found, {"classes": ["cat", "dog"], "skeleton": [[0, 1]]})
+    assert drawn[8, 9].any() and drawn[15, 25].any() and drawn[11, 17].any() and not drawn[18, 2].any()
+
+
+def test_never_writes_over_an_input(shipped, capsys):
+    before = {p: p.read_bytes() for p in (shipped / "photos").iterdir()}
+    arguments = [str(shipped / "model.onnx"), "--input", str(shipped / "photos"), "--output", str(shipped / "photos")]
+    with pytest.raises(SystemExit) as stop:
+        runner.main(arguments)
+    assert stop.value.code == 2 and "is an input and would be overwritten" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (shipped / "photos").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/model.onnx"], "nothing to do: give --input or --camera"),
+        (["{}/model.onnx", "--input", "{}/absent.jpg"], "no such file or folder: {}/absent.jpg"),
+        (["{}/absent.onnx", "--input", "{}/photos"], "absent.onnx cannot be loaded"),
+        (["{}/run.py", "--input", "{}/photos"], "run.py cannot be loaded"),
+    ],
+)
+def test_errors_are_said_before_anything_is_written(shipped, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        runner.main([*(a.format(shipped) for a in arguments), "--output", str(tmp_path / "out")])
+    assert stop.value.code == 2 and message.format(shipped) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
