@@ -19,6 +19,7 @@ from torchvision.ops import box_iou
 from msad import load_config
 from msad.export import graph_ops as ops
 from msad.export.graph import detection_graph
+from msad.export.names import dataset_names
 
 pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
@@ -115,7 +116,7 @@ def test_onnxruntime_finds_what_the_model_finds(kind, tiny_cfg, tiny_model, tmp_
 
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = SIDES
     graph = detection_graph(model)
-    content = exporter.trace(graph, exporter.describe(cfg, graph))
+    content = exporter.trace(graph, exporter.describe(cfg, graph, {}))
     (tmp_path / "model.onnx").write_bytes(content)
     detector = Detector(tmp_path / "model.onnx", threads=1)
     assert detector.about["detector"] == type(model).__name__ and detector.about["classes"] == ["0", "1", "2"]
@@ -132,7 +133,7 @@ def test_onnxruntime_finds_what_the_model_finds(kind, tiny_cfg, tiny_model, tmp_
 def test_a_wrong_graph_is_refused(tiny_cfg, tiny_model):
     model = tiny_model("FCOS").eval()
     graph = detection_graph(model)
-    content = exporter.trace(graph, exporter.describe(tiny_cfg("FCOS"), graph))
+    content = exporter.trace(graph, exporter.describe(tiny_cfg("FCOS"), graph, {}))
     exporter.check(content, graph)
     with torch.no_grad():
         model.head.bbox_pred.bias += 1
@@ -152,7 +153,7 @@ def test_what_cannot_be_exported_is_named(tiny_model):
 def test_metadata_names_what_the_data_set_knows(project, tiny_model):
     cfg = load_config(project / "student.yaml")
     graph = detection_graph(build_model(cfg))
-    about = exporter.describe(cfg, graph)
+    about = exporter.describe(cfg, graph, dataset_names(cfg))
     assert len(about["classes"]) == 6 and not any(name.isdigit() for name in about["classes"])
     assert {k: about[k] for k in ("format", "min_size", "max_size", "detector", "score_threshold")} == {
         "format": "BGR", "min_size": 32, "max_size": 32, "detector": "FCOS", "score_threshold": 0.001,

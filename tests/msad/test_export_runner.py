@@ -84,7 +84,7 @@ def shipped(project, tmp_path_factory):
     cfg = load_config(project / "student.yaml")
     graph = detection_graph(build_model(cfg))
     folder = tmp_path_factory.mktemp("shipped")
-    (folder / "model.onnx").write_bytes(exporter.trace(graph, exporter.describe(cfg, graph)))
+    (folder / "model.onnx").write_bytes(exporter.trace(graph, exporter.describe(cfg, graph, {})))
     shutil.copyfile(runner.__file__, folder / "run.py")
     (folder / "photos").mkdir()
     rng = np.random.default_rng(0)

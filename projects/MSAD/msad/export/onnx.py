@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -20,22 +19,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
 from torch import Tensor
 
-from ..data.register import register_datasets
 from ..engine.checkpoint import atomic_write
 from . import runner
 from .graph import DetectionGraph, detection_graph
-from .plain import by_itself, load_whole
+from .names import dataset_names, read_names
+from .plain import load_by_itself
 
 OPSET = 17
 RUNNER = "run.py"
 # Detections at a threshold may fall on either side of it.
 LEAST_MATCHED = 0.95
-
-logger = logging.getLogger(__name__)
 
 
 def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
@@ -54,15 +49,17 @@ def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ModuleNotFoundError: onnx or onnxruntime is not installed; says how.
-        ValueError: the checkpoint does not have all tensors of the model.
-        TypeError: this kind of detector cannot be exported; names the part.
+        ValueError: the checkpoint does not have all tensors of the model, this kind of detector cannot be exported, or
+            a package is not installed; says which.
         RuntimeError: onnxruntime finds something else than the model.
     """
     require("onnx", "onnxruntime")
-    cfg = by_itself(cfg)
-    graph = detection_graph(load_whole(cfg, weights))
-    content = trace(graph, describe(cfg, graph))
+    cfg, model = load_by_itself(cfg, weights)
+    try:
+        graph = detection_graph(model)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    content = trace(graph, describe(cfg, graph, dataset_names(cfg) or read_names(weights)))
     check(content, graph)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -73,25 +70,26 @@ def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
 
 
 def require(*names: str) -> None:
-    """ModuleNotFoundError with the way to install it if an optional package is absent."""
+    """Raise ValueError with the way to install it if an optional package is absent."""
     for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError:
-            raise ModuleNotFoundError(f"{name} is not installed: pip install 'msad[onnx]'") from None
+            raise ValueError(f"{name} is not installed: pip install 'msad[onnx]'") from None
 
 
-def describe(cfg: CfgNode, graph: DetectionGraph) -> dict[str, Any]:
+def describe(cfg: CfgNode, graph: DetectionGraph, names: dict[str, list]) -> dict[str, Any]:
     """What a user of the file must know, as JSON values.
 
     - format: channel order of ``images``, "BGR" or "RGB";
     - min_size, max_size: pixels of the short side, and at most of the long one, that images are resized to as
       detectron2's ResizeShortestEdge does; 0 for not at all;
     - classes: names by their number in ``classes``; keypoints: names of the keypoints; skeleton: pairs of their
-      numbers. Where no data set of the config knows them, classes are named by their numbers;
+      numbers. Where ``names`` does not have them, classes are named by their numbers;
     - detector, score_threshold, nms_threshold, max_detections: what is built in.
+
+    ``names`` is detectron2's metadata, see :func:`dataset_names`.
     """
-    names = _data_set_metadata(cfg)
     classes = list(names.get("thing_classes") or [])
     if len(classes) != graph.num_classes:
         classes = [str(number) for number in range(graph.num_classes)]
@@ -105,22 +103,6 @@ def describe(cfg: CfgNode, graph: DetectionGraph) -> dict[str, Any]:
         about["keypoints"] = points
         about["skeleton"] = [[points.index(a), points.index(b)] for a, b, _ in rules]
     return about
-
-
-def _data_set_metadata(cfg: CfgNode) -> Metadata | dict:
-    """Metadata of the first data set of the config that knows its classes, reading its file if need be."""
-    register_datasets(cfg)
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        if name not in DatasetCatalog.list():
-            continue
-        try:
-            if not MetadataCatalog.get(name).get("keypoint_names"):
-                DatasetCatalog.get(name)  # its file knows the names
-        except FileNotFoundError as error:
-            logger.warning("names of the classes: %s", error)
-        if MetadataCatalog.get(name).get("thing_classes"):
-            return MetadataCatalog.get(name)
-    return {}
 
 
 def trace(graph: DetectionGraph, about: dict[str, Any]) -> bytes:
@@ -171,9 +153,12 @@ def check(content: bytes, graph: DetectionGraph) -> None:
 
 
 def matched(some: list[np.ndarray], others: list[np.ndarray]) -> float:
-    """Share of detections (boxes, scores, classes, image) that the others have too: same class, nearly same box."""
+    """Share of detections (boxes, scores, classes, image) that the others have too: same image and class, nearly same
+    box. Where several of the others have its score, rounding decides which of them survive, and it counts as found."""
     if len(some[0]) == 0:
         return 1.0
-    same = (some[2][:, None] == others[2]) & (some[3][:, None] == others[3])
+    same_image = some[3][:, None] == others[3]
+    tied = (same_image & (np.abs(some[1][:, None] - others[1]) < 1e-4)).sum(axis=1) > 1
     apart = np.abs(some[0][:, None] - others[0]).max(axis=2, initial=0.0)
-    return float((same & (apart < 0.1)).any(axis=1).mean())
+    same = same_image & (some[2][:, None] == others[2]) & (apart < 0.1)
+    return float((tied | same.any(axis=1)).mean())

@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from fvcore.common.registry import Registry
+from torch import nn
 
 from ..config import add_msad_config, detector_architecture
 from ..engine.checkpoint import CheckedCheckpointer, atomic_write
@@ -85,6 +86,19 @@ def by_itself(cfg: CfgNode) -> CfgNode:
     return out
 
 
+def load_by_itself(cfg: CfgNode, weights: str) -> tuple[CfgNode, nn.Module]:
+    """The config of :func:`by_itself` and its model on the CPU, with all of its tensors from ``weights``; errors as
+    :func:`export` says."""
+    cfg = by_itself(cfg)
+    if cfg.MODEL.MEINST.CODE:
+        cfg.MODEL.MEINST.CODE = IN_CHECKPOINT
+    build_cfg = cfg.clone()
+    build_cfg.MODEL.DEVICE = "cpu"
+    model = build_model(build_cfg)
+    CheckedCheckpointer(model).load_all(weights, "this config")
+    return cfg, model
+
+
 def _texts(node: CfgNode, prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in node.items():
         if isinstance(value, CfgNode):
@@ -137,14 +151,7 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
         FileNotFoundError: no such checkpoint.
         ValueError: the checkpoint does not have all tensors of the model, or ``output`` is a folder of the training.
     """
-    cfg = by_itself(cfg)
-    if cfg.MODEL.MEINST.CODE:
-        cfg.MODEL.MEINST.CODE = IN_CHECKPOINT
-    build_cfg = cfg.clone()
-    build_cfg.MODEL.DEVICE = "cpu"
-    model = build_model(build_cfg)
-    CheckedCheckpointer(model).load_all(weights, "this config")
-
+    cfg, model = load_by_itself(cfg, weights)
     output = Path(output)
     files = {name: output / name for name in ("model.pth", "config.yaml", "msad.yaml", FILE)}
     if files["model.pth"].exists() and files["model.pth"].samefile(weights):
