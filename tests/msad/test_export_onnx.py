@@ -141,7 +141,12 @@ def test_a_wrong_graph_is_refused(tiny_cfg, tiny_model):
         exporter.check(content, graph)
 
 
-def test_what_cannot_be_exported_is_named(tiny_model):
+def test_what_cannot_be_exported_is_named(tiny_cfg, tiny_model):
+    cfg = tiny_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "FusionStudent"
+    cfg.MSAD.FUSION_STUDENT.BRANCHES = [{"RESOLUTION": "H"}, {"RESOLUTION": "L"}]
+    with pytest.raises(TypeError, match="a fusion student cannot be exported to ONNX"):
+        detection_graph(build_model(cfg))
     with pytest.raises(TypeError, match="a MultiScaleTeacher cannot be exported to ONNX"):
         detection_graph(tiny_model(resolutions=["H", "L"]))
     model = tiny_model("MaskRCNN")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..modeling.detectors.gfl import GFL
 from ..modeling.detectors.meinst import MEInst
+from ..modeling.fusion_student import FusionBackbone
 from . import graph_ops as ops
 
 Tensors = dict[str, Tensor]
@@ -39,6 +40,8 @@ class DetectionGraph(nn.Module):
 
     def __init__(self, detector: nn.Module, extras: list[str]) -> None:
         super().__init__()
+        if isinstance(detector.backbone, FusionBackbone):
+            raise TypeError("a fusion student cannot be exported to ONNX: it makes smaller views image by image")
         if (getattr(detector.backbone, "padding_constraints", None) or {}).get("square_size", 0) > 0:
             raise TypeError(f"{type(detector.backbone).__name__} pads its input to a square: not supported in ONNX")
         self.detector = detector
