@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""Loss landscape of trained detectors: flatness of the detection loss, and training against validation loss.
+
+    tools/flatness.py --model baseline.yaml baseline.pth --model student.yaml student.pth --output flat
+    tools/flatness.py --model student.yaml student.pth --directions 10 --surface 15 --output flat --images 64
+
+moves each model along random filter-normalised directions and evaluates the detection losses alone (no teacher) on
+images of DATASETS.TRAIN at the test size, without augmentation; on DATASETS.TEST at the weights themselves. Writes
+DIR/flatness.json, DIR/flatness.png and, with --surface, DIR/surface.png, and prints a table. Finished directions are
+kept: the same command goes on after an interruption. Overrides hold for all models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from msad import load_config
+from msad.cli import parse, require_device
+from msad.cli import run as run_command
+from msad.data.register import register_datasets
+from msad.engine.checkpoint import atomic_write
+from msad.engine.provenance import fingerprint, machine
+from msad.engine.setup import load_model
+from msad.evaluation.flatness import DISTANCES, DetectionLoss, fixed_batches, loss_along, moved, random_direction, sharpness
+from msad.modeling.ignored_regions import IgnoredRegions
+from msad.visualization.flatness import plot_lines, plot_surfaces
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="flatness.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", nargs=2, action="append", required=True, metavar=("YAML", "WEIGHTS"), help="may be repeated")
+    add("--output", required=True, metavar="DIR", help="folder to write to")
+    add("--images", type=int, default=32, metavar="N", help="images of each data set (default 32)")
+    add("--batch-size", type=int, default=4, metavar="N", help="images of a batch (default 4)")
+    add("--directions", type=int, default=10, metavar="N", help="random directions (default 10)")
+    add("--distances", nargs="+", type=float, default=list(DISTANCES), metavar="D", help="steps, in both senses")
+    add("--surface", type=int, default=0, metavar="N", help="loss on a grid of N x N over two directions")
+    add("--seed", type=int, default=0, metavar="N", help="of directions and images")
+    args = parse(parser, argv)
+    if min(args.images, args.batch_size, args.directions) < 1 or min(args.distances) <= 0 or args.surface < 0:
+        parser.error("--images, --batch-size, --directions and --distances must be positive, --surface not negative")
+    return args
+
+
+def names_of(models: list[list[str]]) -> list[str]:
+    """Stems of the yaml files, followed by those of the weights where two are equal."""
+    stems = [Path(config).stem for config, _ in models]
+    names = [s if stems.count(s) == 1 else f"{s}_{Path(weights).stem}" for s, (_, weights) in zip(stems, models)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two --model have the same name: {', '.join(names)}")
+    return names
+
+
+class Record:
+    """What is known of a model, kept in DIR/parts after every direction and row of the surface."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.values: dict = json.loads(file.read_text()) if file.is_file() else {}
+
+    def keep(self, key: str, value: object) -> None:
+        self.values[key] = value
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(str(self._file), "w") as stream:
+            json.dump(self.values, stream)
+
+
+def explore(args: argparse.Namespace, cfg: CfgNode, weights: str, name: str) -> dict:
+    """One entry of flatness.json."""
+    settings = [args.images, args.batch_size, args.seed]
+    record = Record(Path(args.output) / "parts" / f"{name}_{fingerprint(cfg, weights, *settings)}.json")
+    steps = sorted({0.0, *args.distances, *(-d for d in args.distances)})
+    grid = np.linspace(-max(args.distances), max(args.distances), args.surface).tolist() if args.surface else []
+    lines = {f"direction {args.seed + i} {steps}": args.seed + i for i in range(args.directions)}
+    rows = {f"surface {grid} row {i}": y for i, y in enumerate(grid)}
+    missing = [key for key in ("train", "val", *lines, *rows) if key not in record.values]
+    if missing:
+        batches = {"train": fixed_batches(cfg, cfg.DATASETS.TRAIN[0], args.images, args.batch_size, args.seed)}
+        batches["val"] = fixed_batches(cfg, cfg.DATASETS.TEST[0], args.images, args.batch_size, args.seed)
+        model = load_model(cfg, weights)
+        if any(MetadataCatalog.get(d).get("has_ignored_regions") for d in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+            IgnoredRegions(model)
+        evaluations = {key: len(steps) if key in lines else len(grid) if key in rows else 1 for key in missing}
+        total = sum(count * len(batches["val" if key == "val" else "train"]) for key, count in evaluations.items())
+        with tqdm(total=total, desc=name, unit="batch", dynamic_ncols=True, disable=None) as bar:
+            losses = {split: DetectionLoss(found, bar.update) for split, found in batches.items()}
+            plane = [random_direction(model, args.seed + i) for i in range(2)] if rows else []
+            for key in missing:
+                record.keep(key, _evaluate(key, model, losses, lines, steps, rows, plane, grid))
+    values = record.values
+    found_lines = [values[key] for key in lines]
+    rises = sharpness([dict(zip(steps, line)) for line in found_lines])
+    return {
+        "train": values["train"],
+        "val": values["val"],
+        "gap": values["val"] - values["train"],
+        "sharpness": {str(distance): _finite(value) for distance, value in rises.items()},
+        "steps": steps,
+        "lines": found_lines,
+        "grid": grid,
+        "surface": [values[key] for key in rows],
+    }
+
+
+def _evaluate(
+    key: str, model: nn.Module, losses: dict, lines: dict, steps: list, rows: dict, plane: list, grid: list
+) -> float | list[float]:
+    """The loss of a data set, along a line, or on a row of the surface."""
+    if key in losses:
+        return losses[key](model)
+    if key in lines:
+        return loss_along(model, losses["train"], random_direction(model, lines[key]), steps)
+    values = []
+    for x in grid:
+        with moved(model, plane, [x, rows[key]]):
+            values.append(losses["train"](model))
+    return values
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def run(args: argparse.Namespace) -> str:
+    names = names_of(args.model)
+    configs = [load_config(config, args.opts) for config, _ in args.model]
+    for cfg, (_, weights) in zip(configs, args.model):
+        if not os.path.isfile(weights):
+            raise FileNotFoundError(f"no checkpoint {weights}")
+        require_device(cfg.MODEL.DEVICE)
+        register_datasets(cfg)
+        for key in ("TRAIN", "TEST"):
+            if len(cfg.DATASETS[key]) != 1 or cfg.DATASETS[key] != configs[0].DATASETS[key]:
+                raise ValueError(f"all models need the same one data set in DATASETS.{key}, got {list(cfg.DATASETS[key])}")
+    models = {
+        name: explore(args, cfg, weights, name) for name, cfg, (_, weights) in zip(names, configs, args.model)
+    }
+    output = Path(args.output)
+    options = ("images", "batch_size", "directions", "seed")
+    about = {
+        **machine(configs[0].MODEL.DEVICE),
+        **{option: getattr(args, option) for option in options},
+        "datasets": {key: configs[0].DATASETS[key][0] for key in ("TRAIN", "TEST")},
+        "weights": {name: weights for name, (_, weights) in zip(names, args.model)},
+    }
+    with atomic_write(str(output / "flatness.json"), "w") as stream:
+        json.dump({**about, "models": models}, stream, indent=1)
+    written = ["flatness.json", "flatness.png"]
+    plot_lines(models, output / "flatness.png")
+    if args.surface:
+        plot_surfaces(models, output / "surface.png")
+        written.append("surface.png")
+    distances = list(next(iter(models.values()))["sharpness"])
+    rows = [[name, m["train"], m["val"], m["gap"], *m["sharpness"].values()] for name, m in models.items()]
+    header = ["model", "train loss", "val loss", "gap", *(f"rise at {distance}" for distance in distances)]
+    return f"{tabulate(rows, header, floatfmt='.4f', missingval='inf')}\n\n{output}: {', '.join(written)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_command(
+        "flatness.py",
+        lambda: print(run(args)),
+        "interrupted. Finished directions are kept; the same command goes on with the others.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
