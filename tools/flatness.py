@@ -27,13 +27,21 @@ from torch import nn
 from tqdm import tqdm
 
 from msad import load_config
-from msad.cli import parse, require_device
+from msad.cli import model_names, parse, require_device
 from msad.cli import run as run_command
 from msad.data.register import register_datasets
 from msad.engine.checkpoint import atomic_write
 from msad.engine.provenance import fingerprint, machine
 from msad.engine.setup import load_model
-from msad.evaluation.flatness import DISTANCES, DetectionLoss, fixed_batches, loss_along, moved, random_direction, sharpness
+from msad.evaluation.flatness import (
+    DISTANCES,
+    DetectionLoss,
+    fixed_batches,
+    loss_along,
+    moved,
+    random_direction,
+    sharpness,
+)
 from msad.modeling.ignored_regions import IgnoredRegions
 from msad.visualization.flatness import plot_lines, plot_surfaces
 
@@ -55,15 +63,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if min(args.images, args.batch_size, args.directions) < 1 or min(args.distances) <= 0 or args.surface < 0:
         parser.error("--images, --batch-size, --directions and --distances must be positive, --surface not negative")
     return args
-
-
-def names_of(models: list[list[str]]) -> list[str]:
-    """Stems of the yaml files, followed by those of the weights where two are equal."""
-    stems = [Path(config).stem for config, _ in models]
-    names = [s if stems.count(s) == 1 else f"{s}_{Path(weights).stem}" for s, (_, weights) in zip(stems, models)]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two --model have the same name: {', '.join(names)}")
-    return names
 
 
 class Record:
@@ -104,7 +103,7 @@ def explore(args: argparse.Namespace, cfg: CfgNode, weights: str, name: str) -> 
                 record.keep(key, _evaluate(key, model, losses, lines, steps, rows, plane, grid))
     values = record.values
     found_lines = [values[key] for key in lines]
-    rises = sharpness([dict(zip(steps, line)) for line in found_lines])
+    rises = sharpness([{s: math.inf if v is None else v for s, v in zip(steps, line)} for line in found_lines])
     return {
         "train": values["train"],
         "val": values["val"],
@@ -119,16 +118,16 @@ def explore(args: argparse.Namespace, cfg: CfgNode, weights: str, name: str) -> 
 
 def _evaluate(
     key: str, model: nn.Module, losses: dict, lines: dict, steps: list, rows: dict, plane: list, grid: list
-) -> float | list[float]:
-    """The loss of a data set, along a line, or on a row of the surface."""
+) -> float | list[float | None]:
+    """The loss of a data set, along a line, or on a row of the surface; None where it is not finite."""
     if key in losses:
         return losses[key](model)
     if key in lines:
-        return loss_along(model, losses["train"], random_direction(model, lines[key]), steps)
+        return list(map(_finite, loss_along(model, losses["train"], random_direction(model, lines[key]), steps)))
     values = []
     for x in grid:
         with moved(model, plane, [x, rows[key]]):
-            values.append(losses["train"](model))
+            values.append(_finite(losses["train"](model)))
     return values
 
 
@@ -137,7 +136,7 @@ def _finite(value: float) -> float | None:
 
 
 def run(args: argparse.Namespace) -> str:
-    names = names_of(args.model)
+    names = model_names(args.model)
     configs = [load_config(config, args.opts) for config, _ in args.model]
     for cfg, (_, weights) in zip(configs, args.model):
         if not os.path.isfile(weights):
@@ -146,10 +145,8 @@ def run(args: argparse.Namespace) -> str:
         register_datasets(cfg)
         for key in ("TRAIN", "TEST"):
             if len(cfg.DATASETS[key]) != 1 or cfg.DATASETS[key] != configs[0].DATASETS[key]:
-                raise ValueError(f"all models need the same one data set in DATASETS.{key}, got {list(cfg.DATASETS[key])}")
-    models = {
-        name: explore(args, cfg, weights, name) for name, cfg, (_, weights) in zip(names, configs, args.model)
-    }
+                raise ValueError(f"all models need one and the same DATASETS.{key}, got {list(cfg.DATASETS[key])}")
+    models = {name: explore(args, cfg, weights, name) for name, cfg, (_, weights) in zip(names, configs, args.model)}
     output = Path(args.output)
     options = ("images", "batch_size", "directions", "seed")
     about = {

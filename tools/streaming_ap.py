@@ -26,7 +26,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from msad import load_config
-from msad.cli import parse, require_device
+from msad.cli import model_names, parse, require_device
 from msad.cli import run as run_command
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
 from msad.data.register import register_datasets
@@ -181,18 +181,8 @@ def _finite(stats: dict[str, float]) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in stats.items()}
 
 
-def names_of(models: list[list[str]]) -> list[str]:
-    """Stems of the yaml files; those that come twice get the stem of their weights as well."""
-    stems = [Path(config).stem for config, _ in models]
-    return [
-        stem if stems.count(stem) == 1 else f"{stem}_{Path(weights).stem}" for stem, (_, weights) in zip(stems, models)
-    ]
-
-
 def run(args: argparse.Namespace) -> str:
-    names = names_of(args.model)
-    if len(set(names)) < len(names):
-        raise ValueError(f"two --model have the same name: {', '.join(names)}")
+    names = model_names(args.model)
     configs = [load_config(config, args.opts) for config, _ in args.model]
     for cfg, (_, weights) in zip(configs, args.model):
         if not os.path.isfile(weights):

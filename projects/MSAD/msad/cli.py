@@ -122,6 +122,19 @@ def refuse_overwriting(outputs: Iterable[str | os.PathLike], inputs: Iterable[st
                 raise ValueError(f"{output} would overwrite an input: {source}; choose another output")
 
 
+def model_names(models: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each (yaml, weights) of a command line: the yaml's stem, with that of the weights where it is taken.
+
+    Raises:
+        ValueError: two are the same.
+    """
+    stems = [Path(config).stem for config, _ in models]
+    names = [s if stems.count(s) == 1 else f"{s}_{Path(weights).stem}" for s, (_, weights) in zip(stems, models)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two --model have the same name: {', '.join(names)}")
+    return names
+
+
 def require_device(device: str) -> None:
     """Raise ValueError with the way out if MODEL.DEVICE is a GPU that this machine does not have."""
     import torch

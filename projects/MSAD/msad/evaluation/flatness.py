@@ -88,7 +88,7 @@ class DetectionLoss:
     """Mean of a model's detection losses over fixed batches; equal models give equal values.
 
     Everything random is seeded, norms use their running statistics, dropout is off, and running counts of positives
-    start anew at every call.
+    are afterwards what they were before.
 
     Args:
         batches: of :func:`fixed_batches`.
@@ -101,8 +101,7 @@ class DetectionLoss:
 
     def __call__(self, model: nn.Module) -> float:
         """The sum of the losses, mean over batches; infinite or NaN where it cannot be computed any more."""
-        holders = [m for m in model.modules() if isinstance(getattr(m, _COUNTS, None), (int, float, torch.Tensor))]
-        counts = [getattr(module, _COUNTS) for module in holders]
+        counts = {module: vars(module).get(_COUNTS) for module in model.modules()}
         values = []
         with training_without_noise(model), torch.no_grad(), EventStorage(), torch.random.fork_rng():
             for number, batch in enumerate(self.batches):
@@ -112,8 +111,11 @@ class DetectionLoss:
                 except FloatingPointError:  # detectron2's RPN refuses proposals that are not finite
                     values.append(math.inf)
                 self.on_batch()
-        for module, count in zip(holders, counts):
-            setattr(module, _COUNTS, count)
+        for module, count in counts.items():
+            if count is not None:
+                setattr(module, _COUNTS, count)
+            elif _COUNTS in vars(module):  # it came with the first loss
+                delattr(module, _COUNTS)
         return float(np.mean(values))
 
 
