@@ -92,7 +92,7 @@ def shifted(levels):
     return [f"p{int(name[1:]) - 1}" for name in levels]
 
 
-@pytest.mark.parametrize("folder", ["nuclei_effnet", "diagrams"])
+@pytest.mark.parametrize("folder", ["nuclei_effnet", "diagrams", "nuclei_mask_effnet", "mouse_effnet"])
 def test_rows_of_a_study_differ_in_what_they_are_called_after(folder):
     """Set the stated difference back, and a row is the baseline at H."""
 
@@ -111,15 +111,24 @@ def test_rows_of_a_study_differ_in_what_they_are_called_after(folder):
     halves = [[size // 2 for size in values] for values in full]
     assert sizes(low) == sizes(low_shifted) == halves and sizes(teacher) == full
     assert sizes(student) == full[:2] + halves[2:], "the loader of a student reads H"
+    detector = reference.MODEL.META_ARCHITECTURE
+    heads = ("FCOS",) if detector == "FCOS" else ("RPN", "ROI_HEADS")
     for cfg in (low_shifted, student):
-        assert cfg.MODEL.FPN.LEVELS == cfg.MODEL.FCOS.IN_FEATURES == shifted(reference.MODEL.FPN.LEVELS)
-        cfg.MODEL.FPN.LEVELS = cfg.MODEL.FCOS.IN_FEATURES = reference.MODEL.FPN.LEVELS
+        assert shifted(reference.MODEL.FPN.LEVELS) == cfg.MODEL.FPN.LEVELS
+        cfg.MODEL.FPN.LEVELS = reference.MODEL.FPN.LEVELS
+        for head in heads:
+            assert shifted(reference.MODEL[head].IN_FEATURES) == cfg.MODEL[head].IN_FEATURES
+            cfg.MODEL[head].IN_FEATURES = reference.MODEL[head].IN_FEATURES
+        if detector != "FCOS":
+            anchors = [[size / 2 for size in level] for level in reference.MODEL.ANCHOR_GENERATOR.SIZES]
+            assert anchors == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+            cfg.MODEL.ANCHOR_GENERATOR.SIZES = reference.MODEL.ANCHOR_GENERATOR.SIZES
     (entry,) = student.DISTILL.TEACHERS
     assert Path(entry["CONFIG"]) == ROOT / folder / "teacher.yaml"
     assert entry["WEIGHTS"] == f"output/{folder}/teacher/model_final.pth"
     student.DISTILL = reference.DISTILL
-    assert teacher.MODEL.META_ARCHITECTURE == "MultiScaleTeacher" and teacher.MSAD.DETECTOR == "FCOS"
-    teacher.MODEL.META_ARCHITECTURE = "FCOS"
+    assert ("MultiScaleTeacher", detector) == (teacher.MODEL.META_ARCHITECTURE, teacher.MSAD.DETECTOR)
+    teacher.MODEL.META_ARCHITECTURE, teacher.MSAD = detector, reference.MSAD
     for cfg in (low, low_shifted, student):
         for key in size_keys:
             cfg.INPUT[key] = reference.INPUT[key]
@@ -130,3 +139,35 @@ def test_diagrams_are_not_flipped():
     """Arrows, the marks inside of symbols and writing have a side."""
     for path in (ROOT / "diagrams").glob("*.yaml"):
         assert load_config(path).INPUT.RANDOM_FLIP == "none", path
+
+
+def test_losses_of_the_nuclei_differ_in_the_loss():
+    reference = load_config(ROOT / "nuclei_effnet/losses/no_kd.yaml")
+    assert reference.DISTILL.LOSSES == [] and reference.DISTILL.BALANCE.RATIO == 0
+    files = [p for p in (ROOT / "nuclei_effnet/losses").glob("*.yaml") if p.stem not in ("Base", "no_kd")]
+    assert len(files) == 5
+    for path in files:
+        cfg = load_config(path)
+        (entry,) = cfg.DISTILL.LOSSES
+        assert entry["NAME"].lower() == {"msad": "alignedl1"}.get(path.stem, path.stem)
+        assert cfg.DISTILL.BALANCE.RATIO == 0.5
+        cfg.DISTILL.LOSSES, cfg.DISTILL.BALANCE = [], reference.DISTILL.BALANCE
+        assert cfg == reference, path
+
+
+def test_teachers_of_the_nuclei_each_have_their_control():
+    folder = ROOT / "nuclei_effnet/teachers"
+    files = [p for p in folder.glob("*.yaml") if not p.stem.endswith(("Base", "_no_kd"))]
+    assert {p.stem for p in files} == {"multi", "plain", "lite2", "neck_and_head", "imagenet"}
+    for path in files:
+        cfg, control = load_config(path), load_config(folder / f"{path.stem}_no_kd.yaml")
+        assert cfg.DISTILL.LOSSES == load_config(ROOT / "nuclei_effnet/student_L.yaml").DISTILL.LOSSES
+        cfg.DISTILL.LOSSES = []
+        assert cfg == control, path
+        (entry,) = cfg.DISTILL.TEACHERS
+        teacher = load_config(entry["CONFIG"])
+        assert entry["WEIGHTS"] == f"output/nuclei_effnet/{Path(entry['CONFIG']).stem}/model_final.pth"
+        assert ("lite2" if path.stem == "lite2" else "lite0") == teacher.MODEL.EFFICIENTNET_LITE.VARIANT
+        assert ("FCOS" if path.stem == "plain" else "MultiScaleTeacher") == teacher.MODEL.META_ARCHITECTURE
+        inherited = {"imagenet": "none", "neck_and_head": "neck_and_head", "lite2": "neck_and_head"}
+        assert inherited.get(path.stem, "full") == cfg.DISTILL.INIT_STUDENT
