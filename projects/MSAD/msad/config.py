@@ -43,6 +43,38 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.EFFICIENTNET_LITE.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Its normalisation, as MODEL.RESNETS.NORM; "FrozenBN" keeps the pretrained statistics.
     cfg.MODEL.EFFICIENTNET_LITE.NORM = "BN"
+    # Of build_swin_backbone, build_swin_fpn_backbone and build_retinanet_swin_fpn_backbone; defaults are Swin-T.
+    # MODEL.BACKBONE.FREEZE_AT has no effect on them.
+    cfg.MODEL.SWIN = CN()
+    # Channels of "p0"; each later map has twice as many. Swin-T and -S: 96, -B: 128.
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    # Blocks a stage. Swin-S and -B: [2, 2, 18, 2].
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
+    # Attention heads a stage. Swin-B: [4, 8, 16, 32].
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    # Side of an attention window, in tokens of the stage.
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    # Hidden channels of the MLPs to those of the map.
+    cfg.MODEL.SWIN.MLP_RATIO = 4.0
+    # Stochastic depth of the last block, rising linearly from 0 at the first. Swin-B: 0.3.
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
+    # Add an absolute position embedding to the patches.
+    cfg.MODEL.SWIN.APE = False
+    # Normalise the embedded patches.
+    cfg.MODEL.SWIN.PATCH_NORM = True
+    # Maps that it returns, of "p0" to "p3" (strides 4 to 32; not the levels of an FPN, whose p3 has stride 8).
+    cfg.MODEL.SWIN.OUT_FEATURES = ["p0", "p1", "p2", "p3"]
+    # As in detectron2: from 0 on the patch embedding is frozen, from 2 on also the first FROZEN_STAGES - 1 stages.
+    cfg.MODEL.SWIN.FROZEN_STAGES = -1
+    # Compute blocks again in the backward pass instead of keeping their activations.
+    cfg.MODEL.SWIN.CHECKPOINT = False
+    cfg.MODEL.TIMM = CN()
+    # Model of timm for build_timm_backbone, as "convnext_tiny"; needs the extra "timm".
+    cfg.MODEL.TIMM.NAME = ""
+    # Maps that it returns: "c1" (stride 2), "res2" to "res5" (strides 4 to 32), as far as the model has them.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Begin with timm's pretrained weights of that name, which are downloaded.
+    cfg.MODEL.TIMM.PRETRAINED = False
     # Registered backbone under build_level_fpn_backbone.
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
     # Levels that build_level_fpn_backbone makes: those the head reads. A teacher adds those its branches need.

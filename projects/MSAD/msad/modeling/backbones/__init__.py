@@ -1,3 +1,3 @@
 """Backbones and necks that detectron2 does not have, registered for yaml."""
 
-from . import efficientnet_lite, fpn, mobilenetv2, pretrained, resnet  # noqa: F401
+from . import efficientnet_lite, fpn, mobilenetv2, pretrained, resnet, swin, timm_models  # noqa: F401
