@@ -8,7 +8,8 @@ keys that plain detectron2 knows; exported/msad.yaml has ours, if the model need
 builds the model from them: plain detectron2, a file of docs/ without this package, or this package.
 
 With --format onnx: exported/model.onnx, which goes from pixels to detections, and exported/run.py, which runs it on
-images and videos without torch and detectron2 (see docs/SHIPPING.md).
+images and videos without torch and detectron2 (see docs/SHIPPING.md). --int8 also writes exported/model_int8.onnx,
+with 8-bit weights and activations, whose ranges are those on the images of --calibration.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 from msad import cli, load_config
 from msad.export import export
 from msad.export.onnx import export_onnx
+from msad.export.quantize import find_images, quantize
 
 FORMATS = {"detectron2": export, "onnx": export_onnx}
 
@@ -28,12 +30,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--format", choices=FORMATS, default="detectron2", help="default: detectron2")
+    parser.add_argument("--int8", action="store_true", help="with --format onnx: also 8-bit integers")
+    parser.add_argument("--calibration", metavar="DIR", help="folder of images like those of the application")
     args = cli.parse(parser, argv)
 
     def work() -> None:
+        if bool(args.calibration) != args.int8 or (args.int8 and args.format != "onnx"):
+            raise ValueError("--int8 needs --format onnx and --calibration DIR, and --calibration needs --int8")
+        images = find_images(args.calibration) if args.int8 else []
         for used in (args.config_file, args.weights):
             cli.refuse_overwriting([args.output], [os.path.dirname(used) or "."])
         print(FORMATS[args.format](load_config(args.config_file, args.opts), args.weights, args.output))
+        if args.int8:
+            files = [os.path.join(args.output, name) for name in ("model.onnx", "model_int8.onnx")]
+            print(f"{files[1]}: {quantize(files[0], images, files[1])} integer layers, {len(images)} images")
 
     return cli.run(parser.prog, work)
 

@@ -104,8 +104,9 @@ def assert_same(found: dict, wanted) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnxruntime_finds_what_the_model_finds(kind, tiny_cfg, tiny_model, tmp_path):
     arch, options = KINDS[kind]
-    cfg = tiny_cfg(arch, **options)
-    model = tiny_model(arch, **options).eval()
+    levels = range(3, 7) if arch.endswith("RCNN") else range(3, 6)  # few: most of the time is spent on tracing
+    cfg = tiny_cfg(arch, levels, **options)
+    model = tiny_model(arch, levels, **options).eval()
     shots = images()
     # Above all scores of the image of one colour, in which nothing is to be found then.
     set_threshold(model, 0.0)

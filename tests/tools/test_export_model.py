@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -69,6 +70,11 @@ def test_exports_to_onnx(project, tmp_path, export):
     run = tmp_path / "out" / "run.py"
     assert (code, said) == (0, f"python {run} {run.parent}/model.onnx --input PATH --output DIR runs this model.")
     assert {p.name for p in run.parent.iterdir()} == {"model.onnx", "run.py"}
+    calibration = ["--int8", "--calibration", project / "data" / "images"]
+    code, said, _ = export(*arguments, "--format", "onnx", *calibration)
+    assert code == 0 and re.fullmatch(rf"{run.parent}/model_int8.onnx: \d\d integer layers, 8 images", said)
+    code, _, error = export(*arguments, *calibration)
+    assert code == 2 and "--int8 needs --format onnx and --calibration DIR" in error
     code, _, error = export(*arguments, "--format", "onnx", "MODEL.RETINANET.NUM_CLASSES", 7)
     assert code == 2 and "trained.pth is not a checkpoint of this config: 2 tensors" in error
 

@@ -1,0 +1,61 @@
+"""Accuracy of an exported file on the data sets of a config, with the evaluators that trained models have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation import inference_on_dataset
+from detectron2.structures import Boxes, Instances
+
+from ..data.register import register_datasets
+from ..engine.trainer import DistillTrainer
+from .runner import Detector
+
+
+class ExportedModel:
+    """A file of :func:`export_onnx` with the interface of detectron2's models in evaluation: a list of dataset dicts
+    with ``file_name`` -> a list of {"instances"} in pixels of the images."""
+
+    def __init__(self, file: str | Path, threads: int = 0) -> None:
+        self.detector = Detector(file, threads)
+
+    def __call__(self, inputs: list[dict]) -> list[dict]:
+        images = [read_image(item["file_name"], "BGR") for item in inputs]
+        return [{"instances": instances(*pair)} for pair in zip(self.detector(images), images)]
+
+
+def instances(found: dict, image) -> Instances:
+    """Detections of the runner in ``image`` (h, w, 3) as detectron2 gives them."""
+    result = Instances(image.shape[:2])
+    result.pred_boxes = Boxes(torch.from_numpy(found["boxes"]))
+    result.scores, result.pred_classes = torch.from_numpy(found["scores"]), torch.from_numpy(found["classes"])
+    for name in ("masks", "keypoints"):
+        if name in found:
+            result.set(f"pred_{name}", torch.from_numpy(found[name]))
+    return result
+
+
+def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[str, dict]:
+    """Results of every data set of DATASETS.TEST: {data set: {task: {metric: value}}}.
+
+    The images are read and resized by the code that is shipped with the file, not by the config's INPUT.
+
+    Raises:
+        ValueError: DATASETS.TEST is empty, or the file does not have the classes of a data set.
+    """
+    register_datasets(cfg)
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: on what is the model to be evaluated?")
+    model, results = ExportedModel(file, threads), {}
+    for name in cfg.DATASETS.TEST:
+        records = DatasetCatalog.get(name)
+        classes, known = model.detector.about["classes"], MetadataCatalog.get(name).thing_classes
+        if len(classes) != len(known):
+            raise ValueError(f"{file} has {len(classes)} classes, but {name} has {len(known)}: {', '.join(known)}")
+        evaluator = DistillTrainer.build_evaluator(cfg, name)
+        results[name] = inference_on_dataset(model, [[record] for record in records], evaluator)
+    return results
