@@ -158,3 +158,17 @@ def test_loss_balance_without_detection_losses_is_silent():
     values = Values("distill_to_detection")
     run(lambda t: t.storage.put_scalars(**{"loss_cls": 0.0, "loss_distill/A": 3.0}), [LossRatioLogger(1), values], 1)
     assert values.values == [None]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "patience", "warnings"),
+    [([2, 2, 2, 2, 2, 2, 2, 2], 3, 1), ([2, 2, 0.5, 2, 2, 0.5, 2, 2], 3, 0), ([2] * 8, 0, 0), ([0.9] * 8, 3, 0)],
+)
+def test_distillation_that_outweighs_detection_is_said_once(caplog, ratios, patience, warnings):
+    def losses(trainer):
+        trainer.storage.put_scalars(**{"loss_cls": 1.0, "loss_distill/A": ratios[trainer.iter]})
+
+    with caplog.at_level(logging.WARNING, "msad"):
+        run(losses, [LossRatioLogger(1, patience)], len(ratios))
+    said = [r.getMessage() for r in caplog.records if "times the detection losses" in r.getMessage()]
+    assert len(said) == warnings and all("DISTILL.BALANCE.RATIO" in text for text in said)

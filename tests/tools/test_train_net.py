@@ -15,6 +15,8 @@ import pytest
 import torch
 from detectron2.engine import default_argument_parser
 
+from msad import cli
+
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
 
 
@@ -32,19 +34,18 @@ def train_net(tool, project):
 
     def call(name, *arguments):
         argv = ["--config-file", str(project / f"{name}.yaml"), *map(str, arguments)]
-        return tool.main(default_argument_parser().parse_args(argv))
+        return tool.work(cli.parse(default_argument_parser(), argv))
 
     return call
 
 
 @pytest.fixture
-def cli(tool, monkeypatch, capsys):
+def command(tool, capsys):
     """Call the command line: (exit code, last line of stderr)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         try:
-            code = tool.cli()
+            code = tool.main(list(map(str, arguments)))
         except SystemExit as stop:
             code = stop.code
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
@@ -78,7 +79,7 @@ def test_baseline_teacher_and_student(train_net, project, tmp_path):
         for branch in ("fused", "H", "L")
     }  # fmt: skip
     assert all("AP50" in r["bbox"] for r in results.values())
-    found = [(tmp_path / branch / "inference" / "coco_instances_results.json").read_text() for branch in results]
+    found = [(tmp_path / b / "inference" / b / "coco_instances_results.json").read_text() for b in results]
     assert len(set(found)) == 3  # every branch detects in its own way
 
     teachers = [{"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": str(weights)}]
@@ -116,23 +117,23 @@ def test_evaluation_alone_needs_weights(train_net, tmp_path):
         ([], "error: --config-file is required"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_exit_code_2(cli, project, tmp_path, arguments, message):
+def test_wrong_arguments_are_one_line_and_exit_code_2(command, project, tmp_path, arguments, message):
     (tmp_path / "wrong.yaml").write_text(f"_BASE_: {project / 'fcos.yaml'}\nDISTILL: {{WARMUP_ITER: 3}}\n")
     (tmp_path / "baseless.yaml").write_text("_BASE_: nowhere.yaml\n")
     (tmp_path / "broken.yaml").write_text("MODEL: {DEVICE: cpu\n")
     files = {name: tmp_path / f"{name}.yaml" for name in ("wrong", "baseless", "broken")}
-    code, said = cli(*(a.format(yaml=project / "fcos.yaml", **files) for a in arguments))
+    code, said = command(*(a.format(yaml=project / "fcos.yaml", **files) for a in arguments))
     assert code == 2 and message in said
 
 
-def test_interrupt_and_resume(cli, project, teacher_weights, tmp_path):
+def test_interrupt_and_resume(command, project, teacher_weights, tmp_path):
     """Ctrl-C says how to go on, and --resume does."""
     teachers = str([{"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": teacher_weights["teacher"]}])
     arguments = ["--config-file", project / "student.yaml", "OUTPUT_DIR", tmp_path, "DISTILL.TEACHERS", teachers]
-    command = [sys.executable, SCRIPT, *arguments, "SOLVER.MAX_ITER", 10**6]
+    line = [sys.executable, SCRIPT, *arguments, "SOLVER.MAX_ITER", 10**6]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     with subprocess.Popen(
-        list(map(str, command)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        list(map(str, line)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as running:
         try:
             deadline = time.monotonic() + 240
@@ -147,13 +148,13 @@ def test_interrupt_and_resume(cli, project, teacher_weights, tmp_path):
     assert running.returncode == 130, said
     assert "Traceback" not in said
     assert said.strip().splitlines()[-1] == (
-        "Interrupted. The same command with --resume goes on from the last checkpoint."
+        "train_net.py: interrupted; the same command with --resume goes on from the last checkpoint"
     )
 
     saved = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
     done = saved["iteration"] + 1
     assert done % 3 == 0
-    assert cli("--resume", *arguments, "SOLVER.MAX_ITER", done + 2)[0] == 0
+    assert command(*arguments, "SOLVER.MAX_ITER", done + 2, "--resume")[0] == 0
     final = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert final["iteration"] == done + 1
     assert any(not torch.equal(final["model"][k], v) for k, v in saved["model"].items())

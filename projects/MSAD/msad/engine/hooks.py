@@ -123,11 +123,14 @@ class LossRatioLogger(HookBase):
     """Log distillation losses as a fraction of detection losses ("distill_to_detection").
 
     The released weight outweighs the detection loss where features are large; this is the number to look at first.
-    Reads what the trainer has already put into the event storage, so it costs no synchronisation.
+    Reads what the trainer has already put into the event storage, so it costs no synchronisation. Above 1 for
+    ``patience`` readings in a row it warns, once (0: never).
     """
 
-    def __init__(self, period: int = 20) -> None:
+    def __init__(self, period: int = 20, patience: int = 3) -> None:
         self.period = period
+        self.patience = patience
+        self._above = 0  # readings in a row
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period:
@@ -135,8 +138,18 @@ class LossRatioLogger(HookBase):
         latest = {k: v[0] for k, v in self.trainer.storage.latest().items() if "loss" in k and k != "total_loss"}
         distill = sum(v for k, v in latest.items() if k.startswith("loss_distill"))
         detection = sum(v for k, v in latest.items() if not k.startswith("loss_distill"))
-        if detection > 0:
-            self.trainer.storage.put_scalar("distill_to_detection", distill / detection, smoothing_hint=False)
+        if detection <= 0:
+            return
+        ratio = distill / detection
+        self.trainer.storage.put_scalar("distill_to_detection", ratio, smoothing_hint=False)
+        self._above = self._above + 1 if ratio > 1 else 0
+        if 0 < self.patience == self._above:
+            self.patience = 0  # never again
+            logger.warning(
+                "The distillation losses are %.1f times the detection losses, for %d iterations now: the student "
+                "learns to imitate rather than to detect. Lower WEIGHT in DISTILL.LOSSES, or let DISTILL.BALANCE.RATIO 0.5 "
+                "find it", ratio, self._above * self.period,
+            )  # fmt: skip
 
 
 class BalanceLogger(HookBase):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib import metadata
 
 import detectron2
@@ -11,11 +12,15 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..data.register import register_datasets
 from ..modeling.teacher import MultiScaleTeacher
-from .checkpoint import CheckedCheckpointer
+from .checkpoint import CheckedCheckpointer, atomic_write
+from .first_screen import TimeEstimate, first_screen, quiet_console
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -56,16 +61,53 @@ def evaluate_branches(cfg: CfgNode, model: MultiScaleTeacher) -> dict[str, dict]
     for branch in model.branches:
         model.set_eval_branch(branch)
         logger.info("Teacher, branch %s", branch)
-        results[branch] = evaluate(cfg, model)
+        own = cfg.clone()
+        own.defrost()
+        own.MSAD.EVAL_BRANCH = branch  # names the folder of its detections
+        results[branch] = evaluate(own, model)
     model.set_eval_branch(chosen)
     return results
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict | None:
-    """Train whatever ``cfg`` describes, evaluating by TEST.EVAL_PERIOD and at the end; returns the last results."""
-    trainer = DistillTrainer(cfg)
+    """Train whatever ``cfg`` describes, evaluating by TEST.EVAL_PERIOD and at the end; returns the last results.
+
+    Before the first iteration, the log says what will happen, see :mod:`msad.engine.first_screen`.
+    """
+    with quiet_console():
+        trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=resume)
+    if comm.is_main_process():
+        for line in first_screen(trainer.cfg, trainer.checkpointer.model, trainer.start_iter):
+            logger.info(line)
+        trainer.register_hooks([TimeEstimate()])
     return trainer.train()
+
+
+def start_process(cfg: CfgNode, command: str, *, training: bool) -> None:
+    """What detectron2's default_setup does, with a short screen: folder, loggers, config.yaml, seed, cuDNN.
+
+    Args:
+        cfg: frozen or not; its OUTPUT_DIR gets log.txt and config.yaml.
+        command: for the log.
+        training: whether cuDNN may try out algorithms, which does not pay where every image has another size.
+    """
+    rank = comm.get_rank()
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    for name in ("fvcore", "detectron2", "msad"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    with quiet_console():
+        engine = logging.getLogger("detectron2")
+        engine.info("%s, process %d of %d\nEnvironment:\n%s", command, rank, comm.get_world_size(), collect_env_info())
+        engine.info("The full config:\n%s", cfg.dump())
+    if comm.is_main_process():
+        with atomic_write(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+            file.write(cfg.dump())
+    seed_all_rng(cfg.SEED + rank if cfg.SEED >= 0 else None)
+    if cfg.get("FLOAT32_PRECISION"):
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+    if training:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
 def prepare(cfg: CfgNode) -> None:

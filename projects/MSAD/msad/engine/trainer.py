@@ -28,6 +28,7 @@ from .build import build_distiller, load_teacher
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
+from .run_folder import check_iterations
 from .scaling import scale_to_batch, scale_to_processes
 from .solver import build_optimizer
 
@@ -126,8 +127,15 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """The evaluator of the data set's ``evaluator_type``, see :mod:`msad.evaluation.evaluators`."""
-        return build_evaluator(cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
+        """The evaluator of the data set's ``evaluator_type``, see :mod:`msad.evaluation.evaluators`.
+
+        Its files are in OUTPUT_DIR/inference, of a teacher in a folder a branch below it, and of several data sets in
+        a folder each.
+        """
+        branch = cfg.MSAD.EVAL_BRANCH if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher" else ""
+        own = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", branch, own).rstrip(os.sep)
+        return build_evaluator(cfg, dataset_name, output_folder or folder)
 
     def build_hooks(self) -> list:
         """detectron2's hooks, writing the student alone, and ours."""
@@ -147,7 +155,8 @@ class DistillTrainer(DefaultTrainer):
             SkippedImages(loader, (20, period)),
         ]
         if distiller is not None and len(distiller.losses):
-            ours.append(LossRatioLogger())
+            # DISTILL.BALANCE looks at gradients, and need not care for the losses' ratio.
+            ours.append(LossRatioLogger(patience=3 if distiller.balance is None else 0))
             if distiller.balance is not None:
                 ours.append(BalanceLogger(distiller.balance))
         if distiller is not None and self.cfg.DISTILL.ANALYSIS_PERIOD > 0:
@@ -170,6 +179,7 @@ class DistillTrainer(DefaultTrainer):
         """
         super().resume_or_load(resume)
         resumed = resume and self.checkpointer.has_checkpoint()
+        check_iterations(self.start_iter, self.max_iter, self.cfg.OUTPUT_DIR)
         student, loaded = self.checkpointer.model, set()
         if self.cfg.MODEL.WEIGHTS:
             loaded = student.state_dict().keys() - set(self.checkpointer.missing_or_mismatched)

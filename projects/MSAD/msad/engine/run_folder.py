@@ -1,0 +1,200 @@
+"""The folder of a run: no run is overwritten by another, and one is resumed only as what it was begun."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+from ..config import add_msad_config, load_config
+from ..config_values import valid_keys
+from ..data.fingerprint import dataset_fingerprint, file_sha256
+from .checkpoint import atomic_write
+
+logger = logging.getLogger(__name__)
+RECORD = "inputs.json"
+# What a checkpoint overrides, and what nobody reads once a run has begun.
+KEPT = {
+    *("SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM"),
+    *("SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SEED", "MODEL.WEIGHTS"),
+    "DISTILL.INIT_STUDENT",
+}  # fmt: skip
+# What a run is, but for FREE: with another value its checkpoint does not fit, or stands for something else.
+FIXED = ("MODEL.", "MSAD.", "DISTILL.", "DATASETS.TRAIN", "INPUT.FORMAT", "SOLVER.OPTIMIZER", "SOLVER.AMP.",
+         "SOLVER.SCALE_TO_BATCH", "SOLVER.REFERENCE_WORLD_SIZE")  # fmt: skip
+FREE = {
+    *("MODEL.DEVICE", "MSAD.EVAL_BRANCH", "MSAD.W_FUSE", "MSAD.FUSION_STUDENT.STREAMS", "DISTILL.W_DET"),
+    *("DISTILL.WARMUP_ITERS", "DISTILL.DECAY_FROM", "DISTILL.DECAY_TO", "DISTILL.READING", "DISTILL.LAMBDA"),
+    *("DISTILL.GAMMA", "DISTILL.ANALYSIS_PERIOD"),
+}  # fmt: skip
+# Parts of entries that may differ: files are compared by their content, see :func:`check_inputs`.
+LOOSE = {"DISTILL.TEACHERS": ("CONFIG", "WEIGHTS"), "DISTILL.LOSSES": ("WEIGHT",)}
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a run has left a checkpoint in ``folder``."""
+    return (folder / "last_checkpoint").is_file() or any(folder.glob("model_*.pth"))
+
+
+def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode, list[str]]:
+    """Whether a run may write into OUTPUT_DIR; nothing is written here.
+
+    Args:
+        config_file: of the command line.
+        resume: whether it goes on with what is there.
+
+    Returns:
+        the config to run, in which a resumed run's checkpoint has the last word, and what is to be said of that.
+
+    Raises:
+        ValueError: the folder has another run, a teacher or the config file itself; or what the run consists of has
+            changed since it began, with the key.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    found = has_run(folder)
+    if found and not resume:
+        raise ValueError(
+            f"OUTPUT_DIR {folder} holds a run: add --resume to go on with it, or choose another OUTPUT_DIR"
+        )
+    mine = folder / "config.yaml"
+    if not found and mine.is_file() and config_file and Path(config_file).is_file() and mine.samefile(config_file):
+        raise ValueError(f"the run would overwrite {config_file}: choose another OUTPUT_DIR than its folder")
+    for entry in cfg.DISTILL.TEACHERS:
+        for path in (entry.get("CONFIG"), entry.get("WEIGHTS")):
+            if path and folder.resolve() == Path(path).resolve().parent:
+                raise ValueError(f"OUTPUT_DIR {folder} is the folder of the teacher's {path}: choose another one")
+    if not found:
+        return cfg, [] if not resume else [f"--resume: there is no checkpoint in {folder}, so the run begins"]
+    if not mine.is_file():
+        return cfg, [f"{mine} is gone, so that what has changed since the run began is not known"]
+    try:
+        old = add_msad_config(get_cfg())
+        old.merge_from_file(str(mine))
+    except (KeyError, ValueError) as error:
+        return cfg, [f"{mine} cannot be compared with the config: {error}"]
+    _check_length(cfg, folder)
+    return _resumed(cfg, old)
+
+
+def _check_length(cfg: CfgNode, folder: Path) -> None:
+    if cfg.SOLVER.SCALE_TO_BATCH or cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        return  # MAX_ITER is not yet that of the run; the trainer looks again
+    name = (folder / "last_checkpoint").read_text().strip() if (folder / "last_checkpoint").is_file() else ""
+    if (folder / name).is_file():
+        saved = torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True)
+        check_iterations(saved["iteration"] + 1, cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR)
+
+
+def check_iterations(done: int, wanted: int, folder: str) -> None:
+    """Raise ValueError if a run is to end before where it already is."""
+    if done > wanted:
+        raise ValueError(f"SOLVER.MAX_ITER is {wanted}, but the run in {folder} has done {done} iterations already")
+    if done == wanted:
+        logger.info("The run in %s is finished: %d of %d iterations are done", folder, done, wanted)
+
+
+def _resumed(cfg: CfgNode, old: CfgNode) -> tuple[CfgNode, list[str]]:
+    out, notes = cfg.clone(), []
+    out.defrost()
+    for key, before, now in changes(old, cfg):
+        if key in KEPT:
+            notes.append(f"{key} {now} is ignored: the run goes on with {before}")
+            *sections, name = key.split(".")
+            reduce(getitem, sections, out)[name] = before
+        elif key.startswith(FIXED) and not _may_change(key, before, now):
+            raise ValueError(
+                f"the run in {cfg.OUTPUT_DIR} cannot be resumed with another {key}: it was begun with {before}, now "
+                f"{now}; take its own value, or begin a new run in another OUTPUT_DIR"
+            )
+        else:
+            notes.append(f"{key} has changed since the run began, from here on: {before} -> {now}")
+    return out, notes
+
+
+def changes(old: CfgNode, new: CfgNode) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of all that differs but OUTPUT_DIR, and DATASETS.REGISTER, which names files."""
+    for key in valid_keys(new):
+        before, now = (reduce(getitem, key.split("."), cfg) for cfg in (old, new))
+        if isinstance(now, CfgNode) or key in ("OUTPUT_DIR", "DATASETS.REGISTER"):
+            continue
+        if _plain(before) != _plain(now):
+            yield key, before, now
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that yaml makes of them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def _may_change(key: str, before: Any, now: Any) -> bool:
+    if key in LOOSE:
+        before, now = ([{k: v for k, v in e.items() if k not in LOOSE[key]} for e in _plain(x)] for x in (before, now))
+        return before == now
+    return key in FREE or (key.startswith("MODEL.") and key.endswith("_TEST"))
+
+
+def set_aside(folder: Path) -> None:
+    """Move the records of a run that never reached a checkpoint away, so that a new one does not append to them."""
+    names = ("metrics.json", "features.jsonl", "events.out.tfevents.*")
+    left = [file for name in names for file in folder.glob(name)]
+    if left:
+        number = 1 + max((int(p.name.rpartition("-")[2]) for p in folder.glob("aborted-*") if _numbered(p)), default=0)
+        target = folder / f"aborted-{number}"
+        target.mkdir()
+        for file in left:
+            file.rename(target / file.name)
+        logger.warning("An earlier run left no checkpoint in %s; its records are now in %s", folder, target)
+
+
+def _numbered(path: Path) -> bool:
+    return re.fullmatch(r"aborted-\d+", path.name) is not None
+
+
+def check_inputs(cfg: CfgNode, resumed: bool) -> None:
+    """Note the content of data and teachers in OUTPUT_DIR/inputs.json, or compare it with what a resumed run noted.
+
+    Raises:
+        ValueError: the training data or a teacher are no longer what the run was begun with; names it.
+    """
+    file = Path(cfg.OUTPUT_DIR) / RECORD
+    inputs = {"data": dataset_fingerprint(cfg), "teachers": [_teacher(entry) for entry in cfg.DISTILL.TEACHERS]}
+    if resumed and file.is_file():
+        before = json.loads(file.read_text())
+        for number, (then, now) in enumerate(zip(before["teachers"], inputs["teachers"])):
+            for key in then:
+                if then[key] != now.get(key):
+                    entry = cfg.DISTILL.TEACHERS[number]
+                    raise ValueError(_another(cfg, f"DISTILL.TEACHERS[{number}].{key}", entry[key]))
+        for name, now in inputs["data"].items():
+            then = before["data"].get(name, now)
+            parts = ", ".join(part for part in now if now[part] != then.get(part))
+            if parts and name in cfg.DATASETS.TRAIN:
+                raise ValueError(_another(cfg, f"data set {name}", parts))
+            if parts:
+                logger.warning("Data set %s has changed since the run began: %s", name, parts)
+    with atomic_write(str(file), "w") as stream:
+        json.dump(inputs, stream, indent=1)
+
+
+def _another(cfg: CfgNode, what: str, detail: str) -> str:
+    return (
+        f"the run in {cfg.OUTPUT_DIR} cannot be resumed: {what} ({detail}) has another content than when it began; "
+        "begin a new run in another OUTPUT_DIR"
+    )
+
+
+def _teacher(entry: Mapping[str, Any]) -> dict[str, str]:
+    weights = str(entry.get("WEIGHTS", ""))
+    cfg = load_config(entry["CONFIG"])
+    cfg.OUTPUT_DIR = cfg.MODEL.DEVICE = cfg.MODEL.WEIGHTS = ""
+    return {"WEIGHTS": file_sha256(weights) if Path(weights).is_file() else weights, "CONFIG": cfg.dump()}
