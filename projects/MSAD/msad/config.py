@@ -5,12 +5,14 @@ The comments after the defaults state unit and source; docs/CONFIG.md is generat
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 
+from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
@@ -317,7 +319,7 @@ def _unknown_key(error: KeyError, cfg: CN, source: str) -> KeyError:
 
 
 def find_config(config_file: str | os.PathLike) -> str:
-    """The path of a yaml file; one that does not exist is also looked for among those that the project ships.
+    """The path of a yaml file; one that does not exist is looked for among those that the project and detectron2 ship.
 
     Raises:
         FileNotFoundError: there is none.
@@ -327,9 +329,11 @@ def find_config(config_file: str | os.PathLike) -> str:
         return name
     installed, checkout = Path(__file__).parent / "configs", Path(__file__).parents[3] / "configs"
     shipped = (installed if installed.is_dir() else checkout) / name.removeprefix("configs/")
-    if not shipped.is_file():
-        raise FileNotFoundError(f"no config file {name}")
-    return str(shipped)
+    if shipped.is_file():
+        return str(shipped)
+    with contextlib.suppress(RuntimeError):
+        return model_zoo.get_config_file(name)
+    raise FileNotFoundError(f"no config file {name}")
 
 
 def load_config(config_file: str | os.PathLike, opts: list | tuple = ()) -> CN:

@@ -1,0 +1,153 @@
+"""tools/make_student.py: from a trained detector to a student that trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from msad import load_config
+from msad.engine.setup import prepare, train
+from msad.modeling.student_config import student_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("make_student", ROOT / "tools" / "make_student.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def plain(value):
+    """Lists of floats, so that (400,) and [400.0] are one value."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return round(float(value), 4) if isinstance(value, (int, float)) else value
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ("MSAD/fcos_R_50_H_1x", "MSAD/fcos_R_50_S_L_1x"),
+        ("MSAD/fcos_R_50_T_1x", "MSAD/fcos_R_50_S_L_1x"),
+        ("MSAD/fcos_R_50_H_1x", "MSAD/fcos_R_50_S_EL_1x"),
+        ("Base-RetinaNet-R50", "MSAD/retinanet_R_50_S_L_1x"),
+        ("LD/gfl_R_50_H_1x", "LD/gfl_R_50_S_L_1x"),
+        ("MSAD/faster_rcnn_R_50_H_1x", "MSAD/faster_rcnn_R_50_S_L_1x"),
+        ("MSAD/mask_rcnn_R_50_H_1x", "MSAD/mask_rcnn_R_50_S_L_1x"),
+        ("MSAD/keypoint_rcnn_R_50_H_1x", "MSAD/keypoint_rcnn_R_50_S_L_1x"),
+        ("MSAD/cascade_rcnn_R_50_H_1x", "MSAD/cascade_rcnn_R_50_S_L_1x"),
+    ],
+)
+def test_students_are_those_that_were_written_by_hand(teacher, student):
+    expected = load_config(ROOT / "configs" / f"{student}.yaml")
+    found = student_config(load_config(ROOT / "configs" / f"{teacher}.yaml"), expected.DISTILL.STUDENT_RESOLUTION)
+    assert found.DISTILL.STUDENT_RESOLUTION == expected.DISTILL.STUDENT_RESOLUTION
+    for config in (found, expected):
+        config.MODEL.WEIGHTS = ""
+        config.MODEL.RESNETS.OUT_FEATURES = [n for n in config.MODEL.RESNETS.OUT_FEATURES if n in needed(config)]
+        config.MODEL.FPN.IN_FEATURES = [n for n in config.MODEL.FPN.IN_FEATURES if n in needed(config)]
+    ours, theirs = plain(found.MODEL), plain(expected.MODEL)
+    assert {k: v for k, v in ours.items() if v != theirs[k]} == {k: v for k, v in theirs.items() if v != ours[k]}
+    assert plain(found.INPUT) == plain(expected.INPUT)
+
+
+def needed(config):
+    """Maps of the bottom-up network that its levels are made of; others cost nothing and do not matter."""
+    maps = ["c1", "res2", "res3", "res4", "res5"]
+    return maps[int(config.MODEL.FPN.LEVELS[0][1]) - 1 :] if config.MODEL.FPN.LEVELS else maps[1:]
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_R_50_FPN_1x", "mask_rcnn_R_50_FPN_3x", "keypoint_rcnn_R_50_FPN_1x"])
+def test_detectron2s_own_rcnns_get_a_p1(name):
+    folder = {"f": "COCO-Detection", "m": "COCO-InstanceSegmentation", "k": "COCO-Keypoints"}[name[0]]
+    cfg = student_config(load_config(f"{folder}/{name}.yaml"), "L")  # found in detectron2's model zoo
+    assert cfg.MODEL.FPN.LEVELS == cfg.MODEL.RPN.IN_FEATURES == ["p1", "p2", "p3", "p4", "p5"]
+    assert cfg.MODEL.ROI_HEADS.IN_FEATURES == ["p1", "p2", "p3", "p4"]
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[16], [32], [64], [128], [256]]
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.MAX_SIZE_TRAIN) == (400, 667, 1333)
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "said"),
+    [
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "EL", "would read p0"),
+        ("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml", "L", r"RPN.IN_FEATURES is \['res4'\]: only levels of a feature"),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "H", "choose L or EL"),
+        ("configs/MSAD/fusion_H050_L050_1x.yaml", "L", "."),
+    ],
+)
+def test_what_has_no_student_is_said(name, resolution, said):
+    cfg = load_config(name)
+    if "fusion" in name:  # its detector's levels are moved, and its branches would not be
+        cfg.MODEL.META_ARCHITECTURE, said = "PanopticFPN", "PanopticFPN: students are made of RetinaNet, FCOS"
+    with pytest.raises(ValueError, match=said):
+        student_config(cfg, resolution)
+
+
+@pytest.fixture
+def trained(project, tmp_path):
+    """``trained(name)``: arguments for a plain detector of the project and a (random) checkpoint of it."""
+
+    def make(name, *opts):
+        weights = tmp_path / "mine" / "model_final.pth"
+        weights.parent.mkdir(exist_ok=True)
+        cfg = load_config(project / f"{name}.yaml", opts)
+        torch.manual_seed(2)
+        torch.save({"model": build_model(cfg).state_dict()}, weights)
+        (weights.parent / "config.yaml").write_text(cfg.dump())  # what a run of detectron2 leaves
+        return ["--config-file", str(weights.parent / "config.yaml"), "--weights", str(weights)]
+
+    return make
+
+
+def test_a_plain_run_gets_a_student_that_trains(tool, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert tool.main([*trained("retinanet"), "--output", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "teacher: " in said and "of its teacher's multiply-adds" in said
+    assert "python tools/train_net.py --config-file out/student.yaml" in said.splitlines()[-1]
+    cfg = load_config("out/student.yaml", ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", ()])
+    assert cfg.MODEL.RETINANET.IN_FEATURES == ["p2", "p3", "p4", "p5", "p6"] and cfg.INPUT.MIN_SIZE_TEST == 32
+    assert [{"CONFIG": "out/teacher.yaml", "WEIGHTS": str(tmp_path / "mine/model_final.pth")}] == cfg.DISTILL.TEACHERS
+    prepare(cfg)
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True)
+    train(cfg)
+    lines = [json.loads(line) for line in (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()]
+    assert lines[0]["loss_distill/AlignedL1"] > 0
+
+    before = Path("out/student.yaml").read_text()
+    assert tool.main([*trained("retinanet"), "--output", "out"]) == 0  # the same again
+    Path("out/student.yaml").write_text(before + "SEED: 9\n")
+    assert tool.main([*trained("retinanet"), "--output", "out"]) == 2
+    assert "student.yaml exists and is another one" in capsys.readouterr().err
+    assert Path("out/student.yaml").read_text().endswith("SEED: 9\n")
+
+
+def test_wrong_input_writes_nothing(tool, trained, project, tmp_path, capsys):
+    argv = trained("retinanet")
+    data = project / "data"
+    content = json.loads((data / "annotations_train.json").read_text())
+    content["categories"] = content["categories"][:2]
+    (tmp_path / "two.json").write_text(json.dumps({**content, "annotations": []}))
+    val = ["--val-json", str(data / "annotations_val.json"), "--val-images", str(data / "images")]
+    two = ["--train-json", str(tmp_path / "two.json"), "--train-images", str(data / "images"), *val]
+    for more, said in (
+        (two, "the detector has 6 classes (MODEL.RETINANET.NUM_CLASSES)"),
+        (two[:2], "--train-json belongs to --train-images"),
+        (["DATASETS.TRAIN", "('unheard_of',)"], "data sets (unheard_of) are not known here"),
+        (["MODEL.RETINANET.NUM_CONVS", "2"], "is not a checkpoint of"),
+        (["MODEL.RETINANET.NUM_CONV", "2"], "did you mean MODEL.RETINANET.NUM_CONVS?"),
+    ):
+        assert tool.main([*argv, "--output", str(tmp_path / "out"), *more]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
