@@ -142,6 +142,14 @@ SEED: 3
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What checks of data keep is not left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
     """Folder of the yaml files; the data sets tiny_train (6 images) and tiny_val (2) are below it."""

@@ -1,4 +1,4 @@
-"""Checks before training."""
+"""Checks of dataset dicts before training: every finding names the culprit, counts, and has a fix."""
 
 import copy
 
@@ -6,19 +6,20 @@ import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
-from msad.data import check_dataset, clean
+from msad.data import clean
+from msad.data.needs import Needs
+from msad.data.record_checks import check_records
+from msad.finding import ERROR, OK, WARNING
+
+TWO = Needs(classes=2)
 
 
 def _instance(*box, category=0, mode=BoxMode.XYWH_ABS, **extra):
     return {"bbox": list(box), "bbox_mode": mode, "category_id": category, **extra}
 
 
-@pytest.fixture
-def image(tmp_path):
-    (tmp_path / "a.jpg").touch()
-    return lambda *annotations: {
-        "file_name": str(tmp_path / "a.jpg"), "width": 100, "height": 80, "annotations": list(annotations)
-    }  # fmt: skip
+def image(*annotations, file="a.jpg"):
+    return {"file_name": file, "width": 100, "height": 80, "annotations": list(annotations)}
 
 
 @pytest.fixture
@@ -29,7 +30,11 @@ def name():
     MetadataCatalog.remove(name)
 
 
-def test_counts_and_clean(image, name):
+def found(records, name, needs, level):
+    return [finding for finding in check_records(records, name, needs) if finding.level == level]
+
+
+def test_counts_and_clean(name):
     nan = float("nan")
     dicts = [
         image(_instance(10, 10, 5, 5), _instance(10, 10, 0, 5), _instance(10, 10, 5, -1), _instance(nan, 0, 5, 5)),
@@ -41,41 +46,56 @@ def test_counts_and_clean(image, name):
         {k: v for k, v in image().items() if k != "annotations"},
     ]
     before = copy.deepcopy(dicts)
-    report = check_dataset(dicts, name, 2)
-    assert (report.images, report.instances, report.empty_images) == (5, 10, 3)
-    assert (report.degenerate, report.outside, report.clipped) == (4, 3, 1)
-    assert str(report) == (
-        "data set 'checks_test': 5 images (3 without instances), 3 of 10 instances kept (4 degenerate and 3 outside "
-        "the image dropped), 1 clipped to the image"
+    (counts,) = found(dicts, name, TWO, OK)
+    assert counts.text == (
+        "5 images (3 without instances), 3 of 10 instances kept (4 degenerate and 3 outside the image dropped), "
+        "1 clipped to the image"
     )
     cleaned = clean(dicts)
     boxes = [[a["bbox"] for a in d.get("annotations", [])] for d in cleaned]
     assert boxes == [[[10, 10, 5, 5]], [[-5, 10, 30, 5], [-0.5, 0, 100.9, 80]], [], [], []]
     assert len(clean(dicts, drop_empty=True)) == 2
     assert repr(dicts) == repr(before)
-    again = check_dataset(cleaned, name, 2)
-    assert (again.instances, again.degenerate, again.outside) == (3, 0, 0)
+    (counts,) = found(cleaned, name, TWO, OK)
+    assert "3 of 3 instances kept (0 degenerate and 0 outside" in counts.text
 
 
-def test_errors_name_the_culprit(image, name, tmp_path):
-    good = [image(_instance(10, 10, 5, 5))]
-    with pytest.raises(ValueError, match="'checks_test' is empty"):
-        check_dataset([], name, 2)
-    with pytest.raises(ValueError, match=r"MODEL.FCOS.NUM_CLASSES is 80, but .*'checks_test' has 2 classes: a, b"):
-        check_dataset(good, name, 80, config_key="MODEL.FCOS.NUM_CLASSES")
-    with pytest.raises(ValueError, match=r"class index 2 in .*a.jpg, but MODEL.ROI_HEADS.NUM_CLASSES is 2"):
-        check_dataset([image(_instance(10, 10, 5, 5, category=2))], name, 2)
-    with pytest.raises(ValueError, match="NUM_KEYPOINTS is 17, but data set 'checks_test' has 1 keypoints: nose"):
-        check_dataset(good, name, 2, num_keypoints=17)
-    with pytest.raises(ValueError, match="KEYPOINT_ON is set, but data set 'other_checks_test' has no keypoint names"):
-        check_dataset(good, "other_checks_test", 2, num_keypoints=17)
-    with pytest.raises(ValueError, match="MASK_ON is set, but none of the 1 instances of data set 'checks_test'"):
-        check_dataset(good, name, 2, need_masks=True)
-    gone = {**good[0], "file_name": str(tmp_path / "gone.jpg")}
-    with pytest.raises(FileNotFoundError, match=r"'checks_test': 1 of 2 image files do not exist, .*gone.jpg"):
-        check_dataset([*good, gone], name, 2)
+def test_useless_boxes_are_warned_of_and_refused_where_they_are_most(name):
+    good = [image(_instance(10, 10, 5 + i, 5)) for i in range(4)]
+    (warning,) = [
+        f for f in found([*good, image(_instance(9, 9, 0, 5), file="b.jpg")], name, TWO, WARNING) if "box" in f.text
+    ]
+    assert "b.jpg has a box that has no area" in warning.text and "(1 of 5 annotations)" in warning.text
+    (error,) = found([image(_instance(200, 10, 5, 5), file="c.jpg")], name, TWO, ERROR)
+    assert "c.jpg has a box that is outside of the image" in error.text and error.fix
 
 
-def test_what_is_not_known_is_not_compared(image, name):
-    assert check_dataset([image(_instance(1, 1, 2, 2, category=7))], name, None).instances == 1
-    assert check_dataset([image(_instance(1, 1, 2, 2))], "checks_without_metadata", 5).instances == 1
+def test_errors_name_the_culprit(name):
+    good = [image(_instance(10, 10, 5, 5), _instance(1, 1, 9, 9, category=1))]
+    cases = [
+        ([], name, TWO, "it is empty"),
+        (good, name, Needs(classes=80, config_key="MODEL.FCOS.NUM_CLASSES"),
+         "MODEL.FCOS.NUM_CLASSES is 80, but data set 'checks_test' has 2 classes: a, b"),
+        ([image(_instance(10, 10, 5, 5, category=2))], name, TWO, "a.jpg has the class index 2, but MODEL.ROI_HEADS"),
+        ([image()], name, TWO, "it has no annotations"),
+        (good, name, TWO._replace(masks=True), "no mask in any of its 2 instances, and MODEL.MASK_ON is set"),
+        ([image(_instance(10, 10, 5, 5, iscrowd=1))], name, TWO, "iscrowd 1 in 1 of 1 annotations"),
+    ]  # fmt: skip
+    for records, data_set, needs, text in cases:
+        errors = found(records, data_set, needs, ERROR)
+        assert len(errors) == 1 and text in errors[0].text and errors[0].fix, (text, errors)
+    assert not found(good, name, TWO, ERROR)
+    texts = [f.text for f in found(good, name, TWO._replace(keypoints=17), ERROR)]
+    assert any("NUM_KEYPOINTS is 17, but data set 'checks_test' has 1 keypoints: nose" in text for text in texts)
+    texts = [f.text for f in found(good, "other_checks_test", TWO._replace(keypoints=17), ERROR)]
+    assert any("MODEL.KEYPOINT_ON is set, but the data set has no keypoint names" in text for text in texts)
+
+
+def test_what_is_not_known_is_not_compared(name):
+    assert not found([image(_instance(1, 1, 2, 2, category=7))], name, Needs(), ERROR)
+    assert not found([image(_instance(1, 1, 2, 2))], "checks_without_metadata", Needs(classes=5), ERROR)
+
+
+def test_a_test_set_without_annotations_is_no_error(name):
+    (warning,) = found([image()], name, TWO._replace(training=False), WARNING)
+    assert "detections are written, AP is not computed" in warning.text

@@ -13,7 +13,6 @@ from fvcore.common.registry import Registry
 from msad.config import add_msad_config
 from msad.data import make_dataset, register_datasets, register_entries, shapes
 from msad.data import register as register_module
-from msad.data.checks import check_dataset
 from msad.data.dataset_types import DATASET_TYPE_REGISTRY, PATH, TEXT, add_dataset, check_entry
 
 
@@ -195,15 +194,6 @@ def test_a_file_that_is_not_json(root, tmp_path):
     register_datasets(_cfg(_entry(root, JSON=str(tmp_path / "broken.json"))))
     with pytest.raises(ValueError, match=r"'t_train': .*broken.json is not valid JSON"):
         DatasetCatalog.get("t_train")
-
-
-def test_an_object_without_a_box_is_left_to_the_checks(root, tmp_path):
-    def change(content):
-        del content["annotations"][0]["bbox"]
-
-    register_datasets(_cfg(_variant(root, tmp_path, change)))
-    dicts = DatasetCatalog.get("t_train")
-    assert check_dataset(dicts, "t_train", len(shapes.CLASSES)).degenerate == 1
 
 
 def test_declared_classes_are_known_early_and_compared(root):

@@ -199,7 +199,16 @@ def test_examination_of_a_whole_setup(project, teacher_weights, tmp_path):
     cfg = config(project, teacher_weights, "student", tmp_path)
     found = examine(cfg, images=2)
     checks = {finding.check: finding for finding in found}
-    assert {"data", "teacher's weights", "classes", "pixels", "levels", "student's start", "losses"} <= checks.keys()
+    assert {
+        "data set 'tiny_train'",
+        "data set 'tiny_val'",
+        "teacher's weights",
+        "classes",
+        "pixels",
+        "levels",
+        "student's start",
+        "losses",
+    } <= checks.keys()
     assert {f.check for f in found if f.level == ERROR} == {"teacher's AP"}  # it has not been trained
     assert "2 images of tiny_val" in checks["teacher's AP"].text
 
@@ -212,11 +221,14 @@ def test_examination_of_a_whole_setup(project, teacher_weights, tmp_path):
 def test_a_detector_without_a_teacher(project, teacher_weights, tmp_path):
     cfg = config(project, teacher_weights, "fcos", tmp_path)
     found = {finding.check: finding for finding in examine(cfg)}
-    assert found.keys() == {"device", "data", "schedule"} and {f.level for f in found.values()} == {OK}
+    sets = ["data set 'tiny_train'", "data set 'tiny_val'"]
+    assert found.keys() == {"device", *sets, "schedule"} and {f.level for f in found.values()} == {OK}
     cfg.MODEL.FCOS.NUM_CLASSES = 5
-    assert [f.check for f in examine(cfg) if f.level == ERROR] == ["data"]
     cfg.MODEL.WEIGHTS = "nowhere.pth"
-    assert [f.check for f in examine(cfg) if f.level == ERROR] == ["data", "student's weights"]
+    errors = [f.check for f in examine(cfg) if f.level == ERROR]
+    assert sorted(set(errors)) == [*sets, "student's weights"]
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    assert [f.check for f in examine(cfg) if f.level == WARNING] == ["data"]
 
 
 def test_messages_of_exceptions(tmp_path):
@@ -253,7 +265,7 @@ def test_what_training_refuses_is_found_beside_all_else(project, teacher_weights
     found = examine(cfg, images=2)
     errors = {finding.check: finding.text for finding in found if finding.level == ERROR}
     assert text in errors[check]
-    assert {"data", "teacher's weights", "teacher's AP"} <= {finding.check for finding in found}
+    assert {"data set 'tiny_val'", "teacher's weights", "teacher's AP"} <= {finding.check for finding in found}
 
 
 def test_no_validation_set_is_no_crash(project, teacher_weights, tmp_path):

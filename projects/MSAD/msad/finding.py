@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
+import logging
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
+logger = logging.getLogger(__name__)
 OK, WARNING, ERROR = "ok", "warning", "error"
 
 
@@ -18,7 +20,8 @@ class Finding(NamedTuple):
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.check}: {self.text}" + (f". Fix: {self.fix}" if self.fix else "")
+        stop = "" if self.text[-1:] in ".?" else "."
+        return f"{self.check}: {self.text}" + (f"{stop} Fix: {self.fix}" if self.fix else "")
 
 
 def check(name: str) -> Callable[[Callable[..., Generator]], Callable[..., list[Finding]]]:
@@ -48,3 +51,10 @@ def error_text(error: BaseException) -> str:
     """What an exception says, in one line; an OSError's first argument is its number and a KeyError's str is quoted."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def log_findings(findings: Iterable[Finding]) -> None:
+    """Log findings: errors as such, warnings as warnings, the rest as information."""
+    levels = {OK: logging.INFO, WARNING: logging.WARNING, ERROR: logging.ERROR}
+    for finding in findings:
+        logger.log(levels[finding.level], "Preflight, %s", finding)

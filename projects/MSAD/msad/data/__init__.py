@@ -1,6 +1,6 @@
 """Data: data sets declared in yaml, their checks, the exactly resumable training loader, synthetic scenes."""
 
-from .checks import DatasetReport, check_dataset, clean
+from .checks import check_data, clean
 from .dataset_types import DATASET_TYPE_REGISTRY
 from .fingerprint import dataset_fingerprint
 from .loader import TrainLoader, build_train_loader
@@ -9,10 +9,9 @@ from .synthetic import make_dataset, register_entries
 
 __all__ = [
     "DATASET_TYPE_REGISTRY",
-    "DatasetReport",
     "TrainLoader",
     "build_train_loader",
-    "check_dataset",
+    "check_data",
     "clean",
     "dataset_fingerprint",
     "make_dataset",

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
+import hashlib
 import json
+import os
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .dataset_types import DATASET_TYPE_REGISTRY, NAMES, PATH, Key, add_dataset, check_entry, is_names
+from ..finding import OK
+from .cache import cache_file, file_sha256, write_cache
+from .coco_annotations import compressed
+from .coco_file import check_content, read_json
+from .dataset_types import DATASET_TYPE_REGISTRY, NAMES, PATH, Key, add_dataset, check_entry, is_names, set_metadata
+from .keypoints import keypoint_metadata
+from .tally import Tally, raise_errors
 
 KEYS = {
     "JSON": PATH,
     "IMAGES": PATH,
+    "LOW_RES_IMAGES": PATH.optional(),
     "CLASSES": NAMES.optional(),
     "KEYPOINT_FLIP_PAIRS": Key(
         lambda v: isinstance(v, (list, tuple)) and all(is_names(p) and len(p) == 2 for p in v),
@@ -28,7 +36,8 @@ KEYS = {
         required=False,
     ),
 }
-_PALETTE = ((230, 75, 53), (77, 187, 213), (0, 160, 135), (60, 84, 136), (243, 155, 127), (145, 209, 194))
+# Raise when the content of repaired files changes, so that old ones are not used any more.
+_REPAIR_VERSION = 1
 
 
 @DATASET_TYPE_REGISTRY.register()
@@ -38,9 +47,10 @@ def coco(name: str, entry: dict[str, Any]) -> None:
     Keys of the entry:
 
     - ``JSON``, ``IMAGES``: annotation file, image folder.
+    - ``LOW_RES_IMAGES``: folder of the student's own images, with the names of those in ``IMAGES``.
     - ``CLASSES``: category names by ascending category id. Known before the file is read, and compared with it.
     - ``KEYPOINT_FLIP_PAIRS``: pairs of keypoint names that change places in a mirrored image. Without it the category
-      records of the file say so (``flip_pairs``), else names that differ in "left" and "right" are paired.
+      records of the file say so (``flip_pairs``), else names that differ in their side (left, right; l, r) are paired.
     - ``KEYPOINT_SIGMAS``: one OKS sigma a keypoint, kept as ``keypoint_oks_sigmas`` in the metadata; without it the
       category records' ``sigmas``, if any.
     """
@@ -48,108 +58,165 @@ def coco(name: str, entry: dict[str, Any]) -> None:
     metadata = {"json_file": entry["JSON"], "image_root": entry["IMAGES"], "evaluator_type": "coco"}
     if "CLASSES" in entry:
         metadata["thing_classes"] = list(entry["CLASSES"])
-    # register_coco_instances binds the file to the name at once; a function of ours can say which entry is wrong
-    # when the file is, and add what the file knows about keypoints.
     add_dataset(name, entry, functools.partial(_load, entry), **metadata)
 
 
-def _load(definition: dict[str, Any]) -> list[dict]:
-    """Dataset dicts of one entry; fills in the keypoint metadata."""
-    name = definition["NAME"]
-    for key, exists in (("JSON", PathManager.isfile), ("IMAGES", PathManager.isdir)):
-        if not exists(definition[key]):
-            kind = "file" if key == "JSON" else "folder"
-            raise FileNotFoundError(f"data set {name!r} (DATASETS.REGISTER): {key}: no such {kind}: {definition[key]}")
-    categories = _read_categories(definition)
-    _check_classes(definition, categories)
-    for key, value in _keypoint_metadata(definition, categories).items():
-        setattr(MetadataCatalog.get(name), key, value)
-    records = load_coco_json(definition["JSON"], definition["IMAGES"], name)
-    for record in records:
-        for annotation in record["annotations"]:
-            _make_real(annotation)
+def _load(entry: dict[str, Any]) -> list[dict]:
+    """Dataset dicts of one entry; completes the metadata.
+
+    Raises:
+        FileNotFoundError: a file or folder of the entry is not there.
+        ValueError: the file is not what COCO's format says; names file and record.
+    """
+    name = entry["NAME"]
+    for key in ("JSON", "IMAGES", "LOW_RES_IMAGES"):
+        kind, exists = ("file", PathManager.isfile) if key == "JSON" else ("folder", PathManager.isdir)
+        if key in entry and not exists(entry[key]):
+            raise FileNotFoundError(f"data set {name!r}: DATASETS.REGISTER: {key}: no such {kind}: {entry[key]}")
+    try:
+        content = read_json(entry["JSON"])
+        tally = check_content(content, entry["JSON"])
+        raise_errors(tally.findings())
+        categories = _classes(entry, content, tally)
+        points = keypoint_metadata(entry, categories)
+    except ValueError as error:
+        raise ValueError(f"data set {name!r}: {error}") from None
+    contiguous = {category["id"]: index for index, category in enumerate(categories)}
+    if content["repaired"]:
+        set_metadata(name, json_file=_write_repaired(content, categories, contiguous, entry["JSON"]))
+    set_metadata(
+        name,
+        thing_classes=[category["name"] for category in categories],
+        # The ids in the file that detections are evaluated with.
+        thing_dataset_id_to_contiguous_id=(
+            {index + 1: index for index in contiguous.values()} if content["repaired"] else contiguous
+        ),
+        findings=[finding._replace(check=f"data set {name!r}") for finding in tally.findings()],
+        **points,
+    )
+    return _records(entry, content, contiguous)
+
+
+def _classes(entry: dict[str, Any], content: dict[str, Any], tally: Tally) -> list[dict]:
+    """The category records in the order of the contiguous ids.
+
+    That is the order of their ids, or that of the training set's classes, if this set is to follow it.
+    """
+    categories = _own_classes(entry, content)
+    if len(categories) < len(content["categories"]):
+        content["repaired"] = True
+        (left_out,) = (c["name"] for c in content["categories"] if c not in categories)
+        reason = f"the category {left_out!r} with id 0 is only the others' supercategory and is no class"
+        tally.add(OK, reason, entry["JSON"] + ":", "")
+    other = MetadataCatalog.get(entry["NAME"]).get("classes_like")
+    wanted = other and known_classes(other)
+    found = [category["name"] for category in categories]
+    if not wanted or found == wanted:
+        return categories
+    used = {a["category_id"] for a in content.get("annotations", ())}
+    extra = [c["name"] for c in categories if c["name"] not in wanted and c["id"] in used]
+    if extra or len(set(found)) < len(found):
+        reason = f"has the class {extra[0]!r}, which {other!r} has not" if extra else "has a class twice"
+        raise ValueError(f"{entry['JSON']} {reason}: classes {found}, those of {other!r} are {wanted}")
+    content["repaired"] = True
+    reason = f"has the classes {found}; they are mapped by name to those of {other!r}, {wanted}"
+    tally.add(OK, reason, entry["JSON"], "")
+    by_name, unused = {c["name"]: c for c in categories}, 1 + max(c["id"] for c in content["categories"])
+    return [by_name.get(name) or {"id": unused + index, "name": name} for index, name in enumerate(wanted)]
+
+
+def _own_classes(entry: dict[str, Any], content: dict[str, Any]) -> list[dict]:
+    """The file's categories by ascending id, compared with CLASSES.
+
+    Roboflow writes a category 0 that no annotation has and that all others name as their supercategory. It is left out,
+    unless CLASSES have it.
+    """
+    categories, declared = sorted(content["categories"], key=lambda category: category["id"]), entry.get("CLASSES")
+    first, *others = categories
+    if first["id"] == 0 and others and declared != [c["name"] for c in categories]:
+        used = any(a["category_id"] == 0 for a in content.get("annotations", ()))
+        if not used and all(c.get("supercategory") == first["name"] for c in others):
+            categories = others
+    found = [category["name"] for category in categories]
+    if declared is not None and list(declared) != found:
+        raise ValueError(f"CLASSES are {list(declared)}, but {entry['JSON']} has by ascending id {found}")
+    return categories
+
+
+def known_classes(name: str) -> list[str] | None:
+    """The classes of a registered data set, from its file if need be; None if they cannot be known here."""
+    metadata = MetadataCatalog.get(name)
+    entry = metadata.get("definition") or {}
+    if metadata.get("thing_classes") is not None:
+        return list(metadata.thing_classes)
+    if entry.get("TYPE", "coco") != "coco" or not PathManager.isfile(entry.get("JSON", "")):
+        return None
+    try:
+        content = read_json(entry["JSON"])
+        raise_errors(check_content(content, entry["JSON"]).findings())
+        return [category["name"] for category in _own_classes(entry, content)]
+    except ValueError:  # what is wrong with it is said where it is loaded
+        return None
+
+
+def _write_repaired(content: dict[str, Any], categories: list[dict], contiguous: dict[int, int], file: str) -> str:
+    """The annotations as they are used, for COCO's evaluation, which reads a file. Category ids are 1, 2, 3, ..."""
+    classes = [category["name"] for category in categories]
+    key = hashlib.sha256(json.dumps([_REPAIR_VERSION, file_sha256(file), classes]).encode()).hexdigest()[:32]
+    name = f"annotations-{key}.json"
+    if not cache_file(name).is_file():
+        kept = {k: v for k, v in content.items() if k != "repaired"} | {"info": content.get("info", {})}
+        kept["categories"] = [{**category, "id": index + 1} for index, category in enumerate(categories)]
+        if "annotations" in content:
+            kept["annotations"] = [
+                {**a, "category_id": contiguous[a["category_id"]] + 1} for a in content["annotations"]
+            ]
+        write_cache(name, kept)
+    return str(cache_file(name))
+
+
+def _records(entry: dict[str, Any], content: dict[str, Any], contiguous: dict[int, int]) -> list[dict]:
+    """detectron2's dataset dicts, by ascending image id."""
+    by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content.get("annotations", ()):
+        converted = _convert(annotation, contiguous)
+        if converted is not None:
+            by_image[annotation["image_id"]].append(converted)
+    records = []
+    for image in sorted(content["images"], key=lambda image: image["id"]):
+        record = {
+            "file_name": os.path.join(entry["IMAGES"], image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": by_image[image["id"]],
+        }
+        if "LOW_RES_IMAGES" in entry:
+            record["low_res_file_name"] = os.path.join(entry["LOW_RES_IMAGES"], image["file_name"])
+        records.append(record)
     return records
 
 
-def _make_real(annotation: dict[str, Any]) -> None:
-    """Turn whole numbers of a box or polygon into floats, in place.
+def _convert(annotation: dict[str, Any], contiguous: dict[int, int]) -> dict[str, Any] | None:
+    """An annotation in detectron2's form; None if it has polygons, but none of three points.
 
-    detectron2 makes an array of them and writes the resized coordinates back into it, so that integers would be cut off
-    after the point: up to a pixel of the input, which is much of a small object at low resolution.
+    Numbers become floats: detectron2 makes an array of them and writes the resized coordinates back into it, so that
+    integers would be cut off after the point, up to a pixel of the input, which is much of a small object.
     """
-    if "bbox" in annotation:  # else msad.data.checks reports it
-        annotation["bbox"] = [float(x) for x in annotation["bbox"]]
-    if isinstance(annotation.get("segmentation"), list):
-        annotation["segmentation"] = [[float(x) for x in polygon] for polygon in annotation["segmentation"]]
-
-
-def _read_categories(definition: dict[str, Any]) -> list[dict]:
-    where = f"data set {definition['NAME']!r}: {definition['JSON']}"
-    with PathManager.open(definition["JSON"], "r") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{where} is not valid JSON: {error}") from None
-    for section in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(section), list):
-            raise ValueError(f"{where} is not in COCO format: it has no list {section!r}")
-    ids = {category["id"] for category in content["categories"]}
-    images = {image["id"] for image in content["images"]}
-    for annotation in content["annotations"]:
-        for key, known in (("category_id", ids), ("image_id", images)):
-            if annotation.get(key) not in known:
-                raise ValueError(
-                    f"{where}: annotation {annotation.get('id')} has {key} {annotation.get(key)!r}, which is not listed"
-                )
-    return sorted(content["categories"], key=lambda category: category["id"])
-
-
-def _check_classes(definition: dict[str, Any], categories: list[dict]) -> None:
-    found, declared = [category["name"] for category in categories], definition.get("CLASSES")
-    if declared is not None and list(declared) != found:
-        raise ValueError(
-            f"data set {definition['NAME']!r}: CLASSES are {list(declared)}, "
-            f"but {definition['JSON']} has by ascending id {found}"
-        )
-
-
-def _keypoint_metadata(definition: dict[str, Any], categories: list[dict]) -> dict[str, Any]:
-    """detectron2's keypoint metadata, from the category records that have keypoints and from the entry."""
-    where = f"data set {definition['NAME']!r}"
-    with_points = [category for category in categories if category.get("keypoints")]
-    if not with_points:
-        for key in ("KEYPOINT_FLIP_PAIRS", "KEYPOINT_SIGMAS"):
-            if definition.get(key):
-                raise ValueError(f"{where}: {key} is given, but no category of {definition['JSON']} has keypoints")
-        return {}
-    first = with_points[0]
-    names = list(first["keypoints"])
-    for other in with_points[1:]:
-        if list(other["keypoints"]) != names:
-            raise ValueError(
-                f"{where}: the categories {first['name']!r} and {other['name']!r} have different keypoints; "
-                "detectron2 supports one set of keypoints a data set"
-            )
-    pairs = definition.get("KEYPOINT_FLIP_PAIRS", first.get("flip_pairs"))
-    if pairs is None:
-        mirrored = {point: point.replace("left", "right") for point in names if "left" in point}
-        pairs = [pair for pair in mirrored.items() if pair[1] in names]
-    for point in (point for pair in pairs for point in pair):
-        if point not in names:
-            near = difflib.get_close_matches(point, names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: KEYPOINT_FLIP_PAIRS: no keypoint {point!r}; did you mean {near!r}?")
-    rules = [
-        (names[a - 1], names[b - 1], _PALETTE[i % len(_PALETTE)])
-        for i, (a, b) in enumerate(first.get("skeleton") or ())
-    ]
-    metadata = {
-        "keypoint_names": names,
-        "keypoint_flip_map": [tuple(pair) for pair in pairs],
-        "keypoint_connection_rules": rules,
+    out = {
+        "iscrowd": int(annotation["iscrowd"]),
+        "bbox": [*map(float, annotation["bbox"])],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": contiguous[annotation["category_id"]],
     }
-    sigmas = definition.get("KEYPOINT_SIGMAS", first.get("sigmas"))
-    if sigmas is not None:
-        if len(sigmas) != len(names):
-            raise ValueError(f"{where}: KEYPOINT_SIGMAS has {len(sigmas)} values for {len(names)} keypoints {names}")
-        metadata["keypoint_oks_sigmas"] = [float(s) for s in sigmas]
-    return metadata
+    mask = annotation.get("segmentation")
+    if isinstance(mask, dict):
+        out["segmentation"] = compressed(mask)
+    elif mask:
+        out["segmentation"] = [[*map(float, p)] for p in mask if len(p) >= 6 and len(p) % 2 == 0]
+        if not out["segmentation"]:
+            return None
+    if annotation.get("keypoints"):
+        # From indices of pixels to continuous coordinates.
+        out["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(annotation["keypoints"])]
+    return out

@@ -122,3 +122,12 @@ def add_dataset(name: str, entry: Mapping[str, Any], load: Callable[[], list[dic
         )
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(definition=dict(entry), **metadata)
+
+
+def set_metadata(name: str, **values: Any) -> None:
+    """Set metadata of a data set, also where it has another value already, which detectron2 refuses."""
+    metadata = MetadataCatalog.get(name)
+    for key, value in values.items():
+        if metadata.get(key) != value:
+            metadata.__dict__.pop(key, None)
+            setattr(metadata, key, value)

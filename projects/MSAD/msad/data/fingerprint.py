@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from .cache import file_sha256
 from .register import register_datasets
 
 
@@ -26,19 +26,6 @@ def dataset_fingerprint(cfg: CfgNode) -> dict[str, dict[str, str]]:
     """
     register_datasets(cfg)
     return {name: _fingerprint(name) for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))}
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """sha256 of a file as hexadecimal digits; remembered as long as its size and time of change stay."""
-    path = PathManager.get_local_path(os.fspath(path))
-    status = os.stat(path)
-    return _sha256(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fingerprint(name: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ every sample carries its position in that stream, and its augmentations are draw
 """
 
 import contextlib
-import functools
 import itertools
 import logging
 import random
@@ -18,13 +17,20 @@ import numpy as np
 import torch
 import torch.utils.data
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data.build import (
+    filter_images_with_few_keypoints,
+    filter_images_with_only_crowd_annotations,
+    load_proposals_into_dataset,
+)
+from detectron2.data.detection_utils import read_image
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 
-from ..modeling.adapters import num_classes_key
-from .checks import check_dataset, clean
+from ..finding import log_findings
+from .checks import check_data, clean, shared_findings
 from .regions import RegionMapper
+from .tally import raise_errors
 
 logger = logging.getLogger(__name__)
 
@@ -77,49 +83,40 @@ def build_train_loader(
     )
 
 
-def load_train_dicts(cfg: CfgNode) -> list[dict]:
-    """Dataset dicts of ``cfg.DATASETS.TRAIN``, checked against the config and cleaned; logs a line a data set."""
+def load_train_dicts(cfg: CfgNode, images: bool = True) -> list[dict]:
+    """Dataset dicts of ``cfg.DATASETS.TRAIN``, filtered and cleaned; all that is found about TRAIN and TEST is logged.
+
+    Args:
+        images: look at image files too (only the main process does).
+
+    Raises:
+        ValueError: there is an error in the data, or they do not fit the config; the message has all errors.
+    """
     names = cfg.DATASETS.TRAIN
     if not names:
         raise ValueError("DATASETS.TRAIN is empty")
-    config_key, num_classes = _classes_of_model(cfg)
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else [None] * len(names)
     if len(proposals) != len(names):
         raise ValueError(f"DATASETS.PROPOSAL_FILES_TRAIN has {len(proposals)} files for {len(names)} data sets")
+    by_name, findings = check_data(cfg, images and comm.is_main_process())
+    findings = shared_findings(findings)
+    log_findings(findings)
+    raise_errors(findings)
     loaded: list[dict] = []
     for name, proposal_file in zip(names, proposals):
-        dicts = get_detection_dataset_dicts(
-            [name],
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=[proposal_file] if proposal_file else None,
-        )
-        first, this = (MetadataCatalog.get(n).get("thing_classes") for n in (names[0], name))
-        if first != this:
-            raise ValueError(f"DATASETS.TRAIN: {names[0]!r} and {name!r} have different classes: {first}, {this}")
-        report = check_dataset(
-            dicts,
-            name,
-            num_classes,
-            config_key=config_key,
-            num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None,
-            need_masks=cfg.MODEL.MASK_ON,
-        )
-        logger.info("%s", report)
-        dicts = clean(dicts, drop_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        dicts = by_name[name]
+        if proposal_file:
+            dicts = load_proposals_into_dataset(dicts, proposal_file)
+        if dicts and "annotations" in dicts[0]:
+            if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+                dicts = filter_images_with_only_crowd_annotations(dicts)
+            if cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE > 0:
+                dicts = filter_images_with_few_keypoints(dicts, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)
+            dicts = clean(dicts, drop_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         if not dicts:
-            raise ValueError(f"data set {name!r}: none of the images has a usable instance ({report})")
+            raise ValueError(f"data set {name!r}: none of the images has a usable instance")
         loaded += dicts
     return loaded
-
-
-def _classes_of_model(cfg: CfgNode) -> tuple[str, int | None]:
-    """Config key and number of classes of the model's head; "" and None where the architecture does not say."""
-    try:
-        key = num_classes_key(cfg)
-    except KeyError:
-        return "", None
-    return key, functools.reduce(lambda node, name: node[name], key.split("."), cfg)
 
 
 class TrainLoader:
@@ -245,7 +242,10 @@ class _Batches:
 
 
 class _SeededSamples(torch.utils.data.Dataset):
-    """From (index, position) to (model input, [(file, reason) of every image that could not be used])."""
+    """From (index, position) to (model input, [(file, reason) of every image that could not be used]).
+
+    Only files that cannot be decoded are replaced by the next one; a fault of annotations stops the run.
+    """
 
     def __init__(self, dataset, mapper: Callable[[dict], dict], seed: int) -> None:
         self._dataset = dataset
@@ -262,10 +262,15 @@ class _SeededSamples(torch.utils.data.Dataset):
                 with seeded(self._seed, position):
                     sample = self._mapper(record)
                 if sample is None:
-                    raise ValueError("the mapper returned None")
+                    raise _NothingToUse("the mapper returned None")
             except MemoryError:
                 raise
             except Exception as error:  # decoders raise nearly anything at a broken file
+                if not isinstance(error, _NothingToUse) and _is_readable(record):
+                    raise ValueError(
+                        f"{file} is read without a fault, so its annotations or the augmentations are wrong: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
                 failures.append((file, f"{type(error).__name__}: {error}"))
                 last = error
                 continue
@@ -274,6 +279,17 @@ class _SeededSamples(torch.utils.data.Dataset):
         raise RuntimeError(
             f"{len(failures)} images in a row cannot be used, the last of them {file}: {failures[-1][1]}"
         ) from last
+
+
+class _NothingToUse(ValueError):
+    """A mapper has no use for an image."""
+
+
+def _is_readable(record: dict) -> bool:
+    try:
+        return read_image(record["file_name"], "RGB") is not None
+    except Exception:
+        return False
 
 
 @contextlib.contextmanager

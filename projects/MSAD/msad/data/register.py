@@ -39,12 +39,27 @@ def register_datasets(cfg: CfgNode) -> list[str]:
         raise ValueError(f"DATASETS.REGISTER must be a list of entries, got {type(entries).__name__}: {entries!r}")
     before = set(DatasetCatalog.list())
     try:
-        return [_register(entry, position) for position, entry in enumerate(entries)]
+        names = [_register(entry, position) for position, entry in enumerate(entries)]
+        _follow_training_set(cfg, names)
+        return names
     except ValueError:
         for name in set(DatasetCatalog.list()) - before:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         raise
+
+
+def _follow_training_set(cfg: CfgNode, names: list[str]) -> None:
+    """Let all sets of a config number their classes as its first training set does.
+
+    A set that follows another one already, for another config, stays with it.
+    """
+    first = next(iter(cfg.DATASETS.get("TRAIN", ())), None)
+    for name in (*cfg.DATASETS.get("TRAIN", ()), *cfg.DATASETS.get("TEST", ())):
+        if first in DatasetCatalog.list() and name in names and name != first:
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("classes_like") is None and MetadataCatalog.get(first).get("classes_like") != name:
+                metadata.classes_like = first
 
 
 def _register(entry: Any, position: int) -> str:

@@ -15,11 +15,11 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import nn
 
 from ...config import load_config
-from ...data.loader import load_train_dicts
+from ...data.checks import check_data
 from ...data.register import register_datasets
 from ...distill.distiller import FrozenTeacher, student_shapes
 from ...distill.losses.registry import compares_heads, lower_keys
-from ...finding import ERROR, OK, Finding, error_text
+from ...finding import ERROR, OK, WARNING, Finding, error_text, log_findings
 from ...resolution import get_resolution
 from ..build import build_distiller
 from ..checkpoint import load_branches
@@ -106,8 +106,7 @@ def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
         cfg.defrost()
         cfg.MODEL.DEVICE = "cpu"
     attempt("data", "correct DATASETS.REGISTER", lambda: register_datasets(cfg))
-    if dicts := attempt("data", "correct the data set or the classes of the config", lambda: load_train_dicts(cfg)):
-        out.append(Finding(OK, "data", f"{len(dicts)} images for training"))
+    out += check_data(cfg)[1] or [Finding(WARNING, "data", "DATASETS.TRAIN and DATASETS.TEST are empty", "name sets")]
     if not cfg.DISTILL.TEACHERS:
         if (model := attempt("model", "correct the config", lambda: build_model(cfg))) and cfg.MODEL.WEIGHTS:
             out += check_checkpoint("student", model, cfg.MODEL.WEIGHTS)[0]
@@ -173,9 +172,7 @@ def report(findings: Sequence[Finding]) -> None:
     Raises:
         ValueError: there is an error; the message has all of them with their fixes.
     """
-    for finding in findings:
-        if finding.level != ERROR:
-            logger.log(logging.INFO if finding.level == OK else logging.WARNING, "Preflight, %s", finding)
+    log_findings(finding for finding in findings if finding.level != ERROR)
     errors = [str(finding) for finding in findings if finding.level == ERROR]
     if errors:
         raise ValueError("preflight: " + "; ".join(errors))

@@ -1,0 +1,51 @@
+"""What the model of a config needs of its data."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from detectron2.config import CfgNode
+
+from ..modeling.adapters import num_classes_key
+
+
+class Needs(NamedTuple):
+    """What a model needs of its data.
+
+    Attributes:
+        classes, config_key: number of classes of the model, None if it does not say; where that comes from.
+        keypoints: number of keypoints, None for a model without.
+        masks, mask_format: whether it learns masks; INPUT.MASK_FORMAT.
+        flips: images are mirrored in training.
+        sigmas: OKS sigmas of the config.
+        training: the data are trained on; otherwise they are only evaluated on.
+    """
+
+    classes: int | None = None
+    config_key: str = "MODEL.ROI_HEADS.NUM_CLASSES"
+    keypoints: int | None = None
+    masks: bool = False
+    mask_format: str = "polygon"
+    flips: bool = False
+    sigmas: tuple[float, ...] = ()
+    training: bool = True
+
+
+def needs_of(cfg: CfgNode, training: bool) -> Needs:
+    """What the model of a config needs of DATASETS.TRAIN (``training``) or DATASETS.TEST."""
+    try:
+        key = num_classes_key(cfg)
+        classes = functools.reduce(lambda node, name: node[name], key.split("."), cfg)
+    except KeyError:
+        key, classes = "", None
+    return Needs(
+        classes=classes,
+        config_key=key,
+        keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None,
+        masks=cfg.MODEL.MASK_ON,
+        mask_format=cfg.INPUT.MASK_FORMAT,
+        flips=cfg.INPUT.RANDOM_FLIP != "none",
+        sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+        training=training,
+    )
