@@ -36,7 +36,8 @@ def _fingerprint(name: str) -> dict[str, str]:
     entry = metadata.get("definition") or {}
     file, root = entry.get("JSON", metadata.get("json_file")), entry.get("IMAGES", metadata.get("image_root"))
     try:
-        annotations, images = _from_json(file) if file and root else _from_records(name, root or "")
+        is_coco = file and root and entry.get("TYPE", "coco") == "coco"
+        annotations, images = _from_json(file) if is_coco else _from_records(name, root or "")
     except FileNotFoundError:
         return {"annotations": "missing"}
     out = {"annotations": annotations, "images": _listing(root or "", images)}
