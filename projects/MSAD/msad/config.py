@@ -30,6 +30,9 @@ def add_msad_config(cfg: CN) -> CN:
     # Image files of a data set that are looked into before training (size, pixels, whether they are whole), taken at
     # equal distances; 0: all of them.
     cfg.DATASETS.CHECK_IMAGES = 5000
+    # Read LOW_RES_IMAGES of the data sets in place of IMAGES. Students (with DISTILL.TEACHERS) do so anyway; this is
+    # for detectors that are trained on these files without a teacher.
+    cfg.DATASETS.LOW_RES = False
 
     # --- backbones and necks -------------------------------------------------------------------------------------
     # Basic blocks per stage of build_tiny_resnet_backbone; widths are RES2_OUT_CHANNELS * 2^stage.

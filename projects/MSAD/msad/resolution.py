@@ -151,7 +151,8 @@ def downsample_batch(
     """The batch as a model at ``1 / 2**shift`` of H sees it.
 
     Args:
-        batched_inputs: detectron2's input dicts with "image" (C, h, w) and, in training, "instances", in H pixels.
+        batched_inputs: detectron2's input dicts with "image" (C, h, w) and, in training, "instances", in H pixels. An
+            entry "low_res_image" (C, h, w), of the reduced size, is taken in place of a downsampled one.
         shift: how many times the input is halved.
         device: where the reduced images are made; H images are moved there first.
 
@@ -162,7 +163,13 @@ def downsample_batch(
     out = []
     for item in batched_inputs:
         item = dict(item)
-        item["image"] = downsampled_image(item, shift, device, mode)
+        low, size = item.pop("low_res_image", None), downsampled_size(item["image"].shape[-2:], shift)
+        if low is None or shift == 0:
+            item["image"] = downsampled_image(item, shift, device, mode)
+        elif low.shape[-2:] == size:
+            item["image"] = low.to(device, non_blocking=True).float()
+        else:
+            raise ValueError(f"low_res_image is {tuple(low.shape[-2:])} (h, w), but at shift {shift} it must be {size}")
         if "instances" in item:
             item["instances"] = scale_instances(item["instances"], shift)
         out.append(item)

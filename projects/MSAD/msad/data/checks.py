@@ -11,6 +11,7 @@ from detectron2.utils import comm
 
 from ..finding import ERROR, WARNING, Finding, error_text
 from .image_files import check_image_files
+from .low_res import check_low_res_files, reads_low_res, student_shift
 from .needs import needs_of
 from .record_checks import check_records, judge_box
 from .tally import Tally
@@ -43,7 +44,9 @@ def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]]
         findings += check_records(loaded[name], name, needs_of(cfg, training=name in train))
         if images:
             tally = Tally(f"data set {name!r}")
-            check_image_files(tally, loaded[name], name in train, cfg.DATASETS.get("CHECK_IMAGES", 0))
+            check_image_files(tally, loaded[name], name in train, cfg.DATASETS.CHECK_IMAGES)
+            if reads_low_res(cfg):
+                check_low_res_files(tally, loaded[name], student_shift(cfg), cfg.DATASETS.CHECK_IMAGES)
             findings += tally.findings()
     findings += _compare_sets(train, test, loaded)
     return {name: loaded[name] for name in train if name in loaded}, findings

@@ -29,6 +29,7 @@ from detectron2.utils import comm
 
 from ..finding import log_findings
 from .checks import check_data, clean, shared_findings
+from .low_res import FILE, low_res_mapper
 from .regions import RegionMapper
 from .tally import raise_errors
 
@@ -49,7 +50,7 @@ def build_train_loader(
         mapper: from a dataset dict to a model input; default ``DatasetMapper(cfg, True)``.
 
     Raises:
-        ValueError, FileNotFoundError: the data and the config do not fit, see ``checks.check_dataset``.
+        ValueError, FileNotFoundError: the data and the config do not fit, see ``checks.check_data``.
     """
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
@@ -59,6 +60,7 @@ def build_train_loader(
         )
     dicts = load_train_dicts(cfg)
     mapper = mapper or DatasetMapper(cfg, True)
+    mapper = low_res_mapper(cfg, mapper, dicts)
     if RegionMapper.is_needed(dicts):
         mapper = RegionMapper(mapper)
     sampler = cfg.DATALOADER.SAMPLER_TRAIN
@@ -287,7 +289,7 @@ class _NothingToUse(ValueError):
 
 def _is_readable(record: dict) -> bool:
     try:
-        return read_image(record["file_name"], "RGB") is not None
+        return all(read_image(record[key], "RGB") is not None for key in ("file_name", FILE) if key in record)
     except Exception:
         return False
 

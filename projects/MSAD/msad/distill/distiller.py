@@ -160,7 +160,8 @@ class Distiller(nn.Module):
         moved = [dict(item, image=item["image"].to(self.device, non_blocking=True)) for item in batched_inputs]
         reduced = downsample_batch(moved, shift, self.device, self.downsample_mode)
         for item, small in zip(moved, reduced):  # the teacher's branch at this resolution need not reduce them again
-            item["downsampled_images"] = {(shift, self.downsample_mode): small["image"]}
+            if "low_res_image" not in item:
+                item["downsampled_images"] = {(shift, self.downsample_mode): small["image"]}
         factor = self._current_factor()
         # The teacher runs first: what it needs is free again before the student keeps its activations.
         wanted = factor is not None or self.observer is not None

@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..data.loader import build_train_loader
+from ..data.low_res import build_test_loader
 from ..distill.distiller import Distiller
 from ..distill.init import init_student
 from ..distill.schedules import paper_weights
@@ -124,6 +125,11 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
         return build_train_loader(cfg, seed=cfg.SEED)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """detectron2's, of the images that the model sees, see :mod:`msad.data.low_res`."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

@@ -1,0 +1,223 @@
+"""Students that see the files of another sensor: the same region, the same augmentations, the annotations of H."""
+
+from __future__ import annotations
+
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from PIL import Image
+from test_resume import config
+
+from msad.data import build_train_loader, check_data, register_datasets
+from msad.data.low_res import build_test_loader, follow, size_problem, to_low_res
+from msad.engine import DistillTrainer
+from msad.finding import ERROR
+from msad.resolution import downsample, downsample_batch
+
+
+def scene(height, width):
+    """A smooth image (h, w, 3) uint8 in which every place looks different."""
+    ys, xs = np.mgrid[:height, :width].astype(np.float32)
+    waves = [np.sin(xs / 17 + i) + np.cos(ys / 13 - i) + np.sin((xs + 2 * ys) / 29) for i in range(3)]
+    return np.clip(128 + 40 * np.stack(waves, axis=2), 0, 255).astype(np.uint8)
+
+
+def half(image, shift=1):
+    """What ``downsample`` makes of an image (h, w, 3), rounded to uint8."""
+    small = downsample(torch.from_numpy(image.transpose(2, 0, 1).copy()), shift)
+    return small.round().byte().numpy().transpose(1, 2, 0)
+
+
+GEOMETRY = {
+    "nothing": [],
+    "flip": [T.HFlipTransform(96)],
+    "vertical flip": [T.VFlipTransform(64)],
+    "crop": [T.CropTransform(20, 10, 50, 40)],
+    "odd crop": [T.CropTransform(21, 13, 51, 37)],
+    "resize": [T.ResizeTransform(64, 96, 100, 150)],
+    "smaller": [T.ResizeTransform(64, 96, 43, 64)],
+    "all": [T.CropTransform(11, 7, 61, 51), T.ResizeTransform(51, 61, 77, 92), T.HFlipTransform(92)],
+}
+
+
+@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.parametrize("name", GEOMETRY)
+def test_the_students_image_is_what_downsampling_would_make(name, shift):
+    """If the second file is H downsampled, both ways to the student's image agree."""
+    image = scene(64, 96)
+    transforms = T.TransformList(GEOMETRY[name])
+    moved = transforms.apply_image(image.copy())
+    ours = follow(half(image, shift), transforms, (64, 96), moved.shape[:2], shift).astype(float)
+    wanted = half(np.ascontiguousarray(moved), shift).astype(float)
+    assert ours.shape == wanted.shape
+    inner = np.abs(ours - wanted)[1:-1, 1:-1]
+    # Two ways of resampling; a shift of half of the student's pixel would differ by 5 and more.
+    assert inner.mean() < 1.5 and inner.max() < 8
+    if name in ("nothing", "flip", "vertical flip"):  # no resampling
+        mirrored = {"nothing": np.s_[:], "flip": np.s_[:, ::-1], "vertical flip": np.s_[::-1]}[name]
+        assert np.array_equal(ours, half(image, shift)[mirrored])
+
+
+def test_places_stay_where_the_annotations_are():
+    image, low = np.zeros((60, 80, 3), np.uint8), np.zeros((30, 40, 3), np.uint8)
+    image[20:24, 30:34], low[10:12, 15:17] = 255, 255
+    transforms = T.TransformList(GEOMETRY["nothing"] + [T.CropTransform(13, 9, 41, 33), T.HFlipTransform(41)])
+    ours = follow(low, transforms, (60, 80), (33, 41), 1)
+    moved = transforms.apply_image(image)
+    centre = [(np.argwhere(m[..., 0] > 0) * m[..., 0][m[..., 0] > 0][:, None]).sum(0) / m[..., 0].sum() + 0.5
+              for m in (ours.astype(float), moved.astype(float))]  # fmt: skip
+    assert np.abs(centre[0] * 2 - centre[1]).max() < 0.15
+
+
+def test_colours_change_alike_and_what_cannot_be_followed_is_refused():
+    low, size = half(scene(64, 96)), (64, 96)
+    brighter = T.BlendTransform(src_image=0, src_weight=-0.2, dst_weight=1.2)
+    ours = follow(low, T.TransformList([brighter]), size, size, 1)
+    assert np.array_equal(ours, brighter.apply_image(low)) and ours.mean() > low.mean() + 5
+    with pytest.raises(ValueError, match="resizing, cropping and flipping only"):
+        follow(low, T.TransformList([T.RotationTransform(64, 96, 30)]), size, size, 1)
+    with pytest.raises(ValueError, match="adds a border"):
+        follow(low, T.TransformList([T.PadTransform(20, 0, 0, 0)]), size, (64, 116), 1)
+    with pytest.raises(ValueError, match="mixes in an H image"):
+        mixed = T.BlendTransform(src_image=scene(64, 96), src_weight=0.5, dst_weight=0.5)
+        follow(low, T.TransformList([mixed]), size, size, 1)
+
+
+def test_sizes_up_to_rounding():
+    for low in ((34, 51), (33, 50), (34, 50)):
+        assert not size_problem((67, 101), low, 1)
+    assert "is 52 x 34 (width x height), but the image is 101 x 67: 1/2 of that is 51 x 34" in size_problem(
+        (67, 101), (34, 52), 1
+    )
+    assert size_problem((67, 101), (34, 51), 2) and not size_problem((67, 101), (17, 25), 2)
+
+
+def test_batches_take_the_image_that_is_there(make_batch):
+    (item,) = make_batch([(31, 40)])
+    low = torch.randint(0, 256, (3, 16, 20), dtype=torch.uint8)
+    (small,) = downsample_batch([{**item, "low_res_image": low}], 1, torch.device("cpu"))
+    assert torch.equal(small["image"], low.float()) and "low_res_image" not in small
+    assert small["instances"].image_size == (16, 20)
+    with pytest.raises(ValueError, match=r"low_res_image is \(16, 20\).* must be \(8, 10\)"):
+        downsample_batch([{**item, "low_res_image": low}], 2, torch.device("cpu"))
+
+
+@pytest.fixture
+def thermal(project, teacher_weights, tmp_path):
+    """A student's config whose data sets have a second folder: inverted images of half the size."""
+    low = tmp_path / "low"
+    low.mkdir()
+    for path in sorted((project / "data" / "images").iterdir()):
+        cv2.imwrite(str(low / path.name), 255 - half(cv2.imread(str(path))), [cv2.IMWRITE_JPEG_QUALITY, 100])
+    cfg = config(project, teacher_weights, "student", tmp_path / "out")
+    names = {"tiny_train": f"low_train_{tmp_path.name}", "tiny_val": f"low_val_{tmp_path.name}"}
+    register = [{**e, "NAME": names[e["NAME"]], "LOW_RES_IMAGES": str(low)} for e in cfg.DATASETS.REGISTER]
+    cfg.DATASETS.REGISTER = register
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names["tiny_train"],), (names["tiny_val"],)
+    register_datasets(cfg)
+    yield cfg, low
+    for name in names.values():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_loader_gives_both_images(thermal):
+    cfg, _ = thermal
+    cfg.INPUT.CROP.ENABLED = True
+    cfg.INPUT.MIN_SIZE_TRAIN = (51, 64)
+    loader = build_train_loader(cfg, seed=0)
+    for _, batch in zip(range(3), loader):
+        for item in batch:
+            wanted = 255 - downsample(item["image"], 1)
+            assert item["low_res_image"].shape == wanted.shape and item["low_res_image"].dtype == torch.uint8
+            assert (item["low_res_image"].float() - wanted).abs().mean() < 12  # one is near 255 - the other
+            (small,) = downsample_batch([item], 1, torch.device("cpu"))
+            assert torch.equal(small["image"], item["low_res_image"].float())
+
+
+def test_student_trains_and_is_evaluated_on_its_own_files(thermal, monkeypatch):
+    cfg, low = thermal
+    cfg.SOLVER.MAX_ITER = 2
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(False)
+    seen = {"student": [], "teacher": []}
+    distiller = trainer.distiller
+    distiller.student.register_forward_pre_hook(
+        lambda _, args: seen["student"].extend(item["image"].cpu().float() for item in args[0])
+    )
+    features = distiller.teacher.features
+
+    def watch(items, *rest):
+        seen["teacher"].extend(items)
+        return features(items, *rest)
+
+    monkeypatch.setattr(distiller.teacher, "features", watch)
+    trainer.run_step_count = 0
+    trainer.train()
+    train = seen["student"][: len(seen["teacher"])]
+    assert len(seen["teacher"]) == 4
+    for ours, item in zip(train, seen["teacher"]):
+        assert torch.equal(ours, item["low_res_image"].float())
+        assert "downsampled_images" not in item  # the teacher's small branch sees H, downsampled
+        assert (ours - (255 - downsample(item["image"].cpu().float(), 1))).abs().mean() < 12
+
+    (batch, *_) = build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    record = DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+    expected = cv2.imread(str(low / record["file_name"].rsplit("/", 1)[1]))
+    assert np.array_equal(batch[0]["image"].numpy().transpose(1, 2, 0), expected)
+    assert (batch[0]["height"], batch[0]["width"]) == (64, 64)
+    plain = cfg.clone()
+    plain.DISTILL.TEACHERS = []
+    (batch, *_) = build_test_loader(plain, cfg.DATASETS.TEST[0])
+    assert batch[0]["file_name"] == record["file_name"]
+    plain.DATASETS.LOW_RES = True
+    (batch, *_) = build_test_loader(plain, cfg.DATASETS.TEST[0])
+    assert batch[0]["file_name"] == record["low_res_file_name"]
+
+
+def test_a_detector_without_a_teacher_is_trained_on_the_second_folder(thermal):
+    cfg, low = thermal
+    cfg.DISTILL.TEACHERS, cfg.DATASETS.LOW_RES = [], True
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (32,), "none"
+    (item, *_) = next(iter(build_train_loader(cfg, seed=0)))
+    assert item["image"].shape[-2:] == (32, 32) and str(low) in item["file_name"]
+    records = {r["low_res_file_name"]: r for r in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])}
+    boxes = np.array([a["bbox"] for a in records[item["file_name"]]["annotations"]])
+    boxes[:, 2:] += boxes[:, :2]
+    np.testing.assert_allclose(item["instances"].gt_boxes.tensor.numpy(), np.clip(boxes / 2, 0, 32), atol=1e-4)
+
+
+def test_annotations_are_scaled_with_the_file(tmp_path):
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "low.png")
+    record = {"file_name": "h.png", "low_res_file_name": str(tmp_path / "low.png"), "width": 60, "height": 40}
+    annotation = {"bbox": [10, 20, 4, 8], "segmentation": [[10, 20, 14, 20, 14, 28]], "keypoints": [11.5, 21, 2]}
+    scaled = to_low_res({**record, "annotations": [annotation]})
+    assert (scaled["width"], scaled["height"]) == (30, 20)
+    assert scaled["annotations"] == [
+        {"bbox": [5, 10, 2, 4], "segmentation": [[5, 10, 7, 10, 7, 14]], "keypoints": [5.75, 10.5, 2]}
+    ]
+    with pytest.raises(ValueError, match=r"h\.png: run-length masks cannot be scaled"):
+        to_low_res({**record, "annotations": [{**annotation, "segmentation": {"size": [40, 60], "counts": "x"}}]})
+
+
+def test_wrong_files_are_found_before_training(thermal):
+    cfg, low = thermal
+    assert not [f for f in check_data(cfg)[1] if f.level == ERROR]
+    cv2.imwrite(str(low / "train_000001.jpg"), np.zeros((64, 64, 3), np.uint8))
+    (low / "val_000001.jpg").unlink()
+    errors = [f for f in check_data(cfg)[1] if f.level == ERROR]
+    assert len(errors) == 2
+    assert (
+        "train_000001.jpg is 64 x 64 (width x height), but the image is 64 x 64: 1/2 of that is 32 x 32"
+        in errors[0].text
+    )
+    assert "val_000001.jpg cannot be used: it does not exist (1 of 2" in errors[1].text
+    cfg.DISTILL.TEACHERS = []  # a teacher does not read them
+    assert not [f for f in check_data(cfg)[1] if f.level == ERROR]
+    shutil.rmtree(low)
+    assert any("LOW_RES_IMAGES: no such folder" in f.text for f in check_data(cfg)[1])
