@@ -37,6 +37,12 @@ def add_msad_config(cfg: CN) -> CN:
     # --- backbones and necks -------------------------------------------------------------------------------------
     # Basic blocks per stage of build_tiny_resnet_backbone; widths are RES2_OUT_CHANNELS * 2^stage.
     cfg.MODEL.RESNETS.BLOCKS = [1, 1, 1, 1]
+    # build_sac_resnet_backbone (DetectoRS): standardise the weights of all convolutions.
+    cfg.MODEL.RESNETS.CONV_AWS = True
+    # In which of res2 to res5 it makes the 3x3 convolutions switchable (SAC).
+    cfg.MODEL.RESNETS.SAC_ON_PER_STAGE = [False, True, True, True]
+    # Whether these are deformable, as in all released models.
+    cfg.MODEL.RESNETS.SAC_DEFORM = True
     cfg.MODEL.MOBILENETV2 = CN()
     # Factor on the channels of build_mobilenetv2_backbone; slimmable weights exist for 0.35, 0.5, 0.75 and 1.0.
     cfg.MODEL.MOBILENETV2.WIDTH = 1.0
@@ -84,7 +90,7 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # Begin with timm's pretrained weights of that name, which are downloaded.
     cfg.MODEL.TIMM.PRETRAINED = False
-    # Registered backbone under build_level_fpn_backbone.
+    # Registered backbone under build_level_fpn_backbone; under build_rfp_backbone (DetectoRS) there are two of it.
     cfg.MODEL.FPN.BOTTOM_UP = "build_resnet_backbone"
     # Levels that build_level_fpn_backbone makes: those the head reads. A teacher adds those its branches need.
     cfg.MODEL.FPN.LEVELS = []

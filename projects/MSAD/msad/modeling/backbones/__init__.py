@@ -1,3 +1,13 @@
 """Backbones and necks that detectron2 does not have, registered for yaml."""
 
-from . import efficientnet_lite, fpn, mobilenetv2, pretrained, resnet, swin, timm_models  # noqa: F401
+from . import (  # noqa: F401
+    efficientnet_lite,
+    fpn,
+    mobilenetv2,
+    pretrained,
+    resnet,
+    rfp,
+    swin,
+    switchable,
+    timm_models,
+)

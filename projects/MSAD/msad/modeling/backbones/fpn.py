@@ -128,11 +128,14 @@ class LevelFPN(Backbone):
         Returns:
             level name -> (N, C, ceil(H / 2^l), ceil(W / 2^l)), finest first.
         """
+        return self.pyramid(self.bottom_up(x), self._checked(levels))
+
+    def _checked(self, levels: Sequence[str] | None) -> list[str]:
         names = self._out_features if levels is None else sorted(levels, key=level_of)
         unknown = [name for name in names if name not in self._out_features]
         if unknown:
             raise ValueError(f"levels {unknown} were not built; this FPN has {self._out_features}")
-        return self.pyramid(self.bottom_up(x), names)
+        return names
 
     def pyramid(self, bottom_up: dict[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The levels ``names``, finest first, of the maps that the bottom-up network gave."""
@@ -158,18 +161,17 @@ class LevelFPN(Backbone):
 @BACKBONE_REGISTRY.register()
 def build_level_fpn_backbone(cfg, input_shape: ShapeSpec) -> LevelFPN:
     """LevelFPN of MODEL.FPN.LEVELS over the bottom-up network that MODEL.FPN.BOTTOM_UP names."""
-    options = cfg.MODEL.FPN
-    if not options.LEVELS:
-        raise ValueError("MODEL.FPN.LEVELS is empty: list the levels the head reads, e.g. [p3, p4, p5, p6, p7]")
-    if options.FUSE_TYPE != "sum":
-        raise ValueError(f"MODEL.FPN.FUSE_TYPE {options.FUSE_TYPE!r}: build_level_fpn_backbone adds levels up ('sum')")
-    bottom_up = BACKBONE_REGISTRY.get(options.BOTTOM_UP)(cfg, input_shape)
+    bottom_up = BACKBONE_REGISTRY.get(cfg.MODEL.FPN.BOTTOM_UP)(cfg, input_shape)
     return LevelFPN(bottom_up, **fpn_options(cfg))
 
 
 def fpn_options(cfg) -> dict:
     """Arguments of LevelFPN, without its bottom-up network, of MODEL.FPN."""
     options = cfg.MODEL.FPN
+    if not options.LEVELS:
+        raise ValueError("MODEL.FPN.LEVELS is empty: list the levels the head reads, e.g. [p3, p4, p5, p6, p7]")
+    if options.FUSE_TYPE != "sum":
+        raise ValueError(f"MODEL.FPN.FUSE_TYPE {options.FUSE_TYPE!r}: {cfg.MODEL.BACKBONE.NAME} adds levels up ('sum')")
     return {
         "in_features": options.IN_FEATURES,
         "out_channels": options.OUT_CHANNELS,
