@@ -131,6 +131,18 @@ def add_msad_config(cfg: CN) -> CN:
     # IoU above which the lower-scored of two boxes of one class is dropped.
     cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
+    # Cut candidates to the image before NMS, as mmdetection does; detectron2 cuts the detections.
+    cfg.MODEL.FCOS.CLIP_BEFORE_NMS = False
+    # "sqrt_product": see SCORE_THRESH_TEST. "product_after_threshold" (mmdetection): candidates by class score alone,
+    # scored by class score * centerness.
+    cfg.MODEL.FCOS.SCORE_RULE = "sqrt_product"
+    # A learned factor on the distances of each level, as in the original.
+    cfg.MODEL.FCOS.SCALES = False
+    # With SCALES: "relu_stride" (distances are ReLU(x) strides) or "exp" (exp(x) pixels, the first version).
+    cfg.MODEL.FCOS.BOXES = "relu_stride"
+    # With SCALES: tower that predicts centerness, "reg" or "cls" (the first version).
+    cfg.MODEL.FCOS.CENTERNESS_ON = "reg"
+
     # --- MEInst (its boxes have the keys of MODEL.FCOS) ----------------------------------------------------------
     cfg.MODEL.MEINST = CN()
     # File of the mask code that tools/fit_mask_code.py makes from DATASETS.TRAIN; "checkpoint": MODEL.WEIGHTS have
@@ -173,6 +185,11 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.GFL.TOPK_CANDIDATES_TEST = 1000
     # IoU above which the lower-scored of two boxes of one class is dropped.
     cfg.MODEL.GFL.NMS_THRESH_TEST = 0.6
+
+    # Cut candidates to the image before NMS, as mmdetection does; detectron2 cuts the detections.
+    cfg.MODEL.GFL.CLIP_BEFORE_NMS = False
+    # Where in a cell its centre lies, in strides. Weights of mmdetection: 0.
+    cfg.MODEL.GFL.OFFSET = 0.5
 
     # --- RepPoints -----------------------------------------------------------------------------------------------
     cfg.MODEL.REPPOINTS = CN()

@@ -24,6 +24,12 @@ from .names import FILE, dataset_names, write_names
 # Parts that docs/plain_backbone.py makes of detectron2's own.
 PLAIN_BACKBONE = {"MODEL.BACKBONE.NAME build_level_fpn_backbone", "MODEL.FPN.BOTTOM_UP build_resnet_c1_backbone"}
 
+# Settings of these parts, and of FCOS, that no such file knows.
+UNKNOWN_TO_PLAIN = {
+    "FPN": ("TOP_SOURCE", "TOP_RELU", "TOP_NORM"),
+    "FCOS": ("SCALES", "SCORE_RULE", "CLIP_BEFORE_NMS"),
+}
+
 
 def split_config(cfg: CfgNode, stock: CfgNode) -> tuple[dict, dict]:
     """Nested dicts of (values of ``cfg`` that differ from those of ``stock``, values of keys that ``stock`` lacks)."""
@@ -65,6 +71,9 @@ def plain_file(cfg: CfgNode) -> str | None:
     levels = sorted(map(level_of, cfg.MODEL.FPN.LEVELS))
     # detectron2's FPN has an output for every level between the finest and P5.
     if levels and levels != list(range(min(levels[0], 5), max(levels[-1], 5) + 1)):
+        return None
+    stock = add_msad_config(get_cfg()).MODEL
+    if any(cfg.MODEL[node][key] != stock[node][key] for node, keys in UNKNOWN_TO_PLAIN.items() for key in keys):
         return None
     files = {(): "docs/plain_rcnn.py", ("MODEL.META_ARCHITECTURE FCOS",): "docs/plain_fcos.py"}
     return files.get(tuple(part for part in foreign_parts(cfg) if part not in PLAIN_BACKBONE))

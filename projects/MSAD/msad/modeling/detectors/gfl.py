@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.ops import generalized_box_iou_loss
 
 from . import atss
+from .candidates import ClipsBeforeNMS
 from .distribution import DistributionTransform, distribution_focal_loss, quality_focal_loss
 
 
@@ -50,7 +51,7 @@ class GFLHead(RetinaNetHead):
 
 
 @META_ARCH_REGISTRY.register()
-class GFL(DenseDetector):
+class GFL(ClipsBeforeNMS, DenseDetector):
     """Dense detector with ATSS assignment, QFL, DFL and GIoU.
 
     Cells are squares with the sides of a stride; distances are counted in strides from their centres (stride (i + 1/2),
@@ -67,6 +68,8 @@ class GFL(DenseDetector):
         atss_topk: candidates a level and box.
         qfl_beta: exponent of QFL.
         loss_weights: of QFL, DFL and GIoU.
+        offset: where in a cell its centre lies, in strides; 0 in mmdetection's weights.
+        clip_before_nms: see :class:`ClipsBeforeNMS`.
         test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as in detectron2's FCOS.
     """
 
@@ -74,20 +77,21 @@ class GFL(DenseDetector):
     def __init__(
         self, *, backbone: nn.Module, head: nn.Module, head_in_features: list[str], num_classes: int,
         box2box_transform: DistributionTransform, anchor_size: float = 8.0, atss_topk: int = 9, qfl_beta: float = 2.0,
-        loss_weights: tuple[float, float, float] = (1.0, 0.25, 2.0), test_score_thresh: float = 0.05,
-        test_topk_candidates: int = 1000, test_nms_thresh: float = 0.6, max_detections_per_image: int = 100,
-        pixel_mean, pixel_std,
+        loss_weights: tuple[float, float, float] = (1.0, 0.25, 2.0), offset: float = 0.5,
+        clip_before_nms: bool = False, test_score_thresh: float = 0.05, test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6, max_detections_per_image: int = 100, pixel_mean, pixel_std,
     ) -> None:  # fmt: skip
         super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.num_classes = num_classes
         self.box2box_transform = box2box_transform
         self.anchor_size, self.atss_topk = anchor_size, atss_topk
         self.qfl_beta, self.loss_weights = qfl_beta, loss_weights
+        self.clip_before_nms = clip_before_nms
         self.test_score_thresh, self.test_topk_candidates = test_score_thresh, test_topk_candidates
         self.test_nms_thresh, self.max_detections_per_image = test_nms_thresh, max_detections_per_image
         strides = [backbone.output_shape()[name].stride for name in head_in_features]
         self.anchor_generator = DefaultAnchorGenerator(
-            sizes=[[stride] for stride in strides], aspect_ratios=[1.0], strides=strides, offset=0.5
+            sizes=[[stride] for stride in strides], aspect_ratios=[1.0], strides=strides, offset=offset
         )
 
     @classmethod
@@ -108,6 +112,8 @@ class GFL(DenseDetector):
             "atss_topk": options.ATSS_TOPK,
             "qfl_beta": options.QFL_BETA,
             "loss_weights": (options.QFL_WEIGHT, options.DFL_WEIGHT, options.GIOU_WEIGHT),
+            "offset": options.OFFSET,
+            "clip_before_nms": options.CLIP_BEFORE_NMS,
             "test_score_thresh": options.SCORE_THRESH_TEST,
             "test_topk_candidates": options.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": options.NMS_THRESH_TEST,

@@ -69,6 +69,8 @@ class MEInst(FCOS):
 
     @classmethod
     def build_head(cls, cfg, **kwargs) -> MEInstHead:
+        if cfg.MODEL.FCOS.SCALES or cfg.MODEL.FCOS.SCORE_RULE != "sqrt_product" or cfg.MODEL.FCOS.CLIP_BEFORE_NMS:
+            raise ValueError("MODEL.FCOS: MEInst has no SCALES, one SCORE_RULE (sqrt_product) and no CLIP_BEFORE_NMS")
         return MEInstHead(code_dim=cfg.MODEL.MEINST.DIM, **kwargs)
 
     @torch.no_grad()

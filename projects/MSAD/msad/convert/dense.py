@@ -1,0 +1,155 @@
+"""Dense detectors: RetinaNet, FCOS, GFL and RepPoints."""
+
+from __future__ import annotations
+
+import torch
+
+from .files import setting
+from .rules import Rule, Tensors, reorder
+
+LEVELS = 5
+ANCHORS = 9  # of RetinaNet at a location: 3 sizes and 3 shapes
+
+
+def anchor_order(size: int) -> torch.Tensor:
+    """Where detectron2's rows are among mmdetection's: sizes outside and shapes inside, there it is the reverse."""
+    rows = torch.arange(size).view(3, 3, size // ANCHORS)
+    return rows.transpose(0, 1).flatten()
+
+
+def _towers(tensors: Tensors, branch: str, target: str) -> list[Rule]:
+    """Rules of a tower of convolutions, with or without normalisation."""
+    step = 3 if any(name.startswith(f"bbox_head.{branch}.0.gn.") for name in tensors) else 2
+    source = rf"bbox_head\.{branch}\.(\d+)\."
+    return [
+        Rule(source + r"conv\.(weight|bias)", lambda m: f"head.{target}.{step * int(m[1])}.{m[2]}"),
+        Rule(source + r"gn\.(weight|bias)", lambda m: f"head.{target}.{step * int(m[1]) + 1}.{m[2]}"),
+    ]
+
+
+def _widths(tensors: Tensors) -> list[int]:
+    """Channels of the convolutions of a tower."""
+    count = sum(f"bbox_head.cls_convs.{k}.conv.weight" in tensors for k in range(20))
+    return [tensors[f"bbox_head.cls_convs.{k}.conv.weight"].shape[0] for k in range(count)]
+
+
+def _norm(tensors: Tensors) -> str:
+    return "GN" if "bbox_head.cls_convs.0.gn.weight" in tensors else ""
+
+
+def tower_biases(tensors: Tensors) -> Tensors:
+    """Zeros for what detectron2's towers have and mmdetection's lack: biases in front of a normalisation."""
+    zeros: Tensors = {}
+    if not _norm(tensors):
+        return zeros
+    for branch, target in (("cls_convs", "cls_subnet"), ("reg_convs", "bbox_subnet")):
+        for k, width in enumerate(_widths(tensors)):
+            if f"bbox_head.{branch}.{k}.conv.bias" not in tensors:
+                zeros[f"head.{target}.{3 * k}.bias"] = torch.zeros(width)
+    return zeros
+
+
+def _levels(first: int = 3) -> list[str]:
+    return [f"p{level}" for level in range(first, first + LEVELS)]
+
+
+def retinanet(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+    """Rules and config of RetinaNet."""
+    rules = [
+        *_towers(tensors, "cls_convs", "cls_subnet"), *_towers(tensors, "reg_convs", "bbox_subnet"),
+        Rule(r"bbox_head\.retina_cls\.(weight|bias)", r"head.cls_score.\1", reorder(anchor_order)),
+        Rule(r"bbox_head\.retina_reg\.(weight|bias)", r"head.bbox_pred.\1", reorder(anchor_order)),
+    ]  # fmt: skip
+    head = tensors["bbox_head.retina_reg.weight"]
+    if head.shape[0] != 4 * ANCHORS:
+        raise ValueError(f"bbox_head.retina_reg has {head.shape[0]} rows; detectron2's RetinaNet has {4 * ANCHORS}")
+    sizes = [[4.0 * 2**level * 2 ** (k / 3) for k in range(3)] for level in range(3, 3 + LEVELS)]
+    options = {
+        "NUM_CLASSES": tensors["bbox_head.retina_cls.weight"].shape[0] // ANCHORS, "IN_FEATURES": _levels(),
+        "NUM_CONVS": len(_widths(tensors)), "NORM": _norm(tensors), "SMOOTH_L1_LOSS_BETA": 0.0,
+    }  # fmt: skip
+    return rules, {
+        "MODEL": {
+            "META_ARCHITECTURE": "RetinaNetClippedFirst",
+            "RETINANET": options,
+            "ANCHOR_GENERATOR": {"SIZES": sizes, "ASPECT_RATIOS": [[0.5, 1.0, 2.0]]},
+        }
+    }
+
+
+def fcos(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+    """Rules and config of FCOS, first version or with normalised distances ("center-normbbox-centeronreg")."""
+    rules = [
+        *_towers(tensors, "cls_convs", "cls_subnet"), *_towers(tensors, "reg_convs", "bbox_subnet"),
+        Rule(r"bbox_head\.(?:conv|fcos)_cls\.(weight|bias)", r"head.cls_score.\1"),
+        Rule(r"bbox_head\.(?:conv|fcos)_reg\.(weight|bias)", r"head.bbox_pred.\1"),
+        Rule(r"bbox_head\.(?:conv|fcos)_centerness\.(weight|bias)", r"head.ctrness.\1"),
+        Rule(r"bbox_head\.scales\.(\d)\.scale", r"head.scales[\1]"),
+    ]  # fmt: skip
+    # Without a config: the models with normalised distances have biases in front of GN, and those of the first version
+    # have none.
+    told = setting(text, "norm_on_bbox")
+    normalised = told == "True" if told else "bbox_head.reg_convs.0.conv.bias" in tensors
+    told = setting(text, "centerness_on_reg")
+    on_reg = told == "True" if told else normalised
+    cls = next(tensors[n] for n in ("bbox_head.conv_cls.weight", "bbox_head.fcos_cls.weight") if n in tensors)
+    options = {
+        "NUM_CLASSES": cls.shape[0], "IN_FEATURES": _levels(), "CONV_DIMS": _widths(tensors), "NORM": _norm(tensors),
+        "SCALES": True, "BOXES": "relu_stride" if normalised else "exp",
+        "CENTERNESS_ON": "reg" if on_reg else "cls", "CLIP_BEFORE_NMS": True, "SCORE_RULE": "product_after_threshold",
+        "NMS_THRESH_TEST": 0.6 if normalised else 0.5,
+    }  # fmt: skip
+    return rules, {"MODEL": {"META_ARCHITECTURE": "FCOS", "FCOS": options}}
+
+
+def gfl(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+    """Rules and config of GFL."""
+    rules = [
+        *_towers(tensors, "cls_convs", "cls_subnet"), *_towers(tensors, "reg_convs", "bbox_subnet"),
+        Rule(r"bbox_head\.gfl_cls\.(weight|bias)", r"head.cls_score.\1"),
+        Rule(r"bbox_head\.gfl_reg\.(weight|bias)", r"head.bbox_pred.\1"),
+        Rule(r"bbox_head\.scales\.(\d)\.scale", r"head.scales[\1]"),
+    ]  # fmt: skip
+    options = {
+        "NUM_CLASSES": tensors["bbox_head.gfl_cls.weight"].shape[0], "IN_FEATURES": _levels(),
+        "CONV_DIMS": _widths(tensors), "NORM": _norm(tensors), "OFFSET": 0.0, "CLIP_BEFORE_NMS": True,
+        "REG_MAX": tensors["bbox_head.gfl_reg.weight"].shape[0] // 4 - 1,
+    }  # fmt: skip
+    return rules, {"MODEL": {"META_ARCHITECTURE": "GFL", "GFL": options}}
+
+
+def reppoints(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+    """Rules and config of RepPoints with moments."""
+    rules = []
+    for branch, target in (("cls_convs", "cls_subnet"), ("reg_convs", "pts_subnet")):
+        source = rf"bbox_head\.{branch}\.(\d+)\."
+        rules += [
+            Rule(source + r"conv\.(weight|bias)", rf"head.{target}.\1.\2"),
+            Rule(source + r"gn\.(weight|bias)", rf"head.{target}.\1.norm.\2"),
+        ]
+    rules += [
+        Rule(r"bbox_head\.reppoints_cls_conv\.weight", "head.cls_conv.weight"),
+        Rule(r"bbox_head\.reppoints_cls_out\.(weight|bias)", r"head.cls_score.\1"),
+        Rule(r"bbox_head\.reppoints_(pts_(?:init|refine)_(?:conv|out))\.(weight|bias)", r"head.\1.\2"),
+        Rule(r"bbox_head\.moment_transfer", "head.transform.moment_transfer"),
+    ]
+    out = tensors["bbox_head.reppoints_cls_out.weight"]
+    if tensors["bbox_head.reppoints_pts_init_out.weight"].shape[0] != 18:
+        raise ValueError("bbox_head.reppoints_pts_init_out: only RepPoints with nine free points are known")
+    told = setting(text, "transform_method")
+    options = {
+        "NUM_CLASSES": out.shape[0], "POINT_DIM": out.shape[1], "IN_FEATURES": _levels(),
+        "CONV_DIMS": _widths(tensors), "NORM": _norm(tensors),
+        "TRANSFORM": told or ("moment" if "bbox_head.moment_transfer" in tensors else "minmax"),
+    }  # fmt: skip
+    return rules, {"MODEL": {"META_ARCHITECTURE": "RepPoints", "REPPOINTS": options}}
+
+
+# What tells each kind, and what it is called; P7 of FCOS alone is made of ReLU(P6).
+KINDS = {
+    "bbox_head.retina_cls.weight": ("RetinaNet", retinanet),
+    "bbox_head.conv_centerness.weight": ("FCOS", fcos),
+    "bbox_head.fcos_centerness.weight": ("FCOS", fcos),
+    "bbox_head.gfl_cls.weight": ("GFL", gfl),
+    "bbox_head.reppoints_cls_out.weight": ("RepPoints", reppoints),
+}
