@@ -5,6 +5,7 @@ Values follow from the names, so that mmdetection, run with the same values, cou
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 
@@ -234,7 +235,13 @@ def layout(case: str) -> tuple[Shapes, str]:
     return detectors[case]()
 
 
-def tensors(case: str) -> tuple[dict[str, torch.Tensor], str]:
-    """A state dict of mmdetection's layout, and the text of its config."""
+@functools.cache
+def _values(case: str) -> tuple[dict[str, torch.Tensor], str]:
     shapes, text = layout(case)
     return {name: value(name, shape, "std=[1.0" in text) for name, shape in shapes.items()}, text
+
+
+def tensors(case: str) -> tuple[dict[str, torch.Tensor], str]:
+    """A state dict of mmdetection's layout, and the text of its config; the tensors must not be changed."""
+    made, text = _values(case)
+    return dict(made), text
