@@ -3,18 +3,20 @@
 
     tools/compare.py configs/nuclei/losses/*.yaml --seeds 0 1 2 --reference control
     tools/compare.py A.yaml B.yaml --iterations 2000 --teacher-iterations 4000 --equal-time
-    tools/compare.py configs/nuclei/losses/*.yaml --jobs 2 --threads 1              two runs at a time on the CPU
-    tools/compare.py configs/nuclei/losses/*.yaml --devices cuda:0 cuda:1 -- MODEL.DEVICE cuda
-    tools/compare.py configs/nuclei/losses/*.yaml --report-only                     what is there so far
+    tools/compare.py STUDENT.yaml --equal-cost baseline_H.yaml
+    tools/compare.py NO_KD.yaml STUDENT.yaml --sweep DISTILL.LOSSES.0.WEIGHT=x0.1,x1,x10
+    tools/compare.py configs/nuclei/losses/*.yaml --devices cuda:0 cuda:1        a run at a time on each GPU
+    tools/compare.py configs/nuclei/losses/*.yaml --report-only                  what is there so far
 
-Every file is a row of the table. The teachers that the files name in DISTILL.TEACHERS are trained first, once a seed,
-and shared by all rows. With --equal-time each row is also trained for as many iterations as fit into the time that the
-reference took (processor time on a CPU, else the clock's; measured in the runs of equal iterations), because a loss
-that makes steps slow takes time in which the plain detector could have learned. With --count-teachers that time is the
-reference's with its teachers, and rows without one train for all of it.
+Every file is a variant. The teachers that the files name in DISTILL.TEACHERS, and theirs, are trained first, once a
+seed, and shared by all. With --equal-time each variant is also trained for as many iterations as fit into the time that
+the reference took with the same seed (processor time on a CPU, else the clock's), because a loss that makes steps slow
+takes time in which the plain detector could have learned; with --count-teachers that time is the reference's with its
+teachers, and variants without one train for all of it. --equal-cost adds a conventional detector at the input size at
+which it costs as many multiply-adds as the reference. --sweep makes one variant a value of a key; "x10" is ten times
+the file's value.
 A finished run is kept and an interrupted one resumes: repeat the same command. A run that fails does not stop others.
-Results: OUTPUT/compare.md, compare.json, compare.png, differences.png, and a folder a seed and row; weights.png shows
-the metric over the weight of a loss where rows differ in it.
+Results: OUTPUT/report.html, report.md, report.json, and a folder a seed and variant. KEY VALUE overrides apply to all.
 """
 
 from __future__ import annotations
@@ -22,45 +24,47 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from msad import cli
 from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name
-from msad.experiments import comparison as compare
+from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import device_opts, make_slots
-from msad.experiments.report.comparison import TITLES, Entry, entries, format_comparison, write_markdown
-from msad.visualization import IntervalRow, plot_intervals, plot_weights
+from msad.experiments.report import write_report
+from msad.experiments.rows import check_metric, failures, rows_of
+from msad.experiments.tables import format_tables
+from msad.experiments.variants import Variant, at_equal_time, equal_cost, sweep, unique_names
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", type=Path, metavar="YAML", help="a row each; Base*.yaml are passed over")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("configs", nargs="+", type=Path, metavar="YAML", help="a variant each; not Base*.yaml")
     parser.add_argument("--output", type=Path, default=Path("output/compare"), help="default: %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    parser.add_argument("--reference", default="", metavar="ROW", help="row of the differences; default: the first")
-    parser.add_argument("--iterations", type=int, metavar="N", help="of every row; default: as its yaml says")
+    parser.add_argument("--reference", default="", metavar="NAME", help="of the differences; default: the first file")
+    parser.add_argument("--iterations", type=int, metavar="N", help="of every variant; default: as its yaml says")
     parser.add_argument("--teacher-iterations", type=int, metavar="N", help="default: as the teacher's yaml says")
     parser.add_argument("--teacher-weights", default="", metavar="FILE",
                         help="use this checkpoint and train no teacher; {seed} in it stands for the seed")  # fmt: skip
-    parser.add_argument("--equal-time", action="store_true", help="each row also at the reference's training time")
-    parser.add_argument("--count-teachers", action="store_true", help="that time includes the rows' teachers")
+    parser.add_argument("--equal-time", action="store_true", help="each variant also at the reference's training time")
+    parser.add_argument("--count-teachers", action="store_true", help="that time includes the teachers")
+    parser.add_argument("--equal-cost", type=Path, metavar="YAML", help="this detector at the cost of the reference")
+    parser.add_argument("--sweep", metavar="KEY=V,V,...", help="one variant a value of a config key")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on the CPU; default: 1")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
     parser.add_argument("--metric", default="bbox/AP", metavar="TASK/METRIC", help="e.g. segm/AP; default: %(default)s")
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is finished")
-    # Everything after -- is for the configs: argparse would give it to the options of many values before it.
-    arguments = sys.argv[1:]
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    args = parser.parse_args(arguments[:split])
-    args.opts = arguments[split + 1 :]
-    args.seeds = list(dict.fromkeys(args.seeds))
-    return args
+    return parser
 
 
-def make_comparison(args: argparse.Namespace) -> compare.Comparison:
+def make_comparison(args: argparse.Namespace) -> Comparison:
     """The comparison that the command line asks for.
 
     Raises:
@@ -69,89 +73,59 @@ def make_comparison(args: argparse.Namespace) -> compare.Comparison:
     files = [file for file in args.configs if not file.name.startswith("Base")]
     if not files:
         raise ValueError("no yaml file to compare: Base*.yaml are what others are based on")
+    for name in ("iterations", "teacher_iterations"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    variants = {name: Variant(file) for name, file in unique_names(files).items()}
+    reference = args.reference or next(iter(variants))
+    if args.sweep:
+        variants = sweep(variants, args.sweep)
+        reference = args.reference or next(iter(variants))
+    if args.equal_time:
+        timed = [at_equal_time(name, v, reference, args.count_teachers) for name, v in variants.items()]
+        variants |= {name: v for one in timed for name, v in one.items() if v.base != reference}
+    if args.equal_cost:
+        variants |= equal_cost(args.equal_cost, reference)
     opts = [*args.opts, *device_opts(args.devices)]
-    return compare.Comparison(
-        compare.unique_names(files), args.output, opts, tuple(args.seeds), args.iterations, args.teacher_iterations,
-        args.teacher_weights, args.reference, args.equal_time, args.count_teachers,
-    )  # fmt: skip
+    return Comparison(variants, args.output, opts, tuple(dict.fromkeys(args.seeds)), args.iterations,
+                      args.teacher_iterations, args.teacher_weights, reference)  # fmt: skip
 
 
-def draw(data: dict, output: Path, metric: str) -> tuple[str, ...]:
-    """Draw the charts that there is data for; returns their file names."""
-    series = {TITLES[kind]: entries(data, kind, metric) for kind in TITLES}
-    series = {title: rows for title, rows in series.items() if rows}
-    if not series:
-        return ()
-    reference = next((r.ap.mean for rows in series.values() for r in rows if r.name == data["reference"]), None)
-    points = {title: [_point(r) for r in rows] for title, rows in series.items()}
-    plot_intervals(points, output / "compare.png", metric, reference, data["reference"])
-    changes = {title: [_change(r, rows, data["reference"]) for r in rows if r.difference] for title, rows in
-               series.items()}  # fmt: skip
-    changes = {title: rows for title, rows in changes.items() if rows}
-    pictures = ["compare.png"]
-    if changes:
-        plot_intervals(changes, output / "differences.png", f"{metric} minus {data['reference']}, seed by seed", 0.0)
-        pictures.append("differences.png")
-    if by_weight := _by_weight(data["losses"], points.get(TITLES["row"], [])):
-        plot_weights(by_weight, output / "weights.png", metric, reference, data["reference"])
-        pictures.append("weights.png")
-    return tuple(pictures)
-
-
-def _by_weight(losses: dict[str, list[dict]], rows: list[IntervalRow]) -> dict[str, list[tuple[float, IntervalRow]]]:
-    """Loss -> (weight, row) of the losses that rows have by themselves, with several positive weights."""
-    out = {}
-    for row in rows:
-        entries_ = losses.get(row.name, ())
-        weight = float(entries_[0].get("weight", 0)) if len(entries_) == 1 else 0.0  # yaml reads 1e-3 as a text
-        if weight > 0:
-            out.setdefault(entries_[0]["name"], []).append((weight, row))
-    return {name: points for name, points in out.items() if len({weight for weight, _ in points}) > 1}
-
-
-def _point(row: Entry) -> IntervalRow:
-    return IntervalRow(row.name, row.ap.mean, row.ap.half, list(row.values.values()))
-
-
-def _change(row: Entry, rows: list[Entry], reference: str) -> IntervalRow:
-    base = next(r for r in rows if r.name == reference).values
-    return IntervalRow(
-        row.name, row.difference.mean, row.difference.half, [v - base[s] for s, v in row.values.items() if s in base]
-    )
-
-
-def report(comparison: compare.Comparison, metric: str) -> dict:
-    """Write compare.json, compare.md and the charts; returns the data."""
+def report(comparison: Comparison, metric: str) -> dict:
+    """Write report.json and the report; returns the data."""
     data = {
         "command": " ".join(["python", *sys.argv]),
         "engine": engine_name(),
-        "torch": torch.__version__,
-        **compare.collect(comparison),
+        "versions": {"torch": torch.__version__},
+        **comparison.collect(),
     }
+    check_metric(rows_of(data), metric)
     comparison.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(comparison.output / "compare.json"), "w") as file:
+    with atomic_write(str(comparison.output / "report.json"), "w") as file:
         json.dump(data, file, indent=1)
-    write_markdown(data, comparison.output / "compare.md", metric, draw(data, comparison.output, metric))
+    write_report(data, comparison.output, "Comparison", metric)
     return data
 
 
-def main() -> int:
-    args = parse_args()
-    missing = []
-    try:
-        comparison = make_comparison(args)
-        if not args.report_only:
-            missing = compare.run(comparison, make_slots(args.jobs, args.threads, args.devices))
-        data = report(comparison, args.metric)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
-        return 130
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        print(f"error: {error if isinstance(error, OSError) else error.args[0]}", file=sys.stderr)
-        return 2
-    print(format_comparison(data, args.metric))
-    print(f"\nReport: {args.output / 'compare.md'}")
-    return 1 if missing else 0
+def work(args: argparse.Namespace) -> int:
+    """Train and report; status 1 if a run failed."""
+    comparison = make_comparison(args)
+    failed = [] if args.report_only else comparison.run(make_slots(args.jobs, args.threads, args.devices))
+    data = report(comparison, args.metric)
+    print(format_tables(data, args.metric) if rows_of(data) else "No run has finished yet.")
+    for line in failures(data):
+        print(f"FAILED: {line}")
+    print(f"\nReport: {args.output / 'report.html'}")
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--sweep" in argv[:-1]:  # what follows looks like an override without a blank
+        at = argv.index("--sweep")
+        argv[at : at + 2] = [f"--sweep={argv[at + 1]}"]
+    args = cli.parse(make_parser(), argv)
+    return cli.run("compare", lambda: work(args), "interrupted; the same command goes on where it was")
 
 
 if __name__ == "__main__":

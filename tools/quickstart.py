@@ -2,96 +2,130 @@
 """How much of a full-resolution detector's accuracy does one at half the resolution keep? Train, compare, report.
 
     tools/quickstart.py                                  synthetic scenes, one seed: minutes on two CPU cores
-    tools/quickstart.py --data DIR                       your data: DIR/images, DIR/annotations_{train,val}.json (COCO)
+    tools/quickstart.py --data DIR                       your data, in the layouts of COCO and Roboflow, see below
     tools/quickstart.py --data DIR --short-side 320 --iterations 2000
-    tools/quickstart.py --configs configs/nuclei --seeds 0 1 2 --rows all      a full study of a configs folder
+    tools/quickstart.py --configs configs/nuclei --seeds 0 1 2 --variants all      a full study of a configs folder
 
-Trains the conventional low-resolution detector, the one with aligned levels, the multi-resolution teacher, a student
-that is only initialised from the teacher (the control), the MSAD student, and the low-resolution detector once more
-with as many iterations as teacher and student together; several at a time, a run a core. An interrupted run goes on
-with the same command.
-Results: OUTPUT/report.html, report.md, metrics.json, and a folder a seed and row.
+Trains the full-resolution detector, the conventional one at half the resolution and at the student's cost, the one with
+finer levels, the multi-resolution teacher, a student that is only initialised from the teacher (no distillation), the
+MSAD student, and the detector with finer levels once more with as many iterations as teacher and student together;
+several at a time, a run a core. An interrupted run goes on with the same command.
+Results: OUTPUT/report.html, report.md, report.json, and a folder a seed and variant. KEY VALUE overrides apply to all.
+
+--data takes a folder with
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
-from msad import load_config
-from msad.data import register_datasets
-from msad.data.synthetic import make_dataset, register_entries
+from msad import cli, load_config
+from msad.data.layouts import LAYOUTS, register_entries
+from msad.data.synthetic import make_dataset
 from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name, load_model
-from msad.evaluation.cost import count_macs, count_parameters, measure_latency
-from msad.experiments.jobs import count_cores, device_opts, make_slots
-from msad.experiments.report import format_table, write_report
-from msad.experiments.study import ROWS, Study, collect, run
-from msad.modeling.teacher import MultiScaleTeacher
-from msad.visualization import Panel, plot_curves, save_panels
+from msad.experiments.comparison import Comparison
+from msad.experiments.costs import measure_costs
+from msad.experiments.jobs import Run, count_cores, device_opts, error_of, make_slots
+from msad.experiments.report import write_report
+from msad.experiments.run import registered
+from msad.experiments.tables import format_tables
+from msad.experiments.variants import QUICK, choose, standard_variants
+from msad.modeling.adapters import num_classes_key
+from msad.visualization import Panel, save_panels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-QUICK_ROWS = (
-    "baseline_H", "baseline_L", "baseline_L_shifted", "teacher", "student_L_control", "student_L", "baseline_L_2x",
-)  # fmt: skip
+TITLE = "Low-resolution detection by distillation"
 SYNTHETIC = {
     "num_train": 600, "num_val": 100, "size": (128, 128), "objects": (3, 7), "min_size": 10.0,
     "classes": ("disc", "ring", "triangle"), "seed": 0,
 }  # fmt: skip
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quickstart.py", description=f"{__doc__}{LAYOUTS}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="default: %(default)s")
-    parser.add_argument("--data", type=Path, help="folder with images/, annotations_train.json, annotations_val.json")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="images and annotations, see above")
     parser.add_argument("--configs", type=Path, default=REPOSITORY / "configs/quickstart", help="folder of the models")
-    rows = f"'all' or of {', '.join(ROWS)}; default: {' '.join(QUICK_ROWS)}"
-    parser.add_argument("--rows", nargs="+", default=list(QUICK_ROWS), metavar="ROW", help=rows)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each row runs once a seed; default: 0")
-    parser.add_argument("--iterations", type=int, help="of every stage; default: as the configs say")
-    parser.add_argument("--short-side", type=int, help="of H in pixels; default: as the configs say")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time on the CPU; default: one a core, up to 4")
+    parser.add_argument("--variants", "--rows", nargs="+", default=list(QUICK), metavar="NAME", help="'all', or names")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each variant runs once a seed; default: 0")
+    parser.add_argument("--iterations", type=_positive, help="of every stage; default: as the configs say")
+    parser.add_argument("--short-side", type=_positive, help="of H in pixels; default: as the configs say")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time on a CPU; default: cores, up to 4")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each GPU")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides for every row, after --")
-    args = parser.parse_args()
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    args.seeds = list(dict.fromkeys(args.seeds))
-    return args
+    return parser
 
 
-def data_opts(folder: Path) -> list:
-    """Overrides that make every row train and test on ``folder``."""
-    for name in ("images", "annotations_train.json", "annotations_val.json"):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"--data {folder}: there is no {name} in it")
-    folder = folder.resolve()
-    categories = json.loads((folder / "annotations_train.json").read_text()).get("categories", [])
-    entries = register_entries(folder, folder.name)
-    return [
-        "DATASETS.REGISTER", entries,
-        "DATASETS.TRAIN", (entries[0]["NAME"],),
-        "DATASETS.TEST", (entries[1]["NAME"],),
-        "MODEL.FCOS.NUM_CLASSES", len(categories),
-        "MODEL.RETINANET.NUM_CLASSES", len(categories),
-    ]  # fmt: skip
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
-def describe_data(study: Study) -> dict:
+def data_opts(folder: Path, work: Path, files: Sequence[Path], opts: Sequence, say: bool = True) -> list:
+    """Overrides that make the configs ``files`` train and test on ``folder``.
+
+    Args:
+        work: folder for annotation files that must be completed.
+        opts: further overrides of the configs.
+        say: print what the detectors ignore.
+    """
+    # No data set of the engine's own is called so, whatever the folder's name is.
+    entries, content = register_entries(folder, work, f"data_{folder.resolve().name}")
+    configs = [load_config(file, list(opts)) for file in files]
+    train, val = (entry["NAME"] for entry in entries)
+    out = ["DATASETS.REGISTER", entries, "DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,)]
+    for key in dict.fromkeys(num_classes_key(cfg) for cfg in configs):
+        out += [key, len(content["classes"])]
+    for what, key in (("masks", "MASK_ON"), ("keypoints", "KEYPOINT_ON")):
+        if say and content[what] and not any(cfg.MODEL[key] for cfg in configs):
+            print(f"note: the {what} are ignored; detectors with MODEL.{key} True learn them", file=sys.stderr)
+    if content["keypoints"] and any(cfg.MODEL.KEYPOINT_ON for cfg in configs):
+        out += ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", content["keypoints"]]
+    return out
+
+
+def make_study(args: argparse.Namespace) -> Comparison:
+    """The comparison that the command line asks for; draws the synthetic scenes if it needs them."""
+    variants = standard_variants(args.configs)
+    chosen = choose(variants, [name for name in QUICK if name in variants] if args.variants == list(QUICK) else
+                    list(variants) if args.variants == ["all"] else args.variants)  # fmt: skip
+    opts, files = [*args.opts, *device_opts(args.devices)], dict.fromkeys(v.file for v in chosen.values())
+    base = load_config(next(iter(files)))
+    folder = args.data
+    if folder is None and not base.DATASETS.TRAIN:
+        folder = args.output / "scenes"
+        print(f"Scenes: {SYNTHETIC['num_train']} for training, {SYNTHETIC['num_val']} for validation, in {folder}")
+        make_dataset(folder, **SYNTHETIC)
+    if folder is not None:
+        opts = data_opts(folder, args.output / "data", list(files), opts, args.data is not None) + opts
+    scale = 1.0
+    if args.short_side:
+        scale = args.short_side / load_config(args.configs / "Base.yaml").INPUT.MIN_SIZE_TEST
+    reference = "student_L_no_kd" if len(args.seeds) > 1 and "student_L_no_kd" in chosen else ""
+    return Comparison(chosen, args.output, opts, tuple(args.seeds), args.iterations, args.iterations,
+                      reference=reference, input_scale=scale)  # fmt: skip
+
+
+def describe_data(study: Comparison) -> dict:
     """Name and counts of the data that the study used."""
-    cfg = study.config(study.task(study.ordered()[0], study.seeds[0]))
-    register_datasets(cfg)  # nothing has, where all rows were finished before
+    cfg = study.config(Run(study.finished()[0], study.seeds[0]))
     train, val = (DatasetCatalog.get(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
     return {
-        "name": cfg.DATASETS.TRAIN[0].removesuffix("_train"),
+        "name": cfg.DATASETS.TRAIN[0].removeprefix("data_").removesuffix("_train"),
         "images_train": len(train),
         "images_val": len(val),
         "instances_train": sum(len(d["annotations"]) for d in train),
@@ -99,53 +133,18 @@ def describe_data(study: Study) -> dict:
     }
 
 
-def first_test_image(cfg: CfgNode) -> list[dict]:
-    """The first image of the data that a row is tested on, as its model gets it."""
-    register_datasets(cfg)
-    return [DatasetMapper(cfg, is_train=False)(DatasetCatalog.get(cfg.DATASETS.TEST[0])[0])]
-
-
-def measure_costs(study: Study) -> dict[str, dict]:
-    """Parameters, GMACs and milliseconds of each evaluated model on the first test image at its own size."""
-    costs: dict[str, dict] = {}
-    by_config: dict[tuple, dict] = {}
-    for name in study.complete():
-        seed = study.seeds[0]
-        task = study.task(name, seed)
-        cfg = study.config(task)
-        model = load_model(cfg, str(study.folder(task) / "model_final.pth"))
-        branches = model.branches if isinstance(model, MultiScaleTeacher) else [None]
-        for branch in branches:
-            if branch is not None:
-                model.set_eval_branch(branch)
-            key = (cfg.MODEL.dump(), cfg.INPUT.MIN_SIZE_TEST, branch)
-            if key not in by_config:
-                inputs = first_test_image(cfg)
-                macs = {part: float(f"{value:.4g}") for part, value in count_macs(model, inputs).items()}
-                latency = {p: float(f"{v:.4g}") for p, v in measure_latency(model, inputs, repeats=15).items()}
-                parameters = sum(p.numel() for p in model.parameters())
-                parts = count_parameters(model)
-                by_config[key] = {
-                    "input": list(inputs[0]["image"].shape[1:]), "parameters": parameters, "parameters_by_part": parts,
-                    "gmacs": macs, "ms": latency,
-                }  # fmt: skip
-            costs[name if branch is None else f"{name}_{branch}"] = by_config[key]
-    return costs
-
-
-def draw_panels(study: Study, path: Path, count: int = 4, threshold: float = 0.5) -> None:
+def draw_panels(study: Comparison, path: Path, count: int = 4, threshold: float = 0.5) -> None:
     """Ground truth, teacher and the low-resolution models side by side on a few validation images."""
     seed = study.seeds[0]
     columns = {"teacher": "teacher (H + L)", "baseline_L": "baseline L", "student_L": "student L"}
-    columns = {name: title for name, title in columns.items() if name in study.complete()}
+    columns = {name: title for name, title in columns.items() if name in study.finished()}
     predictors = {}
     for name in columns:
-        task = study.task(name, seed)
-        cfg = study.config(task).clone()
+        cfg = study.config(Run(name, seed)).clone()
         cfg.defrost()
-        cfg.MODEL.WEIGHTS = str(study.folder(task) / "model_final.pth")
+        cfg.MODEL.WEIGHTS = str(study.folder(Run(name, seed)) / "model_final.pth")
         predictors[name] = DefaultPredictor(cfg)
-    test = study.config(study.task(study.ordered()[0], seed)).DATASETS.TEST[0]
+    test = study.config(Run(study.finished()[0], seed)).DATASETS.TEST[0]
     records = DatasetCatalog.get(test)
     panels = []
     for record in records[:: max(len(records) // count, 1)][:count]:
@@ -164,76 +163,63 @@ def add_seconds(output: Path, seconds: float) -> float:
     return round(total, 1)
 
 
-def make_study(args: argparse.Namespace) -> Study:
-    """The study that the command line asks for; draws the synthetic scenes if it needs them."""
-    opts = [value for value in args.opts if value != "--"]
-    if args.data is not None:
-        opts = data_opts(args.data) + opts
-    elif not load_config(args.configs / "Base.yaml").DATASETS.TRAIN:
-        folder = args.output / "scenes"
-        print(f"Scenes: {SYNTHETIC['num_train']} for training, {SYNTHETIC['num_val']} for validation, in {folder}")
-        make_dataset(folder, **SYNTHETIC)
-        opts = data_opts(folder) + opts
-    opts += device_opts(args.devices)
-    rows = tuple(ROWS) if args.rows == ["all"] else tuple(args.rows)
-    return Study(args.configs, args.output, opts, tuple(args.seeds), rows, args.short_side, args.iterations)
-
-
-def finish(study: Study, begin: float) -> dict:
-    """Measure costs, draw the pictures, write metrics.json and the report; returns the metrics.
+def finish(study: Comparison, begin: float) -> dict:
+    """Measure costs, draw the pictures, write report.json and the report; returns the data.
 
     Args:
         begin: of this attempt, by time.time().
     """
-    data, cost = describe_data(study), measure_costs(study)
-    runs = {name: study.folder(study.task(name, study.seeds[0])) / "metrics.json" for name in study.complete()}
-    plot_curves({name: file for name, file in runs.items() if file.is_file()}, study.output / "curves.png")
-    draw_panels(study, study.output / "panels.jpg")
-    metrics = {
+    runs = {name: Run(name, study.seeds[0]) for name in study.finished()}
+    configs = {name: study.config(run) for name, run in runs.items()}
+    models = {n: (cfg, load_model(cfg, str(study.folder(runs[n]) / "model_final.pth"))) for n, cfg in configs.items()}
+    cost = measure_costs(models)
+    with registered(next(iter(configs.values()))):
+        about = describe_data(study)
+        draw_panels(study, study.output / "panels.jpg")
+    data = {
         "engine": engine_name(),
         "seconds": add_seconds(study.output, time.time() - begin),
         "command": " ".join(["python", *sys.argv]),
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "seeds": list(study.seeds),
-        "data": data,
-        "results": collect(study),
+        "data": about,
+        **study.collect(),
         "cost": cost,
     }
-    with atomic_write(str(study.output / "metrics.json"), "w") as file:
-        json.dump(metrics, file, indent=1)
-    write_report(metrics, study.output)
-    return metrics
+    with atomic_write(str(study.output / "report.json"), "w") as file:
+        json.dump(data, file, indent=1)
+    curves = {name: study.folder(run) / "metrics.json" for name, run in runs.items()}
+    write_report(data, study.output, TITLE, curves=curves)
+    return data
 
 
-def main() -> int:
-    args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def work(args: argparse.Namespace) -> int:
+    """Train, evaluate and report; status 1 if a run failed."""
     begin = time.time()
-    failed, metrics = [], None
+    study = make_study(args)
+    on_cpu = study.config(study.runs()[0]).MODEL.DEVICE == "cpu"
+    jobs = args.jobs or (min(count_cores(), 4) if on_cpu else 1)
     try:
-        study = make_study(args)
-        on_cpu = study.config(study.task(study.ordered()[0], study.seeds[0])).MODEL.DEVICE == "cpu"
-        jobs = args.jobs or (min(count_cores(), 4) if on_cpu else 1)
-        failed = run(study, make_slots(jobs, args.threads, args.devices))
-        if study.complete():
-            metrics = finish(study, begin)
+        failed = study.run(make_slots(jobs, args.threads, args.devices))
     except KeyboardInterrupt:
         add_seconds(args.output, time.time() - begin)
-        print("\nInterrupted. The same command goes on where it was.", file=sys.stderr)
-        return 130
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        print(f"error: {error if isinstance(error, OSError) else error.args[0]}", file=sys.stderr)
-        return 2
-    if metrics is not None:
-        print(format_table(metrics))
-        print(f"\n{metrics['seconds']:.0f} s in all. Report: {args.output / 'report.html'}")
-    for task in failed:
-        log = study.folder(task) / "log.txt"
-        print(f"error: {task}: {study.error(task)}{f'; see {log}' if log.is_file() else ''}", file=sys.stderr)
+        raise
+    if study.finished():
+        data = finish(study, begin)
+        print(f"{format_tables(data)}\n\n{data['seconds']:.0f} s in all. Report: {args.output / 'report.html'}")
+    for run in failed:
+        log = study.folder(run) / "log.txt"
+        print(f"error: {run}: {error_of(study.folder(run))}{f'; see {log}' if log.is_file() else ''}", file=sys.stderr)
     if failed:
-        print("These rows are missing for that; the same command tries them again.", file=sys.stderr)
+        print("These runs are missing for that; the same command tries them again.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = cli.parse(make_parser(), argv)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return cli.run("quickstart", lambda: work(args), "interrupted; the same command goes on where it was")
 
 
 if __name__ == "__main__":

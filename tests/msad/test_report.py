@@ -1,77 +1,68 @@
-"""The report of a study: the table's numbers, what the summary says for which numbers, and files that work."""
+"""The report of a comparison: its numbers, worked out by hand, what it says for which numbers, and files that work."""
 
 import copy
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from msad.experiments.report import format_table, markdown_table, write_report
-from msad.experiments.report.rows import KINDS, rows_of
-from msad.experiments.report.summary import difference, summary
-from msad.experiments.report.tables import table
+from msad.experiments.judgement import no_percentages, summary
+from msad.experiments.report import write_report
+from msad.experiments.rows import check_metric, rows_of
+from msad.experiments.statistics import estimate
+from msad.experiments.tables import accuracy_table, cost_table, format_tables
+
+LONGER = "baseline_L_shifted@equal_iterations"
 
 
-def row(ap, seconds=60.0, **extra):
-    box = {"AP": ap, "AP50": 1.5 * ap, "AP75": ap, "APs": 0.5 * ap, "APm": ap, "APl": float("nan")}
-    return {"bbox": box, "seconds": seconds, "iterations": 1000, "per_seed": [ap], **extra}
-
-
-def seeded(*values):
-    mean = float(np.mean(values))
-    return row(mean, per_seed=list(values), std={"bbox": float(np.std(values, ddof=1))})
+def runs(variant, *aps, name=None, iterations=1000, warmup=50, **box):
+    """The finished runs of a variant, one a seed."""
+    return [
+        {
+            "variant": variant, "seed": seed, "iterations": iterations, "warmup": warmup, "seconds": 100.4,
+            "cpu_seconds": 90.0, "steps": iterations,
+            "results": {name or variant: {"bbox": {"AP": ap, "AP50": 1.5 * ap, "APl": float("nan"), **box}}},
+        }
+        for seed, ap in enumerate(aps)
+    ]  # fmt: skip
 
 
 def cost(total, ms):
-    return {"gmacs": {"bottom_up": total / 2, "neck": 0.0, "head": total / 2, "total": total}, "ms": {"total": ms}}
+    return {"gmacs": {"head": total / 2, "total": total}, "ms": {"total": ms}, "input": [64, 96], "parameters": 384568}
 
 
 @pytest.fixture
-def metrics():
-    """One seed, rows out of order."""
+def data():
+    """One seed of a study, and costs."""
+    named = {"baseline_H": 40.0, "baseline_L": 30.0, "baseline_equal_cost": 35.0, "baseline_L_shifted": 32.5,
+             LONGER: 33.5, "student_L_no_kd": 35.2, "student_L": 36.0}  # fmt: skip
+    found = [run for name, ap in named.items() for run in runs(name, ap)]
+    found += runs("teacher", 41.0, name="teacher_H") + runs("teacher", 42.0, name="teacher_fused")
+    costs = {"baseline_H": cost(10.0, 30.0), "baseline_L": cost(2.5, 8.0), "baseline_L_shifted": cost(5.0, 16.0),
+             "student_L": cost(5.0, 15.0)}  # fmt: skip
+    variants = {n: {"file": f"{n}.yaml", "title": f"the {n}", "description": "", "teacher": n == "teacher"}
+                for n in ("teacher", *named)}  # fmt: skip
     return {
-        "engine": "detectron2 0.6",
-        "seconds": 3725.0,
-        "command": "python tools/quickstart.py --seeds 0",
-        "data": {"name": "synthetic scenes", "images_train": 1200, "images_val": 200, "instances_train": 7000},
-        "versions": {"torch": "2.12.0", "python": "3.11"},
-        "seeds": [0],
-        "results": {
-            "student_L": row(36.0),
-            "something_new": row(12.5),
-            "baseline_L": row(30.0),
-            "baseline_L_shifted": row(32.5),
-            "baseline_H": row(40.0, seconds=100.4),
-            "student_L_control": row(35.2),
-            "baseline_L_time": row(33.5),
-            "student_L_w0.1": row(35.5),
-            "student_L_scratch": row(34.0),
-            "teacher_H": row(41.0),
-        },
-        "cost": {
-            "baseline_H": cost(10.0, 30.0),
-            "baseline_L": cost(2.5, 8.0),
-            "baseline_L_shifted": cost(5.0, 16.0),
-            "student_L": cost(5.0, 15.0),
-        },
-    }
+        "engine": "detectron2 0.6", "seconds": 3725.0, "command": "python tools/quickstart.py --seeds 0",
+        "data": {"name": "scenes", "images_train": 1200, "images_val": 200, "instances_train": 7000},
+        "versions": {"torch": "2.12.0"}, "seeds": [0], "reference": "", "variants": variants, "runs": found,
+        "cost": costs,
+    }  # fmt: skip
 
 
-def three_seeds(student, control):
-    results = {
-        "baseline_H": seeded(40.0, 40.2, 40.1),
-        "baseline_L_shifted": seeded(32.0, 32.2, 32.1),
-        "student_L_control": seeded(*control),
-        "student_L": seeded(*student),
-    }
-    return {"seeds": [0, 1, 2], "results": results}
+@pytest.fixture
+def seeded():
+    """Three seeds of a reference and another variant, and one of a third whose second run failed."""
+    found = runs("a", 30.0, 31.0, 32.0) + runs("b", 31.0, 32.5, 32.5) + runs("c", 29.0)
+    found.append({"variant": "c", "seed": 1, "error": "FloatingPointError: loss is nan"})
+    variants = {n: {"file": f"{n}.yaml", "title": ""} for n in "abc"}
+    return {"seeds": [0, 1, 2], "reference": "a", "variants": variants, "runs": found}
 
 
-def cell(metrics, name, column):
-    headers, cells = table(metrics)
+def cell(table, name, column):
+    headers, cells = table
     return next(line for line in cells if line[0] == name)[headers.index(column)]
 
 
@@ -93,7 +84,7 @@ class Page(HTMLParser):
             self.images.append(attrs["src"])
             assert attrs["alt"]
         self.links += [attrs[key] for key in ("href", "src") if key in attrs]
-        if tag not in ("img", "meta", "link"):
+        if tag not in ("img", "meta", "link", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -106,219 +97,194 @@ class Page(HTMLParser):
             self.rows[-1][-1] += "" if "small" in self.open else data
 
 
-# --- rows and table ---------------------------------------------------------------------------------------------------
+# --- statistics and tables --------------------------------------------------------------------------------------------
 
 
-def test_rows_come_in_the_order_of_the_method_and_unknown_ones_last(metrics):
-    assert [r.name for r in rows_of(metrics)] == [
-        "baseline_H", "baseline_L", "baseline_L_shifted", "baseline_L_time", "teacher_H", "student_L_control",
-        "student_L", "student_L_w0.1", "student_L_scratch", "something_new",
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (3, 4.30265), (6, 2.57058), (31, 2.04227)])
+def test_intervals_follow_the_published_quantiles(n, t):
+    values = [30.0 + (-1) ** i for i in range(n)]
+    found = estimate(values)
+    assert found.half == pytest.approx(t * np.std(values, ddof=1) / n**0.5, rel=1e-5)
+
+
+def test_interval_by_hand():
+    found = estimate([30.0, 32.0, 31.0])
+    assert found.mean == 31.0 and found.std == 1.0 and found.n == 3
+    assert found.half == pytest.approx(4.30265 / 3**0.5, abs=1e-4) and found.excludes_zero
+    assert not estimate([1.0, -0.5, 0.4]).excludes_zero
+    alone = estimate([3.0])
+    assert alone == (3.0, None, None, 1) and not alone.excludes_zero
+
+
+def test_differences_are_paired_by_seed(seeded):
+    a, b, c = rows_of(seeded)
+    assert a.estimate().mean == 31.0 and a.estimate().std == 1.0 and a.minus(a) is None
+    # Differences 1.0, 1.5, 0.5: mean 1, std 0.5, interval 4.303 * 0.5 / sqrt(3).
+    change = b.minus(a)
+    assert change.mean == pytest.approx(1.0) and change.half == pytest.approx(1.2421, abs=1e-4)
+    assert not change.excludes_zero and c.minus(a).mean == -1.0 and c.minus(a).half is None
+    headers, cells = accuracy_table(seeded)
+    assert headers == ["model", "AP", "95 % interval", "minus a", "higher in", "AP50"]  # APl is no number
+    assert cells[0] == ["a", "31.0 ± 1.0", "28.5 to 33.5", "-", "-", "46.5"]
+    assert cells[1][3:5] == ["+1.00 ± 1.24", "3 of 3"] and cells[2][1:5] == ["29.0", "-", "-1.00", "-"]
+
+
+def test_a_significant_difference_is_starred(seeded):
+    seeded["runs"] = runs("a", 30.0, 30.0, 30.0) + runs("b", 31.0, 31.1, 31.2)
+    assert cell(accuracy_table(seeded), "b", "minus a") == "+1.10 ± 0.25 *"
+
+
+def test_tables_have_the_numbers_of_the_study(data):
+    accuracy, costs = accuracy_table(data), cost_table(data)
+    assert accuracy[0] == ["model", "AP", "of baseline_H", "AP50"]
+    assert [line[0] for line in accuracy[1]] == [
+        "baseline_H", "baseline_L", "baseline_equal_cost", "baseline_L_shifted", LONGER, "student_L_no_kd", "student_L",
+        "teacher_H", "teacher_fused",
     ]  # fmt: skip
+    assert cell(accuracy, "student_L", "AP") == "36.0" and cell(accuracy, "student_L", "of baseline_H") == "90 %"
+    assert costs[0] == ["model", "iterations", "train s", "CPU s", "input", "parameters", "GMACs", "ms"]
+    assert cell(costs, "student_L", "GMACs") == "5 (0.50x)" and cell(costs, "student_L", "ms") == "15.0"
+    assert cell(costs, "student_L", "input") == "64x96" and cell(costs, LONGER, "GMACs") == "-"
+    assert cell(costs, "student_L", "iterations") == "1000" and cell(costs, "student_L", "train s") == "100"
 
 
-def test_every_known_row_is_described():
-    names = [kind.pattern.replace(".*", "2") for kind in KINDS]
-    rows = rows_of({"results": {name: row(1.0) for name in reversed(names)}})
-    assert [r.name for r in rows] == names
-    assert all(len(r.description) > 60 and r.title for r in rows)
-    assert len({r.description for r in rows}) == len(rows)
+def test_shares_refer_to_the_teacher_without_a_baseline(data):
+    data["runs"] = [r for r in data["runs"] if r["variant"] != "baseline_H"]
+    assert cell(accuracy_table(data), "student_L", "of teacher_H") == "88 %"
 
 
-def test_table_has_the_numbers_of_the_study(metrics):
-    headers, cells = table(metrics)
-    assert headers == [
-        "model", "AP", "AP50", "APs", "APm", "of baseline_H", "iterations", "train s", "GMACs", "ms"
-    ]  # fmt: skip
-    assert len(cells) == 10 and all(len(line) == len(headers) for line in cells)
-    assert cell(metrics, "student_L", "AP") == "36.0" and cell(metrics, "student_L", "AP50") == "54.0"
-    assert cell(metrics, "student_L", "APs") == "18.0" and cell(metrics, "student_L", "of baseline_H") == "90 %"
-    assert cell(metrics, "baseline_H", "train s") == "100" and cell(metrics, "baseline_H", "iterations") == "1000"
-    assert cell(metrics, "student_L", "GMACs") == "5.00 (0.50x)" and cell(metrics, "student_L", "ms") == "15.0"
-    assert cell(metrics, "baseline_L", "GMACs") == "2.50 (0.25x)"
-    assert cell(metrics, "student_L_scratch", "GMACs") == "-"
+def test_other_tasks_and_few_classes_get_columns(data):
+    (student,) = [r["results"]["student_L"] for r in data["runs"] if r["variant"] == "student_L"]
+    student |= {"segm": {"AP": 22.25}, "keypoints": {"AP": 11.0}}
+    student["bbox"] |= {"AP-car": 50.0, "AP-bus": 2.0, "AP-tram": float("nan")}
+    table = accuracy_table(data)
+    assert cell(table, "student_L", "mask AP") == "22.2" and cell(table, "student_L", "keypoint AP") == "11.0"
+    assert cell(table, "baseline_H", "mask AP") == "-" and cell(table, "student_L", "AP car") == "50.0"
+    assert "AP tram" not in table[0]  # no object of it: nothing to see
+    student["bbox"] |= {f"AP-{number}": 1.0 for number in range(6)}
+    assert not [title for title in accuracy_table(data)[0] if title.startswith("AP ")]  # too many to read
+    assert accuracy_table(data, "segm/AP")[0][:2] == ["model", "AP"]
+    with pytest.raises(ValueError, match=r"segm/AR.*bbox/AP50"):
+        check_metric(rows_of(data), "segm/AR")
 
 
-def test_share_refers_to_the_teacher_without_a_baseline_and_to_nothing_without_both(metrics):
-    del metrics["results"]["baseline_H"]
-    assert cell(metrics, "student_L", "of teacher_H") == "88 %"
-    assert cell(metrics, "student_L", "GMACs") == "5.00"
-    del metrics["results"]["teacher_H"]
-    assert not [header for header in table(metrics)[0] if header.startswith("of ")]
+def test_tables_fit_a_page_of_1300_pixels(data):
+    """The last column was cut. Sizes are those of the style sheet: digits of 14 px are 8 px wide, names 7.5."""
+    seeds = [dict(run, seed=seed) for run in data["runs"] for seed in range(3)]
+    for run in seeds:
+        for results in run["results"].values():
+            results["bbox"] |= dict.fromkeys(("AP75", "APs", "APm", "APl", "AP-disc", "AP-ring", "AP-triangle"), 30.0)
+    data |= {"runs": seeds, "seeds": [0, 1, 2], "reference": "student_L_no_kd"}
+    for headers, cells in (accuracy_table(data), cost_table(data)):
+        width = 4 + 18 + 7.5 * max(len(part) for line in cells for part in line[0].split("@"))
+        for i, header in enumerate(headers[1:], 1):
+            width += 18 + 8 * max(map(len, [*header.split(), *(line[i] for line in cells)]))
+        assert width < 1240 - 40, width
 
 
-def test_spread_over_seeds_is_in_the_table():
-    metrics = three_seeds((36.0, 36.5, 36.1), (35.0, 35.5, 35.1))
-    assert cell(metrics, "student_L", "AP") == "36.2 ± 0.3"
-    del metrics["results"]["student_L"]["std"]
-    assert cell(metrics, "student_L", "AP") == "36.2 ± 0.3"
-
-
-def test_other_tasks_get_columns(metrics):
-    metrics["results"]["student_L"]["segm"] = {"AP": 22.25}
-    metrics["results"]["student_L"]["keypoints"] = {"AP": 11.0}
-    metrics["results"]["student_L"]["std"] = {"bbox": 3.0, "segm": 0.72}
-    assert cell(metrics, "student_L", "mask AP") == "22.2 ± 0.7" and cell(metrics, "student_L", "keypoint AP") == "11.0"
-    assert cell(metrics, "baseline_H", "mask AP") == "-"
-
-
-def test_few_classes_get_columns(metrics):
-    metrics["results"]["student_L"]["bbox"] |= {"AP-car": 50.0, "AP-bus": 2.0, "AP-tram": float("nan")}
-    headers, cells = table(metrics)
-    student = next(line for line in cells if line[0] == "student_L")
-    assert student[headers.index("AP car")] == "50.0" and student[headers.index("AP bus")] == "2.0"
-    assert "AP tram" not in headers  # no object of it: nothing to see
-    del metrics["results"]["student_L"]["bbox"]["AP-bus"]
-    assert "AP car" not in table(metrics)[0]  # a single class is the AP itself
-    metrics["results"]["student_L"]["bbox"] |= {f"AP-{number}": 1.0 for number in range(6)}
-    assert not [title for title in table(metrics)[0] if title.startswith("AP ")]  # too many to read
-
-
-def test_processor_time_is_shown_where_it_is_known(metrics):
-    assert "cpu s" not in table(metrics)[0]
-    metrics["results"]["student_L"]["cpu_seconds"] = 51.6
-    headers, cells = table(metrics)
-    assert [line[headers.index("cpu s")] for line in cells if line[0] == "student_L"] == ["52"]
-
-
-def test_markdown_and_terminal_tables_agree(metrics):
-    metrics["results"]["a|b"] = row(1.0)
-    headers, cells = table(metrics)
-    lines = markdown_table(metrics).splitlines()
-    assert len(lines) == len(cells) + 2
+def test_markdown_and_terminal_tables_agree(seeded):
+    seeded["runs"] += runs("x|y", 1.0)
+    headers, cells = accuracy_table(seeded)
+    lines = format_tables(seeded, style="github").split("\n\n")[0].splitlines()
     parsed = [[part.strip() for part in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert parsed[0] == headers
     assert parsed[2:] == [["`" + line[0].replace("|", r"\|") + "`", *line[1:]] for line in cells]
-    terminal = format_table(metrics).splitlines()
-    assert re.split(r"\s{2,}", terminal[2].strip()) == cells[0]
+    assert re.split(r"\s{2,}", format_tables(seeded).splitlines()[2].strip()) == cells[0]
 
 
-def test_tables_of_nothing():
-    assert table({})[1] == [] and "AP" in markdown_table({}) and "AP" in format_table({"results": {}})
+# --- judgement --------------------------------------------------------------------------------------------------------
 
 
-# --- summary ----------------------------------------------------------------------------------------------------------
-
-
-def test_summary_states_each_step_with_its_numbers(metrics):
-    sentences = summary(metrics)
-    assert len(sentences) == 5
-    headline, shift, aligned, distillation, evidence = sentences
+def test_summary_states_each_step_with_its_numbers(data):
+    evidence, headline, shift, init, distillation, budget, equal_cost = summary(data)
+    assert evidence.startswith("One seed:")
     assert "36.0 AP, 90 % of the 40.0 AP of baseline_H" in headline
-    assert "0.50 times its multiply-adds" in headline and "(15.0 against 30.0 ms)" in headline
-    assert "2.5 AP above" in shift and "2.00 times the multiply-adds" in shift
-    assert "2.7 AP above baseline_L_shifted" in aligned and "1.7 AP above baseline_L_time" in aligned
-    assert "0.8 AP above student_L_control" in distillation
-    assert "one seed, which is not evidence" in evidence
-
-
-def test_one_seed_is_never_called_help(metrics):
-    metrics["results"]["student_L"] = row(50.0)
-    sentence = summary(metrics)[3]
-    assert "14.8 AP above" in sentence and "(one run)" in sentence and "helped" not in sentence
-
-
-@pytest.mark.parametrize("ap, relation", [(34.9, "0.3 AP below"), (35.2, "level, to a tenth of an AP, with")])
-def test_summary_says_when_distillation_did_not_help(metrics, ap, relation):
-    metrics["results"]["student_L"] = row(ap)
-    sentence = summary(metrics)[3]
-    assert sentence.startswith("Distillation itself did not help here:") and relation in sentence
+    assert "0.50 times its multiply-adds and 0.50 times its latency" in headline
+    assert "2.5 AP above baseline_L (one run), at 2.00 times the multiply-adds" in shift
+    assert "student_L_no_kd is 2.7 AP above baseline_L_shifted" in init
+    assert "Distillation itself: student_L is 0.8 AP above student_L_no_kd (one run)" in distillation
+    assert f"2.5 AP above {LONGER}" in budget and "1.0 AP above baseline_equal_cost" in equal_cost
 
 
 @pytest.mark.parametrize(
-    "student, verdict, count",
+    ("student", "text"),
     [
-        ((36.0, 36.5, 36.1), "Distillation itself helped: student_L is 1.0 AP above", "3 of them"),
-        ((34.0, 34.5, 34.1), "Distillation itself did not help, it cost accuracy: student_L is 1.0", "0 of them"),
-        ((36.0, 35.0, 34.9), "Distillation itself has no effect that this study can show: ", "1 of them"),
-        ((35.0, 35.5, 35.1), "Distillation itself has no effect that this study can show: ", "0 of them"),
+        ((36.0, 36.5, 36.1), "1.0 AP above student_L_no_kd (± 0.0, significant)"),
+        ((34.0, 34.5, 34.1), "1.0 AP below student_L_no_kd (± 0.0, significant)"),
+        ((36.0, 35.0, 34.9), "0.1 AP above student_L_no_kd (± 2.0, not significant)"),
+        ((35.0, 35.5, 35.1), "equal, to a tenth of an AP, with student_L_no_kd (± 0.0, not significant)"),
     ],
 )
-def test_three_seeds_decide(student, verdict, count):
-    sentences = summary(three_seeds(student, (35.0, 35.5, 35.1)))
-    sentence = next(s for s in sentences if s.startswith("Distillation"))
-    assert sentence.startswith(verdict) and f"over 3 seeds, higher in {count}" in sentence
-    assert "mean of 3 seeds" in sentences[-1]
+def test_three_seeds_decide(student, text):
+    found = {"runs": runs("student_L", *student) + runs("student_L_no_kd", 35.0, 35.5, 35.1), "seeds": [0, 1, 2]}
+    sentences = summary(found)
+    assert text in sentences[-1] and sentences[0].startswith("Means of 3 seeds")
 
 
-def test_two_seeds_are_too_few():
-    metrics = three_seeds((36.0, 36.5), (35.0, 35.5))
-    metrics["seeds"] = [0, 1]
-    sentences = summary(metrics)
-    assert "too few" in sentences[-1]
-    assert not any("helped" in sentence for sentence in sentences)
+def test_no_percentages_of_what_has_not_converged(data):
+    assert no_percentages(data) == []
+    far = copy.deepcopy(data)
+    for run in far["runs"]:
+        if run["variant"] == LONGER:
+            run["results"][LONGER]["bbox"]["AP"] = 36.0  # 10.8 % above
+    assert "lifts baseline_L_shifted from 32.5 to 36.0 AP: training is far from converged, try 4000 iterations" in (
+        no_percentages(far)[0]
+    )
+    weak = copy.deepcopy(data)
+    for run in weak["runs"]:
+        for results in run["results"].values():
+            results["bbox"]["AP"] /= 5
+    assert no_percentages(weak)[0].startswith("baseline_H reaches only 8.0 AP: training is far from converged")
+    hot = copy.deepcopy(data)
+    hot["runs"][1]["warmup"] = 101
+    assert "more than a tenth of the iterations of baseline_L:" in no_percentages(hot)[0]
+    for doubtful in (far, weak, hot):
+        assert not [title for title in accuracy_table(doubtful)[0] if title.startswith("of ")]
+        assert summary(doubtful)[0] == no_percentages(doubtful)[0] and "%" not in summary(doubtful)[2]
 
 
-def test_aligned_training_is_compared_with_the_better_of_the_equal_budgets(metrics):
-    metrics["results"]["baseline_L_2x"] = row(35.9)
-    assert "0.7 AP below baseline_L_2x" in summary(metrics)[2]
-
-
-def test_summary_of_partial_studies(metrics):
-    only = {name: metrics["results"][name] for name in ("baseline_L", "baseline_L_shifted")}
-    sentences = summary({"results": only})
-    assert "no student_L" in sentences[0] and len(sentences) == 3
-    assert "multiply-adds" not in sentences[1]
-    assert summary({"results": {"student_L": row(30.0)}})[0].endswith("reaches 30.0 AP.")
-    assert summary({}) == ["No model of this study has been evaluated yet."]
-    assert summary({"results": {"student_L": {"bbox": {"AP": float("nan")}}}}) == summary({})
-
-
-def test_seeds_are_paired():
-    rows = {r.name: r for r in rows_of(three_seeds((36.0, 39.0, 33.0), (35.0, 38.0, 32.0)))}
-    paired = difference(rows["student_L"], rows["student_L_control"])
-    assert paired.mean == pytest.approx(1.0) and paired.spread == pytest.approx(0.0)
-    assert paired.seeds == paired.positive == 3 and paired.is_evidence
-
-
-def test_without_values_per_seed_the_spreads_are_combined():
-    metrics = three_seeds((36.0, 36.5, 36.1), (35.0, 35.5, 35.1))
-    for name, std in (("student_L", 0.3), ("student_L_control", 0.4)):
-        metrics["results"][name]["std"] = {"bbox": std}
-        del metrics["results"][name]["per_seed"]
-    rows = {r.name: r for r in rows_of(metrics)}
-    combined = difference(rows["student_L"], rows["student_L_control"], seeds=3)
-    assert combined.spread == pytest.approx(0.5) and combined.seeds == 3 and combined.positive is None
+def test_summary_of_partial_studies(data):
+    data["runs"] = [r for r in data["runs"] if r["variant"] in ("baseline_L", "baseline_L_shifted")]
+    assert len(summary(data)) == 2
+    assert summary({"runs": runs("student_L", 30.0)})[1].endswith("reaches 30.0 AP.")
+    assert summary({}) == summary({"runs": runs("student_L", float("nan"))}) == ["No model has been evaluated yet."]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_report_files(metrics, tmp_path):
-    before = copy.deepcopy(metrics)
-    for name in ("curves.png", "panels.png", "panels_2.jpg", "unrelated.png"):
-        assert cv2.imwrite(str(tmp_path / name), np.zeros((10, 10, 3), np.uint8))
-    path = write_report(metrics, tmp_path)
-    assert path == tmp_path / "report.html" and str(metrics) == str(before)
+def test_report_files(data, seeded, tmp_path):
+    data["runs"].append({"variant": "student_L_light", "seed": 0, "error": "KeyError: x"})
+    before = copy.deepcopy(data)
+    assert cv2.imwrite(str(tmp_path / "panels.jpg"), np.zeros((10, 10, 3), np.uint8))
+    path = write_report(data, tmp_path, "A study")
+    assert path == tmp_path / "report.html" and str(data) == str(before)
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert not page.open
-    headers, cells = table(metrics)
-    assert page.rows == [headers, *cells]
-    assert page.images == ["results.png", "ap_vs_gmacs.png", "ap_vs_ms.png", "curves.png", "panels.png", "panels_2.jpg"]
-    for link in page.links:
-        assert (tmp_path / link).is_file()
-    assert "://" not in text  # nothing from the network
-    assert "width=device-width" in text
+    tables = accuracy_table(data), cost_table(data)
+    assert page.rows == [line for headers, cells in tables for line in (headers, *cells)]
+    assert page.images == ["results.png", "ap_vs_gmacs.png", "ap_vs_ms.png", "panels.jpg"]
+    assert all((tmp_path / link).is_file() for link in page.links)
+    assert "://" not in text and "width=device-width" in text  # nothing from the network
     shown = " ".join(page.text)
-    for fact in (*summary(metrics), metrics["command"], "torch 2.12.0", "1,200 training images", "1 h 2 min"):
+    for fact in (*summary(data), data["command"], "torch 2.12.0", "1,200 training images", "1 h 02 min", "KeyError: x"):
         assert fact in shown
-    assert 'class="student result"' in text
-
-
-def test_markdown_report_has_the_same_table(metrics, tmp_path):
-    write_report(metrics, tmp_path)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert markdown_table(metrics) in text and metrics["command"] in text
-    assert all(sentence in text for sentence in summary(metrics))
-    for file in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (tmp_path / file).is_file()
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert format_tables(data, style="github").split("\n\n")[0] in markdown and data["command"] in markdown
+    assert all(sentence in markdown for sentence in summary(data))
     assert cv2.imread(str(tmp_path / "results.png")).shape[1] > 600
 
+    for name, value in (("b", 0.3), ("c", 3.0)):
+        seeded["variants"][name]["swept"] = ["lad", "DISTILL.LOSSES.0.WEIGHT", value]
+    page = Page(write_report(seeded, tmp_path / "compare", "Comparison").read_text(encoding="utf-8"))
+    assert page.images == ["results.png", "differences.png", "sweep.png"]
 
-def test_names_are_escaped(metrics, tmp_path):
-    metrics["results"]["<b>bold</b>&"] = row(3.0)
-    metrics["command"] = "run <x> && y"
-    text = write_report(metrics, tmp_path).read_text(encoding="utf-8")
+
+def test_names_are_escaped(data, tmp_path):
+    data["runs"] += runs("<b>bold</b>&", 3.0)
+    data["command"] = "run <x> && y"
+    text = write_report(data, tmp_path, "t").read_text(encoding="utf-8")
     assert "<b>" not in text and "&lt;b&gt;bold&lt;/b&gt;&amp;" in text and "run &lt;x&gt; &amp;&amp; y" in text
 
 
@@ -326,15 +292,12 @@ def test_names_are_escaped(metrics, tmp_path):
     "partial",
     [
         {},
-        {"results": {}},
-        {"results": {"student_L": row(30.0)}},
-        {"results": {"student_L": {"bbox": {"AP": float("nan")}}}},
-        {"results": {"student_L": {}}, "cost": {"student_L": {}}, "data": {"name": "few"}},
-        {"results": {"baseline_H": row(0.0), "student_L": row(0.0)}, "cost": {"baseline_H": cost(0.0, 0.0)}},
+        {"runs": runs("student_L", 30.0)},
+        {"runs": runs("student_L", float("nan"))},
+        {"runs": [{"variant": "student_L", "seed": 0, "results": {"student_L": {}}}], "data": {"name": "few"}},
+        {"runs": runs("baseline_H", 0.0) + runs("student_L", 0.0), "cost": {"baseline_H": cost(0.0, 0.0)}},
     ],
 )
-def test_missing_parts_do_not_break_the_report(partial, tmp_path: Path):
-    text = write_report(partial, tmp_path / "deep" / "er").read_text(encoding="utf-8")
-    page = Page(text)
-    assert not page.open and len(page.rows) == 1 + len(partial.get("results", {}))
-    assert (tmp_path / "deep" / "er" / "report.md").is_file()
+def test_missing_parts_do_not_break_the_report(partial, tmp_path):
+    page = Page(write_report(partial, tmp_path / "deep" / "er", "t").read_text(encoding="utf-8"))
+    assert not page.open and len(page.rows) == 2 * (1 + len(rows_of(partial)))

@@ -10,7 +10,9 @@ from msad import load_config
 from msad.engine import DistillTrainer
 from msad.engine.scaling import scale_to_batch, scale_to_processes
 from msad.engine.setup import prepare
-from msad.experiments.study import Study
+from msad.experiments.comparison import Comparison
+from msad.experiments.jobs import Run
+from msad.experiments.variants import Variant
 
 
 @pytest.fixture
@@ -147,14 +149,12 @@ def test_training_scales_to_its_processes(project, tmp_path):
     assert run.cfg.DISTILL.ANALYSIS_PERIOD == 10
 
 
-def test_training_and_studies_use_it(project, tmp_path):
+def test_training_and_comparisons_use_it(project, tmp_path):
     options = ["SOLVER.SCALE_TO_BATCH", 4, "SOLVER.MAX_ITER", 3, "OUTPUT_DIR", str(tmp_path)]
     cfg = load_config(project / "fcos.yaml", options)
     prepare(cfg)
     run = DistillTrainer(cfg)
     assert run.max_iter == 6
     assert run.optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.001)
-    (tmp_path / "baseline_H.yaml").write_text((project / "fcos.yaml").read_text())
-    (tmp_path / "base.yaml").write_text((project / "base.yaml").read_text())
-    study = Study(tmp_path, tmp_path / "out", options[:4], rows=("baseline_H",))
-    assert study.config(study.task("baseline_H", 0)).SOLVER.MAX_ITER == 6
+    comparison = Comparison({"fcos": Variant(project / "fcos.yaml")}, tmp_path / "out", options[:4])
+    assert comparison.config(Run("fcos", 0)).SOLVER.MAX_ITER == 6

@@ -10,32 +10,29 @@ import torch
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from pycocotools import mask as rle
 
 from msad.data.synthetic import make_dataset
 from msad.visualization import (
+    IntervalRow,
     Objects,
     Panel,
-    RowPoint,
     draw_objects,
     ground_truth,
     plot_ap_vs_cost,
     plot_curves,
-    plot_results,
+    plot_intervals,
+    plot_sweep_lines,
     predictions,
     save_panels,
+    variant_styles,
 )
 from msad.visualization.colours import class_colour
+from msad.visualization.intervals import ap_vs_cost_figure, intervals_figure
 from msad.visualization.panels import panels_figure
-from msad.visualization.plots import (
-    ap_curve,
-    ap_vs_cost_figure,
-    curves_figure,
-    loss_curve,
-    read_metrics,
-    results_figure,
-    smooth,
-)
+from msad.visualization.plots import ap_curve, curves_figure, loss_curve, read_metrics, smooth
+from msad.visualization.weights import sweep_lines_figure
 
 NAMES = Metadata(name="shapes for drawing", thing_classes=["disc", "ring", "plus"])
 BLACK = np.zeros((60, 80, 3), np.uint8)
@@ -342,55 +339,84 @@ def test_curves_of_many_runs_fit_and_differ(tmp_path):
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 STUDY = [
-    RowPoint("baseline_H", 38.2, 10.4, 0.4, [37.8, 38.2, 38.6]),
-    RowPoint("baseline_L", 29.8, 2.6, 0.3),
-    RowPoint("baseline_L_multiscale", 30.1, 2.6),
-    RowPoint("baseline_L_shifted", 32.3, 5.1, 0.2),
-    RowPoint("baseline_L_time", 33.4, 5.1),
-    RowPoint("teacher_H", 39.2, 10.4),
-    RowPoint("teacher_fused", 40.1, 15.8, 0.4),
-    RowPoint("student_L_control", 34.6, 5.1, 0.2),
-    RowPoint("student_L", 35.2, 5.1, 0.3),
-    RowPoint("student_L_light", 33.5, 2.9, 0.3),
+    IntervalRow("baseline_H", 38.2, 0.4, [37.8, 38.2, 38.6], cost=10.4),
+    IntervalRow("baseline_L", 29.8, 0.3, cost=2.6),
+    IntervalRow("baseline_L_multiscale", 30.1, cost=2.6),
+    IntervalRow("baseline_L_shifted@equal_iterations", 33.4, cost=5.1),
+    IntervalRow("teacher_H", 39.2, variant="teacher", cost=10.4),
+    IntervalRow("teacher_fused", 40.1, 0.4, variant="teacher", cost=15.8),
+    IntervalRow("student_L", 35.2, 0.3, cost=5.1),
 ]
+STYLES = variant_styles(row.variant or row.name for row in STUDY)
 
 
-def test_every_dot_is_labelled_and_no_label_hides_another():
-    figure = ap_vs_cost_figure(STUDY)
-    axes = figure.axes[0]
-    assert sorted(text.get_text() for text in axes.texts) == sorted(point.name for point in STUDY)
+def test_styles_are_distinct_and_the_same_in_curves_and_bars(tmp_path):
+    names = [f"variant {i}" for i in range(24)]
+    styles = variant_styles(names)
+    for look in ("line", "hatch", "marker"):
+        assert len({(style.colour, getattr(style, look)) for style in styles.values()}) == 24
+    colours = {tuple(int(style.colour[i : i + 2], 16) for i in (1, 3, 5)) for style in styles.values()}
+    nearest = min(np.linalg.norm(np.subtract(a, b)) for a, b in combinations(colours, 2))
+    assert len(colours) == 8 and nearest > 60, nearest
+    run = write_run(tmp_path / "a.json", [{"iteration": i, "bbox/AP": i / 10} for i in (99, 199)])
+    (curve,) = curves_figure({"student_L": run}, STYLES).axes[0].lines
+    bar = intervals_figure(STUDY, "AP", STYLES, bars=True).axes[0].patches[-1]
+    assert curve.get_color() == STYLES["student_L"].colour and to_hex(bar.get_edgecolor()) == curve.get_color().lower()
+
+
+def test_every_dot_is_named_and_has_its_interval(tmp_path):
+    rows = [*STUDY, IntervalRow("costless", 20.0), IntervalRow("failed", float("nan"), cost=3.0)]
+    figure = ap_vs_cost_figure(rows, "GMACs", STYLES)
+    order = sorted(STUDY, key=lambda row: -row.mean)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [row.name for row in order]
+    dots = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in figure.axes[0].containers]
+    assert dots == [(row.cost, row.mean) for row in order]
+    bars = [c.get_segments()[0] for container in figure.axes[0].containers for c in container.lines[2]]
+    assert len(bars) == 4 and np.allclose(bars[0], [[15.8, 39.7], [15.8, 40.5]])
+    # Two branches of a teacher have one colour and other fillings.
+    one, other = (c.lines[0] for c in figure.axes[0].containers if c.get_label().startswith("teacher"))
+    assert one.get_color() == other.get_color() and one.get_markerfacecolor() != other.get_markerfacecolor()
     assert_nothing_clipped(figure)
-    boxes = [text.get_window_extent() for text in axes.texts]
-    # Extents are a little larger than the letters.
-    assert not [1 for a, b in combinations(boxes, 2) if a.shrunk(1, 0.7).overlaps(b.shrunk(1, 0.7))]
-    dots = axes.transData.transform([(p.cost, p.ap) for p in STUDY])
-    assert not [1 for box in boxes for dot in dots if box.shrunk(1, 0.7).contains(*dot)]
-    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
-
-
-def test_error_bars_are_the_spread():
-    figure = ap_vs_cost_figure([RowPoint("student_L", 30.0, 5.0, 0.5), RowPoint("baseline_L", 20.0, 4.0)])
-    bars = [c for container in figure.axes[0].containers for c in container[2]]
-    assert len(bars) == 1 and np.allclose(bars[0].get_segments()[0], [[5, 29.5], [5, 30.5]])
-
-
-def test_cost_chart_leaves_out_rows_without_cost(tmp_path):
-    figure = ap_vs_cost_figure([*STUDY, RowPoint("costless", 20.0), RowPoint("failed", float("nan"), 3.0)])
-    assert len(figure.axes[0].texts) == len(STUDY)
-    with pytest.raises(ValueError, match="no row"):
-        plot_ap_vs_cost([RowPoint("costless", 20.0)], tmp_path / "no.png")
-    assert cv2.imread(str(plot_ap_vs_cost(STUDY[:1], tmp_path / "one.png"))) is not None
+    with pytest.raises(ValueError, match="no model"):
+        plot_ap_vs_cost([IntervalRow("costless", 20.0)], tmp_path / "no.png", "GMACs", STYLES)
+    assert cv2.imread(str(plot_ap_vs_cost(STUDY[:1], tmp_path / "one.png", "GMACs", STYLES))) is not None
 
 
 def test_results_chart_shows_every_value(tmp_path):
-    figure = results_figure(STUDY, "baseline_H")
+    figure = intervals_figure(STUDY, "AP", STYLES, 38.2, "baseline_H", bars=True)
     axes = figure.axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [point.ap for point in STUDY]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [point.name for point in STUDY]
+    assert [bar.get_width() for bar in axes.patches] == [row.mean for row in STUDY]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [row.name for row in STUDY]
     assert axes.texts[0].get_text() == "38.2 ± 0.4" and axes.texts[2].get_text() == "30.1"
     assert any(set(line.get_xdata()) == {38.2} and line.get_linestyle() == "--" for line in axes.lines)
     assert_nothing_clipped(figure)
-    assert cv2.imread(str(plot_results(STUDY, tmp_path / "r.png"))).shape[1] > 800
+    assert all(text.get_window_extent().x1 <= axes.bbox.x1 for text in axes.texts[: len(STUDY)])
+    assert cv2.imread(str(plot_intervals(STUDY, tmp_path / "x/r.png", "AP", STYLES, bars=True))).shape[1] > 800
+
+
+def test_intervals_show_every_seed():
+    rows = [IntervalRow("a", 31.0, 2.5, (30.0, 31.0, 32.0)), IntervalRow("b", 33.0, None, (33.0,))]
+    axes = intervals_figure(rows, "AP", variant_styles("ab"), 0.0).axes[0]
+    dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+    assert [list(x) for x in dots] == [[30.0, 31.0, 32.0]]
+    segments = [c.get_segments()[0] for c in axes.collections if len(c.get_segments())]
+    assert [(s[0][0], s[1][0]) for s in segments] == [(28.5, 33.5)]
+    with pytest.raises(ValueError, match="nothing to plot"):
+        intervals_figure([], "AP", {})
+
+
+def test_a_swept_parameter_is_an_axis(tmp_path):
+    points = [(3.0, IntervalRow("b", 32.0, 1.2, (31.0, 32.5, 32.5))), (0.3, IntervalRow("c", 29.0, None, (29.0,)))]
+    axes = sweep_lines_figure({"LAD": points}, "WEIGHT", "AP", 31.0, "no_kd").axes[0]
+    (curve,) = [line for line in axes.lines if line.get_marker() == "o"]
+    assert axes.get_xscale() == "log" and axes.get_xlabel().startswith("WEIGHT")
+    assert list(curve.get_xdata()) == [0.3, 3.0] and list(curve.get_ydata()) == [29.0, 32.0]
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"LAD", "no_kd"}
+    (bars,) = [c for c in axes.collections if len(c.get_segments()) == 2]
+    assert np.allclose(bars.get_segments()[1], [[3.0, 30.8], [3.0, 33.2]])
+    zero = [(0.0, IntervalRow("b", 32.0)), (0.3, IntervalRow("c", 29.0))]
+    assert sweep_lines_figure({"LAD": zero}, "WEIGHT", "AP").axes[0].get_xscale() == "linear"
+    assert plot_sweep_lines({"LAD": points}, tmp_path / "s.png", "WEIGHT", "AP").stat().st_size > 1000
 
 
 def test_objects_have_a_length():

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,28 +10,23 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "compare.py"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(capsys):
     spec = importlib.util.spec_from_file_location("compare_tool", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, args)])
-        return module.main(), capsys.readouterr()
-
-    return run
+    return lambda *args: (module.main(list(map(str, args))), capsys.readouterr())
 
 
 @pytest.fixture
 def finished(project, tmp_path):
-    """Results of two rows over three seeds, and the third row's failure."""
-    for row, offset in (("fcos", 0.0), ("gfl", 2.0)):
+    """Results of two variants over three seeds, and the third's failure."""
+    for name, offset in (("fcos", 0.0), ("gfl", 2.0)):
         for seed in range(3):
-            folder = tmp_path / f"seed{seed}" / row
+            folder = tmp_path / f"seed{seed}" / name
             folder.mkdir(parents=True)
-            results = {row: {"bbox": {"AP": 20.0 + seed + offset * (1 + seed / 10), "AP50": 40.0}}}
-            clock = {"iterations": 6, "seconds": 3.0, "cpu_seconds": 3.0, "steps": 6}
-            (folder / "result.json").write_text(json.dumps({"fingerprint": "x", **clock, "results": results}))
+            results = {name: {"bbox": {"AP": 20.0 + seed + offset * (1 + seed / 10), "AP50": 40.0}}}
+            clock = {"iterations": 6, "warmup": 0, "seconds": 3.0, "cpu_seconds": 3.0, "steps": 6}
+            (folder / "result.json").write_text(json.dumps({**clock, "results": results}))
     (tmp_path / "seed0/retinanet").mkdir()
     (tmp_path / "seed0/retinanet/failed.txt").write_text("ValueError: no GPU")
     return tmp_path
@@ -40,21 +34,35 @@ def finished(project, tmp_path):
 
 def test_report_of_finished_runs(call, project, finished):
     files = [project / f"{name}.yaml" for name in ("fcos", "gfl", "retinanet")]
-    args = ["--output", finished, "--report-only", "--equal-time"]
-    status, printed = call(*files, *args, "--", "SOLVER.IMS_PER_BATCH", 1)
+    status, printed = call(*files, "--output", finished, "SOLVER.IMS_PER_BATCH", 1, "--report-only", "--equal-time")
     assert status == 0 and "+2.20 ± 0.50 *" in printed.out and "retinanet, seed 0: ValueError: no GPU" in printed.out
-    data = json.loads((finished / "compare.json").read_text())
-    assert data["reference"] == "fcos" and len([r for r in data["runs"] if r["kind"] == "row"]) == 7
-    for name in ("compare.md", "compare.png", "differences.png"):
+    data = json.loads((finished / "report.json").read_text())
+    assert data["reference"] == "fcos"
+    # GFL's steps took as long as the reference's: its runs of equal time are the same.
+    assert [r["variant"] for r in data["runs"]].count("gfl@equal_time") == 3
+    for name in ("report.html", "report.md", "results.png", "differences.png"):
         assert (finished / name).stat().st_size > 500
+
+
+def test_a_sweep_and_the_conventional_detector_of_equal_cost(call, project, tmp_path):
+    fcos, student = project / "fcos.yaml", project / "student.yaml"
+    args = ["--sweep", "DISTILL.LOSSES.0.WEIGHT=x0.1,x10", "--equal-cost", fcos, "--reference", "fcos"]
+    status, printed = call(fcos, student, *args, "--output", tmp_path, "--report-only")
+    assert status == 0 and "No run has finished yet" in printed.out
+    data = json.loads((tmp_path / "report.json").read_text())
+    swept = ["student_WEIGHT_0.06", "student_WEIGHT_6.0"]
+    assert list(data["variants"]) == ["fcos", *swept, "baseline_equal_cost", "teacher"]
+    assert data["variants"]["student_WEIGHT_6.0"]["losses"][0]["weight"] == 6.0
 
 
 def test_bad_command_lines_are_one_sentence(call, project, tmp_path):
     status, printed = call(project / "fcos.yaml", "--reference", "gfl", "--report-only", "--output", tmp_path)
-    assert status == 2 and printed.err == "error: --reference gfl is none of the rows fcos\n"
+    assert status == 2 and printed.err == "compare: error: --reference gfl is none of the variants fcos\n"
     status, printed = call(tmp_path / "none.yaml", "--report-only", "--output", tmp_path)
     assert status == 2 and "no config file" in printed.err
     status, printed = call(tmp_path / "Base.yaml", "--report-only")
     assert status == 2 and "no yaml file to compare" in printed.err
     status, printed = call(project / "fcos.yaml", "--devices", "gpu0", "--output", tmp_path)
     assert status == 2 and "cuda:0" in printed.err
+    status, printed = call(project / "fcos.yaml", "--iterations", "0", "--output", tmp_path)
+    assert status == 2 and "--iterations must be at least 1" in printed.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import reduce
 from operator import getitem
 
@@ -79,11 +80,22 @@ def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
     return scaled
 
 
-def set_iterations(cfg: CfgNode, iterations: int | None) -> None:
-    """Train ``cfg`` for so many iterations, with SOLVER.STEPS moved alike; None: as it is."""
-    if iterations is not None:
-        cfg.SOLVER.STEPS = tuple(round(step * iterations / cfg.SOLVER.MAX_ITER) for step in cfg.SOLVER.STEPS)
-        cfg.SOLVER.MAX_ITER = iterations
+def set_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = ()) -> None:
+    """Train ``cfg`` for so many iterations, with SOLVER.STEPS moved alike; None: as it is.
+
+    A shorter run also has shorter warm-ups, so that it does not end before its learning rate has risen.
+
+    Args:
+        keep: keys of warm-ups that stay as they are.
+    """
+    if iterations is None:
+        return
+    factor = iterations / cfg.SOLVER.MAX_ITER
+    cfg.SOLVER.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
+    for section in ("SOLVER", "DISTILL"):
+        if factor < 1 and f"{section}.WARMUP_ITERS" not in keep:
+            cfg[section].WARMUP_ITERS = _shrink(cfg[section].WARMUP_ITERS, 1 / factor)
+    cfg.SOLVER.MAX_ITER = iterations
 
 
 def _value(cfg: CfgNode, key: str) -> float | tuple[int, ...]:

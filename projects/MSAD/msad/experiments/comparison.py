@@ -1,4 +1,4 @@
-"""Yaml files compared on equal terms: every file with every seed, in processes of their own, from shared teachers."""
+"""A comparison: variants trained with several seeds on equal terms, from shared teachers, under stated budgets."""
 
 from __future__ import annotations
 
@@ -12,27 +12,34 @@ from tqdm import tqdm
 from ..config import load_config
 from ..distill.losses.registry import lower_keys
 from ..engine.scaling import scale_to_batch, set_iterations
-from .jobs import SAME_TIME, Plan, Slot, Task, run_tasks
+from .costs import scale_inputs, set_equal_cost
+from .jobs import Run, Slot, error_of, run_all
+from .run import check_same, is_finished, read_json
+from .variants import Variant, map_teachers, unique_names
+
+TIME_TOLERANCE = 0.05  # a smaller difference in time is within what can be measured
 
 
 @dataclass
-class Comparison(Plan):
-    """What is compared, and where the runs live: OUTPUT/seed0/{row, row@time, teachers/name}.
+class Comparison:
+    """What is compared, and where the runs live: OUTPUT/seedN/NAME.
+
+    The teachers that configs name in DISTILL.TEACHERS become variants of their own, and theirs, too; a variant that is
+    such a file serves as the teacher.
 
     Attributes:
-        files: row -> yaml file.
+        variants: by name.
         output: folder of the results.
-        opts: KEY VALUE overrides of every row and teacher.
-        seeds: every row and teacher runs once with each.
-        iterations: of every row, with SOLVER.STEPS scaled alike; None: as its yaml says.
-        teacher_iterations: the same of every teacher.
-        teacher_weights: checkpoint that takes the place of training a teacher; "{seed}" in it becomes the seed.
-        reference: row to which differences and times refer.
-        equal_time: every row also runs for the time of the reference.
-        count_teachers: that time includes the training of the teachers that a row names.
+        opts: KEY VALUE overrides of every run.
+        seeds: every variant runs once with each; a student learns from the teacher of its own seed.
+        iterations: of every variant that is no teacher of others only, the schedule scaled alike; None: as configs say.
+        teacher_iterations: the same of every such teacher.
+        teacher_weights: checkpoint that takes the place of training teachers; "{seed}" in it becomes the seed.
+        reference: variant to which differences refer; "" for none.
+        input_scale: factor on all input sizes.
     """
 
-    files: dict[str, Path]
+    variants: dict[str, Variant]
     output: Path
     opts: list = field(default_factory=list)
     seeds: tuple[int, ...] = (0,)
@@ -40,167 +47,207 @@ class Comparison(Plan):
     teacher_iterations: int | None = None
     teacher_weights: str = ""
     reference: str = ""
-    equal_time: bool = False
-    count_teachers: bool = False
+    input_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.count_teachers and self.teacher_weights:
+        self._loaded: dict[tuple, CfgNode] = {}
+        if self.reference and self.reference not in self.variants:
+            raise ValueError(f"--reference {self.reference} is none of the variants {', '.join(self.variants)}")
+        if self.teacher_weights and any(v.count_teachers for v in self.variants.values()):
             raise ValueError("--count-teachers: what the teacher of --teacher-weights took to train is not known")
-        self.reference = self.reference or next(iter(self.files))
-        if self.reference not in self.files:
-            raise ValueError(f"--reference {self.reference} is none of the rows {', '.join(self.files)}")
-        configs = {name: self._load(file) for name, file in self.files.items()}
-        used = {name: [_key(e) for e in cfg.DISTILL.TEACHERS] for name, cfg in configs.items()}
-        paths = [] if self.teacher_weights else dict.fromkeys(path for files in used.values() for path in files)
-        self.teachers = unique_names(list(paths))
-        self.losses = {name: [lower_keys(e) for e in cfg.DISTILL.LOSSES] for name, cfg in configs.items()}
-        by_path = {path: name for name, path in self.teachers.items()}
-        self.row_teachers = {name: [by_path[p] for p in files if p in by_path] for name, files in used.items()}
+        self.variants = dict(self.variants)
+        own = {v.file.resolve(): n for n, v in self.variants.items() if not (v.overrides or v.budget)}
+        found: dict[Path, None] = {}
+        if not self.teacher_weights:
+            for variant in self.variants.values():
+                self._find_teachers(variant.file, variant.overrides, found, ())
+        for name, file in unique_names([file for file in found if file not in own]).items():
+            name = f"{file.parent.name}_{name}" if name in self.variants else name
+            self.variants[name] = Variant(file, title="teacher", teacher=True)
+            own[file] = name
+        self._name_of = own
 
-    def _load(self, file: Path) -> CfgNode:
-        return scale_to_batch(load_config(file, self.opts))
+    def _find_teachers(self, file: Path, overrides: Sequence, found: dict[Path, None], path: tuple[Path, ...]) -> None:
+        for teacher in self._teacher_files(self._load(file, overrides)):
+            if teacher in path:
+                raise ValueError(f"DISTILL.TEACHERS: {teacher} is its own teacher")
+            found[teacher] = None
+            self._find_teachers(teacher, (), found, (*path, teacher))
 
-    def folder(self, task: Task) -> Path:
-        name = {"teacher": f"teachers/{task.name}", "time": f"{task.name}@time"}.get(task.kind, task.name)
-        return self.output / f"seed{task.seed}" / name
+    def _load(self, file: Path, overrides: Sequence = ()) -> CfgNode:
+        key = file, repr(overrides)
+        if key not in self._loaded:
+            self._loaded[key] = scale_to_batch(load_config(file, [*self.opts, *overrides]))
+        return self._loaded[key].clone()
 
-    def needs(self, task: Task) -> list[Task]:
-        if task.kind == "teacher":
+    def _teacher_files(self, cfg: CfgNode) -> list[Path]:
+        return list(dict.fromkeys(Path(entry["CONFIG"]).resolve() for entry in map_teachers(cfg)))
+
+    def teachers(self, name: str) -> list[str]:
+        """The variants that ``name`` learns from directly."""
+        if self.teacher_weights:
             return []
-        return [Task("teacher", name, task.seed) for name in self.row_teachers[task.name]]
+        variant = self.variants[name]
+        return [self._name_of[file] for file in self._teacher_files(self._load(variant.file, variant.overrides))]
 
-    def config(self, task: Task) -> CfgNode:
-        """The frozen config of a run; one of equal time needs the finished runs of equal iterations."""
-        teacher = task.kind == "teacher"
-        cfg = self._load(self.teachers[task.name] if teacher else self.files[task.name])
-        cfg.merge_from_list(["SEED", task.seed, "OUTPUT_DIR", str(self.folder(task))])
-        set_iterations(cfg, self.teacher_iterations if teacher else self.iterations)
-        if task.kind == "time":
-            set_iterations(cfg, self.iterations_in_time(task.name))
-        if not teacher:
-            cfg.DISTILL.TEACHERS = [self._teacher(dict(e), task.seed) for e in cfg.DISTILL.TEACHERS]
+    def all_teachers(self, name: str) -> list[str]:
+        """The variants that ``name`` learns from, and those that these learn from."""
+        out: list[str] = []
+        for teacher in self.teachers(name):
+            out += [*self.all_teachers(teacher), teacher]
+        return list(dict.fromkeys(out))
+
+    # --- a plan for run_all -------------------------------------------------------------------------------------------
+
+    def folder(self, run: Run) -> Path:
+        return self.output / f"seed{run.seed}" / run.name
+
+    def needs(self, run: Run) -> list[Run]:
+        variant, names = self.variants[run.name], self.teachers(run.name)
+        if variant.budget == "equal_time":
+            names = [*names, variant.base, variant.reference]
+            if variant.count_teachers:
+                names += [*self.all_teachers(variant.base), *self.all_teachers(variant.reference)]
+        return [Run(name, run.seed) for name in dict.fromkeys(names)]
+
+    def prepare(self, run: Run) -> bool:
+        if self._stands_for(run) != run:
+            return False  # its time is that of the run without a budget
+        return not is_finished(self.config(run), tqdm.write)
+
+    def config(self, run: Run) -> CfgNode:
+        """The frozen config of a run; one of equal time needs finished runs, see :meth:`needs`."""
+        variant = self.variants[run.name]
+        cfg = self._load(variant.file, variant.overrides)
+        cfg.merge_from_list(["SEED", run.seed, "OUTPUT_DIR", str(self.folder(run))])
+        wanted = self.teacher_iterations if variant.teacher else self.iterations
+        if variant.budget == "equal_iterations":
+            wanted = sum(self._iterations(n) for n in [*self.all_teachers(variant.reference), variant.reference])
+        elif variant.budget == "equal_time":
+            wanted = self._kept_iterations(run, self.iterations_in_time(run))
+        set_iterations(cfg, wanted, keep=self.opts[::2])
+        scale_inputs(cfg, self.input_scale)
+        if variant.budget == "equal_cost":
+            set_equal_cost(cfg, self.config(Run(variant.reference, run.seed)))
+        map_teachers(cfg, lambda entry: self._trained(entry, run.seed))
         cfg.freeze()
         return cfg
 
-    def _teacher(self, entry: dict, seed: int) -> dict:
+    def _trained(self, entry: dict, seed: int) -> dict:
         if self.teacher_weights:
             return dict(entry, WEIGHTS=self.teacher_weights.replace("{seed}", str(seed)))
-        name = next(name for name, path in self.teachers.items() if path == _key(entry))
-        folder = self.folder(Task("teacher", name, seed))
+        folder = self.folder(Run(self._name_of[Path(entry["CONFIG"]).resolve()], seed))
         return dict(entry, CONFIG=str(folder / "config.yaml"), WEIGHTS=str(folder / "model_final.pth"))
 
-    def results(self, kind: str, name: str) -> dict[int, dict]:
-        """seed -> result of the runs that are finished."""
-        found = {seed: self.result(Task(kind, name, seed)) for seed in self.seeds}
-        return {seed: result for seed, result in found.items() if result is not None}
-
-    def step_seconds(self, kind: str, name: str) -> float | None:
-        """Mean over the seeds of what a step took in training: of the processors' time, on a GPU of the clock's."""
-        file = self.teachers[name] if kind == "teacher" else self.files[name]
-        clock = "cpu_seconds" if self._load(file).MODEL.DEVICE == "cpu" else "seconds"
-        runs = [r for r in self.results(kind, name).values() if r["steps"]]
-        return sum(r[clock] / r["steps"] for r in runs) / len(runs) if runs else None
-
-    def _teacher_seconds(self, row: str) -> float | None:
-        """Mean over the seeds of the training time of a row's teachers, as far as it counts."""
-        total = 0.0
-        for name in self.row_teachers[row] if self.count_teachers else []:
-            step, runs = self.step_seconds("teacher", name), self.results("teacher", name)
-            if step is None:
-                return None
-            total += step * next(iter(runs.values()))["iterations"]
-        return total
-
-    def iterations_in_time(self, name: str) -> int | None:
-        """How many iterations of a row take the time of the reference; None if that is not known yet.
-
-        Raises:
-            ValueError: the row's teachers alone take longer.
-        """
-        own, reference = self.step_seconds("row", name), self.step_seconds("row", self.reference)
-        before, given = self._teacher_seconds(name), self._teacher_seconds(self.reference)
-        if not own or not reference or before is None or given is None:
-            return None
-        left = given + reference * self._iterations(self.reference) - before
-        if left <= 0:
-            raise ValueError(f"--count-teachers: {name}'s teachers take longer than {self.reference} with its own")
-        return max(1, round(left / own))
+    # --- budgets ------------------------------------------------------------------------------------------------------
 
     def _iterations(self, name: str) -> int:
-        return self.iterations or self._load(self.files[name]).SOLVER.MAX_ITER
+        variant = self.variants[name]
+        fixed = self.teacher_iterations if variant.teacher else self.iterations
+        return fixed or self._load(variant.file, variant.overrides).SOLVER.MAX_ITER
 
-    def tasks(self) -> list[Task]:
-        """Teachers and rows, seed by seed, each after what it needs."""
-        out = []
+    def _step_seconds(self, run: Run) -> float:
+        """What a step took in training: of the processors' time, on a GPU of the clock's."""
+        result, variant = self.result(run), self.variants[run.name]
+        if result is None or not result["steps"]:
+            raise ValueError(f"the time that {run} took is not known")
+        on_cpu = self._load(variant.file, variant.overrides).MODEL.DEVICE == "cpu"
+        return result["cpu_seconds" if on_cpu else "seconds"] / result["steps"]
+
+    def iterations_in_time(self, run: Run) -> int:
+        """How many iterations of a run of equal time take the time of its reference, measured with the same seed.
+
+        Raises:
+            ValueError: its teachers alone take longer, or a run that it needs is not finished.
+        """
+        variant = self.variants[run.name]
+
+        def seconds(names: Sequence[str]) -> float:
+            return sum(self._iterations(n) * self._step_seconds(Run(n, run.seed)) for n in names)
+
+        counted = self.all_teachers if variant.count_teachers else lambda name: []
+        left = seconds([*counted(variant.reference), variant.reference]) - seconds(counted(variant.base))
+        if left <= 0:
+            raise ValueError(f"{run}: the teachers of {variant.base} take longer than {variant.reference} with its own")
+        return max(1, round(left / self._step_seconds(Run(variant.base, run.seed))))
+
+    def _kept_iterations(self, run: Run, wanted: int) -> int:
+        """Those of an earlier attempt if they are the same within what can be measured."""
+        earlier = self.folder(run) / "config.yaml"
+        kept = load_config(earlier).SOLVER.MAX_ITER if earlier.is_file() else wanted
+        return kept if abs(kept / wanted - 1) <= TIME_TOLERANCE else wanted
+
+    def _stands_for(self, run: Run) -> Run:
+        """The run without a budget, where a run of equal time would be the same within what can be measured."""
+        variant = self.variants[run.name]
+        if variant.budget != "equal_time":
+            return run
+        same = abs(self.iterations_in_time(run) / self._iterations(variant.base) - 1) <= TIME_TOLERANCE
+        return Run(variant.base, run.seed) if same else run
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def runs(self) -> list[Run]:
+        """All runs, seed by seed; what others need comes first."""
+        out: dict[Run, None] = {}
+
+        def add(run: Run) -> None:
+            for need in self.needs(run):
+                add(need)
+            out[run] = None
+
         for seed in self.seeds:
-            out += [Task("teacher", name, seed) for name in self.teachers]
-            out += [Task("row", name, seed) for name in self.files]
-        return out
+            students = sorted(self.variants, key=lambda name: not self.teachers(name))
+            for name in students:
+                add(Run(name, seed))
+        return list(out)
 
-    def time_tasks(self) -> list[Task]:
-        """Finished rows whose runs of equal iterations took another time than the reference's."""
-        if not self.equal_time:
-            return []
-        counts = {name: self.iterations_in_time(name) for name in self.files}
-        return [
-            Task("time", name, seed)
-            for seed in self.seeds
-            for name, count in counts.items()
-            if count is not None and abs(count / self._iterations(name) - 1) > SAME_TIME
-            if self.result(Task("row", name, seed)) is not None
-        ]
+    def run(self, slots: Sequence[Slot], say: Callable[[str], None] = tqdm.write) -> list[Run]:
+        """Run all that is not finished, see :func:`msad.experiments.jobs.run_all`; returns the runs that failed.
 
+        Raises:
+            KeyError, ValueError: a config is wrong, or a folder holds a run of another one; before anything runs.
+        """
+        for run in self.runs():
+            if self.variants[run.name].budget != "equal_time":
+                check_same(self.config(run))
+        return run_all(self, self.runs(), slots, say)
 
-def _key(entry: dict) -> Path:
-    return Path(entry.get("CONFIG", "")).resolve()
+    def result(self, run: Run) -> dict | None:
+        """What the finished run left, see :func:`msad.experiments.run.train_and_evaluate`, or None."""
+        return read_json(self.folder(run) / "result.json")
 
+    def finished(self) -> list[str]:
+        """Variants that are finished with every seed and have a model of their own."""
+        return [n for n in self.variants if all(self.result(Run(n, seed)) is not None for seed in self.seeds)]
 
-def unique_names(files: Sequence[Path]) -> dict[str, Path]:
-    """name -> file: names without their ending, with the folder's where several files are called the same.
+    def collect(self) -> dict:
+        """All that is known, as plain data for :mod:`msad.experiments.rows`.
 
-    Raises:
-        ValueError: a file is named twice, or that is not enough to tell two apart.
-    """
-    stems = [file.stem for file in files]
-    names = [stem if stems.count(stem) == 1 else f"{f.resolve().parent.name}_{stem}" for f, stem in zip(files, stems)]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"several files are called {name}: {', '.join(str(f) for f in files if f.stem in name)}")
-    return dict(zip(names, files))
-
-
-def run(comparison: Comparison, slots: Sequence[Slot], report: Callable[[str], None] = tqdm.write) -> list[Task]:
-    """Run all that is not finished, see :func:`msad.experiments.jobs.run_tasks`; returns the tasks that failed."""
-    failed = run_tasks(comparison, comparison.tasks(), slots, report)
-    return failed + run_tasks(comparison, comparison.time_tasks(), slots, report)
-
-
-def collect(comparison: Comparison) -> dict:
-    """All that is known, as plain data for :mod:`msad.experiments.report.comparison`.
-
-    {"seeds", "reference", "count_teachers", "rows": {row: config file}, "losses": {row: [entry of DISTILL.LOSSES]},
-    "runs": [{"kind", "row", "seed", "iterations", "seconds", "cpu_seconds", "steps",
-    "results": {name: {task: {metric: value}}}} or {..., "error"}]}. A row whose time is the reference's has its runs of
-    equal iterations as those of equal time too.
-    """
-    tasks, timed = comparison.tasks(), comparison.time_tasks()
-    runs = []
-    for task in [*tasks, *timed]:
-        result, error = comparison.result(task), comparison.error(task)
-        entry = {"kind": task.kind, "row": task.name, "seed": task.seed}
-        if result is not None:
-            runs.append({**entry, **{k: v for k, v in result.items() if k != "fingerprint"}})
-        elif error is not None:
-            runs.append({**entry, "error": error})
-    if comparison.equal_time:
-        others = {task.name for task in timed}
-        same = [r for r in runs if r["kind"] == "row" and r["row"] not in others and "results" in r]
-        runs += [dict(r, kind="time") for r in same if comparison.iterations_in_time(r["row"]) is not None]
-    return {
-        "seeds": list(comparison.seeds),
-        "reference": comparison.reference,
-        "count_teachers": comparison.count_teachers,
-        "rows": {name: str(file) for name, file in comparison.files.items()},
-        "losses": comparison.losses,
-        "runs": runs,
-    }
+        {"seeds", "reference", "variants": {name: {"file", "title", "description", "teacher", "swept",
+        "losses": [entry of DISTILL.LOSSES]}}, "runs": [{"variant", "seed", "iterations", "warmup", "seconds",
+        "cpu_seconds", "steps", "results": {name: {task: {metric: value}}}} or {"variant", "seed", "error"}]}. A run of
+        equal time that would be the same as the one without a budget has that one's numbers.
+        """
+        runs = []
+        for run in self.runs():
+            entry = {"variant": run.name, "seed": run.seed}
+            error, result = error_of(self.folder(run)), self.result(run)
+            if result is None and error is None and all(self.result(need) for need in self.needs(run)):
+                source = self._stands_for(run)
+                result = self.result(source)
+                if result is not None:
+                    names = {n: n.replace(source.name, run.name, 1) for n in result["results"]}
+                    result = {**result, "results": {names[n]: r for n, r in result["results"].items()}}
+            if result is not None:
+                runs.append({**entry, **result})
+            elif error is not None:
+                runs.append({**entry, "error": error})
+        described = {}
+        for name, v in self.variants.items():
+            losses = self._load(v.file, v.overrides).DISTILL.LOSSES
+            described[name] = {
+                "file": str(v.file), "title": v.title, "description": v.description, "teacher": v.teacher,
+                "budget": v.budget, "swept": v.swept and list(v.swept), "losses": [lower_keys(e) for e in losses],
+            }  # fmt: skip
+        return {"seeds": list(self.seeds), "reference": self.reference, "variants": described, "runs": runs}

@@ -1,71 +1,57 @@
-"""Runs of training that depend on one another, several at a time: each in a process of its own."""
+"""Run training jobs that depend on one another, several at a time, each in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
-import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
-import torch
-from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from .run import check_result, read_result, run_config
+from ..cli import message
+from .run import read_json
 
-SAME_TIME = 0.05  # a smaller difference in time is within what can be measured
+COMMAND = (sys.executable, "-m", "msad.experiments.run", "--end-with-stdin")
 
 
-class Task(NamedTuple):
-    """One run: a "teacher", a "row", or a row whose iterations follow from measured "time"."""
+class Run(NamedTuple):
+    """One training run: a variant with a seed."""
 
-    kind: str
     name: str
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.name}{' at equal time' if self.kind == 'time' else ''}, seed {self.seed}"
+        return f"{self.name}, seed {self.seed}"
 
 
 class Slot(NamedTuple):
-    """Where one process runs: its number, CPU threads, and the GPU that it sees ("" for none or all)."""
+    """Where one process runs: its CPU threads, and the GPU that it sees ("" for none or all)."""
 
-    number: int
     threads: int = 0
     gpu: str = ""
 
 
-class Plan(ABC):
-    """What is to be run: where each task lives, what it needs and its config."""
+class Plan(Protocol):
+    """What :func:`run_all` asks about runs."""
 
-    @abstractmethod
-    def folder(self, task: Task) -> Path:
-        """Where the task leaves its results."""
+    def folder(self, run: Run) -> Path:
+        """Where the run leaves its results."""
 
-    @abstractmethod
-    def needs(self, task: Task) -> list[Task]:
-        """Tasks that must be finished before this one's config can be made."""
+    def needs(self, run: Run) -> list[Run]:
+        """Runs that must be finished before this one can be prepared."""
 
-    @abstractmethod
-    def config(self, task: Task) -> CfgNode:
-        """The frozen config of the task."""
+    def prepare(self, run: Run) -> bool:
+        """Make the folder ready for the run's process; False if there is nothing left to do.
 
-    def result(self, task: Task) -> dict | None:
-        """What the finished run left, see :func:`msad.experiments.run.run_config`, or None."""
-        return read_result(self.folder(task))
-
-    def error(self, task: Task) -> str | None:
-        """Why the run failed when it was last tried, or None."""
-        file = self.folder(task) / "failed.txt"
-        return file.read_text() if file.is_file() else None
+        Raises:
+            KeyError, ValueError: the run cannot be done.
+        """
 
 
 def count_cores() -> int:
@@ -87,87 +73,105 @@ def make_slots(jobs: int = 1, threads: int = 0, devices: Sequence[str] = ()) -> 
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if not devices or list(devices) == ["cpu"]:
-        return [Slot(number, threads or max(1, count_cores() // jobs)) for number in range(jobs)]
+        return [Slot(threads or max(1, count_cores() // jobs))] * jobs
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     slots = []
-    for number, device in enumerate(devices):
+    for device in devices:
         index = device.removeprefix("cuda:")
         if not index.isdigit() or (visible and int(index) >= len(visible)):
             raise ValueError(f"--devices {device}: expected cuda:0, cuda:1, ... of the GPUs that are visible")
-        slots.append(Slot(number, threads, visible[int(index)] if visible else index))
+        slots.append(Slot(threads, visible[int(index)] if visible else index))
     return slots
 
 
-def run_tasks(
-    plan: Plan, tasks: Sequence[Task], slots: Sequence[Slot], report: Callable[[str], None] = tqdm.write
-) -> list[Task]:
-    """Run what is not finished, one task a slot at a time; returns the tasks that failed.
+def error_of(folder: Path) -> str | None:
+    """Why the run in ``folder`` failed when it was last tried, or None."""
+    file = folder / "failed.txt"
+    return file.read_text() if file.is_file() else None
+
+
+def run_all(
+    plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], say: Callable[[str], None] = tqdm.write,
+    command: Sequence[str] = COMMAND,
+) -> list[Run]:
+    """Run what is not finished, one run a slot at a time; returns the runs that failed.
 
     A run that fails is reported, noted in its folder and tried again by the next call; those that need it are not run,
-    the others go on. Runs end with this process, however it ends.
+    the others go on. Processes end with this one, however it ends.
 
-    Raises:
-        KeyError, ValueError: a config is wrong (found before anything runs), or a folder holds a finished run of
-            another one.
+    Args:
+        runs: with all that they need.
+        say: is told of every run that ends.
+        command: of a process, to which the folder and the threads of the run are added; its standard input is closed
+            when this process ends.
     """
-    for task in dict.fromkeys(task._replace(seed=tasks[0].seed) for task in tasks if task.kind != "time"):
-        plan.config(task)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    lock = context.RLock()
-    waiting, running = list(tasks), {}  # process -> (task, slot, start)
-    failed: list[Task] = []
-    durations = []  # of what was trained here, in seconds
+    waiting = {run: plan.needs(run) for run in runs}
+    running: dict[subprocess.Popen, tuple[Run, Slot, float]] = {}
+    failed: list[Run] = []
+    free, seconds = list(slots), []
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        while waiting or running:
-            busy = {slot for _, slot, _ in running.values()}
-            free = [slot for slot in slots if slot not in busy]
-            for task in list(waiting):
-                needs = plan.needs(task)
-                culprit = next((need for need in needs if need in failed), None)
-                if culprit is not None:
-                    _note(plan, task, f"not run, because what it needs ({culprit}) failed")
-                    failed.append(task)
-                elif any(need in waiting or need in {t for t, *_ in running.values()} for need in needs):
-                    continue
-                elif plan.result(task) is not None:
-                    _check(plan, task)
-                elif not free:
-                    continue
-                else:
-                    slot = free.pop(0)
-                    (plan.folder(task) / "failed.txt").unlink(missing_ok=True)
-                    process = context.Process(target=_child, args=(plan, task, slot, lock))
-                    with _deaf_to_interrupts():
-                        process.start()
-                    running[process] = (task, slot, time.time())
-                waiting.remove(task)
-            if running:
-                wait([process.sentinel for process in running])
-            for process in [p for p in running if not p.is_alive()]:
-                process.join()
-                task, _, start = running.pop(process)
-                durations.append(time.time() - start)
-                if plan.result(task) is None:
-                    failed.append(task)
-                todo = len(waiting) + len(running)
-                left = f"; about {_duration(sum(durations) / len(durations) * todo / len(slots))} left" if todo else ""
-                report(f"[{len(tasks) - todo}/{len(tasks)}] {task}: {_status(plan, task, process.exitcode)}{left}")
+        with tqdm(total=len(runs), unit="run", disable=None) as bar:
+            while waiting or running:
+                for run, needs in list(waiting.items()):
+                    culprit = next((need for need in needs if need in failed), None)
+                    unfinished = waiting.keys() | {other for other, *_ in running.values()}
+                    if culprit is None and (unfinished.intersection(needs) or not free):
+                        continue
+                    del waiting[run]
+                    try:
+                        if culprit is not None:
+                            raise ValueError(f"not run, because what it needs ({culprit}) failed")
+                        if plan.prepare(run):
+                            slot = free.pop()
+                            running[_start(command, plan.folder(run), slot)] = run, slot, time.time()
+                            continue
+                    except (OSError, KeyError, ValueError) as error:
+                        failed.append(run)
+                        _note(plan.folder(run), message(error))
+                        say(f"{run}: FAILED: {message(error)}")
+                    bar.update()
+                for process in _wait(running, bar, plan):
+                    run, slot, start = running.pop(process)
+                    free.append(slot)
+                    seconds.append(time.time() - start)
+                    folder, todo = plan.folder(run), len(waiting) + len(running)
+                    if (folder / "result.json").is_file():
+                        status = _scores(read_json(folder / "result.json"))
+                    else:
+                        failed.append(run)
+                        if error_of(folder) is None:
+                            _note(folder, f"its process ended with exit code {process.returncode}")
+                        status = f"FAILED: {error_of(folder)}"
+                    left = format_seconds(sum(seconds) / len(seconds) * todo / len(slots))
+                    say(f"[{len(runs) - todo}/{len(runs)}] {run}: {status}{f'; about {left} left' if todo else ''}")
+                    bar.update()
     finally:
         signal.signal(signal.SIGTERM, before)
-        with _deaf_to_interrupts():
+        with _sigint_blocked():
             for process in running:
                 process.terminate()
             for process in running:
-                process.join(30)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
                 process.kill()
     return failed
 
 
+def _start(command: Sequence[str], folder: Path, slot: Slot) -> subprocess.Popen:
+    """A process for one run, in a session of its own: Ctrl-C reaches this process alone, which then ends the others."""
+    gpu = {"CUDA_VISIBLE_DEVICES": slot.gpu} if slot.gpu else {}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with open(folder / "log.txt", "a") as log:
+        return subprocess.Popen(
+            [*command, str(folder), "--threads", str(slot.threads)], env={**os.environ, **gpu, "PYTHONPATH": paths},
+            stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
 @contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back inside. Processes that are started in it never hear it: their parent does, and ends them."""
+def _sigint_blocked() -> Iterator[None]:
+    """Hold Ctrl-C back inside."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -175,81 +179,35 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def run_task(plan: Plan, task: Task, position: int = 0) -> dict:
-    """Run ``task`` in this process and return its result; an error is noted in its folder and raised."""
-    if plan.result(task) is not None:
-        return _check(plan, task)
-    folder = plan.folder(task)
-    try:
-        result = run_config(plan.config(task), task.name, str(task), position=position)
-    except Exception as error:
-        _note(plan, task, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
-        with open(folder / "log.txt", "a") as file:
-            file.write(traceback.format_exc())
-        raise
-    (folder / "failed.txt").unlink(missing_ok=True)
-    return result
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
-def _check(plan: Plan, task: Task) -> dict:
-    """The result of a finished task; ValueError if it is that of another config."""
-    cfg = plan.config(task)
-    if task.kind != "time":
-        return check_result(cfg)
-    # How many iterations fit into a time moves a little with every run that it is measured in.
-    result, wanted = plan.result(task), cfg.SOLVER.MAX_ITER
-    if abs(result["iterations"] / wanted - 1) > SAME_TIME:
-        raise ValueError(
-            f"{cfg.OUTPUT_DIR} was trained for {result['iterations']} iterations, but {wanted} are the same time now; "
-            "choose another --output or delete it"
-        )
-    return result
+def _wait(running: dict[subprocess.Popen, tuple], bar: tqdm, plan: Plan) -> list[subprocess.Popen]:
+    """Processes that have ended, as soon as there are any; shows how far the others are."""
+    while running:
+        if ended := [process for process in running if process.poll() is not None]:
+            return ended
+        if not bar.disable:
+            clocks = {run: read_json(plan.folder(run) / "clock.json") or {} for run, *_ in running.values()}
+            bar.set_postfix_str(", ".join(f"{run} {clock.get('steps', 0)}" for run, clock in clocks.items()))
+        time.sleep(0.2)
+    return []
 
 
-def _status(plan: Plan, task: Task, exitcode: int) -> str:
-    result = plan.result(task)
-    if result is not None:
-        scores = ", ".join(f"{name} {v['bbox']['AP']:.1f}" for name, v in result["results"].items())
-        return f"AP {scores} ({_duration(result['seconds'])})"
-    if plan.error(task) is None:
-        _note(plan, task, f"its process ended with exit code {exitcode}")
-    return f"FAILED: {plan.error(task)}"
+def _scores(result: dict) -> str:
+    scores = ", ".join(f"{name} {v['bbox']['AP']:.1f}" for name, v in result["results"].items() if "bbox" in v)
+    return f"AP {scores or '-'} ({format_seconds(result['seconds'])})"
 
 
-def _duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """As "59 s", "7 min" or "2 h 05 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-def _note(plan: Plan, task: Task, error: str) -> None:
-    folder = plan.folder(task)
+def _note(folder: Path, error: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "failed.txt").write_text(error)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _child(plan: Plan, task: Task, slot: Slot, lock: Any) -> None:
-    """Run ``task`` in this process; what goes wrong is noted in its folder."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if slot.gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
-    if slot.threads:
-        torch.set_num_threads(slot.threads)
-    tqdm.set_lock(lock)
-    try:
-        run_task(plan, task, slot.number)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Exception:
-        raise SystemExit(1) from None

@@ -1,106 +1,175 @@
-"""One training run that is finished, resumed or begun: the unit of which studies and comparisons are made."""
+"""One training run in one folder: trained or resumed, evaluated, and recognised when it is asked for again.
+
+``python -m msad.experiments.run FOLDER`` runs what FOLDER/config.yaml describes and leaves there, beside what training
+writes: ``result.json``, or ``failed.txt`` with the reason.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
-from tqdm import tqdm
 
+from .. import __version__
+from ..config import load_config
+from ..data.fingerprint import dataset_fingerprint, file_sha256
+from ..data.register import register_datasets
 from ..engine.checkpoint import atomic_write
-from ..engine.setup import evaluate, evaluate_branches, load_model, prepare
+from ..engine.setup import engine_name, evaluate, evaluate_branches, load_model, prepare
 from ..engine.trainer import DistillTrainer
+from .variants import map_teachers
 
 
-def read_result(folder: Path) -> dict | None:
-    """What the finished run in ``folder`` left, see :func:`run_config`, or None."""
-    file = folder / "result.json"
+def read_json(file: Path) -> dict | None:
+    """Content of a file, or None if it is not there."""
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def check_result(cfg: CfgNode) -> dict:
-    """The result in the OUTPUT_DIR of ``cfg``, which is finished.
+def identity(cfg: CfgNode) -> dict:
+    """By what a run is recognised: its config, data, the weights that it starts from and learns from, and the code."""
+    weights = [cfg.MODEL.WEIGHTS, *(entry.get("WEIGHTS", "") for entry in map_teachers(cfg))]
+    return {
+        "config": hashlib.sha256(cfg.dump().encode()).hexdigest(),
+        "code": _code(),
+        "weights": [file_sha256(file) if os.path.isfile(file) else file for file in weights],
+        "data": _data(cfg.DATASETS.dump(), os.getenv("DETECTRON2_DATASETS", "")),
+    }
 
-    Raises:
-        ValueError: it is that of another config.
-    """
-    result = read_result(Path(cfg.OUTPUT_DIR))
-    if result["fingerprint"] != _fingerprint(cfg):
-        raise _other_run(cfg)
-    return result
+
+@functools.lru_cache
+def _data(datasets: str, root: str) -> dict:
+    """Once a process: all runs are of the data as they are when the first is begun."""
+    cfg = CfgNode({"DATASETS": CfgNode.load_cfg(datasets)})
+    with registered(cfg):
+        return dataset_fingerprint(cfg)
 
 
-def run_config(cfg: CfgNode, name: str, title: str, *, position: int = 0) -> dict:
-    """Train ``cfg`` in its OUTPUT_DIR, evaluate and note the result; goes on where an earlier attempt stopped.
+@contextlib.contextmanager
+def registered(cfg: CfgNode) -> Iterator[None]:
+    """The data sets of ``cfg`` are known inside; configs of one comparison may mean other data by the same name."""
+    before = set(DatasetCatalog.list())
+    try:
+        register_datasets(cfg)
+        yield
+    finally:
+        for name in set(DatasetCatalog.list()) - before:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+@functools.cache
+def _code() -> list[str]:
+    return [engine_name(), __version__]
+
+
+def _before(folder: Path) -> dict | None:
+    """The identity of the run that has left a checkpoint or result in ``folder``, or None if there is none."""
+    if not any((folder / name).is_file() for name in ("last_checkpoint", "result.json")):
+        return None
+    return read_json(folder / "identity.json") or {"config": "", "code": []}
+
+
+def is_finished(cfg: CfgNode, say=print) -> bool:
+    """Whether the OUTPUT_DIR of ``cfg`` holds its finished run; otherwise make the folder ready for (going on with) it.
+
+    Of a run whose training data or teachers have changed since, nothing is used: its folder is renamed, NAME~1. If it
+    is the test data that have changed, the model stays and is evaluated again.
 
     Args:
         cfg: frozen.
-        name: under which results are noted; those of a teacher as ``{name}_{branch}``.
-        title: of the progress bar.
-        position: line of the progress bar on the terminal.
-
-    Returns:
-        {"fingerprint": of the config, "iterations", "seconds" and "cpu_seconds" that training took, "steps" done in
-        that time (those that an interruption cost are done twice), "results": {name: {task: {metric: value}}}}.
+        say: is told of what has changed.
 
     Raises:
-        ValueError: the folder holds an unfinished run of another config, or another process works in it.
+        ValueError: the folder holds a run of another config or engine, or another process works in it.
     """
-    folder = Path(cfg.OUTPUT_DIR)
+    folder, now = Path(cfg.OUTPUT_DIR), identity(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        return _run(cfg, name, title, folder, position)
+    with exclusive_lock(folder):
+        before = _before(folder)
+        if before is not None and before != now:
+            check_same(cfg)
+            trained = [{n: d.get(n) for n in cfg.DATASETS.TRAIN} for d in (before["data"], now["data"])]
+            if before["weights"] == now["weights"] and trained[0] == trained[1]:
+                say(f"{folder}: the test data have changed, it is evaluated again")
+                (folder / "result.json").unlink(missing_ok=True)
+            else:
+                what = "training data" if trained[0] != trained[1] else "weights of its teacher or its start"
+                old = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}~{n}")).exists())
+                folder.rename(old)
+                folder.mkdir()
+                say(f"{folder}: the {what} have changed, it is trained again; the earlier run is {old.name}")
+        if (folder / "result.json").is_file():
+            return True
+        (folder / "failed.txt").unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(cfg.dump())
+        (folder / "identity.json").write_text(json.dumps(now))
+    return False
 
 
-def _run(cfg: CfgNode, name: str, title: str, folder: Path, position: int) -> dict:
-    used = folder / "config.yaml"
-    if (folder / "last_checkpoint").is_file() and used.is_file() and used.read_text() != cfg.dump():
-        raise _other_run(cfg)
-    used.write_text(cfg.dump())
-    with log_to(folder / "log.txt"):
+def check_same(cfg: CfgNode) -> None:
+    """ValueError if the OUTPUT_DIR of ``cfg`` holds a run of another config or engine."""
+    before = _before(Path(cfg.OUTPUT_DIR))
+    if before is not None and before["config"] != hashlib.sha256(cfg.dump().encode()).hexdigest():
+        other = "configuration"
+    elif before is not None and before["code"] != _code():
+        other = f"engine or version ({', '.join(before['code'])})"
+    else:
+        return
+    raise ValueError(f"{cfg.OUTPUT_DIR} holds a run of another {other}; choose another --output or delete it")
+
+
+def train_and_evaluate(folder: Path) -> dict:
+    """Do what ``folder``/config.yaml says, going on where an earlier attempt stopped; notes and returns the result.
+
+    Returns:
+        {"iterations", "warmup": iterations of the learning rate's warm-up, "seconds" and "cpu_seconds" that training
+        took, "steps" done in that time (those that an interruption cost are done twice), "results":
+        {name: {task: {metric: value}}}}. The name is that of the folder; of a teacher one a branch, NAME_BRANCH.
+
+    Raises:
+        ValueError: another process works in the folder.
+    """
+    cfg = load_config(folder / "config.yaml")
+    cfg.freeze()
+    with exclusive_lock(folder), log_to(folder / "log.txt"):
         prepare(cfg)
-        trainer = _Trainer(cfg, _Progress(title, folder / "clock.json", position))
+        trainer = _Trainer(cfg, _Clock(folder / "clock.json"))
         trainer.resume_or_load(resume=True)
         if trainer.start_iter < trainer.max_iter:
             trainer.train()
         model = load_model(cfg, str(folder / "model_final.pth"))
         if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
-            results = {f"{name}_{branch}": r for branch, r in evaluate_branches(cfg, model).items()}
+            results = {f"{folder.name}_{branch}": r for branch, r in evaluate_branches(cfg, model).items()}
         else:
-            results = {name: evaluate(cfg, model)}
-    result = {
-        "fingerprint": _fingerprint(cfg),
-        "iterations": trainer.max_iter,
-        **json.loads((folder / "clock.json").read_text()),
-        "results": results,
-    }
-    with atomic_write(str(folder / "result.json"), "w") as file:
-        json.dump(result, file, indent=1)
+            results = {folder.name: evaluate(cfg, model)}
+        clock = read_json(folder / "clock.json")
+        result = {"iterations": trainer.max_iter, "warmup": cfg.SOLVER.WARMUP_ITERS, **clock, "results": results}
+        with atomic_write(str(folder / "result.json"), "w") as file:
+            json.dump(result, file, indent=1)
     return result
 
 
-def _other_run(cfg: CfgNode) -> ValueError:
-    where = cfg.OUTPUT_DIR
-    return ValueError(f"{where} holds a run of another configuration; choose another --output or delete it")
-
-
-def _fingerprint(cfg: CfgNode) -> str:
-    return hashlib.sha1(cfg.dump().encode()).hexdigest()[:12]
-
-
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in ``folder`` meanwhile."""
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in ``folder`` meanwhile; ValueError if one does."""
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,39 +180,24 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 class _Trainer(DistillTrainer):
-    """Shows progress; leaves the evaluation after training to the run, which evaluates every branch of a teacher."""
+    """Measures time; leaves the evaluation after training to the run, which evaluates every branch of a teacher."""
 
-    def __init__(self, cfg: CfgNode, progress: _Progress) -> None:
-        self._progress = progress
+    def __init__(self, cfg: CfgNode, clock: _Clock) -> None:
+        self._clock = clock
         super().__init__(cfg)
 
     def build_hooks(self) -> list:
         final = self.cfg.TEST.EVAL_PERIOD == 0
         hooks = [hook for hook in super().build_hooks() if not (final and isinstance(hook, EvalHook))]
-        return [self._progress, *hooks]  # the first: what other hooks do after a step is not training
+        return [self._clock, *hooks]  # the first: what other hooks do after a step is not training
 
 
-class _Progress(HookBase):
-    """A progress bar with ETA and the current loss, and the seconds that training took, over resumes.
+class _Clock(HookBase):
+    """Seconds of the training steps by the wall clock and of the processors, over resumes, in a file."""
 
-    Seconds are those of the wall clock and, as other work on the machine falsifies them, of the processors. They are
-    those of the steps: evaluation and writing of checkpoints between them is not training.
-    """
-
-    def __init__(self, title: str, clock: Path, position: int = 0) -> None:
-        self.title = title
-        self.position = position
-        self.clock = clock  # file with the seconds of earlier, interrupted attempts
-        self.spent = {"seconds": 0.0, "cpu_seconds": 0.0, "steps": 0}
-        if clock.is_file():
-            self.spent.update(json.loads(clock.read_text()))
-
-    def before_train(self) -> None:
-        self.bar = tqdm(
-            total=self.trainer.max_iter, initial=self.trainer.start_iter, desc=self.title, unit="it",
-            mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True, position=self.position,
-            leave=self.position == 0,
-        )  # fmt: skip
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.spent = {"seconds": 0.0, "cpu_seconds": 0.0, "steps": 0, **(read_json(file) or {})}
 
     def before_step(self) -> None:
         self.start = time.perf_counter(), time.process_time()
@@ -152,17 +206,10 @@ class _Progress(HookBase):
         self.spent["seconds"] += time.perf_counter() - self.start[0]
         self.spent["cpu_seconds"] += time.process_time() - self.start[1]
         self.spent["steps"] += 1
-        self.bar.update()
         done = self.trainer.iter + 1
         if done % 20 == 0 or done == self.trainer.max_iter:
-            loss = self.trainer.storage.latest().get("total_loss")
-            if loss:
-                self.bar.set_postfix(loss=f"{loss[0]:.3f}", refresh=False)
-            with atomic_write(str(self.clock), "w") as file:
+            with atomic_write(str(self.file), "w") as file:
                 json.dump({key: round(value, 1) for key, value in self.spent.items()}, file)
-
-    def after_train(self) -> None:
-        self.bar.close()
 
 
 @contextlib.contextmanager
@@ -183,3 +230,39 @@ def log_to(file: Path) -> Iterator[None]:
         handler.close()
         for name, (handlers, propagate) in saved.items():
             logging.getLogger(name).handlers, logging.getLogger(name).propagate = handlers, propagate
+
+
+def end_with_parent() -> None:
+    """End this process when its parent, which holds the other end of the standard input, has ended."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one folder; status 1 if it failed, with the reason in failed.txt."""
+    parser = argparse.ArgumentParser(description="Train and evaluate what FOLDER/config.yaml describes.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: torch's")
+    parser.add_argument("--end-with-stdin", action="store_true", help="end when the standard input is closed")
+    args = parser.parse_args(argv)
+    if args.end_with_stdin:
+        end_with_parent()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        train_and_evaluate(args.folder)
+    except Exception as error:
+        text = str(error).strip()
+        (args.folder / "failed.txt").write_text(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}")
+        with open(args.folder / "log.txt", "a") as file:
+            file.write(traceback.format_exc())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

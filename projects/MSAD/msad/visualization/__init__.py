@@ -1,23 +1,23 @@
 """Pictures for people: panels ground truth | teacher | student, training curves, accuracy against cost."""
 
-from .intervals import IntervalRow, plot_intervals
+from .colours import variant_styles
+from .intervals import IntervalRow, plot_ap_vs_cost, plot_intervals
 from .objects import Objects, ground_truth, predictions
 from .panels import Panel, draw_objects, save_panels
-from .plots import RowPoint, plot_ap_vs_cost, plot_curves, plot_results
-from .weights import plot_weights
+from .plots import plot_curves
+from .weights import plot_sweep_lines
 
 __all__ = [
     "IntervalRow",
     "Objects",
     "Panel",
-    "RowPoint",
     "draw_objects",
     "ground_truth",
     "plot_ap_vs_cost",
     "plot_curves",
     "plot_intervals",
-    "plot_results",
-    "plot_weights",
+    "plot_sweep_lines",
     "predictions",
     "save_panels",
+    "variant_styles",
 ]

@@ -1,10 +1,33 @@
 """Colours that colour-blind readers can tell apart."""
 
 import colorsys
+from collections.abc import Iterable
+from typing import NamedTuple
 
 # Okabe and Ito's palette; its yellow is too faint on white and its black too dark on photographs.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, GREY, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
+# One hue each, for the variants of a comparison.
+_VARIANTS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#222222", "#8C564B", "#8A8A8A")
+_LINES, _HATCHES, _MARKERS = ("-", "--", ":"), ("", "///", "..."), ("o", "s", "^")
+
+
+class VariantStyle(NamedTuple):
+    """How a variant looks in every chart: as a curve, as a bar and as a dot."""
+
+    colour: str
+    line: str
+    hatch: str
+    marker: str
+
+
+def variant_styles(names: Iterable[str]) -> dict[str, VariantStyle]:
+    """name -> style, all of them different for up to 24 names; with more, colours repeat with the same lines."""
+    styles = {}
+    for i, name in enumerate(dict.fromkeys(names)):
+        again = i // len(_VARIANTS) % len(_LINES)
+        styles[name] = VariantStyle(_VARIANTS[i % len(_VARIANTS)], _LINES[again], _HATCHES[again], _MARKERS[again])
+    return styles
 
 
 def class_colour(index: int) -> tuple[float, float, float]:
@@ -13,12 +36,6 @@ def class_colour(index: int) -> tuple[float, float, float]:
         return _CLASSES[index]
     # The golden ratio spreads any number of further hues evenly.
     return colorsys.hsv_to_rgb((0.11 + 0.618034 * index) % 1.0, (0.9, 0.6)[index % 2], 1.0)
-
-
-def group_colour(name: str) -> str:
-    """Baselines grey, teachers blue, students orange, anything else green."""
-    groups = {"baseline": GREY, "teacher": PALETTE[0], "student": PALETTE[1]}
-    return groups.get(name.split("_")[0], PALETTE[2])
 
 
 def _rgb(code: str) -> tuple[float, float, float]:

@@ -1,84 +1,130 @@
-"""Rows of a comparison as dots with their confidence intervals, every seed visible."""
+"""Models of a comparison with their confidence intervals and every seed; accuracy against cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from .colours import FAINT, GREY, INK, PALETTE
+from .colours import FAINT, GREY, INK, VariantStyle
 from .plots import STYLE, save_figure
 
 
 class IntervalRow(NamedTuple):
-    """One row: name, mean, half the width of its confidence interval (None for one seed), the value of each seed."""
+    """One model: name, mean, half the width of its confidence interval (None for one seed), the value of each seed.
+
+    ``variant`` is the name whose style it has, ``cost`` of an inference in any unit, None if it is not known.
+    """
 
     name: str
     mean: float
-    half: float | None
-    per_seed: Sequence[float]
+    half: float | None = None
+    per_seed: Sequence[float] = ()
+    variant: str = ""
+    cost: float | None = None
 
 
-def plot_intervals(
-    series: Mapping[str, Sequence[IntervalRow]], path: str | Path, label: str, line: float | None = None,
-    highlight: str = "",
-) -> Path:
-    """Write a chart of rows, best first by the first series.
+def plot_intervals(rows: Sequence[IntervalRow], path: str | Path, *args, **options) -> Path:
+    """Write the chart of :func:`intervals_figure`."""
+    return save_figure(intervals_figure(rows, *args, **options), path)
+
+
+def intervals_figure(
+    rows: Sequence[IntervalRow], label: str, styles: Mapping[str, VariantStyle], line: float | None = None,
+    line_name: str = "", bars: bool = False,
+) -> Figure:
+    """A line a model, in the given order.
 
     Args:
-        series: title (e.g. "equal iterations") -> rows.
-        path: image to write.
         label: of the horizontal axis.
+        styles: by variant.
         line: value at which a dashed vertical line is drawn.
-        highlight: row whose name is printed bold, e.g. the reference.
+        line_name: what stands at that line.
+        bars: draw bars from zero, with the mean written beside them.
 
     Raises:
         ValueError: there are no rows.
     """
-    return save_figure(intervals_figure(series, label, line, highlight), path)
-
-
-def intervals_figure(
-    series: Mapping[str, Sequence[IntervalRow]], label: str, line: float | None = None, highlight: str = ""
-) -> Figure:
-    """The figure of :func:`plot_intervals`."""
-    best: dict[str, float] = {}
-    for rows in series.values():
-        for row in rows:
-            best.setdefault(row.name, row.mean)
-    if not best:
-        raise ValueError("nothing to plot: no row has a result")
-    names = sorted(best, key=best.__getitem__, reverse=True)
-    step = 0.22  # between the series of one row
+    rows = _drawable(rows)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 1.2 + (0.26 + 0.16 * len(series)) * len(names)), layout="constrained")
+        figure = Figure(figsize=(7.2, 1.1 + 0.34 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(False, axis="y")
-        for y in range(0, len(names), 2):
-            axes.axhspan(y - 0.5, y + 0.5, color=FAINT, alpha=0.3, linewidth=0)
-        for number, (title, rows) in enumerate(series.items()):
-            colour, offset = PALETTE[number], (number - (len(series) - 1) / 2) * step
-            for row in rows:
-                y = names.index(row.name) + offset
-                axes.plot(row.per_seed, [y] * len(row.per_seed), "o", color=colour, markersize=4.5,
+        for y, row in enumerate(rows):
+            style = styles[row.variant or row.name]
+            if bars:
+                axes.barh(y, row.mean, height=0.62, color=_pale(style.colour), edgecolor=style.colour, linewidth=0.8,
+                          hatch=style.hatch)  # fmt: skip
+                right = max([row.mean + (row.half or 0.0), *row.per_seed])
+                spread = f" ± {row.half:.1f}" if row.half is not None else ""
+                axes.annotate(f"{row.mean:.1f}{spread}", (right, y), (6, 0), textcoords="offset points", va="center")
+            elif y % 2 == 0:
+                axes.axhspan(y - 0.5, y + 0.5, color=FAINT, alpha=0.3, linewidth=0)
+            axes.errorbar(row.mean, y, xerr=row.half, fmt="|", color=style.colour, markersize=10, markeredgewidth=2,
+                          capsize=3, linewidth=1.4, zorder=4)  # fmt: skip
+            if len(row.per_seed) > 1:
+                axes.plot(row.per_seed, [y] * len(row.per_seed), style.marker, color=style.colour, markersize=4.5,
                           markeredgecolor="white", markeredgewidth=0.6, zorder=5)  # fmt: skip
-                axes.errorbar(row.mean, y, xerr=row.half, fmt="|", color=colour, markersize=11, markeredgewidth=2.2,
-                              capsize=3, linewidth=1.4, zorder=4,
-                              label=title if row is rows[0] else None)  # fmt: skip
         if line is not None:
             axes.axvline(line, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        axes.set_yticks(range(len(names)), names)
-        for text in axes.get_yticklabels():
-            text.set_fontweight("bold" if text.get_text() == highlight else "normal")
+        if bars:
+            ends = [max([row.mean + (row.half or 0.0), *row.per_seed]) for row in rows]
+            axes.set_xlim(0, 1.35 * max([*ends, 1e-9]))
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel(label)
-        if any(row.half is not None for rows in series.values() for row in rows):
-            axes.text(1, 1.01, "bars: 95 % interval of the mean; dots: seeds", transform=axes.transAxes, ha="right",
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(label + (f" (dashed: {line_name})" if line is not None and line_name else ""))
+        if any(row.half is not None for row in rows):
+            axes.text(1, 1.01, "whiskers: 95 % interval of the mean; dots: seeds", transform=axes.transAxes, ha="right",
                       va="bottom", fontsize=8.5, color=GREY)  # fmt: skip
-        if len(series) > 1:
-            figure.legend(loc="outside lower center", ncols=len(series), fontsize=9)
     return figure
+
+
+def plot_ap_vs_cost(rows: Sequence[IntervalRow], path: str | Path, *args) -> Path:
+    """Write the chart of :func:`ap_vs_cost_figure`."""
+    return save_figure(ap_vs_cost_figure(rows, *args), path)
+
+
+def ap_vs_cost_figure(
+    rows: Sequence[IntervalRow], cost_label: str, styles: Mapping[str, VariantStyle], label: str = "validation AP"
+) -> Figure:
+    """The metric against the cost, a dot a model with its interval, named in the legend from best to worst.
+
+    Raises:
+        ValueError: no row has both.
+    """
+    rows = _drawable([row for row in rows if row.cost is not None])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        seen: dict[str, int] = {}
+        for row in sorted(rows, key=lambda row: -row.mean):
+            variant = row.variant or row.name
+            style, again = styles[variant], seen.get(variant, 0)
+            seen[variant] = again + 1
+            # Further branches of one teacher: the same colour, other fillings.
+            axes.errorbar(row.cost, row.mean, row.half, color=style.colour, marker=style.marker, markersize=8,
+                          capsize=3, linewidth=1.2, linestyle="none", label=row.name,
+                          markerfacecolor=(style.colour, "white", _pale(style.colour))[again % 3])  # fmt: skip
+        axes.set_xlabel(cost_label)
+        axes.set_ylabel(label)
+        axes.set_xlim(0, 1.08 * max([*(row.cost for row in rows), 1e-9]))
+        axes.margins(y=0.12)
+        figure.legend(loc="outside right upper", fontsize=9)
+    return figure
+
+
+def _pale(colour: str) -> tuple[float, ...]:
+    return tuple(1 - 0.4 * (1 - v) for v in to_rgb(colour))
+
+
+def _drawable(rows: Sequence[IntervalRow]) -> list[IntervalRow]:
+    rows = [row for row in rows if math.isfinite(row.mean)]
+    if not rows:
+        raise ValueError("nothing to plot: no model has a result")
+    return rows

@@ -1,20 +1,17 @@
-"""Charts of runs: curves over iterations, accuracy by row, accuracy against cost."""
+"""Training curves of runs, and the style of all charts."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from .colours import FAINT, GREY, INK, PALETTE, group_colour
-from .labels import LABEL_SIZE, OFFSET, label_dots, make_room
+from .colours import FAINT, GREY, INK, VariantStyle, variant_styles
 
 STYLE = {
     "font.size": 10,
@@ -32,21 +29,8 @@ STYLE = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
-    # One resolution for layout and file, so that offsets in pixels are right in both.
-    "figure.dpi": 160,
-    "savefig.dpi": "figure",
+    "savefig.dpi": 160,
 }
-_LINES = ("-", "--", ":")
-
-
-class RowPoint(NamedTuple):
-    """One model in a chart: mean AP (0-100), cost (any unit; None if not known), spread and values over seeds."""
-
-    name: str
-    ap: float
-    cost: float | None = None
-    std: float | None = None
-    per_seed: Sequence[float] = ()
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -111,7 +95,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def plot_curves(runs: Mapping[str, str | Path], path: str | Path, task: str = "bbox") -> Path:
+def plot_curves(
+    runs: Mapping[str, str | Path], path: str | Path, styles: Mapping[str, VariantStyle] | None = None,
+    task: str = "bbox",
+) -> Path:
     """Write the training curves of several runs: name of the run -> its detectron2 metrics.json.
 
     Shows the validation AP over the iterations if a run was evaluated more than once, otherwise the smoothed sum of
@@ -120,10 +107,12 @@ def plot_curves(runs: Mapping[str, str | Path], path: str | Path, task: str = "b
     Raises:
         ValueError: no run has anything to show.
     """
-    return save_figure(curves_figure(runs, task), path)
+    return save_figure(curves_figure(runs, styles, task), path)
 
 
-def curves_figure(runs: Mapping[str, str | Path], task: str = "bbox") -> Figure:
+def curves_figure(
+    runs: Mapping[str, str | Path], styles: Mapping[str, VariantStyle] | None = None, task: str = "bbox"
+) -> Figure:
     """The figure of :func:`plot_curves`."""
     records = {name: read_metrics(file) for name, file in runs.items()}
     curves = {name: ap_curve(r, task) for name, r in records.items()}
@@ -137,9 +126,9 @@ def curves_figure(runs: Mapping[str, str | Path], task: str = "bbox") -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 4.4), layout="constrained")
         axes = figure.add_subplot()
-        for i, (name, (x, y)) in enumerate(curves.items()):
-            colour, line = PALETTE[i % len(PALETTE)], _LINES[i // len(PALETTE) % len(_LINES)]
-            style = {"color": colour, "linestyle": line, "linewidth": 1.8, "label": name}
+        styles = {**variant_styles(curves), **(styles or {})}
+        for name, (x, y) in curves.items():
+            style = {"color": styles[name].colour, "linestyle": styles[name].line, "linewidth": 1.8, "label": name}
             if show_ap:
                 axes.plot(x, y, marker="o", markersize=4, **style)
             else:
@@ -151,83 +140,6 @@ def curves_figure(runs: Mapping[str, str | Path], task: str = "bbox") -> Figure:
             axes.set_ylim(bottom=0)
         figure.legend(loc="outside right upper", fontsize=10, handlelength=2.8)
     return figure
-
-
-def plot_results(points: Sequence[RowPoint], path: str | Path, reference: str | None = None) -> Path:
-    """Write a chart of AP by row, in the given order, with the spread over seeds and a line at row ``reference``."""
-    return save_figure(results_figure(points, reference), path)
-
-
-def results_figure(points: Sequence[RowPoint], reference: str | None = None) -> Figure:
-    """The figure of :func:`plot_results`."""
-    points = _drawable(points)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.6, 1.1 + 0.32 * len(points)), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(False, axis="y")
-        annotations = []
-        for y, point in enumerate(points):
-            colour = group_colour(point.name)
-            axes.barh(y, point.ap, height=0.62, color=_pale(colour), linewidth=0)
-            if point.std:
-                axes.errorbar(point.ap, y, xerr=point.std, color=colour, capsize=4, linewidth=1.5)
-            axes.plot(point.per_seed, [y] * len(point.per_seed), "o", color=colour, markersize=3.5)
-            right = max([point.ap + (point.std or 0), *point.per_seed])
-            spread = f" ± {point.std:.1f}" if point.std is not None else ""
-            annotations.append((f"{point.ap:.1f}{spread}", right, y))
-        level = next((point.ap for point in points if point.name == reference), None)
-        if level is not None:
-            axes.axvline(level, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        axes.set_yticks(range(len(points)), [point.name for point in points])
-        axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(points) - 0.4, -0.6)
-        axes.set_xlabel("validation AP" + (f" (dashed: {reference})" if level is not None else ""))
-        make_room(figure, axes, [(text, right) for text, right, _ in annotations])
-        for text, right, y in annotations:
-            axes.annotate(text, (right, y), (OFFSET, 0), textcoords="offset pixels", va="center", fontsize=LABEL_SIZE,
-                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
-    return figure
-
-
-def plot_ap_vs_cost(points: Sequence[RowPoint], path: str | Path, cost_label: str = "GMACs of the whole model") -> Path:
-    """Write a chart of AP against cost, a labelled dot per row, with error bars where there are several seeds.
-
-    Raises:
-        ValueError: no row has both AP and cost.
-    """
-    return save_figure(ap_vs_cost_figure(points, cost_label), path)
-
-
-def ap_vs_cost_figure(points: Sequence[RowPoint], cost_label: str = "GMACs of the whole model") -> Figure:
-    """The figure of :func:`plot_ap_vs_cost`."""
-    points = _drawable([p for p in points if p.cost is not None])
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.6, 4.6), layout="constrained")
-        axes = figure.add_subplot()
-        for point in points:
-            colour = group_colour(point.name)
-            axes.errorbar(
-                point.cost, point.ap, point.std, color=colour, marker="o", markersize=7, capsize=3, linewidth=1.2
-            )
-        axes.set_xlabel(cost_label)
-        axes.set_ylabel("validation AP")
-        low, high = min(p.ap - (p.std or 0) for p in points), max(p.ap + (p.std or 0) for p in points)
-        margin = 0.12 * (high - low) or 1.0
-        axes.set_ylim(low - margin, high + margin)
-        make_room(figure, axes, [(p.name, p.cost) for p in points])
-        label_dots(figure, axes, [(p.name, p.cost, p.ap, p.std) for p in points])
-    return figure
-
-
-def _pale(colour: str) -> tuple[float, ...]:
-    return tuple(1 - 0.4 * (1 - v) for v in to_rgb(colour))
-
-
-def _drawable(points: Sequence[RowPoint]) -> list[RowPoint]:
-    points = [point for point in points if point.ap is not None and math.isfinite(point.ap)]
-    if not points:
-        raise ValueError("nothing to plot: no row has both values")
-    return points
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

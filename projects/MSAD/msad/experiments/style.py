@@ -1,10 +1,10 @@
 """The style sheet of report.html; in a module, so that it is installed with the package."""
 
 STYLE = """\
-:root { color-scheme: light; --ink: #222; --grey: #6b6b6b; --faint: #e4e4e4; --blue: #0072b2; --orange: #d55e00; }
+:root { color-scheme: light; --ink: #222; --grey: #6b6b6b; --faint: #e4e4e4; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 48px; }
+main { max-width: 1240px; margin: 0 auto; padding: 24px 20px 48px; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 12px; }
 h2 { font-size: 1.2rem; margin: 36px 0 10px; }
 code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .88em; }
@@ -23,10 +23,9 @@ th, td { padding: 6px 9px; text-align: right; white-space: nowrap; border-bottom
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--grey); font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child { position: sticky; left: 0; background: #fff; text-align: left; font-weight: 400; }
+tbody th { white-space: normal; }
 tbody th { border-left: 4px solid var(--grey); }
-.teacher th { border-left-color: var(--blue); }
-.student th { border-left-color: var(--orange); }
-tbody th small { display: block; color: var(--grey); }
+tbody th small { display: block; color: var(--grey); white-space: normal; }
 .result > * { background: #fff3e8 !important; font-weight: 600 !important; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 24px; }
 figure { margin: 16px 0 0; }

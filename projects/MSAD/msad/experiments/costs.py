@@ -1,0 +1,167 @@
+"""Inference costs of the models of a comparison, and the input size at which a detector costs as much as another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from torch import nn
+
+from ..evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs, time_parts
+from ..modeling.teacher import MultiScaleTeacher
+from .run import registered
+
+
+def scale_inputs(cfg: CfgNode, factor: float) -> None:
+    """Multiply all training and test sizes of ``cfg`` by ``factor``, in place."""
+    sizes = cfg.INPUT
+    sizes.MIN_SIZE_TRAIN = tuple(round(size * factor) for size in sizes.MIN_SIZE_TRAIN)
+    for key in ("MAX_SIZE_TRAIN", "MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+        sizes[key] = round(sizes[key] * factor)
+
+
+# --- equal cost -------------------------------------------------------------------------------------------------------
+
+
+def nearest_size(cost: Callable[[int], float], target: float, highest: int) -> int:
+    """The size from 1 to ``highest`` whose cost is nearest to ``target``; of those that cost the same the largest.
+
+    Args:
+        cost: of a size; does not fall with it. Inputs are padded, so it is a staircase.
+    """
+
+    def largest(limit: float) -> int:
+        """The largest size that costs at most ``limit``, by bisection; 0 if there is none."""
+        low, high = 0, highest + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+        return low
+
+    below = largest(target)
+    if below == highest:
+        return below
+    above = largest(cost(below + 1))
+    return above if below == 0 or cost(above) - target < target - cost(below) else below
+
+
+def set_equal_cost(cfg: CfgNode, reference: CfgNode) -> None:
+    """Scale the input sizes of ``cfg`` so that its whole model costs the multiply-adds of ``reference``, in place.
+
+    Costs are those of an image with the shape of the first test image. Found by bisection over the short side
+    INPUT.MIN_SIZE_TEST; the training sizes are scaled alike.
+    """
+    was = cfg.INPUT.MIN_SIZE_TEST
+    size = _equal_cost_size(cfg.dump(), reference.dump())
+    scale_inputs(cfg, size / was)
+    cfg.INPUT.MIN_SIZE_TEST = size
+
+
+@functools.lru_cache
+def _equal_cost_size(text: str, reference_text: str) -> int:
+    configs = [CfgNode.load_cfg(part) for part in (text, reference_text)]
+    height, width = _first_record_size(configs[0])
+    models = [build_model(cfg).eval() for cfg in configs]
+
+    def macs(model: nn.Module, short: int, longest: int) -> float:
+        h, w = T.ResizeShortestEdge.get_output_shape(height, width, short, longest)
+        return count_macs(model, random_inputs(h, w))[TOTAL]
+
+    cfg, reference = configs
+    target = macs(models[1], reference.INPUT.MIN_SIZE_TEST, reference.INPUT.MAX_SIZE_TEST)
+    ratio = cfg.INPUT.MAX_SIZE_TEST / cfg.INPUT.MIN_SIZE_TEST
+    cost = functools.cache(lambda short: macs(models[0], short, round(short * ratio)))
+    highest = cfg.INPUT.MIN_SIZE_TEST
+    while cost(highest) < target:
+        highest *= 2
+    return nearest_size(cost, target, highest)
+
+
+def _first_record(cfg: CfgNode) -> dict:
+    with registered(cfg):
+        return DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+
+
+def _first_record_size(cfg: CfgNode) -> tuple[int, int]:
+    record = _first_record(cfg)
+    return record["height"], record["width"]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _padded_size(model: nn.Module, sizes: list):
+    """Inside, the size (height, width) of what the network gets is appended to ``sizes`` at every pass."""
+    detector = getattr(model, "detector", model)
+    handle = detector.backbone.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape[-2:])))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15) -> dict[str, dict]:
+    """Costs of each model on the first test image at its own size; of a teacher those of each branch, NAME_BRANCH.
+
+    Networks that are built alike and get inputs that are padded to the same size are measured once. Latencies are the
+    least of ``rounds`` rounds in which the networks take turns, so that other work on the machine hits all alike.
+
+    Args:
+        models: name -> (config, model in eval mode).
+
+    Returns:
+        name -> {"input": padded (height, width), "parameters", "parameters_by_part", "gmacs" and "ms" by part and
+        "total"}.
+    """
+    same: dict[tuple, list[str]] = {}
+    passes: dict[tuple, tuple] = {}
+    costs: dict[tuple, dict] = {}
+    for name, (cfg, model) in models.items():
+        inputs = [DatasetMapper(cfg, is_train=False)(_first_record(cfg))]
+        for branch in model.branches if isinstance(model, MultiScaleTeacher) else [None]:
+            select = functools.partial(_select, model, branch)
+            select()
+            sizes: list[tuple[int, int]] = []
+            with _padded_size(model, sizes):
+                macs = count_macs(model, inputs)
+            size = max(sizes)
+            key = (_architecture(cfg), size, branch)
+            same.setdefault(key, []).append(name if branch is None else f"{name}_{branch}")
+            if key not in costs:
+                passes[key] = (select, model, inputs)
+                costs[key] = {
+                    "input": list(size), "parameters": sum(p.numel() for p in model.parameters()),
+                    "parameters_by_part": count_parameters(model), "gmacs": _rounded(macs),
+                }  # fmt: skip
+    times: dict[tuple, list[dict]] = {key: [] for key in passes}
+    for _ in range(rounds + 1):
+        for key, (select, model, inputs) in passes.items():
+            select()
+            times[key].append(time_parts(model, inputs))
+    for key, found in times.items():
+        costs[key]["ms"] = _rounded(min(found[1:], key=lambda one: one[TOTAL]))  # the first is for warming up
+    return {name: costs[key] for key, names in same.items() for name in names}
+
+
+def _select(model: nn.Module, branch: str | None) -> None:
+    if branch is not None:
+        model.set_eval_branch(branch)
+
+
+def _architecture(cfg: CfgNode) -> str:
+    """What decides on a network's cost for an input of given size."""
+    model = cfg.MODEL.clone()
+    model.defrost()
+    model.WEIGHTS = ""
+    return f"{model.dump()}{cfg.MSAD.dump()}{cfg.TEST.DETECTIONS_PER_IMAGE}"
+
+
+def _rounded(parts: dict[str, float]) -> dict[str, float]:
+    return {part: float(f"{value:.4g}") for part, value in parts.items()}
+

@@ -1,0 +1,215 @@
+"""The report of a comparison: report.html and report.md with tables, a summary, charts, and how to reproduce it."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ..visualization import IntervalRow, plot_ap_vs_cost, plot_curves, plot_intervals, plot_sweep_lines, variant_styles
+from .jobs import format_seconds
+from .judgement import summary
+from .rows import AP, Row, failures, full_resolution, rows_of
+from .style import STYLE
+from .tables import Table, accuracy_table, cost_table, format_table
+
+_ACCURACY = (
+    "AP is COCO's average precision (0-100) on the validation images, averaged over IoU 0.50-0.95; APs, APm and APl "
+    "are those of small, medium and large objects. Of several seeds: mean ± standard deviation, the 95 % confidence "
+    "interval of the mean (Student's t), and differences seed by seed with theirs; a star says that it excludes zero, "
+    "which one in twenty models without any effect achieves by chance. A dash means that there is no number."
+)
+_COST = (
+    "Training seconds (by the clock and of the processors) and iterations are the model's own; a student needs those "
+    "of its teacher besides. GMACs and ms are those of the whole model, an R-CNN's with the proposals that it makes, "
+    "for the first validation image, whose padded size (height x width) is the column input; the factor in brackets is "
+    "relative to the full-resolution model. ms is the least of several rounds in which the models take turns."
+)
+
+
+class Picture(NamedTuple):
+    """A file in the report's folder and what it shows."""
+
+    file: str
+    caption: str
+
+
+def write_report(
+    data: dict, out_dir: str | Path, title: str, metric: str = AP, curves: Mapping[str, Path] | None = None
+) -> Path:
+    """Write ``report.html``, ``report.md`` and their charts into ``out_dir`` and return the path of the former.
+
+    Args:
+        data: from :meth:`msad.experiments.comparison.Comparison.collect`, and if known "cost", "data", "engine",
+            "versions", "command" and "seconds". Anything may be missing.
+        title: of the page.
+        metric: TASK/METRIC of the charts and the first column.
+        curves: variant -> metrics.json of a run. A ``panels.jpg`` is shown if it is in ``out_dir``.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    page = {
+        "title": title, "facts": dict(_facts(data)), "summary": summary(data),
+        "tables": {"Accuracy": (accuracy_table(data, metric), _ACCURACY), "Cost": (cost_table(data), _COST)},
+        "failed": failures(data), "pictures": draw_charts(data, out_dir, metric, curves or {}),
+        "variants": {name: (v.get("title", ""), v.get("description") or f"{v['file']}")
+                     for name, v in (data.get("variants") or {}).items()},
+        "command": data.get("command", ""),
+    }  # fmt: skip
+    (out_dir / "report.md").write_text(_markdown(**page), encoding="utf-8")
+    path = out_dir / "report.html"
+    titles = {row.name: row.title for row in rows_of(data)}
+    path.write_text(_html(titles=titles, **page), encoding="utf-8")
+    return path
+
+
+def draw_charts(data: dict, out_dir: Path, metric: str, curves: Mapping[str, Path]) -> list[Picture]:
+    """Draw what there are numbers for."""
+    rows = [row for row in rows_of(data) if row.estimate(metric) is not None]
+    styles = variant_styles([*(data.get("variants") or {}), *(row.variant["name"] for row in rows)])
+    pictures: list[Picture] = []
+
+    def draw(file: str, caption: str, function, *args) -> None:
+        function(*args[:1], out_dir / file, *args[1:])
+        pictures.append(Picture(file, caption))
+
+    full = full_resolution(rows, metric)
+    reference = next((row for row in rows if row.name == data.get("reference")), None)
+    line = (full or reference) and (full or reference).estimate(metric).mean
+    name = (full or reference).name if full or reference else ""
+    if rows:
+        points = [_point(row, metric) for row in rows]
+        draw("results.png", f"Validation {metric} of every model.", partial(plot_intervals, bars=True), points,
+             f"validation {metric}", styles, line, name)  # fmt: skip
+    if reference is not None and (changes := [p for row in rows if (p := _change(row, reference, metric))]):
+        draw("differences.png", f"Differences to {reference.name}, seed by seed.", plot_intervals, changes,
+             f"{metric} minus {reference.name}", styles, 0.0)  # fmt: skip
+    for file, key, unit in (("ap_vs_gmacs.png", "gmacs", "GMACs"), ("ap_vs_ms.png", "ms", "milliseconds")):
+        points = [_point(row, metric, row.total(key)) for row in rows if row.total(key) is not None]
+        if len(points) > 1:
+            draw(file, f"Validation {metric} against {unit} of the whole model: upper left is better.", plot_ap_vs_cost,
+                 points, f"{unit} of the whole model per image", styles, f"validation {metric}")  # fmt: skip
+    lines: dict[str, list] = {}
+    keys: dict[str, None] = {}
+    for row in rows:
+        if row.variant.get("swept") and isinstance(row.variant["swept"][2], (int, float)):
+            base, key, value = row.variant["swept"]
+            keys[key] = None
+            lines.setdefault(base, []).append((value, _point(row, metric)))
+    if any(len(points) > 1 for points in lines.values()) and len(keys) == 1:
+        base_line = (reference.estimate(metric).mean, reference.name) if reference is not None else ()
+        draw("sweep.png", f"Validation {metric} over {next(iter(keys))}.", plot_sweep_lines, lines, next(iter(keys)),
+             metric, *base_line)  # fmt: skip
+    if found := {name: file for name, file in curves.items() if file.is_file()}:
+        with contextlib.suppress(ValueError):  # runs so short that nothing was logged
+            draw("curves.png", "Training curves.", plot_curves, found, styles)
+    if (out_dir / "panels.jpg").is_file():
+        caption = "Validation images with the annotations and the models' predictions; a colour is a class."
+        pictures.append(Picture("panels.jpg", caption))
+    return pictures
+
+
+def _point(row: Row, metric: str, cost: float | None = None) -> IntervalRow:
+    value = row.estimate(metric)
+    values = list(row.values(metric).values())
+    return IntervalRow(row.name, value.mean, value.half, values, row.variant["name"], cost)
+
+
+def _change(row: Row, reference: Row, metric: str) -> IntervalRow | None:
+    change, base = row.minus(reference, metric), reference.values(metric)
+    if change is None:
+        return None
+    values = [v - base[s] for s, v in row.values(metric).items() if s in base]
+    return IntervalRow(row.name, change.mean, change.half, values, row.variant["name"])
+
+
+def _facts(data: dict) -> Iterator[tuple[str, str]]:
+    """Name and value of what a reader wants to know before the numbers."""
+    about = data.get("data") or {}
+    if about:
+        counts = [f"{about[key]:,} {text}" for key, text in (("images_train", "training images"), ("instances_train",
+                  "training objects"), ("images_val", "validation images")) if about.get(key) is not None]  # fmt: skip
+        yield "Data", ": ".join(filter(None, [about.get("name", "unnamed"), ", ".join(counts)]))
+    if data.get("engine"):
+        yield "Engine", data["engine"]
+    if data.get("versions"):
+        yield "Versions", ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    if data.get("seeds"):
+        yield "Seeds", ", ".join(map(str, data["seeds"]))
+    if data.get("seconds") is not None:
+        yield "Time in all", format_seconds(data["seconds"])
+
+
+def _markdown(title, facts, summary, tables, failed, pictures, variants, command) -> str:
+    lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items())]
+    lines += ["", "## In short", "", *(f"- {sentence}" for sentence in summary)]
+    for name, (table, note) in tables.items():
+        lines += ["", f"## {name}", "", format_table(table, "github"), "", note]
+    if failed:
+        lines += ["", "## Runs that failed", "", *(f"- {line}" for line in failed)]
+    for picture in pictures:
+        lines += ["", f"![{picture.caption}]({picture.file})", "", picture.caption]
+    lines += ["", "## The variants", ""]
+    lines += [f"- `{name}`{f' ({about})' if about else ''}: {text}" for name, (about, text) in variants.items()]
+    if command:
+        lines += ["", "## How to reproduce", "", "```bash", command, "```"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _html(title, facts, summary, tables, failed, pictures, variants, command, titles) -> str:
+    e = html.escape
+    about = "".join(f"<div><dt>{e(name)}</dt><dd>{e(value)}</dd></div>" for name, value in facts.items())
+    body = [f'<h1>{e(title)}</h1><dl class="facts">{about}</dl>']
+    body.append(f'<h2>In short</h2><ul class="summary">{"".join(f"<li>{e(s)}</li>" for s in summary)}</ul>')
+    for name, (table, note) in tables.items():
+        body.append(f'<h2>{e(name)}</h2><div class="scroll">{_html_table(table, titles)}</div>')
+        body.append(f'<p class="note">{e(note)}</p>')
+    if failed:
+        body.append(f"<h2>Runs that failed</h2><ul>{''.join(f'<li>{e(line)}</li>' for line in failed)}</ul>")
+    figures = "".join(
+        f'<figure class="{"wide" if p.file.startswith("panel") else "chart"}">'
+        f'<a href="{e(p.file)}"><img src="{e(p.file)}" alt="{e(p.caption)}" loading="lazy"></a>'
+        f"<figcaption>{e(p.caption)}</figcaption></figure>"
+        for p in pictures
+    )
+    body.append(f'<div class="figures">{figures}</div>')
+    kinds = "".join(
+        f"<div><dt><code>{e(name)}</code> {e(about)}</dt><dd>{e(text)}</dd></div>"
+        for name, (about, text) in variants.items()
+    )
+    body.append(f'<h2>The variants</h2><dl class="kinds">{kinds}</dl>')
+    if command:
+        body.append(f"<h2>How to reproduce</h2><pre>{e(command)}</pre>")
+    newline = "\n"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{e(title)}</title>
+<style>
+{STYLE}</style>
+</head>
+<body>
+<main>
+{newline.join(body)}
+</main>
+</body>
+</html>
+"""
+
+
+def _html_table(table: Table, titles: Mapping[str, str]) -> str:
+    e = html.escape
+    headers, cells = table
+    lines = ["<table><thead><tr>", *(f'<th scope="col">{e(header)}</th>' for header in headers), "</tr></thead><tbody>"]
+    for name, *values in cells:
+        about = f"<small>{e(titles[name])}</small>" if titles.get(name) else ""
+        mark = ' class="result"' if name == "student_L" else ""
+        lines.append(f'<tr{mark}><th scope="row"><code>{e(name).replace("@", "@<wbr>")}</code>{about}</th>')
+        lines += [f"<td>{e(value)}</td>" for value in values]
+        lines.append("</tr>")
+    return "".join([*lines, "</tbody></table>"])

@@ -1,0 +1,100 @@
+"""The rows of a comparison's tables and charts: a model with its results over seeds and its costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from .statistics import Estimate, estimate
+
+AP = "bbox/AP"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluated model; numbers that are missing or not finite are None.
+
+    Attributes:
+        name: of the variant; of a teacher with its branch.
+        variant: its entry in the data, see :meth:`msad.experiments.comparison.Comparison.collect`, with its "name".
+        runs: seed -> run, whose "metrics" are {task: {metric: value}}.
+        cost: see :func:`msad.experiments.costs.measure_costs`.
+    """
+
+    name: str
+    variant: dict
+    runs: dict[int, dict]
+    cost: dict
+
+    @property
+    def title(self) -> str:
+        branch = self.name.removeprefix(self.variant["name"]).strip("_")
+        return f"{self.variant.get('title') or 'teacher'}, {branch}" if branch else self.variant.get("title", "")
+
+    def values(self, metric: str = AP) -> dict[int, float]:
+        """seed -> value of TASK/METRIC, for those runs that have one."""
+        task, name = metric.split("/", 1)
+        found = {seed: (run["metrics"].get(task) or {}).get(name) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in found.items() if _is_number(value)}
+
+    def estimate(self, metric: str = AP) -> Estimate | None:
+        """Over the seeds; None without a value."""
+        values = self.values(metric)
+        return estimate(list(values.values())) if values else None
+
+    def mean(self, key: str) -> float | None:
+        """Of "iterations", "warmup", "seconds", "cpu_seconds" or a TASK/METRIC, over the seeds that all have it."""
+        values = list(self.values(key).values()) if "/" in key else [r.get(key) for r in self.runs.values()]
+        return fmean(values) if len(values) == len(self.runs) and all(map(_is_number, values)) else None
+
+    def total(self, key: str) -> float | None:
+        """Cost of the whole model: "gmacs" or "ms"."""
+        value = (self.cost.get(key) or {}).get("total")
+        return value if _is_number(value) else None
+
+    def minus(self, other: Row, metric: str = AP) -> Estimate | None:
+        """The difference, seed by seed, over the seeds that both have; None if there are none."""
+        base = other.values(metric)
+        pairs = [value - base[seed] for seed, value in self.values(metric).items() if seed in base]
+        return estimate(pairs) if pairs and self.name != other.name else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def rows_of(data: dict) -> list[Row]:
+    """The models that have a result, in the order of the variants, teachers of others last.
+
+    Args:
+        data: from :meth:`msad.experiments.comparison.Comparison.collect`, with "cost" if it was measured.
+    """
+    variants, costs = data.get("variants") or {}, data.get("cost") or {}
+    found: dict[str, tuple[dict, dict[int, dict]]] = {}
+    for run in data.get("runs") or ():
+        for name, metrics in run.get("results", {}).items():
+            variant = {"name": run["variant"], **variants.get(run["variant"], {})}
+            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": metrics or {}}
+    order = {name: (v.get("teacher", False), i) for i, (name, v) in enumerate(variants.items())}
+    rows = [Row(name, variant, runs, costs.get(name) or {}) for name, (variant, runs) in found.items()]
+    return sorted(rows, key=lambda row: (order.get(row.variant["name"], (True, len(order))), row.name))
+
+
+def full_resolution(rows: list[Row], metric: str = AP) -> Row | None:
+    """The row that shares and cost ratios refer to: baseline_H, else teacher_H, else none."""
+    found = {row.name: row for row in rows if row.estimate(metric) is not None}
+    return found.get("baseline_H") or found.get("teacher_H")
+
+
+def check_metric(rows: list[Row], metric: str) -> None:
+    """ValueError with the known ones if no row was evaluated by TASK/METRIC."""
+    found = [run["metrics"] for row in rows for run in row.runs.values()]
+    known = dict.fromkeys(f"{task}/{name}" for metrics in found for task, values in metrics.items() for name in values)
+    if known and metric not in known:
+        raise ValueError(f"--metric {metric}: the models were evaluated by {', '.join(known)}")
+
+
+def failures(data: dict) -> list[str]:
+    """A line for each run that has failed."""
+    return [f"{r['variant']}, seed {r['seed']}: {r['error']}" for r in data.get("runs") or () if "error" in r]

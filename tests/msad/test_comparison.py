@@ -1,0 +1,234 @@
+"""Comparisons: what is run from what, budgets, and what a finished run is recognised by."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from msad import load_config
+from msad.experiments.comparison import Comparison
+from msad.experiments.jobs import Run, Slot, error_of
+from msad.experiments.run import exclusive_lock, is_finished, train_and_evaluate
+from msad.experiments.variants import Variant, at_equal_time
+
+SMALL = ["SOLVER.IMS_PER_BATCH", 2]
+
+
+@pytest.fixture
+def files(project, tmp_path):
+    """Variants of a student without a loss, one with, one whose teacher cannot be built, and a plain detector."""
+    student = f"_BASE_: {project}/student.yaml\nDISTILL:\n"
+    texts = {
+        "no_kd": f"{student}  LOSSES: []\n  TEACHERS: [{{CONFIG: {project}/teacher.yaml, WEIGHTS: x.pth}}]\n",
+        "msad": f"{student}  TEACHERS: [{{CONFIG: {project}/teacher.yaml, WEIGHTS: y.pth}}]\n",
+        "orphan": f"{student}  TEACHERS: [{{CONFIG: {tmp_path}/broken.yaml, WEIGHTS: z.pth}}]\n",
+        "pupil": f"{student}  TEACHERS: [{{CONFIG: {tmp_path}/msad.yaml, WEIGHTS: z.pth}}]\n",
+        "loop": f"{student}  TEACHERS: [{{CONFIG: {tmp_path}/loop.yaml, WEIGHTS: z.pth}}]\n",
+        "plain": f"_BASE_: {project}/fcos.yaml\n",
+        "broken": f"_BASE_: {project}/fcos.yaml\nMODEL: {{BACKBONE: {{NAME: build_no_such_backbone}}}}\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return lambda *names: {name: Variant(tmp_path / f"{name}.yaml") for name in names}
+
+
+def finish(comparison, name, seed=0, **result):
+    """Note a result as a run would have."""
+    folder = comparison.folder(Run(name, seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"iterations": 6, "warmup": 0, "seconds": 6.0, "cpu_seconds": 6.0, "steps": 6, **result}
+    (folder / "result.json").write_text(json.dumps({"results": {name: {"bbox": {"AP": 10.0}}}, **values}))
+
+
+def test_a_teacher_is_shared_and_trained_once_a_seed(files, tmp_path, project):
+    comparison = Comparison(files("no_kd", "msad"), tmp_path / "out", seeds=(0, 1))
+    teacher = Variant((project / "teacher.yaml").resolve(), title="teacher", teacher=True)
+    assert comparison.variants["teacher"] == teacher
+    assert comparison.runs() == [Run(n, seed) for seed in (0, 1) for n in ("teacher", "no_kd", "msad")]
+    cfg = comparison.config(Run("msad", 1))
+    folder = tmp_path / "out/seed1/teacher"
+    expected = [{"CONFIG": str(folder / "config.yaml"), "WEIGHTS": str(folder / "model_final.pth")}]
+    assert expected == cfg.DISTILL.TEACHERS
+    assert cfg.SEED == 1 and cfg.OUTPUT_DIR.endswith("out/seed1/msad") and len(cfg.DISTILL.LOSSES) == 1
+
+
+def test_a_teacher_may_be_a_student(files, tmp_path):
+    comparison = Comparison(files("pupil"), tmp_path / "out")
+    assert comparison.runs() == [Run("teacher", 0), Run("msad", 0), Run("pupil", 0)]
+    (entry,) = comparison.config(Run("msad", 0)).DISTILL.TEACHERS
+    assert entry["WEIGHTS"] == str(tmp_path / "out/seed0/teacher/model_final.pth")
+    assert comparison.all_teachers("pupil") == ["teacher", "msad"]
+    # A variant that is the teacher's very file serves as the teacher.
+    assert set(Comparison(files("pupil", "msad"), tmp_path).variants) == {"pupil", "msad", "teacher"}
+    with pytest.raises(ValueError, match=r"loop\.yaml is its own teacher"):
+        Comparison(files("loop"), tmp_path)
+
+
+def test_given_teacher_weights_train_no_teacher(files, tmp_path, project):
+    comparison = Comparison(files("msad"), tmp_path, teacher_weights="runs/{seed}/t.pth", seeds=(4,))
+    assert comparison.runs() == [Run("msad", 4)]
+    (entry,) = comparison.config(Run("msad", 4)).DISTILL.TEACHERS
+    assert entry["WEIGHTS"] == "runs/4/t.pth" and Path(entry["CONFIG"]) == project / "teacher.yaml"
+    timed = at_equal_time("msad", files("msad")["msad"], "plain", True)
+    with pytest.raises(ValueError, match="--count-teachers"):
+        Comparison({**files("plain", "msad"), **timed}, tmp_path, teacher_weights="t.pth")
+
+
+def test_iterations_scale_the_schedule_and_the_warm_up(files, tmp_path):
+    opts = ["SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (30, 45), "SOLVER.WARMUP_ITERS", 9]
+    comparison = Comparison(files("msad"), tmp_path, opts, iterations=20, teacher_iterations=120)
+    student, teacher = (comparison.config(Run(n, 0)) for n in ("msad", "teacher"))
+    assert student.SOLVER.MAX_ITER == 20 and student.SOLVER.STEPS == (10, 15)
+    assert teacher.SOLVER.MAX_ITER == 120 and teacher.SOLVER.STEPS == (60, 90)
+    # What the user has set stays; what the yaml says (8 of 60) shrinks with the run, and never grows.
+    assert student.SOLVER.WARMUP_ITERS == 9 and student.DISTILL.WARMUP_ITERS == 3
+    assert Comparison(files("plain"), tmp_path, iterations=2).config(Run("plain", 0)).SOLVER.WARMUP_ITERS == 1
+    assert Comparison(files("plain"), tmp_path, iterations=60).config(Run("plain", 0)).SOLVER.WARMUP_ITERS == 3
+
+
+def test_equal_iterations_are_those_of_student_and_teachers(files, tmp_path):
+    longer = Variant(tmp_path / "plain.yaml", budget="equal_iterations", reference="pupil")
+    comparison = Comparison({**files("pupil"), "longer": longer}, tmp_path, iterations=20, teacher_iterations=7)
+    assert comparison.config(Run("longer", 0)).SOLVER.MAX_ITER == 20 + 7 + 7
+    assert comparison.needs(Run("longer", 0)) == []  # nothing is measured for it
+
+
+def timed(files, *names, reference="no_kd", count_teachers=False):
+    variants = files("no_kd", "msad", "plain")
+    for name in names:
+        variants |= at_equal_time(name, variants[name], reference, count_teachers)
+    return variants
+
+
+def test_equal_time_follows_the_measured_steps(files, tmp_path):
+    comparison = Comparison(timed(files, "msad", "plain"), tmp_path / "out")
+    run = Run("msad@equal_time", 0)
+    assert comparison.needs(run) == [Run("teacher", 0), Run("msad", 0), Run("no_kd", 0)]
+    with pytest.raises(ValueError, match="is not known"):
+        comparison.config(run)
+    # Two of the steps were repeated after an interruption: 8 s for 8 steps are 1 s a step.
+    finish(comparison, "no_kd", cpu_seconds=8.0, steps=8)
+    finish(comparison, "msad", cpu_seconds=12.0, seconds=99.0)
+    finish(comparison, "plain", cpu_seconds=6.1)
+    finish(comparison, "teacher")
+    cfg = comparison.config(run)
+    assert cfg.SOLVER.MAX_ITER == 3 and cfg.OUTPUT_DIR.endswith("msad@equal_time")  # 6 s at 2 s a step
+    assert comparison.prepare(Run("plain@equal_time", 0)) is False  # as the run of equal iterations
+    finish(comparison, run.name, iterations=3)
+    runs = {r["variant"]: r for r in comparison.collect()["runs"]}
+    assert runs["msad@equal_time"]["iterations"] == 3 and runs["plain@equal_time"]["iterations"] == 6
+    assert set(runs["plain@equal_time"]["results"]) == {"plain@equal_time"}
+
+
+def test_a_measured_time_that_moves_a_little_does_not_make_another_run(files, tmp_path):
+    comparison = Comparison(timed(files, "msad"), tmp_path)
+    run = Run("msad@equal_time", 0)
+    for name, seconds in (("no_kd", 600.0), ("msad", 12.0), ("teacher", 1.0)):
+        finish(comparison, name, cpu_seconds=seconds)
+    cfg = comparison.config(run)
+    assert cfg.SOLVER.MAX_ITER == 300
+    comparison.folder(run).mkdir()
+    (comparison.folder(run) / "config.yaml").write_text(cfg.dump())
+    finish(comparison, "no_kd", cpu_seconds=610.0)
+    assert comparison.config(run).SOLVER.MAX_ITER == 300
+    finish(comparison, "no_kd", cpu_seconds=700.0)
+    assert comparison.config(run).SOLVER.MAX_ITER == 350
+
+
+def test_equal_time_with_teachers(files, tmp_path):
+    comparison = Comparison(timed(files, "msad", "plain", count_teachers=True), tmp_path)
+    for name, result in {
+        "no_kd": {"cpu_seconds": 12.0}, "msad": {"cpu_seconds": 24.0}, "plain": {"cpu_seconds": 6.0},
+        "teacher": {"cpu_seconds": 48.0, "steps": 12},
+    }.items():  # fmt: skip
+        finish(comparison, name, **result)
+    # The teacher's 24 s (6 iterations of 4 s) and the student's 12 s are 36 steps of 1 s without a teacher.
+    counts = {name: comparison.iterations_in_time(Run(f"{name}@equal_time", 0)) for name in ("msad", "plain")}
+    assert counts == {"msad": 3, "plain": 36}
+    other = Comparison(timed(files, "msad", reference="plain", count_teachers=True), tmp_path)
+    with pytest.raises(ValueError, match="the teachers of msad take longer than plain"):
+        other.config(Run("msad@equal_time", 0))
+
+
+def test_reference_must_be_there(files, tmp_path):
+    with pytest.raises(ValueError, match="--reference nobody is none of the variants plain"):
+        Comparison(files("plain"), tmp_path, reference="nobody")
+
+
+def test_one_process_a_folder(tmp_path):
+    with exclusive_lock(tmp_path), pytest.raises(ValueError, match="another process is training in"):
+        exclusive_lock(tmp_path).__enter__()
+    with exclusive_lock(tmp_path):
+        pass
+
+
+def test_runs_in_processes_and_failures_stay_alone(files, tmp_path):
+    comparison = Comparison(files("plain", "orphan"), tmp_path / "out", SMALL, iterations=1)
+    lines = []
+    failed = comparison.run([Slot(1), Slot(1)], lines.append)
+    # The one that can run has run; the teacher that cannot be built is named, and so is who needs it.
+    assert failed == [Run("broken", 0), Run("orphan", 0)]
+    plain, broken = (comparison.folder(Run(name, 0)) for name in ("plain", "broken"))
+    assert comparison.result(Run("plain", 0))["iterations"] == 1
+    assert "build_no_such_backbone" in error_of(broken) and "Traceback" in (broken / "log.txt").read_text()
+    assert "(broken, seed 0) failed" in error_of(comparison.folder(Run("orphan", 0)))
+    assert {r["variant"] for r in comparison.collect()["runs"] if "error" in r} == {"orphan", "broken"}
+    assert comparison.finished() == ["plain"]
+
+    # A finished run is kept, and one of another configuration is neither passed off as it nor touched.
+    before = (plain / "model_final.pth").stat().st_mtime_ns
+    assert comparison.prepare(Run("plain", 0)) is False
+    other = Comparison(files("plain"), tmp_path / "out", SMALL, iterations=2)
+    with pytest.raises(ValueError, match="another configuration"):
+        other.run([Slot(1)], lines.append)
+    assert error_of(plain) is None and (plain / "model_final.pth").stat().st_mtime_ns == before
+
+
+def test_students_learn_from_the_trained_teacher(files, tmp_path):
+    comparison = Comparison(files("msad"), tmp_path / "out", SMALL, iterations=1, teacher_iterations=1)
+    for run in comparison.runs():
+        assert comparison.prepare(run)
+        train_and_evaluate(comparison.folder(run))
+    teacher, student = comparison.collect()["runs"]
+    assert set(teacher["results"]) == {"teacher_fused", "teacher_H", "teacher_L"}
+    assert set(student["results"]) == {"msad"}
+    log = (comparison.folder(Run("msad", 0)) / "log.txt").read_text()
+    assert "teacher/model_final.pth" in log and "Student initialised from the teacher" in log
+    # Another teacher under the same name is another student.
+    shutil.copy(tmp_path / "out/seed0/msad/model_final.pth", tmp_path / "out/seed0/teacher/model_final.pth")
+    assert comparison.prepare(Run("msad", 0)) and (tmp_path / "out/seed0/msad~1/result.json").is_file()
+
+
+def test_changed_data_are_another_run(project, tmp_path):
+    for name in ("train", "val"):
+        shutil.copy(project / f"data/annotations_{name}.json", tmp_path)
+    paths = {n: {"JSON": str(tmp_path / f"annotations_{n}.json")} for n in ("train", "val")}
+    entries = [{"NAME": f"own_{n}", "IMAGES": str(project / "data/images"), **path} for n, path in paths.items()]
+    opts = ["DATASETS.REGISTER", entries, "DATASETS.TRAIN", ("own_train",), "DATASETS.TEST", ("own_val",)]
+    cfg = load_config(project / "fcos.yaml", [*opts, "OUTPUT_DIR", str(tmp_path / "run")])
+    cfg.freeze()
+    assert not is_finished(cfg)
+    for name in ("result.json", "last_checkpoint"):
+        (tmp_path / "run" / name).write_text("{}")
+    assert is_finished(cfg)
+
+    def correct(name):
+        """As in a new process: what the data were is looked at once a process."""
+        from msad.experiments import run
+
+        file = tmp_path / f"annotations_{name}.json"
+        content = json.loads(file.read_text())
+        content["annotations"][0]["bbox"][0] += 1
+        file.write_text(json.dumps(content))
+        run._data.cache_clear()
+
+    said = []
+    correct("val")  # the model stays, its result does not
+    assert not is_finished(cfg, said.append) and (tmp_path / "run/last_checkpoint").is_file()
+    (tmp_path / "run/result.json").write_text("{}")
+    assert is_finished(cfg, said.append)
+    correct("train")
+    assert not is_finished(cfg, said.append) and not (tmp_path / "run/last_checkpoint").is_file()
+    assert (tmp_path / "run~1/last_checkpoint").is_file()
+    assert "test data have changed" in said[0] and "training data have changed" in said[1] and len(said) == 2

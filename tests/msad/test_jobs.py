@@ -1,0 +1,131 @@
+"""Runs in processes of their own: crashes, interruptions, order. The processes do what a file in their folder says."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from msad.experiments.jobs import Run, Slot, device_opts, error_of, make_slots, run_all
+
+CHILD = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+what = (folder / "what").read_text()
+if what == "watch":
+    from msad.experiments.run import end_with_parent
+    end_with_parent()
+(folder / "pid.part").write_text(str(os.getpid()))
+os.replace(folder / "pid.part", folder / "pid")
+if what == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "fail":
+    (folder / "failed.txt").write_text("KeyError: 'no such thing'")
+    sys.exit(1)
+if what in ("sleep", "watch"):
+    time.sleep(3600)
+(folder / "result.json").write_text(json.dumps({"seconds": 1.0, "results": {folder.name: {"bbox": {"AP": 12.34}}}}))
+"""
+FIRST, SECOND, THIRD = (Run(name, 0) for name in ("first", "second", "third"))
+
+
+class Script:
+    """A plan of runs that do ``what``; the second needs the first."""
+
+    def __init__(self, root: Path, **what: str) -> None:
+        self.root, self.what, self.prepared = root, what, []
+        (root / "child.py").write_text(CHILD)
+        self.command = [sys.executable, str(root / "child.py")]
+
+    def folder(self, run):
+        return self.root / run.name
+
+    def needs(self, run):
+        return [FIRST] if run == SECOND else []
+
+    def prepare(self, run):
+        self.prepared.append(run)
+        if self.what[run.name] == "wrong":
+            raise ValueError(f"{run.name} is wrong")
+        self.folder(run).mkdir(exist_ok=True)
+        (self.folder(run) / "failed.txt").unlink(missing_ok=True)
+        (self.folder(run) / "what").write_text(self.what[run.name])
+        return self.what[run.name] != "finished"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition) -> None:
+    """However slow the machine is; the suite's own time limit ends it."""
+    while not condition():
+        time.sleep(0.05)
+
+
+def test_a_failure_stays_alone_and_a_crash_is_not_taken_for_an_earlier_error(tmp_path):
+    lines = []
+    plan = Script(tmp_path, first="fail", second="work", third="work")
+    assert run_all(plan, [FIRST, SECOND, THIRD], [Slot(1)], lines.append, plan.command) == [FIRST, SECOND]
+    assert error_of(tmp_path / "second") == "not run, because what it needs (first, seed 0) failed"
+    assert any("first, seed 0: FAILED: KeyError: 'no such thing'" in line for line in lines)
+    assert any(line.startswith("[3/3] third, seed 0: AP third 12.3") for line in lines)
+    plan = Script(tmp_path, first="crash", second="work", third="wrong")
+    failed = run_all(plan, [FIRST, SECOND, THIRD], [Slot(1)] * 2, lines.append, plan.command)
+    assert set(failed) == {FIRST, SECOND, THIRD}
+    assert error_of(tmp_path / "first") == "its process ended with exit code -9"
+    assert error_of(tmp_path / "third") == "third is wrong" and not (tmp_path / "second/pid").exists()
+
+
+def test_what_is_needed_comes_first_and_finished_runs_are_kept(tmp_path):
+    plan = Script(tmp_path, first="work", second="work", third="finished")
+    assert run_all(plan, [SECOND, THIRD, FIRST], [Slot(1)] * 2, lambda _: None, plan.command) == []
+    assert plan.prepared == [THIRD, FIRST, SECOND]
+    assert not (tmp_path / "third/pid").exists() and (tmp_path / "second/result.json").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_runs_end_with_their_parent(tmp_path, how):
+    """However it ends: by Ctrl-C, by a scheduler, or without a word, where the runs watch their standard input."""
+    what = {"first": "watch"} if how == signal.SIGKILL else {"first": "sleep", "third": "sleep"}
+    plan = Script(tmp_path, **what)
+
+    def parent():
+        with contextlib.suppress(KeyboardInterrupt):
+            run_all(plan, [Run(name, 0) for name in what], [Slot(1)] * 2, print, plan.command)
+        os._exit(130)
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    files = [tmp_path / name / "pid" for name in what]
+    wait_for(lambda: all(file.exists() for file in files))
+    pids = [int(file.read_text()) for file in files]
+    assert all(map(alive, pids))
+    os.kill(process.pid, how)
+    process.join()
+    wait_for(lambda: not any(map(alive, pids)))
+    assert process.exitcode == (-how if how == signal.SIGKILL else 130)
+
+
+def test_slots(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert make_slots(2, 1) == [Slot(1), Slot(1)]
+    assert make_slots(devices=["cuda:0", "cuda:3"]) == [Slot(0, "0"), Slot(0, "3")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert make_slots(devices=["cuda:1"]) == [Slot(0, "7")]
+    with pytest.raises(ValueError, match="cuda:2"):
+        make_slots(devices=["cuda:2"])
+    with pytest.raises(ValueError, match="--jobs must be at least 1"):
+        make_slots(0)
+    assert device_opts([]) == [] and device_opts(["cpu"]) == ["MODEL.DEVICE", "cpu"]
+    assert device_opts(["cuda:0", "cuda:1"]) == ["MODEL.DEVICE", "cuda"]

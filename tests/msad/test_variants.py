@@ -1,0 +1,137 @@
+"""Variants of a folder, of files and of a sweep; the input size of equal cost."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.modeling import build_model
+
+from msad import load_config
+from msad.evaluation.cost import count_macs, random_inputs
+from msad.experiments.comparison import Comparison
+from msad.experiments.costs import measure_costs, nearest_size
+from msad.experiments.jobs import Run
+from msad.experiments.variants import QUICK, Variant, choose, equal_cost, standard_variants, sweep, unique_names
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_names():
+    assert unique_names([Path("x/a.yaml"), Path("x/b.yaml")]) == {"a": Path("x/a.yaml"), "b": Path("x/b.yaml")}
+    assert set(unique_names([Path("/x/a.yaml"), Path("/y/a.yaml")])) == {"x_a", "y_a"}
+    with pytest.raises(ValueError, match="several files are called x_a"):
+        unique_names([Path("/x/a.yaml"), Path("/x/a.yaml")])
+
+
+def test_a_folder_makes_the_standard_study(tmp_path):
+    variants = standard_variants(CONFIGS / "quickstart")
+    assert list(variants)[: len(QUICK)] == list(QUICK)
+    assert all(v.title and len(v.description) > 50 for v in variants.values())
+    assert len({v.description for v in variants.values()}) == len(variants)
+    # What a variant refers to comes along; what has no file is not there.
+    assert set(choose(variants, ["baseline_L_shifted@equal_time"])) == {
+        "baseline_L_shifted", "baseline_L_shifted@equal_time", "student_L",
+    }  # fmt: skip
+    assert "student_L_light" not in standard_variants(CONFIGS / "mouse")
+    with pytest.raises(ValueError, match=r"baseline_XL.*did you mean baseline_"):
+        choose(variants, ["baseline_XL"])
+    with pytest.raises(ValueError, match=r"none of baseline_H\.yaml"):
+        standard_variants(tmp_path)
+
+
+def test_a_study_has_its_controls(tmp_path):
+    comparison = Comparison(standard_variants(CONFIGS / "quickstart"), tmp_path)
+    no_kd, student = (comparison.config(Run(name, 0)) for name in ("student_L_no_kd", "student_L"))
+    assert no_kd.DISTILL.LOSSES == [] and no_kd.DISTILL.TEACHERS == student.DISTILL.TEACHERS != []
+    assert comparison.config(Run("baseline_L_shifted@equal_iterations", 0)).SOLVER.MAX_ITER == 3200
+    assert comparison.needs(Run("baseline_L_shifted@equal_time", 0)) == [
+        Run(name, 0) for name in ("baseline_L_shifted", "student_L", "teacher")
+    ]
+
+
+def test_input_scale_reaches_every_variant(tmp_path):
+    variants = choose(standard_variants(CONFIGS / "quickstart"), ["baseline_H", "baseline_L"])
+    comparison = Comparison(variants, tmp_path, input_scale=3.0)
+    high, low = (comparison.config(Run(name, 0)).INPUT for name in variants)
+    assert high.MIN_SIZE_TEST == 384 and tuple(high.MIN_SIZE_TRAIN) == (384,)
+    assert low.MIN_SIZE_TEST == 192 and low.MAX_SIZE_TEST == high.MAX_SIZE_TEST // 2
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def losses(tmp_path):
+    """Files of a student without a loss, and of two with one of weight 0.2 and 3."""
+    entries_of = {"no_kd": [], "lad": [{"NAME": "LAD", "WEIGHT": 0.2}], "cad": [{"NAME": "CAD", "WEIGHT": 3}]}
+    for name, entries in entries_of.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"DISTILL": {"LOSSES": entries}}))
+    return {name: Variant(tmp_path / f"{name}.yaml") for name in ("no_kd", "lad", "cad")}
+
+
+def test_a_position_in_a_list_is_swept(losses):
+    swept = sweep(losses, "DISTILL.LOSSES.0.WEIGHT=x0.1,x10")
+    assert list(swept) == ["no_kd", "lad_WEIGHT_0.02", "lad_WEIGHT_2.0", "cad_WEIGHT_0.3", "cad_WEIGHT_30.0"]
+    assert swept["no_kd"] == losses["no_kd"]  # it has no such key
+    one = swept["lad_WEIGHT_0.02"]
+    assert load_config(one.file, list(one.overrides)).DISTILL.LOSSES == [{"NAME": "LAD", "WEIGHT": 0.02}]
+    assert one.swept == ("lad", "DISTILL.LOSSES.0.WEIGHT", 0.02)
+
+
+def test_an_ordinary_key_is_swept(losses):
+    swept = sweep(losses, "SOLVER.BASE_LR=0.01,0.1")
+    assert len(swept) == 6 and swept["cad_BASE_LR_0.1"].overrides == ("SOLVER.BASE_LR", 0.1)
+
+
+@pytest.mark.parametrize("wrong", ["SOLVER.BASE_LR", "SOLVER.BASE_LR=", "SOLVER.NO_SUCH=1", "DISTILL.LOSSES.7.NAME=1"])
+def test_what_cannot_be_swept_is_said(losses, wrong):
+    with pytest.raises(ValueError, match="--sweep"):
+        sweep(losses, wrong)
+
+
+# --- equal cost -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "size"), [(1, 32), (3.9, 64), (4, 64), (5.5, 64), (7, 96), (99, 96), (0, 32)])
+def test_the_largest_size_of_the_nearest_cost(target, size):
+    """Inputs padded to multiples of 32, costs of 1, 4 and 9; at most 96."""
+    calls = []
+
+    def cost(short):
+        calls.append(short)
+        return (-(-short // 32)) ** 2
+
+    assert nearest_size(cost, target, 96) == size
+    assert len(calls) < 25
+
+
+def test_equal_cost_is_the_students(project, tmp_path):
+    """H is 512 px; inputs are padded to multiples of 32."""
+    sizes = {"MIN_SIZE_TRAIN": (512,), "MAX_SIZE_TRAIN": 512, "MIN_SIZE_TEST": 512, "MAX_SIZE_TEST": 512}
+    high = tuple(item for key, size in sizes.items() for item in (f"INPUT.{key}", size))
+    low = ("INPUT.MIN_SIZE_TEST", 256, "INPUT.MAX_SIZE_TEST", 256)
+    baseline = replace(equal_cost(project / "fcos.yaml", "student")["baseline_equal_cost"], overrides=high)
+    student = Variant(project / "student.yaml", low)
+    comparison = Comparison({"student": student, "baseline_equal_cost": baseline}, tmp_path)
+    cfg, students = (comparison.config(Run(name, 0)) for name in ("baseline_equal_cost", "student"))
+    # Stock levels; of the sizes that are padded alike the largest, in training too.
+    size = cfg.INPUT.MIN_SIZE_TEST
+    assert cfg.MODEL.FCOS.IN_FEATURES[0] == "p3" and size % 32 == 0 and 256 < size < 512
+    assert (tuple(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST) == ((size,), size, size)
+    detector = build_model(cfg).eval()
+    costs = measure_costs({"it": (cfg, detector), "student": (students, build_model(students).eval())}, rounds=1)
+    assert costs["it"]["input"] == [size, size]
+    target = costs["student"]["gmacs"]["total"]
+    near = [count_macs(detector, random_inputs(size + step, size + step))["total"] for step in (-32, 0, 32)]
+    assert min(near, key=lambda macs: abs(macs - target)) == near[1] == pytest.approx(target, rel=0.1)
+
+
+def test_networks_that_are_alike_are_measured_once(project):
+    configs = {name: load_config(project / "fcos.yaml", ["MODEL.WEIGHTS", f"{name}.pth"]) for name in ("a", "b")}
+    configs["c"] = load_config(project / "fcos.yaml", ["INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 32])
+    configs["t"] = load_config(project / "teacher.yaml")
+    costs = measure_costs({name: (cfg, build_model(cfg).eval()) for name, cfg in configs.items()}, rounds=2)
+    assert costs["a"] is costs["b"] and set(costs) == {"a", "b", "c", "t_H", "t_L", "t_fused"}
+    assert costs["t_fused"]["gmacs"]["total"] > costs["t_H"]["gmacs"]["total"] > costs["t_L"]["gmacs"]["total"]
+    assert all(entry["ms"]["total"] > 0 and entry["parameters"] > 0 for entry in costs.values())
