@@ -19,6 +19,7 @@ setup(
         "pycocotools>=2.0.7",
         "opencv-python",
         "numpy",
+        "scipy",
         "matplotlib",
         "tqdm",
         "tabulate",
