@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """What detectors cost, part by part: parameters, multiply-adds, latency, peak memory, and a distillation step.
 
-All numbers are those of the model with random weights; nothing is downloaded. Every model is measured on one image at
-the size of its own resolution. Timings alternate between the models, so that other work on the machine hits all alike.
+Weights are random, unless --trained asks for those of the yaml files; nothing is downloaded. Every model is measured on
+one image at the size of its own resolution. Timings alternate between the models, so that other work on the machine
+hits all alike.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from tqdm import tqdm
 
-from msad import load_config
+from msad import cli, load_config
 from msad.engine import DistillTrainer
+from msad.engine.setup import load_model
 from msad.evaluation import cost
 from msad.evaluation.memory import PeakMemory, peak_memory
 from msad.modeling.teacher import MultiScaleTeacher
@@ -53,9 +55,9 @@ examples:
 """
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--config-file", action="append", default=[], metavar="PATH[@RESOLUTION]", help="a model; can be repeated"
@@ -79,8 +81,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, or cpu"
     )
     parser.add_argument("--output", metavar="FILE", help="also write everything to this JSON file")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides, for all configs")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--trained", action="store_true", help="load MODEL.WEIGHTS of each --config-file instead of random weights"
+    )
+    args = cli.parse(parser, argv)
+    args.prog = parser.prog
     if not args.config_file and not args.train_step:
         parser.error("nothing to measure: give --config-file or --train-step")
     for name, least in (("repeats", 1), ("warmup", 0), ("batch_size", 1), ("threads", 1)):
@@ -102,7 +107,7 @@ def split_resolution(name: str) -> tuple[str, str]:
     return (path, resolution) if at and not os.path.isfile(name) else (name, "")
 
 
-class BadInput(Exception):
+class BadInput(ValueError):
     """A config that cannot be measured; the message names it."""
 
 
@@ -117,9 +122,10 @@ def blaming(path: str) -> Iterator[None]:
 
 
 def configure(path: str, args: argparse.Namespace) -> CfgNode:
-    """The config of a yaml file with the command line's overrides and without pretrained weights."""
+    """The config of a yaml file with the command line's overrides; without weights but with --trained."""
     with blaming(path):
-        return load_config(path, [*args.opts, "MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
+        weights = [] if args.trained else ["MODEL.WEIGHTS", ""]
+        return load_config(path, [*args.opts, *weights, "MODEL.DEVICE", args.device])
 
 
 def describe(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], CfgNode]:
@@ -139,7 +145,7 @@ def describe(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], CfgNo
 
 def build(cfg: CfgNode) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = build_model(cfg).eval()
+    model = load_model(cfg) if cfg.MODEL.WEIGHTS else build_model(cfg).eval()
     return model.to(memory_format=torch.channels_last) if cfg.SOLVER.CHANNELS_LAST else model
 
 
@@ -148,7 +154,7 @@ def benchmark_models(args: argparse.Namespace) -> list[dict[str, Any]]:
     described = [describe(name, args) for name in args.config_file]
     rows, models = [row for row, _ in described], []
     rounds = args.warmup + args.repeats
-    with tqdm(total=len(rows) * (2 + rounds), unit="pass", desc="models") as bar:
+    with tqdm(total=len(rows) * (2 + rounds), unit="pass", desc="models", disable=None) as bar:
         for row, cfg in described:
             bar.set_postfix_str(f"{row['name']}: multiply-adds")
             with blaming(row["config"]):
@@ -192,7 +198,7 @@ def benchmark_train_step(args: argparse.Namespace) -> dict[str, Any]:
         *args.size, batch=args.batch_size, boxes=10, masks=student.MODEL.MASK_ON, keypoints=keypoints
     )
     memory = PeakMemory(args.device)
-    with tqdm(total=args.warmup + args.repeats, unit="round", desc="training step") as bar:
+    with tqdm(total=args.warmup + args.repeats, unit="round", desc="training step", disable=None) as bar:
         times = cost.training_step_cost(distiller, batch, args.repeats, args.warmup, on_round=bar.update)
     return {
         "peak_memory_bytes": memory.growth(),
@@ -273,17 +279,14 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    try:
-        run(args, ["tools/benchmark.py", *argv])
-    except KeyboardInterrupt:
-        print("\nbenchmark.py: interrupted, nothing written", file=sys.stderr)
-        return 130
-    except BadInput as error:
-        print(f"\nbenchmark.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work() -> None:
+        read = [split_resolution(name)[0] for name in args.config_file] + list(args.train_step or ())
+        cli.refuse_overwriting([args.output] if args.output else [], read)
+        run(args, ["tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+
+    return cli.run(args.prog, work, "interrupted, nothing written")
 
 
 if __name__ == "__main__":

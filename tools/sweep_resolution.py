@@ -21,11 +21,11 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from tqdm import tqdm
 
-from msad import load_config
+from msad import cli, load_config
+from msad.data import dataset_fingerprint
 from msad.engine import DistillTrainer
 from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name, load_model, prepare
@@ -34,18 +34,16 @@ from msad.experiments.run import log_to
 from msad.visualization.sweep import plot_sweep
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sweep_resolution.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the yaml that the model was trained with")
     parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--sizes", nargs="+", type=int, metavar="PX", help="short sides (default: the paper's shares)")
     parser.add_argument("--branch", metavar="NAME", help="of a teacher: H, L, ... or fused (default: MSAD.EVAL_BRANCH)")
     parser.add_argument("--no-latency", action="store_true", help="accuracy only")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
+    args.prog = parser.prog
     if args.sizes and min(args.sizes) < 1:
         parser.error(f"--sizes must be positive, got {args.sizes}")
     return args
@@ -55,6 +53,9 @@ def configure(args: argparse.Namespace) -> CfgNode:
     """The config of the sweep; ValueError for what cannot be swept."""
     cfg = load_config(args.config_file, args.opts)
     cfg.OUTPUT_DIR = args.output
+    cli.require_device(cfg.MODEL.DEVICE)
+    # A run's folder has a log and detections of its own.
+    cli.refuse_overwriting([args.output], [os.path.dirname(file) or "." for file in (args.config_file, args.weights)])
     if "://" not in args.weights and not os.path.isfile(args.weights):
         raise FileNotFoundError(f"no checkpoint {args.weights}")
     if len(cfg.DATASETS.TEST) != 1:
@@ -68,12 +69,12 @@ def configure(args: argparse.Namespace) -> CfgNode:
 
 
 def describe(args: argparse.Namespace, cfg: CfgNode) -> dict:
-    """What the numbers are of. "model" is a fingerprint of config and weights that tells one sweep from another."""
+    """What the numbers are of. "model" is a fingerprint of config, weights and data, by which sweeps differ."""
     told = cfg.clone()
     told.defrost()
     told.OUTPUT_DIR = ""
     stat = os.stat(args.weights) if os.path.isfile(args.weights) else None
-    key = [told.dump(), args.weights, stat and [stat.st_size, stat.st_mtime_ns]]
+    key = [told.dump(), args.weights, stat and [stat.st_size, stat.st_mtime_ns], dataset_fingerprint(cfg)]
     teacher = cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher"
     return {
         "model": hashlib.sha1(json.dumps(key).encode()).hexdigest()[:12],
@@ -96,8 +97,8 @@ def earlier(file: Path, about: dict) -> list[dict]:
     found = json.loads(file.read_text())
     if found["model"] != about["model"]:
         raise ValueError(
-            f"{file} is of another model, config or data set (weights {found['weights']}); choose another --output or "
-            "delete it"
+            f"{file} is of another model, config or data set, or of these before they changed (weights "
+            f"{found['weights']}); choose another --output or delete it"
         )
     return found["sizes"]
 
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         with log_to(output / "log.txt"):
             prepare(cfg)
             model = load_model(cfg, args.weights)
-        with tqdm(unit="img", dynamic_ncols=True, total=0) as bar:
+        with tqdm(unit="img", dynamic_ncols=True, total=0, disable=None) as bar:
             for number, side in enumerate(missing, start=1):
                 with log_to(output / "log.txt"):
                     sized = at_size(cfg, side)
@@ -140,20 +141,13 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    try:
+    args = parse_args(argv)
+
+    def work() -> None:
         print(f"{format_sweep(run(args))}\n\n{args.output}: sweep.json, sweep.png")
-    except KeyboardInterrupt:
-        print(
-            "\nsweep_resolution.py: interrupted. Finished sizes are kept; the same command goes on with the others.",
-            file=sys.stderr,
-        )
-        return 130
-    except (OSError, KeyError, ValueError, yaml.YAMLError) as error:
-        message = error if isinstance(error, OSError) else error.args[0]
-        print(f"sweep_resolution.py: error: {message}", file=sys.stderr)
-        return 2
-    return 0
+
+    kept = "interrupted; finished sizes are kept, and the same command goes on with the others"
+    return cli.run(args.prog, work, kept)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,13 @@ def test_sweep_resumes_and_agrees_with_evaluation(tool, project, weights, tmp_pa
     assert [e["short_side"] for e in again] == [64, 56, 48]
     assert [again[0], again[2]] == found["sizes"]
 
-    # Other options are other numbers.
+    # Other options are other numbers, and so are corrected labels.
+    labels = project / "data" / "annotations_val.json"
+    text = labels.read_text()
+    labels.write_text(text + "\n")
+    assert tool.main([*argv, "--sizes", "64"]) == 2
+    labels.write_text(text)
+    assert "data set, or of these before they changed" in capsys.readouterr().err
     capsys.readouterr()
     assert tool.main([*argv, "MODEL.FCOS.NMS_THRESH_TEST", "0.5"]) == 2
     assert "is of another model" in capsys.readouterr().err
@@ -174,6 +180,17 @@ def test_errors_are_one_line(tool, project, weights, tmp_path, capsys, arguments
     assert tool.main([*argv, *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line and not (tmp_path / "o").exists()
+
+
+def test_weights_that_do_not_fit_are_not_measured(tool, project, weights, tmp_path, capsys):
+    argv = ["--config-file", str(project / "fcos.yaml"), "--weights", str(weights)]
+    assert tool.main([*argv, "--output", str(tmp_path / "o"), "MODEL.FCOS.CONV_DIMS", "[32, 32]"]) == 2
+    assert "is not a checkpoint of this config" in capsys.readouterr().err
+    assert not (tmp_path / "o" / "sweep.json").exists()
+    before = sorted(path.name for path in weights.parent.iterdir())
+    assert tool.main([*argv, "--output", str(weights.parent)]) == 2
+    assert "would overwrite an input" in capsys.readouterr().err
+    assert sorted(path.name for path in weights.parent.iterdir()) == before
 
 
 # --- table and plot ---------------------------------------------------------------------------------------------------
