@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,10 +21,13 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from tqdm import tqdm
 
-from msad import load_config
+from msad import cli, load_config
 from msad.data import register_datasets
-from msad.engine.checkpoint import CheckedCheckpointer
+from msad.engine.checkpoint import CheckedCheckpointer, atomic_write
+from msad.export.names import read_names
 from msad.visualization import Panel, draw_objects, predictions, save_panels
+from msad.visualization.objects import as_json
+from msad.visualization.panels import legend_strip
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
@@ -38,7 +42,13 @@ examples:
     %(prog)s --config-file student.yaml --weights student.pth --input drive.mp4 --output drive_out.mp4 --threshold 0.4
 
 Every image is scaled to the model's own test size (INPUT.MIN_SIZE_TEST): a low-resolution student sees it small. What
-is drawn is in the pixels of the original. Inputs that cannot be read are named and passed over.
+is drawn is in the pixels of the original. Inputs that cannot be read are named and passed over. KEY VALUE overrides
+go to --config-file. Names of classes come from --ground-truth, from metadata.json beside an exported config, or from
+the config's data sets.
+
+--json FILE gets a list of {"file", "width", "height", "detections"}, of videos with "frame"; a detection of the student
+is {"bbox": [x, y, width, height], "score", "category_id", "category"}, with a mask "segmentation" (COCO's compressed
+run lengths) and "keypoints" [x, y, score, ...] where the model has them. category_id counts from 0.
 """
 
 
@@ -65,10 +75,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--ground-truth", metavar="JSON", help="COCO annotations, matched to the images by file name; name the classes"
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: that of the config, or cpu if there is no GPU)")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="last: overrides of --config-file"
-    )
-    args = parser.parse_args(argv)
+    parser.add_argument("--json", metavar="FILE", help="also write the detections that are drawn, see below")
+    args = cli.parse(parser, argv)
+    args.prog = parser.prog
     if not 0 <= args.threshold <= 1:
         parser.error(f"--threshold must be between 0 and 1, got {args.threshold:g}")
     if bool(args.teacher_config) != bool(args.teacher_weights):
@@ -126,22 +135,13 @@ def load_predictor(config_file: str, weights: str, device: str | None, opts: lis
         FileNotFoundError: config or weights.
         ValueError, KeyError: wrong config, or weights of another model.
     """
-    if "://" not in weights and not os.path.isfile(weights):
-        raise FileNotFoundError(f"no checkpoint {weights}")
     cfg = load_config(config_file, opts)
     register_datasets(cfg)
     if device or (cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()):
         cfg.MODEL.DEVICE = device or "cpu"
     cfg.MODEL.WEIGHTS = ""  # loaded below, with a check that they fit
     predictor = DefaultPredictor(cfg)
-    checkpointer = CheckedCheckpointer(predictor.model)
-    checkpointer.load(weights)
-    unfit = checkpointer.missing_or_mismatched
-    if unfit:
-        raise ValueError(
-            f"{weights} is not a checkpoint of {config_file}: it lacks {len(unfit)} tensors of the model, "
-            f"e.g. {unfit[0]}"
-        )
+    CheckedCheckpointer(predictor.model).load_all(weights, config_file)
     return predictor
 
 
@@ -170,10 +170,26 @@ def _common_tail(a: Path, b: Path) -> int:
     return next((i for i, (x, y) in enumerate(zip(reversed(a.parts), reversed(b.parts))) if x != y), len(a.parts))
 
 
-def class_metadata(cfg: CfgNode, ground_truth: GroundTruth | None) -> Metadata:
-    """Class and keypoint names: of the ground truth, else of the first test data set, else none."""
-    if ground_truth is not None:
-        return ground_truth.metadata
+def class_metadata(cfg: CfgNode, ground_truth: GroundTruth | None, config_file: str = "") -> Metadata:
+    """Class and keypoint names: of the export or of the first test data set, else of the ground truth, else none.
+
+    Raises:
+        ValueError: those of the ground truth are others than the model's.
+    """
+    model = _model_metadata(cfg, config_file)
+    if ground_truth is None:
+        return model
+    ours, theirs = model.get("thing_classes"), ground_truth.metadata.thing_classes
+    if ours and list(ours) != list(theirs):
+        raise ValueError(
+            f"--ground-truth has other classes than the model: {', '.join(theirs)}; the model's are {', '.join(ours)}"
+        )
+    return ground_truth.metadata
+
+
+def _model_metadata(cfg: CfgNode, config_file: str) -> Metadata:
+    if names := read_names(config_file):
+        return Metadata(name=f"metadata beside {config_file}", **names)
     for name in cfg.DATASETS.TEST[:1]:
         if name not in DatasetCatalog.list():
             continue
@@ -197,8 +213,9 @@ class Demo:
             teacher = load_predictor(args.teacher_config, args.teacher_weights, args.device, [])
             self.models = {"Teacher": teacher, **self.models}
         self.ground_truth = GroundTruth(args.ground_truth) if args.ground_truth else None
-        self.metadata = class_metadata(student.cfg, self.ground_truth)
+        self.metadata = class_metadata(student.cfg, self.ground_truth, args.config_file)
         self.threshold = args.threshold
+        self.records: list[dict] = []  # of --json
 
     def detect(self, image: np.ndarray) -> dict:
         """Title -> Objects from the threshold on, for a BGR image."""
@@ -220,7 +237,9 @@ class Demo:
                     f"{record['width']}x{record['height']}"
                 )
             columns["Ground truth"] = record
-        columns.update(self.detect(image))
+        found = self.detect(image)
+        columns.update(found)
+        self.record(source, image, found)
         target.parent.mkdir(parents=True, exist_ok=True)
         if self.ground_truth or len(self.models) > 1:
             save_panels(target, [Panel(rgb, columns, source.name)], self.metadata, threshold=self.threshold)
@@ -229,17 +248,28 @@ class Demo:
             if not cv2.imwrite(str(target), picture[:, :, ::-1]):
                 raise OSError(f"cannot write {target}")
 
+    def record(self, source: Path, image: np.ndarray, found: dict, **more: int) -> None:
+        """Keep what the student, the last model, found, for --json."""
+        detections = as_json(list(found.values())[-1], self.metadata.get("thing_classes") or ())
+        size = {"width": image.shape[1], "height": image.shape[0]}
+        self.records.append({"file": str(source), **more, **size, "detections": detections})
+
     def video(self, source: Path, target: Path) -> None:
         """The video with the detections drawn, side by side if there are two models."""
-        writer = None
+        writer, seen = None, set()
         frames, total, rate = _open_video(source)
         try:
-            for frame in tqdm(frames, source.name, total=total, unit="frame", leave=False):
+            progress = tqdm(frames, source.name, total=total, unit="frame", leave=False, disable=None)
+            for number, frame in enumerate(progress):
+                found = self.detect(frame)
+                self.record(source, frame, found, frame=number)
                 cells = [
                     _titled(draw_objects(frame[:, :, ::-1], o, self.metadata, threshold=self.threshold), title, len(o))
-                    for title, o in self.detect(frame).items()
+                    for title, o in found.items()
                 ]
-                picture = np.hstack(cells)[:, :, ::-1]
+                seen |= {c for o in found.values() for c in o.classes.tolist()}
+                picture = np.hstack(cells)
+                picture = np.vstack([picture, legend_strip(seen, self.metadata, picture.shape[1])])[:, :, ::-1]
                 # Codecs reject odd sides.
                 picture = np.ascontiguousarray(picture[: len(picture) // 2 * 2, : picture.shape[1] // 2 * 2])
                 if writer is None:
@@ -281,22 +311,39 @@ def _titled(picture: np.ndarray, title: str, count: int) -> np.ndarray:
     return np.vstack([strip, picture])
 
 
+def check_paths(args: argparse.Namespace, inputs: list[Path], outputs: list[Path]) -> None:
+    """ValueError, before anything is written, if something that is read would be written over."""
+    read = [*inputs, args.config_file, args.weights, args.teacher_config, args.teacher_weights, args.ground_truth]
+    written = [*outputs, *([args.json] if args.json else [])]
+    cli.refuse_overwriting(written, [path for path in read if path])
+    # Drawings among photographs would be inputs of the next call.
+    cli.refuse_overwriting({path.parent for path in outputs}, {path.parent for path in inputs} & _folders(args.input))
+
+
+def _folders(patterns: list[str]) -> set[Path]:
+    return {Path(pattern) for pattern in patterns if os.path.isdir(pattern)}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 if anything was made, 1 if nothing, 2 for a wrong call, 130 after Ctrl-C."""
     args = parse_args(argv)
-    inputs = find_inputs(args.input)
-    if not inputs:
-        print(f"error: no images or videos in {' '.join(args.input)}", file=sys.stderr)
-        return 2
-    try:
+
+    def work() -> int:
+        inputs = find_inputs(args.input)
+        if not inputs:
+            raise ValueError(f"no images or videos in {' '.join(args.input)}")
         outputs = choose_outputs(inputs, Path(args.output))
-        demo = Demo(args)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 2
-    made, skipped, status = 0, 0, ""
+        check_paths(args, inputs, outputs)
+        return draw_all(Demo(args), args, list(zip(inputs, outputs)))
+
+    return cli.run(args.prog, work)
+
+
+def draw_all(demo: Demo, args: argparse.Namespace, pairs: list[tuple[Path, Path]]) -> int:
+    """Draw every input into its output and write --json; the exit status."""
+    made, skipped, stopped = 0, 0, False
     try:
-        for source, target in tqdm(list(zip(inputs, outputs)), "demo", unit="input", disable=len(inputs) == 1):
+        for source, target in tqdm(pairs, "demo", unit="input", disable=None if len(pairs) > 1 else True):
             try:
                 (demo.video if is_video(source) else demo.image)(source, target)
                 made += 1
@@ -304,11 +351,13 @@ def main(argv: list[str] | None = None) -> int:
                 skipped += 1
                 tqdm.write(f"skipped {source}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        status = "stopped, "
-    print(f"{status}{made} of {len(inputs)} inputs drawn into {args.output}" + f", {skipped} skipped" * (skipped > 0))
-    if status:
-        return 130
-    return 0 if made else 1
+        stopped = True
+    if args.json:
+        with atomic_write(args.json, "w") as file:
+            json.dump(demo.records, file, indent=1)
+    status = "stopped, " if stopped else ""
+    print(f"{status}{made} of {len(pairs)} inputs drawn into {args.output}" + f", {skipped} skipped" * (skipped > 0))
+    return 130 if stopped else 0 if made else 1
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import detectron2
@@ -172,7 +175,8 @@ def test_file_with_an_at_sign(benchmark, tmp_path):
 def test_interrupt_ends_cleanly_while_another_process_measures_memory(configs):
     output = configs / "out.json"
     argv = ["--config-file", str(configs / "detector.yaml"), *QUICK, "--output", str(output)]
-    terminal, end = pty.openpty()  # progress is shown on terminals only
+    terminal, end = pty.openpty()  # progress is shown on terminals only, and as wide as they are
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, str(SCRIPT), *argv], stderr=end, stdout=subprocess.DEVNULL,
                                env=environment)  # fmt: skip

@@ -158,11 +158,12 @@ def test_video_keeps_its_frames_and_rate(demo, world, tmp_path):
     assert call(demo, world, "--input", world / "drive.mp4", "--output", target) == 0
     found, rate = frames(target)
     assert len(found) == 7 and rate == pytest.approx(12.0)
-    assert found[0].shape == (508, 640, 3)
+    assert found[0].shape == (536, 640, 3)  # the frame, its title and the legend
+    assert (found[-1][508:].astype(int).max(axis=2) - found[-1][508:].min(axis=2) > 60).any()  # a patch of colour
     arguments = ["--teacher-config", world / "teacher.yaml", "--teacher-weights", world / "teacher.pth"]
     assert call(demo, world, *arguments, "--input", world / "drive.mp4", "--output", tmp_path / "both") == 0
     found, _ = frames(tmp_path / "both" / "drive.mp4")
-    assert len(found) == 7 and found[0].shape == (508, 1280, 3)
+    assert len(found) == 7 and found[0].shape == (536, 1280, 3)
 
 
 def test_unreadable_inputs_are_named_and_passed_over(demo, world, tmp_path, capsys):
@@ -250,7 +251,7 @@ def test_wrong_calls_get_one_clear_line(demo, world, tmp_path, capsys, change, m
     arguments = [str(part) for pair in options.items() for part in pair]
     assert demo.main(arguments + (["6"] if "--opts" in options else [])) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert ": error: " in error and message in error.splitlines()[-1] and "Traceback" not in error
     assert not (tmp_path / "out.mp4").exists()
 
 
@@ -278,3 +279,72 @@ def test_help_has_examples(demo, capsys):
         demo.main(["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and text.count("--config-file") >= 4 and "MIN_SIZE_TEST" in text
+
+
+def test_inputs_are_not_overwritten(demo, world, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for file in (world / "data" / "images").glob("*.jpg"):
+        (photos / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "link").symlink_to(photos)
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+    one = next(iter(before))
+    labels = tmp_path / "labels.json"
+    labels.write_bytes((world / "data" / "annotations_val.json").read_bytes())
+    for arguments in (
+        ["--input", photos, "--output", photos],
+        ["--input", photos, "--output", tmp_path / "link"],
+        ["--input", f"{photos}/*.jpg", "--output", photos],
+        ["--input", one, "--output", one],
+        ["--input", one, "--output", tmp_path / "link" / one.name],
+        ["--input", one, "--output", tmp_path / "out", "--json", labels, "--ground-truth", labels],
+        ["--input", one, "--output", tmp_path / "out", "--json", world / "student.yaml"],
+    ):
+        assert call(demo, world, *arguments) == 2, arguments
+        assert "would overwrite an input" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in photos.iterdir()} == before
+    assert call(demo, world, "--input", photos, "--output", photos / "drawn") == 0
+
+
+def test_json_of_the_detections(demo, world, tmp_path):
+    images = world / "data" / "images"
+    out = tmp_path / "found.json"
+    assert call(demo, world, "--input", images, world / "drive.mp4", "--output", tmp_path, "--json", out) == 0
+    records = json.loads(out.read_text())
+    assert len(records) == 3 + 7 and [r.get("frame") for r in records[2:5]] == [None, 0, 1]
+    predictor = demo.load_predictor(str(world / "student.yaml"), str(world / "student.pth"), "cpu", [])
+    found = demo.predictions(predictor(cv2.imread(records[0]["file"]))["instances"]).above(0)
+    assert (records[0]["width"], records[0]["height"]) == (128, 96) and len(found) == 4
+    expected = zip(found.boxes, found.scores, found.classes)
+    for entry, ((x0, y0, x1, y1), score, index) in zip(records[0]["detections"], expected):
+        assert entry["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=0.01)
+        assert entry["score"] == pytest.approx(score, abs=1e-5) and entry["category_id"] == index
+
+
+def test_ground_truth_of_other_classes_is_an_error(demo, world, tmp_path, capsys):
+    entries = register_entries(world / "data", f"gt_{tmp_path.name}")
+    labels = json.loads((world / "data" / "annotations_val.json").read_text())
+    labels["categories"][0]["name"] = "saucer"
+    (tmp_path / "gt.json").write_text(json.dumps(labels))
+    arguments = ["--input", world / "data" / "images", "--output", tmp_path / "out", "--ground-truth"]
+    data = ["DATASETS.REGISTER", entries, "DATASETS.TEST", (entries[1]["NAME"],)]
+    assert call(demo, world, *arguments, tmp_path / "gt.json", *data) == 2
+    error = capsys.readouterr().err
+    assert "saucer, ring" in error and "disc, ring" in error and not (tmp_path / "out").exists()
+    assert call(demo, world, *arguments, world / "data" / "annotations_val.json", *data) == 0
+
+
+def test_names_beside_an_exported_config(demo, world, tmp_path):
+    (tmp_path / "metadata.json").write_text(json.dumps({"thing_classes": ["a", "b"]}))
+    metadata = demo.class_metadata(load_config(world / "student.yaml"), None, str(tmp_path / "config.yaml"))
+    assert metadata.thing_classes == ["a", "b"]
+
+
+def test_boxes_of_one_pixel_can_be_seen(demo):
+    image = np.zeros((480, 640, 3), np.uint8)
+    record = {"height": 480, "width": 640, "annotations": [
+        {"bbox": [300.0, 200.0, 1.0, 1.0], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}]}  # fmt: skip
+    drawn = draw_objects(image, record, demo.MetadataCatalog.get("unnamed classes"), labels=False)
+    marks = np.argwhere(drawn.max(axis=2) > 80)
+    assert (marks.max(axis=0) - marks.min(axis=0) >= 5).all()
+    assert np.abs(marks.mean(axis=0) - (200.5, 300.5)).max() < 1.5

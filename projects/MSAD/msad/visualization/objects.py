@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -72,6 +73,28 @@ def predictions(instances: Instances) -> Objects:
         list(instances.pred_masks.numpy().astype(bool)) if instances.has("pred_masks") else None,
         instances.pred_keypoints.numpy() if instances.has("pred_keypoints") else None,
     )
+
+
+def as_json(objects: Objects, names: Sequence[str] = ()) -> list[dict]:
+    """Detections as json holds them: COCO's bbox [x, y, width, height], score, category_id from 0, category.
+
+    ``names`` are those of the classes. Masks are COCO's compressed run lengths under "segmentation", keypoints
+    [x, y, score, ...]; all in the pixels of the image.
+    """
+    found = []
+    for i, (x0, y0, x1, y1) in enumerate(objects.boxes.tolist()):
+        index = int(objects.classes[i])
+        entry: dict = {"bbox": [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)], "category_id": index}
+        entry["category"] = names[index] if index < len(names) else str(index)
+        if objects.scores is not None:
+            entry["score"] = round(float(objects.scores[i]), 5)
+        if objects.masks is not None:
+            mask = rle.encode(np.asfortranarray(objects.masks[i], np.uint8))
+            entry["segmentation"] = {"size": mask["size"], "counts": mask["counts"].decode()}
+        if objects.keypoints is not None:
+            entry["keypoints"] = [round(v, 2) for v in objects.keypoints[i].ravel().tolist()]
+        found.append(entry)
+    return found
 
 
 def _masks(segmentations: list, height: int, width: int) -> list:

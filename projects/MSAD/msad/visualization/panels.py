@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,13 +70,35 @@ def draw_objects(
     if len(objects):
         chosen = [colours[c] if colours else class_colour(c) for c in objects.classes.tolist()]
         canvas.overlay_instances(
-            boxes=objects.boxes, masks=objects.masks, keypoints=objects.keypoints, assigned_colors=chosen, alpha=0.35
-        )
+            boxes=_visible(objects.boxes), masks=objects.masks, keypoints=objects.keypoints, assigned_colors=chosen,
+            alpha=0.35,
+        )  # fmt: skip
         if labels is None:
             labels = len(objects) <= _MAX_LABELS
         if labels:
             _draw_labels(canvas, objects, metadata, chosen, size)
     return np.asarray(canvas.get_output().get_image())
+
+
+def _visible(boxes: np.ndarray, least: float = 6.0) -> np.ndarray:
+    """XYXY boxes whose sides are at least ``least`` pixels, grown about their centres: smaller ones are no frame."""
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = np.maximum(boxes[:, 2:] - boxes[:, :2], least) / 2
+    return np.concatenate([centres - half, centres + half], axis=1)
+
+
+def legend_strip(classes: Iterable[int], metadata: Metadata, width: int) -> np.ndarray:
+    """RGB uint8 (28, width, 3): a patch of colour and the name of each class, as many as fit; for frames of videos."""
+    strip, x = np.full((28, width, 3), 255, np.uint8), 8
+    for index in sorted(classes):
+        name = class_name(metadata, index)
+        extent = 30 + cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0]
+        if x + extent > width:
+            break
+        cv2.rectangle(strip, (x, 7), (x + 14, 21), [round(255 * value) for value in class_colour(index)], -1)
+        cv2.putText(strip, name, (x + 20, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
+        x += extent + 10
+    return strip
 
 
 def _draw_labels(
