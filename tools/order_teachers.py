@@ -23,7 +23,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from msad.distill.progressive.order import RULES, path_costs, suggest
-from msad.distill.progressive.table import CostTable, dump_stages, read_costs, stages_block
+from msad.distill.progressive.table import CostTable, dump_stages, parse_quality, read_costs, stages_block
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -41,19 +41,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _quality(pairs: list[str]) -> dict[str, float]:
-    quality = {}
-    for pair in pairs:
-        name, equals, value = pair.rpartition("=")
-        try:
-            quality[name] = float(value)
-        except ValueError:
-            equals = ""
-        if not (name and equals):
-            raise ValueError(f"--quality takes NAME=AP, got {pair!r}")
-    return quality
-
-
 def compare_rules(table: CostTable, costs: dict, longest: int, exactly: bool) -> str:
     """What every rule suggests for 1 to ``longest`` teachers, with sum and maximum of the costs along the path."""
     rows = []
@@ -66,7 +53,7 @@ def compare_rules(table: CostTable, costs: dict, longest: int, exactly: bool) ->
 
 
 def run(args: argparse.Namespace) -> str:
-    table = read_costs(args.costs, _quality(args.quality))
+    table = read_costs(args.costs, parse_quality(args.quality))
     if args.normalized and not table.normalized_costs:
         raise ValueError(f"{args.costs} has no normalized_costs: --normalized needs the JSON of adaptation_cost.py")
     costs = table.normalized_costs if args.normalized else table.costs

@@ -61,6 +61,7 @@ def test_least_squares_is_numpys():
     variance = rows(val_b, False).var(axis=0).mean()
     assert found["normalized_costs"]["a"]["b"] == pytest.approx(expected / variance, rel=1e-10)
     details = found["levels"]["a"]["b"]["p3>p3"]
+    assert (details["locations"], details["unknowns"]) == (3 * 12 * 9, 6)
     assert details["train_cost"] == pytest.approx(np.mean((rows(b, False) - rows(a, True) @ weight) ** 2), rel=1e-10)
 
 

@@ -141,6 +141,11 @@ def test_the_mapper_leaves_other_dicts_alone(folder):
     assert torch.equal(mine["instances"].gt_boxes.tensor, plain["instances"].gt_boxes.tensor)
 
 
+def test_other_mappers_are_refused():
+    with pytest.raises(ValueError, match="need a DatasetMapper, got function"):
+        RegionMapper(lambda record: record)
+
+
 # --- training without the regions ------------------------------------------------------------------------------------
 
 
@@ -216,6 +221,19 @@ def test_every_branch_of_a_teacher_leaves_the_regions_out(tiny_model, make_batch
     for grad in finest:
         half = grad.shape[-1] // 2
         assert (grad[..., :half] == 0).all() and (grad[..., half:] != 0).any()
+
+
+def test_a_distilled_student_leaves_the_regions_out_in_its_own_frame(make_distiller, make_batch):
+    distiller = make_distiller("L", losses=())  # p2 of L has the grid of p3 of H
+    taken = class_scores(distiller.student)
+    IgnoredRegions(distiller.student)
+    (item,) = make_batch([(256, 256)], boxes=0)
+    item["ignored_regions"] = torch.tensor([[0.0, 0.0, 0.5, 1.0]])
+    with EventStorage():
+        sum(distiller([item]).values()).backward()
+    grad = taken[0].grad
+    assert grad.shape[-2:] == (32, 32)
+    assert (grad[..., :16] == 0).all() and (grad[..., 16:] != 0).any()
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

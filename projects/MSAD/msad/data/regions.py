@@ -24,9 +24,17 @@ class RegionMapper:
       hold for the image at any resolution; see :mod:`msad.modeling.ignored_regions`.
 
     Other dicts are mapped as the DatasetMapper maps them.
+
+    Raises:
+        ValueError: not a DatasetMapper, whose augmentations are known.
     """
 
     def __init__(self, mapper: DatasetMapper) -> None:
+        if not isinstance(mapper, DatasetMapper):
+            raise ValueError(
+                f"patches and ignored regions need a DatasetMapper, got {type(mapper).__name__}: they cannot be "
+                "combined with LOW_RES_IMAGES"
+            )
         self.mapper = mapper
 
     @staticmethod

@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-from detectron2.data import transforms as T
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..data.regions import RegionMapper
+from ..data.fixed import FixedInputs
 
 # Distances at which sharpness is reported, as fractions of the norm of each filter.
 DISTANCES = (0.05, 0.1, 0.25, 0.5)
@@ -74,13 +72,8 @@ def fixed_batches(cfg: CfgNode, dataset: str, images: int, batch_size: int, seed
     Raises:
         ValueError: the data set has no image with annotations.
     """
-    dicts = get_detection_dataset_dicts([dataset], filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    if not dicts:
-        raise ValueError(f"data set {dataset!r} has no image with annotations")
-    chosen = sorted(np.random.default_rng(seed).permutation(len(dicts))[:images].tolist())
-    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-    mapper = RegionMapper(DatasetMapper(cfg, True, augmentations=[resize]))
-    inputs = [mapper(dicts[index]) for index in chosen]
+    size = {"short_side": cfg.INPUT.MIN_SIZE_TEST, "longest": cfg.INPUT.MAX_SIZE_TEST}
+    inputs = list(FixedInputs(cfg, dataset, images, **size, seed=seed))
     return [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
 
 

@@ -77,5 +77,5 @@ def surfaces_figure(models: Mapping[str, dict]) -> Figure:
             panel.grid(False)
             panel.set_xlabel("first direction")
         panels[0].set_ylabel("second direction")
-        figure.colorbar(shown, ax=list(panels), label="log10 of the detection loss", format="%.1f")
+        figure.colorbar(shown, ax=list(panels), label="log10 of the detection loss", ticks=levels[::5], format="%.2f")
     return figure

@@ -57,7 +57,7 @@ def streaming_figure(models: Mapping[str, Sequence[dict]], fps: float, title: st
         latencies.set_xlim(left=0)
         sizes.set_xlabel("short side of the input (px)")
         sizes.set_ylabel("AP")
-        latencies.set_xlabel("mean ms a frame (labels: short side, dotted: a frame of the video)")
+        latencies.set_xlabel("mean ms a frame (dotted: frames of the video)")
         for panel in (sizes, latencies):
             panel.margins(x=0.09, y=0.14)
         handles, labels = sizes.get_legend_handles_labels()

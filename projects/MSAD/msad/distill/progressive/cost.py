@@ -143,8 +143,9 @@ class AdaptationCosts:
 
         Returns:
             {"costs": {A: {B: C(A, B)}}, "normalized_costs": the same divided by the variance of B,
-            "levels": {A: {B: {"A's level>B's level": {"cost", "variance", "train_cost"}}}}}; costs are means over
-            levels. A level of B that does not vary has no normalised cost and is left out of that mean (NaN if all).
+            "levels": {A: {B: {"A's level>B's level": {"cost", "variance", "train_cost", "locations", "unknowns"}}}}};
+            costs are means over levels. A level of B that does not vary has no normalised cost and is left out of that
+            mean (NaN if all). A map with fewer training locations than unknowns (per channel of B) is not determined.
         """
         costs: dict[str, dict[str, float]] = {name: {} for name in self.names}
         normalized: dict[str, dict[str, float]] = {name: {} for name in self.names}
@@ -165,7 +166,13 @@ class AdaptationCosts:
             raise ValueError(f"from {key[0]} {key[2]} to {key[1]} {key[3]}: {error}") from None
         if not val.count:
             raise ValueError("there are no validation images to judge the linear maps by")
-        return {"cost": val.error(weight), "variance": val.variance(), "train_cost": train.error(weight)}
+        return {
+            "cost": val.error(weight),
+            "variance": val.variance(),
+            "train_cost": train.error(weight),
+            "locations": train.count,
+            "unknowns": len(train.xx),
+        }
 
     def state_dict(self) -> dict:
         sums = {split: {key: s.state_dict() for key, s in found.items()} for split, found in self._sums.items()}

@@ -83,6 +83,20 @@ def read_costs(path: str | os.PathLike, quality: Mapping[str, float] | None = No
     )
 
 
+def parse_quality(pairs: Sequence[str]) -> dict[str, float]:
+    """Performances of teachers from NAME=AP texts of a command line; ValueError for what is none."""
+    quality = {}
+    for pair in pairs:
+        name, equals, value = pair.rpartition("=")
+        try:
+            quality[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not (name and equals):
+            raise ValueError(f"--quality takes NAME=AP, got {pair!r}")
+    return quality
+
+
 def _names(costs: Costs) -> list[str]:
     return list(dict.fromkeys([*costs, *(name for row in costs.values() for name in row)]))
 
