@@ -27,8 +27,8 @@ examples:
   # every registered loss with its default options: a student at 400x667
   tools/benchmark_losses.py --threads 1 --output losses.json
 
-  # what an adaptor adds; an entry is written as in DISTILL.LOSSES
-  tools/benchmark_losses.py --loss CWD --loss "{NAME: CWD, ADAPTOR: always}" --size 192 320 --channels 32
+  # what an adaptation layer adds; an entry is written as in DISTILL.LOSSES
+  tools/benchmark_losses.py --loss CWD --loss "{NAME: CWD, ADAPTATION: always}" --size 192 320 --channels 32
 """
 
 

@@ -31,8 +31,8 @@ A name, option, value or level that does not exist is an error that says which a
 | `WEIGHT` | the loss's | factor on all of its terms |
 | `LEVELS` | all that have a partner | H-frame names of the teacher's levels |
 | `MATCH` | `by_stride` | levels of equal grid; `by_index`: the i-th of both sides, the student's resized |
-| `ADAPTOR` | `auto` | 1x1 convolution on the student's maps: `auto` (where channels differ), `always`, `none` |
-| `ADAPTOR_NORM` | `""` | normalisation after it (`BN`, ...) |
+| `ADAPTATION` | `auto` | 1x1 convolution on the student's maps: `auto` (where channels differ), `always`, `none` |
+| `ADAPTATION_NORM` | `""` | normalisation after it (`BN`, ...) |
 
 and the options of its loss, which sums over levels:
 
@@ -50,11 +50,11 @@ and the options of its loss, which sums over levels:
 | `LD` | `W_MAIN`, `W_VLR`, `W_CLS`, `TEMPERATURE`, `CLS_TEMPERATURE`, `VLR_LOWER`, `PER_IMAGE` | KL of box sides |
 | `Chen` | `MU`, `NU`, `MARGIN`, `W_BG`, `FOCUS` | soft class labels, boxes bounded by the teacher's error |
 
-`LD` and `Chen` compare head predictions and take no `LEVELS`, `MATCH`, `ADAPTOR` or `ADAPTOR_NORM`.
+`LD` and `Chen` compare head predictions and take no `LEVELS`, `MATCH`, `ADAPTATION` or `ADAPTATION_NORM`.
 
 [LOSSES.md](LOSSES.md) has sources, defaults and open questions of each.
 
-`DISTILL.READING` A or B overwrites `MSAD.W_FUSE`, `DISTILL.W_DET` and every `WEIGHT` by what the reading implies for
+`DISTILL.WEIGHTING` overwrites `MSAD.W_FUSE`, `DISTILL.W_DET` and every `WEIGHT` by what it implies for
 `LAMBDA` and `GAMMA`; projects/MSAD/README.md has the table.
 """
 

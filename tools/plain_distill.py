@@ -29,11 +29,12 @@ from tqdm import tqdm
 from msad import load_config
 from msad.data import register_datasets
 from msad.data.loader import build_train_loader
+from msad.distill.context import DistillContext
 from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
-from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
+from msad.distill.losses import DISTILL_LOSS_REGISTRY, build_losses
 from msad.distill.schedules import distillation_factor
-from msad.engine.build import load_teacher
+from msad.engine.build import load_teacher, teacher_entries
 from msad.engine.checkpoint import CheckedCheckpointer
 from msad.engine.scaling import scale_to_batch
 from msad.engine.solver import build_optimizer
@@ -46,7 +47,8 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
     """Train ``student`` as ``cfg`` says, in place; yields the weighted loss terms of every iteration."""
     device = cfg.MODEL.DEVICE
     # 1. The teacher: frozen, in evaluation mode. It sees H; the student sees H reduced by 2^shift.
-    teacher = load_teacher(cfg.DISTILL.TEACHERS[0], cfg)
+    (entry,) = teacher_entries(cfg)
+    teacher = load_teacher(entry, cfg)
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
 
     # 2. The student starts from pretrained weights, then from the teacher's, wherever names and shapes agree.
@@ -55,12 +57,12 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
         CheckedCheckpointer(student).load(cfg.MODEL.WEIGHTS)
     init_student(student, teacher.model, cfg.DISTILL.INIT_STUDENT)
 
-    # 3. The losses know which levels they compare. Some have parameters (adaptors), which are trained along.
-    shapes = student_shapes(student, resolution), teacher.shapes()
-    losses = build_losses(cfg.DISTILL.LOSSES, *shapes, seed=cfg.SEED).to(device)
+    # 3. The losses know which levels they compare. Some have parameters (adaptation layers), which are trained along.
+    shapes = student_shapes(student, resolution)
+    losses = build_losses(cfg.DISTILL.LOSSES, lambda tap: shapes, {teacher.name: teacher.shapes}, seed=cfg.SEED)
 
     # 4. detectron2's optimizer and schedule, and a loader of H images.
-    trained = nn.ModuleList([student, losses]).train()
+    trained = nn.ModuleList([student, losses.to(device)]).train()
     optimizer = build_optimizer(cfg, trained)
     scheduler = build_lr_scheduler(cfg, optimizer)
     loader = iter(build_train_loader(cfg, seed=cfg.SEED))
@@ -73,7 +75,7 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
 
             # 5. The teacher's pyramid (levels of H), the student's pyramid, and the student's detection losses on it.
             inputs = [dict(item, image=item["image"].to(device)) for item in batch]
-            imitated = teacher.features(inputs, resolution.shift)
+            theirs = teacher.features(inputs, resolution.shift)
             small = downsample_batch(inputs, resolution.shift, torch.device(device), cfg.MSAD.DOWNSAMPLE)
             images, targets = student.preprocess_image(small), adapt(student).targets(small)
             pyramid = student.backbone(images.tensor)
@@ -82,15 +84,15 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
 
             # 6. P2 of the small image is P3 of H: rename the student's levels, and cut the teacher's padding to theirs.
             maps = shift_levels(pyramid, resolution.shift)
-            common = [(name, x) for name, x in maps.items() if name in imitated]
-            on_grid = {name: imitated[name][..., : x.shape[-2], : x.shape[-1]] for name, x in common}
+            common = [(name, x) for name, x in maps.items() if name in theirs]
+            on_grid = {name: theirs[name][..., : x.shape[-2], : x.shape[-1]] for name, x in common}
 
-            # 7. Imitation, phased in and out over training.
-            about = DistillBatch([tuple(x["image"].shape[-2:]) for x in inputs], [x["instances"] for x in inputs])
+            # 7. The distillation losses, phased in and out over training.
+            context = DistillContext(inputs, iteration, student=maps, sources={teacher.name: on_grid})
             phases = cfg.DISTILL.WARMUP_ITERS, cfg.DISTILL.DECAY_FROM, cfg.DISTILL.DECAY_TO
             factor = distillation_factor(iteration, cfg.SOLVER.MAX_ITER, *phases)
             for loss in losses:
-                terms |= {name: factor * value for name, value in loss(maps, on_grid, about).items()}
+                terms |= {name: factor * value for name, value in loss(context).items()}
             # 8. An ordinary step.
             optimizer.zero_grad()
             sum(terms.values()).backward()
@@ -104,10 +106,13 @@ def check(cfg: CfgNode) -> None:
     heads = [e["NAME"] for e in cfg.DISTILL.LOSSES if getattr(DISTILL_LOSS_REGISTRY.get(e["NAME"]), "heads", ())]
     for what, wrong in {
         "needs one DISTILL.TEACHERS entry": len(cfg.DISTILL.TEACHERS) != 1,
-        "knows no DISTILL.READING or BALANCE": cfg.DISTILL.READING or cfg.DISTILL.BALANCE.RATIO,
+        "knows no DISTILL.WEIGHTING or BALANCE": cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO,
         "knows no SOLVER.AMP or REFERENCE_WORLD_SIZE": cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.REFERENCE_WORLD_SIZE > 1,
         "knows no fusion students": cfg.MODEL.META_ARCHITECTURE == "FusionStudent",
-        "knows no MATCH: by_index": any(e.get("MATCH") == "by_index" for e in cfg.DISTILL.LOSSES),
+        "knows no MATCH: by_index, no TAP and no SCALE": any(
+            {"MATCH", "TAP", "SCALE"} & set(entry) for entry in (*cfg.DISTILL.LOSSES, *cfg.DISTILL.TEACHERS)
+        ),
+        "knows no DISTILL.ASSISTANTS or STAGES": cfg.DISTILL.ASSISTANTS or cfg.DISTILL.STAGES,
         f"compares no head predictions (DISTILL.LOSSES: {', '.join(heads)})": heads,
     }.items():
         if wrong:

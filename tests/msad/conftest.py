@@ -6,11 +6,12 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
+from helpers import between
 from torch import nn
 
 from msad import load_config
-from msad.distill.distiller import Distiller, FrozenTeacher, student_shapes
-from msad.distill.losses import build_losses
+from msad.distill.distiller import Distiller, student_shapes
+from msad.distill.teachers import FrozenTeacher
 from msad.resolution import get_resolution
 
 torch.set_num_threads(1)
@@ -204,7 +205,7 @@ def make_distiller(tiny_model):
         if student is None:
             student = tiny_model(levels=range(3 - resolution.shift, 8 - resolution.shift), seed=1)
         frozen = FrozenTeacher(teacher, batch_norm)
-        built = build_losses(list(losses), student_shapes(student, resolution), frozen.shapes())
-        return Distiller(student, frozen, built, resolution, **options).train()
+        built = between(list(losses), student_shapes(student, resolution), frozen.shapes())
+        return Distiller(student, [frozen], built, resolution, **options).train()
 
     return make

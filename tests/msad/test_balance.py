@@ -101,8 +101,8 @@ def test_weights_of_the_yaml_are_replaced(project, teacher_weights, tmp_path):
     run = DistillTrainer(cfg)
     assert [loss.weight for loss in run.distiller.losses] == [1.0]
     assert run.distiller.balance.names == ("AlignedL1",)
-    cfg.merge_from_list(["DISTILL.READING", "A"])
-    with pytest.raises(ValueError, match="READING both set the weights"):
+    cfg.merge_from_list(["DISTILL.WEIGHTING", "convex"])
+    with pytest.raises(ValueError, match="WEIGHTING both set the weights"):
         DistillTrainer(cfg)
     with pytest.raises(ValueError, match="RATIO > 0"):
         GradientBalance(-1.0, 3, [])

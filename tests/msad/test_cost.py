@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from helpers import between
 from torch import nn
 
 from msad import load_config
-from msad.distill.distiller import Distiller, FrozenTeacher, student_shapes
-from msad.distill.losses import build_losses
+from msad.distill.distiller import Distiller, student_shapes
+from msad.distill.teachers import FrozenTeacher
 from msad.evaluation import cost
 from msad.evaluation.memory import peak_memory, resident_bytes
 from msad.resolution import RESOLUTIONS
@@ -303,7 +304,7 @@ def make_distiller(teacher, losses=({"NAME": "AlignedL1", "WEIGHT": 0.6},)):
     student, frozen = build_model(tiny_cfg(L_LEVELS)), FrozenTeacher(teacher)
     resolution = RESOLUTIONS["L"]
     return Distiller(
-        student, frozen, build_losses(list(losses), student_shapes(student, resolution), frozen.shapes()), resolution
+        student, frozen, between(list(losses), student_shapes(student, resolution), frozen.shapes()), resolution
     )
 
 

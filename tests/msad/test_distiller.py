@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+from helpers import between
 
 from msad import resolution
 from msad.distill.distiller import Distiller, student_shapes
-from msad.distill.losses import build_losses
 from msad.distill.schedules import distillation_factor
 from msad.resolution import RESOLUTIONS, batch_images, downsample, downsample_batch
 
@@ -110,7 +110,7 @@ def test_without_losses_it_is_the_student(make_distiller, tiny_model, make_batch
     """The control of every comparison; also without any teacher."""
     batch = make_batch(SIZES)
     student, plain = (tiny_model(levels=range(2, 7), seed=1) for _ in range(2))
-    control = Distiller(student, None, build_losses([], {}, {}), RESOLUTIONS["L"], w_det=0.5)
+    control = Distiller(student, [], between([], {}, {}), RESOLUTIONS["L"], w_det=0.5)
     with EventStorage(0):
         expected = {k: 0.5 * v for k, v in plain(downsample_batch(batch, 1, "cpu")).items()}
     for distiller in (control.train(), make_distiller(losses=[], w_det=0.5)):
@@ -120,7 +120,7 @@ def test_without_losses_it_is_the_student(make_distiller, tiny_model, make_batch
 def test_losses_need_a_teacher(make_distiller):
     distiller = make_distiller()
     with pytest.raises(ValueError, match=r"DISTILL\.TEACHERS is empty"):
-        Distiller(distiller.student, None, distiller.losses, RESOLUTIONS["L"])
+        Distiller(distiller.student, [], distiller.losses, RESOLUTIONS["L"])
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -160,12 +160,12 @@ def test_inputs_are_not_modified(make_distiller, make_batch):
 def test_losses_see_the_batch_in_h_pixels(make_distiller, make_batch):
     distiller = make_distiller()
     seen = []
-    distiller.losses[0].register_forward_pre_hook(lambda _module, args: seen.append(args))
+    distiller.losses[0].loss.register_forward_pre_hook(lambda _module, args: seen.append(args))
     batch = make_batch(SIZES)
     run(distiller, batch)
     ((student, teacher, info),) = seen
     assert info.image_sizes == SIZES
-    assert all(gt is item["instances"] for gt, item in zip(info.gt, batch))
+    assert all(a["instances"] is b["instances"] for a, b in zip(info.inputs, batch))
     assert {k: v.shape for k, v in student.items()} == {k: v.shape for k, v in teacher.items()}
     assert set(student) == set(LEVELS) and student["p3"].shape == (2, 8, 16, 16)
 
@@ -279,15 +279,15 @@ def test_student_of_another_width(make_distiller, tiny_model, make_batch):
     distiller = make_distiller(student=student)
     batch = make_batch(SIZES)
     losses = run(distiller, batch)
-    adaptors = distiller.losses[0].adaptors
-    assert list(adaptors) == LEVELS
-    adapted = {name: adaptors[name](x) for name, x in student_features(distiller, batch).items()}
+    layers = distiller.losses[0].adaptation
+    assert list(layers) == LEVELS
+    adapted = {name: layers[name](x) for name, x in student_features(distiller, batch).items()}
     expected = manual_l1(adapted, distiller.teacher.model.neck_features(batch))
     assert losses["loss_distill/AlignedL1"].item() == pytest.approx(expected, rel=1e-4)
     sum(losses.values()).backward()
-    assert all(p.grad is not None and p.grad.norm() > 0 for p in adaptors.parameters())
-    with pytest.raises(ValueError, match=r"p3 .*: student has 16 channels, teacher 8; ADAPTOR: auto"):
-        make_distiller(student=student, losses=[{"NAME": "AlignedL1", "ADAPTOR": "none"}])
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in layers.parameters())
+    with pytest.raises(ValueError, match=r"p3 .*: student has 16 channels, teacher 8; ADAPTATION: auto"):
+        make_distiller(student=student, losses=[{"NAME": "AlignedL1", "ADAPTATION": "none"}])
 
 
 @pytest.mark.parametrize("sizes", [SIZES, [(65, 100), (80, 60)]])
@@ -311,7 +311,7 @@ def test_levels_paired_by_index(make_distiller, tiny_model, make_batch, sizes):
 def test_student_without_a_common_level(make_distiller, tiny_model):
     student = tiny_model()
     student.head_in_features = ["p6", "p7"]
-    with pytest.raises(ValueError, match=r"student levels \['p8', 'p9'\] and teacher levels .* none in common"):
+    with pytest.raises(ValueError, match=r"student levels {'p8': 256, 'p9': 512} and teacher levels .* none in"):
         make_distiller("EL", student=student)
 
 

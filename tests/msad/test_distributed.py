@@ -42,7 +42,8 @@ def student_config(project: Path, name: str, output: Path):
     cfg.DISTILL.TEACHERS = [{"CONFIG": str(project / f"{teacher}.yaml"), "WEIGHTS": str(project / f"{teacher}.pth")}]
     cfg.DISTILL.LOSSES = [{"NAME": "AlignedL1", "WEIGHT": 0.6}]
     if name == "student":  # also with parts of the loss that are trained
-        cfg.DISTILL.LOSSES += [{"NAME": "FitNet", "WEIGHT": 0.1, "ADAPTOR": "always"}, {"NAME": "FGD"}, {"NAME": "LAD"}]
+        adapted = {"NAME": "FitNet", "WEIGHT": 0.1, "ADAPTATION": "always"}
+        cfg.DISTILL.LOSSES += [adapted, {"NAME": "FGD"}, {"NAME": "LAD"}]
     cfg.DISTILL.WARMUP_ITERS = 3
     cfg.SOLVER.IMS_PER_BATCH = 4
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 4, 3
@@ -139,7 +140,7 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(project, ranks, nam
                 first[key], value, rtol=1e-5, atol=1e-6 * largest, msg=lambda text, key=key: f"{key}: {text}"
             )
     moved = {key for key, value in joint["distillation"].items() if value.abs().max() > 0}
-    of_losses = ("1.adaptors.", "2.loss.student_context.", "2.loss.teacher_context.")
+    of_losses = ("1.adaptation.", "2.loss.student_context.", "2.loss.teacher_context.")
     assert moved and all(key.startswith(("backbone.", *of_losses)) for key in moved)
     assert all(any(key.startswith(prefix) for key in moved) == (name == "student") for prefix in of_losses)
 

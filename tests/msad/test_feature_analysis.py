@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_resume import config, train
 
 from msad.distill.analysis import decompose
-from msad.distill.distiller import FrozenTeacher
+from msad.distill.teachers import FrozenTeacher
 
 
 def test_worked_example():
@@ -59,7 +59,7 @@ def test_record_of_a_run(project, teacher_weights, tmp_path):
     level = lines[0]["levels"]["p3"]
     # 32 channels on 8x8 cells; means over images, so the product of means only approximates the mean product.
     assert level["mn"] == pytest.approx(level["m"] * level["n"] / (32 * 64), rel=0.2)
-    assert 0 < level["angle"] < 180 and run.distiller.observer is None
+    assert 0 < level["angle"] < 180 and not run.distiller.on_context
     assert not (tmp_path / "plain/features.jsonl").exists()
 
 

@@ -12,12 +12,14 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from helpers import between, make_context
 from torch import nn
 
 from msad import load_config
-from msad.distill.distiller import Distiller, FrozenTeacher
+from msad.distill.distiller import Distiller
 from msad.distill.head_pairs import check_heads, pair_heads
-from msad.distill.losses import DISTILL_LOSS_REGISTRY, build_losses
+from msad.distill.losses import DISTILL_LOSS_REGISTRY
+from msad.distill.teachers import FrozenTeacher
 from msad.modeling.adapters import adapt
 from msad.modeling.head_outputs import tap_heads
 from msad.resolution import downsample_batch, get_resolution
@@ -35,10 +37,9 @@ def look(monkeypatch):
         heads = KINDS
         seen: list = []
 
-        def forward(self, student, teacher, batch):
-            assert student == teacher == {}
-            self.seen += batch.heads
-            return {"sum": sum(p.student_logits.sum() + p.student_boxes.sum() for p in batch.heads)}
+        def forward(self, pairs, context):
+            self.seen += pairs
+            return {"sum": sum(p.student_logits.sum() + p.student_boxes.sum() for p in pairs)}
 
     monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "Look", Look)
     return Look
@@ -158,8 +159,8 @@ def test_in_a_step_of_distillation(make_distiller, tiny_model, make_batch, arch,
 def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_ld(tiny_model, make_batch):
     teacher = tiny_model("GFL").eval()
     student = copy.deepcopy(teacher)
-    losses = build_losses([{"NAME": "LD"}], {}, {})
-    distiller = Distiller(student, FrozenTeacher(teacher), losses, get_resolution("H"))
+    losses = between([{"NAME": "LD"}], {}, {})
+    distiller = Distiller(student, [FrozenTeacher(teacher)], losses, get_resolution("H"))
     distiller.training = True  # running statistics on both sides
     student.eval()
     student.training = True
@@ -210,7 +211,7 @@ NARROW += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.FPN.OUT_CHANNELS", 8, "
 def test_yaml_files_pair_heads_that_compare(path):
     cfg = load_config(path, NARROW)
     student, teacher = (build_model(c) for c in (cfg, load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"], NARROW)))
-    for loss in build_losses([e for e in cfg.DISTILL.LOSSES if e["NAME"] in ("LD", "Chen")], {}, {}):
+    for loss in between([e for e in cfg.DISTILL.LOSSES if e["NAME"] in ("LD", "Chen")], {}, {}):
         shift = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
         check_heads(student, getattr(teacher, "detector", teacher), shift, loss.heads, loss.name)
 
@@ -267,7 +268,7 @@ def rcnn_pairs(student, teacher, shift, boxes=(3, 0)):
         losses.update(roi(images, own, proposals, gt)[1])
     assert calls == [1, 1]
     named = {f"p{level}": x for level, x in maps.items()}
-    return pair_heads(record, student, teacher.eval(), named, shift), record, losses, named
+    return pair_heads(record, student, adapt(teacher.eval()).run_head, named, shift), record, losses, named
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -299,11 +300,10 @@ def test_rcnn_of_equal_heads_and_maps_says_the_same_in_both_frames(tiny_faster, 
 
 def test_chen_on_an_rcnn(tiny_faster):
     teacher, student = tiny_faster(), tiny_faster(levels=range(2, 6), seed=1)
-    (loss,) = build_losses([{"NAME": "Chen", "MARGIN": 10.0}], {}, {})
+    (loss,) = between([{"NAME": "Chen", "MARGIN": 10.0}], {}, {})
     for boxes in ((3, 0), (0, 0)):
         pairs, _, detection, _ = rcnn_pairs(student, teacher, 1, boxes)
-        batch = type("Batch", (), {"heads": pairs})
-        found = loss({}, {}, batch)
+        found = loss(make_context([], pair_heads=lambda source, pairs=pairs: pairs))
         assert list(found) == [f"loss_distill/Chen/{k}" for k in ("rpn_cls", "rpn_reg", "roi_cls", "roi_reg")]
         student.zero_grad()
         sum([*found.values(), *detection.values()]).backward()

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from msad.distill.distiller import FrozenTeacher
+from msad.distill.teachers import FrozenTeacher
 from msad.resolution import downsample_batch
 
 SIZES = [(64, 96), (90, 128)]

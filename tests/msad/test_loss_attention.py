@@ -7,8 +7,8 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
+from helpers import between, evaluate, make_context
 
-from msad.distill.losses import DistillBatch, build_losses
 from msad.distill.losses.fgd import GlobalContext, focal_masks
 from msad.distill.losses.fkd import NonLocal
 
@@ -29,7 +29,7 @@ def ground_truth(*per_image):
         gt = Instances((64, 48))
         gt.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4))
         out.append(gt)
-    return DistillBatch([(64, 48)] * len(out), out)
+    return make_context([(64, 48)] * len(out), out)
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def attentions(x, temperature):
 
 
 def terms(loss, student, teacher, batch):
-    return {k.rsplit("/", 1)[1]: v.item() for k, v in loss(student, teacher, batch).items()}
+    return {k.rsplit("/", 1)[1]: v.item() for k, v in evaluate(loss, student, teacher, batch).items()}
 
 
 # --- FGD --------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ BATCH = [[[5, 9, 22, 17.5], [3, 3, 40, 60], [8, 16, 16, 24]], []]
 def test_masks_equal_loops(level):
     batch, stride = ground_truth(*BATCH, [[0, 0, 48, 64]]), 2 ** int(level[1:])
     found = focal_masks(*batch.boxes(torch.device("cpu")), stride, SIZES[level], 3)
-    for i, gt in enumerate(batch.gt):
+    for i, gt in enumerate(item["instances"] for item in batch.inputs):
         for mask, expected in zip(found, loop_masks(gt, stride, SIZES[level])):
             np.testing.assert_allclose(mask[i].numpy(), expected, rtol=1e-6)
     assert found[1][1].sum().item() == pytest.approx(1), "an image without objects is all background"
@@ -110,11 +110,11 @@ def context(block, x):
 def test_fgd_equals_numpy(temperature):
     student, teacher, batch = maps(4), maps(4, scale=2), ground_truth(*BATCH)
     options = {"ALPHA": 1.6e-3, "BETA": 8e-4, "GAMMA": 7e-4, "LAM": 8e-6, "TEMPERATURE": temperature}
-    (loss,) = build_losses([{"NAME": "FGD", "WEIGHT": 2, **options}], shapes(4), shapes(4))
+    (loss,) = between([{"NAME": "FGD", "WEIGHT": 2, **options}], shapes(4), shapes(4))
     shake(loss)
     expected = dict.fromkeys(("foreground", "background", "attention", "global"), 0.0)
     for name, s in student.items():
-        for i, gt in enumerate(batch.gt):
+        for i, gt in enumerate(item["instances"] for item in batch.inputs):
             a, b = s[i].double().numpy(), teacher[name][i].double().numpy()
             (space, channels), (space_s, channels_s) = attentions(b, temperature), attentions(a, temperature)
             weighted = channels[:, None, None] * space * (a - b) ** 2
@@ -130,21 +130,21 @@ def test_fgd_equals_numpy(temperature):
 
 def test_fgd_begins_without_context():
     assert torch.equal(GlobalContext(4)(torch.randn(2, 4, 5, 6)), torch.zeros(2, 4))
-    (loss,) = build_losses([{"NAME": "FGD"}], shapes(4), shapes(4))
+    (loss,) = between([{"NAME": "FGD"}], shapes(4), shapes(4))
     same = maps(4)
     assert set(terms(loss, same, same, ground_truth(*BATCH)).values()) == {0.0}
 
 
 def test_fgd_without_objects_is_background():
-    (loss,) = build_losses([{"NAME": "FGD"}], shapes(4), shapes(4))
+    (loss,) = between([{"NAME": "FGD"}], shapes(4), shapes(4))
     found = terms(loss, maps(4), maps(4), ground_truth([], []))
     assert found["foreground"] == 0 and found["background"] > 0 and found["attention"] > 0
 
 
 def test_fgd_trains_both_contexts():
-    (loss,) = build_losses([{"NAME": "FGD"}], shapes(16), shapes(32))
+    (loss,) = between([{"NAME": "FGD"}], shapes(16), shapes(32))
     shake(loss)
-    sum(loss(maps(16), maps(32), ground_truth(*BATCH)).values()).backward()
+    sum(evaluate(loss, maps(16), maps(32), ground_truth(*BATCH)).values()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.parameters())
 
 
@@ -213,7 +213,7 @@ def fkd_terms(loss, student, teacher, temperature, same_channels):
 def test_fkd_equals_numpy(channels, temperature):
     student, teacher = maps(channels), maps(8, scale=2)
     entry = {"NAME": "FKD", "ALPHA": 0.5, "BETA": 3, "TEMPERATURE": temperature}
-    (loss,) = build_losses([entry], shapes(channels), shapes(8))
+    (loss,) = between([entry], shapes(channels), shapes(8))
     shake(loss)
     expected = fkd_terms(loss, student, teacher, temperature, channels == 8)
     weights = {"feature": 0.5, "spatial": 3, "channel": 3, "relation": 0.5}
@@ -234,14 +234,14 @@ def test_fkd_counts_images():
     one_s, one_t = maps(8, n=1), maps(8, n=1)
     two_s, two_t = ({k: torch.cat([v, v]) for k, v in x.items()} for x in (one_s, one_t))
     for per_image, factor in ((False, 2**0.5), (True, 1.0)):
-        (loss,) = build_losses([{"NAME": "FKD", "PER_IMAGE": per_image}], shapes(8), shapes(8))
+        (loss,) = between([{"NAME": "FKD", "PER_IMAGE": per_image}], shapes(8), shapes(8))
         one, two = terms(loss, one_s, one_t, None), terms(loss, two_s, two_t, None)
         assert two == pytest.approx({k: factor * v for k, v in one.items()}, rel=1e-5)
 
 
 def test_fkd_trains_all_of_its_parts():
-    (loss,) = build_losses([{"NAME": "FKD"}], shapes(12), shapes(8))
-    assert not loss.adaptors
+    (loss,) = between([{"NAME": "FKD"}], shapes(12), shapes(8))
+    assert not loss.adaptation
     shake(loss)
-    sum(loss(maps(12), maps(8), None).values()).backward()
+    sum(evaluate(loss, maps(12), maps(8)).values()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.parameters())

@@ -1,4 +1,4 @@
-"""What all distillation losses share: pairs of levels, adaptors, seeds, option checks, boxes; and their training."""
+"""What all distillation losses share: pairs of levels, adaptation layers, seeds, options, boxes; and their training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
+from helpers import between, evaluate, make_context
 from test_resume import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
-from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
+from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.distill.losses.pairing import LevelPair, build_adaptation, pair_levels
 from msad.distill.losses.shared import attention, locations_in_boxes, rasterize_max
 from msad.engine import DistillTrainer
@@ -56,14 +57,16 @@ def test_wrong_pairs_are_named(student, teacher, match, levels, message):
 
 
 def test_a_short_pyramid_is_paired_as_far_as_it_goes():
-    assert pair_levels(shapes(range(5, 7)), shapes(range(3, 8)), "by_index", None) == [("p5", "p3"), ("p6", "p4")]
+    assert pair_levels(shapes(range(5, 7)), shapes(range(3, 8)), "by_index", None) == [
+        ("p5", "p3", (32, 8)), ("p6", "p4", (64, 16))
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["FKD", "MGD", "FitNet"])
 def test_the_order_of_levels_does_not_matter(name):
     """FKD's modules depend on the place of a level, and all weights on the order in which they are drawn."""
     one, other = (
-        build_losses([{"NAME": name, "LEVELS": levels}], shapes(range(3, 8), 8), shapes(range(3, 8), 16))[0]
+        between([{"NAME": name, "LEVELS": levels}], shapes(range(3, 8), 8), shapes(range(3, 8), 16))[0]
         for levels in (["p3", "p5", "p7"], ["p7", "p3", "p5"])
     )
     assert one.levels == other.levels == ["p3", "p5", "p7"]
@@ -73,7 +76,7 @@ def test_the_order_of_levels_does_not_matter(name):
         assert [(part.subsample, part.query.out_channels) for part in parts] == [(8, 4), (4, 4), (2, 8)]
 
 
-# --- adaptors ---------------------------------------------------------------------------------------------------------
+# --- adaptation layers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,24 +84,24 @@ def test_the_order_of_levels_does_not_matter(name):
     [("auto", 4, []), ("auto", 6, ["p3", "p4"]), ("always", 4, ["p3", "p4"]), ("none", 4, [])],
 )
 def test_adaptors_where_they_are_needed(mode, student, expected):
-    pairs = [LevelPair("p3", "p3"), LevelPair("p4", "p4")]
-    adaptors = build_adaptation(pairs, shapes([3, 4], student), shapes([3, 4], 4), mode)
-    assert list(adaptors) == expected
-    for adaptor in adaptors.values():
-        assert adaptor(torch.zeros(2, student, 3, 5)).shape == (2, 4, 3, 5)
-        assert sum(p.numel() for p in adaptor.parameters()) == student * 4 + 4
+    pairs = [LevelPair("p3", "p3", (8, 8)), LevelPair("p4", "p4", (16, 16))]
+    layers = build_adaptation(pairs, shapes([3, 4], student), shapes([3, 4], 4), mode)
+    assert list(layers) == expected
+    for layer in layers.values():
+        assert layer(torch.zeros(2, student, 3, 5)).shape == (2, 4, 3, 5)
+        assert sum(p.numel() for p in layer.parameters()) == student * 4 + 4
 
 
 def test_adaptor_with_normalisation():
-    adaptors = build_adaptation([LevelPair("p3", "p3")], shapes([3], 6), shapes([3], 4), "auto", "BN")
-    out = adaptors["p3"](5 + 3 * torch.randn(4, 6, 8, 8))
+    layers = build_adaptation([LevelPair("p3", "p3", (8, 8))], shapes([3], 6), shapes([3], 4), "auto", "BN")
+    out = layers["p3"](5 + 3 * torch.randn(4, 6, 8, 8))
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(4), rtol=0.01, atol=0)
 
 
 def test_unknown_adaptor():
-    with pytest.raises(ValueError, match="ADAPTOR must be one of auto, always, none, not 'yes'"):
-        build_losses([{"NAME": "FitNet", "ADAPTOR": "yes"}], shapes([3]), shapes([3]))
+    with pytest.raises(ValueError, match="ADAPTATION must be one of auto, always, none, not 'yes'"):
+        between([{"NAME": "FitNet", "ADAPTATION": "yes"}], shapes([3]), shapes([3]))
 
 
 class Raw(nn.Module):
@@ -121,25 +124,25 @@ def raw(monkeypatch):
 
 
 def test_a_loss_gets_what_its_constructor_asks_for(raw):
-    (loss,) = build_losses([{"NAME": "Raw", "MATCH": "by_index"}], shapes([4, 5], 6), shapes([3, 4], 8))
+    (loss,) = between([{"NAME": "Raw", "MATCH": "by_index"}], shapes([4, 5], 6), shapes([3, 4], 8))
     assert loss.loss.seen == (["p3", "p4"], {"p3": 8, "p4": 8}, {"p3": 6, "p4": 6}, {"p3": 8, "p4": 16})
-    assert not loss.adaptors
+    assert not loss.adaptation
     student = {"p4": torch.ones(1, 6, 2, 2), "p5": torch.ones(1, 6, 1, 1)}
     teacher = {"p3": torch.ones(1, 8, 4, 4), "p4": torch.ones(1, 8, 2, 2)}
-    (value,) = loss(student, teacher, None).values()
+    (value,) = evaluate(loss, student, teacher).values()
     assert value.item() == 0.25 * 2 * 6 * (16 + 4), "default weight, resized to the teacher's grid, six channels"
-    with pytest.raises(ValueError, match="Raw adapts channels by itself and takes no ADAPTOR"):
-        build_losses([{"NAME": "Raw", "ADAPTOR": "always"}], shapes([3]), shapes([3]))
+    with pytest.raises(ValueError, match="Raw adapts channels by itself and takes no ADAPTATION"):
+        between([{"NAME": "Raw", "ADAPTATION": "always"}], shapes([3]), shapes([3]))
 
 
 def test_numbers_that_yaml_reads_as_text(raw):
-    (loss,) = build_losses([{"NAME": "Raw", "WEIGHT": "2e-5", "GAIN": "1e-3"}], shapes([3]), shapes([3]))
+    (loss,) = between([{"NAME": "Raw", "WEIGHT": "2e-5", "GAIN": "1e-3"}], shapes([3]), shapes([3]))
     assert (loss.weight, loss.loss.gain) == (2e-5, 1e-3)
     for key in ("WEIGHT", "GAIN"):
         with pytest.raises(ValueError, match=f"Raw: {key} must be a number, not 'much'"):
-            build_losses([{"NAME": "Raw", key: "much"}], shapes([3]), shapes([3]))
+            between([{"NAME": "Raw", key: "much"}], shapes([3]), shapes([3]))
     with pytest.raises(ValueError, match=r"Raw has no option CHANNELS .*\(options: WEIGHT, .*, GAIN\)"):
-        build_losses([{"NAME": "Raw", "CHANNELS": 3}], shapes([3]), shapes([3]))
+        between([{"NAME": "Raw", "CHANNELS": 3}], shapes([3]), shapes([3]))
 
 
 @pytest.mark.parametrize(
@@ -159,11 +162,11 @@ def test_numbers_that_yaml_reads_as_text(raw):
 )
 def test_values_of_another_kind_are_refused(name, key, value, wanted):
     with pytest.raises(ValueError, match=f"^DISTILL.LOSSES: {name}: {key} must be {wanted}, not "):
-        build_losses([{"NAME": name, key: value}], shapes([3]), shapes([3]))
+        between([{"NAME": name, key: value}], shapes([3]), shapes([3]))
 
 
 def test_values_of_the_right_kind_are_taken():
-    (loss,) = build_losses([{"NAME": "FKD", "PER_IMAGE": True, "TEMPERATURE": 1}], shapes([3]), shapes([3]))
+    (loss,) = between([{"NAME": "FKD", "PER_IMAGE": True, "TEMPERATURE": 1}], shapes([3]), shapes([3]))
     assert loss.loss.per_image is True and loss.loss.temperature == 1.0
 
 
@@ -174,12 +177,12 @@ def test_values_of_the_right_kind_are_taken():
 )  # fmt: skip
 def test_hints_for_unknown_losses(kind, hint):
     with pytest.raises(ValueError, match=f"unknown loss '{kind}'{hint}"):
-        build_losses([{"NAME": kind}], shapes([3]), shapes([3]))
+        between([{"NAME": kind}], shapes([3]), shapes([3]))
 
 
 def test_initial_weights_depend_on_seed_and_name_alone():
     def weights(entries, seed=5):
-        built = build_losses(entries, shapes([3, 4], 6), shapes([3, 4], 4), seed=seed)
+        built = between(entries, shapes([3, 4], 6), shapes([3, 4], 4), seed=seed)
         return {loss.name: torch.cat([p.flatten() for p in loss.parameters()]) for loss in built}
 
     one = [{"NAME": "FitNet"}]
@@ -242,17 +245,17 @@ def instances(*boxes):
 
 def test_boxes_of_a_batch_are_joined_once():
     gt = [instances([0.0, 1, 2, 3], [4, 5, 6, 7]), instances(), instances([8.0, 9, 10, 11])]
-    batch = DistillBatch([(64, 64)] * 3, gt)
+    batch = make_context([(64, 64)] * 3, gt)
     boxes, image = batch.boxes(torch.device("cpu"))
     assert boxes.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] and image.tolist() == [0, 0, 2]
     assert batch.boxes(torch.device("cpu"))[0] is boxes
-    boxes, image = DistillBatch([(64, 64)], [instances()]).boxes(torch.device("cpu"))
+    boxes, image = make_context([(64, 64)], [instances()]).boxes(torch.device("cpu"))
     assert boxes.shape == (0, 4) and image.shape == (0,) and image.dtype == torch.int64
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-ADAPTED = [{"NAME": "FitNet", "ADAPTOR": "always", "ADAPTOR_NORM": "BN"}]
+ADAPTED = [{"NAME": "FitNet", "ADAPTATION": "always", "ADAPTATION_NORM": "BN"}]
 
 
 @pytest.fixture
@@ -298,7 +301,7 @@ def test_adaptors_are_optimized_like_the_student(student, optimizer):
     decay = {"SOLVER.WEIGHT_DECAY": 0.3, "SOLVER.WEIGHT_DECAY_NORM": 0.1, "SOLVER.OPTIMIZER": optimizer}
     run = DistillTrainer(student(**decay))
     groups = {id(p): group for group in run.optimizer.param_groups for p in group["params"]}
-    (convolution, norm) = run.distiller.losses[0].adaptors["p3"]
+    (convolution, norm) = run.distiller.losses[0].adaptation["p3"]
     assert (groups[id(convolution.weight)]["weight_decay"], groups[id(norm.weight)]["weight_decay"]) == (0.3, 0.1)
     student = run.distiller.student.head.cls_score.weight
     assert groups[id(convolution.weight)]["lr"] == groups[id(student)]["lr"] > 0

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes, Instances
+from helpers import between, make_context
 
-from msad.distill.losses import DistillBatch, build_losses
+from msad.distill.context import HeadPair
 from msad.distill.losses.chen import Chen, bounded_regression, soft_binary_cross_entropy, soft_cross_entropy
-from msad.distill.losses.ld import LD, mean_kl, mean_per_level, valuable_region
-from msad.distill.losses.predictions import HeadPair
+from msad.distill.losses.ld import LD, mean_kl, mean_per_level
+from msad.distill.losses.registry import WeightedLoss
 from msad.modeling.detectors import atss
 from msad.modeling.detectors.distribution import DistributionTransform
+from msad.modeling.head_outputs import coordinates
 
 K, BINS, SIZE = 3, 9, 3.0
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -52,7 +55,7 @@ def make_pair(kind="distributions", boxes=BOXES, seed=0, dtype=torch.float32, id
     for b in boxes:
         gt.append(Instances((64, 64)))
         gt[-1].gt_boxes = Boxes(torch.tensor(b).view(-1, 4))
-    batch = DistillBatch([(64, 64)] * n, gt)
+    batch = make_context([(64, 64)] * n, gt)
     flat, image = batch.boxes(torch.device("cpu"))
     matched = atss.assign(cells, flat, image, n, size=SIZE)
     labels = torch.where(matched < len(flat), matched % K, K)
@@ -73,16 +76,23 @@ def make_pair(kind="distributions", boxes=BOXES, seed=0, dtype=torch.float32, id
     teacher = [x.clone() if identical else torch.randn(x.shape, generator=generator, dtype=dtype) for x in student]
     pair = HeadPair(
         name, classes, student[0].requires_grad_(), teacher[0], student[1].requires_grad_(), teacher[1], labels,
-        targets.to(dtype), anchors.to(dtype), TRANSFORMS[kind], sizes, {"anchor_size": SIZE, "atss_topk": 9},
+        targets.to(dtype), anchors.to(dtype), TRANSFORMS[kind].get_deltas, partial(coordinates, TRANSFORMS[kind]),
+        sizes,
+        partial(atss.valuable_region, cells, n, topk=9, size=SIZE),
     )  # fmt: skip
     for key, value in changes.items():
         setattr(pair, key, value)
-    batch.pair_heads = lambda: [pair]
+    batch.pair_heads = lambda source: [pair]
     return pair, batch
 
 
+def call(loss, context):
+    """A loss between predictions, built from an entry or not."""
+    return loss(context) if isinstance(loss, WeightedLoss) else loss(context.heads("teacher"), context)
+
+
 def values(loss, batch):
-    return {k: v.item() for k, v in loss({}, {}, batch).items()}
+    return {k: v.item() for k, v in call(loss, batch).items()}
 
 
 def array(x):
@@ -173,7 +183,7 @@ def test_mean_per_level_by_hand():
 def test_valuable_region_equals_loops():
     pair, batch = make_pair(boxes=UNEVEN)
     flat, image = batch.boxes(torch.device("cpu"))
-    found = valuable_region(list(pair.anchors.split(pair.level_sizes)), flat, image, 2, 9, SIZE, 0.25)
+    found = pair.region(flat, image, lower=0.25)
     np.testing.assert_allclose(found.numpy(), loop_region(pair, UNEVEN), rtol=1e-5)
     assert 4 < (found > 0).sum() < 100
 
@@ -281,11 +291,11 @@ def test_class_agnostic_boxes():
 def test_regression_pulls_to_the_ground_truth_and_the_teacher_only_gates():
     pair, batch = make_pair("fcos")
     loss = Chen(mu=1.0)
-    loss({}, {}, batch)["dense_reg"].backward()
+    call(loss, batch)["dense_reg"].backward()
     first = pair.student_boxes.grad.clone()
     pair.student_boxes.grad = None
     pair.teacher_boxes = pair.teacher_boxes - 1e-4  # errors move, no gate flips
-    loss({}, {}, batch)["dense_reg"].backward()
+    call(loss, batch)["dense_reg"].backward()
     assert torch.equal(first, pair.student_boxes.grad) and first.abs().sum() > 0
 
 
@@ -295,7 +305,7 @@ CASES = [("LD", "distributions"), *(("Chen", kind) for kind in sorted(TRANSFORMS
 
 
 def build(name, **options):
-    return build_losses([{"NAME": name, **options}], {}, {})[0]
+    return between([{"NAME": name, **options}], {}, {})[0]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -307,7 +317,7 @@ def test_gradient(name, kind):
 
     def value(logits, boxes):
         pair.student_logits, pair.student_boxes = logits, boxes
-        return sum(loss({}, {}, batch).values())
+        return sum(call(loss, batch).values())
 
     # A few anchors suffice: finite differences take two passes an input.
     keep = torch.cat([pair.positives[1][:3], torch.tensor([10, 11, 30, 66])]).unique()
@@ -333,14 +343,14 @@ def test_gradient_of_the_main_term():
 
     def value(boxes):
         pair.student_boxes = boxes
-        return sum(loss({}, {}, batch).values())
+        return sum(call(loss, batch).values())
 
     assert torch.autograd.gradcheck(value, pair.student_boxes, fast_mode=True)
 
 
 def test_scores_weigh_the_main_term_without_gradient():
     pair, batch = make_pair()
-    LD(w_vlr=0.0, w_cls=0.0)({}, {}, batch)["main"].backward()
+    call(LD(w_vlr=0.0, w_cls=0.0), batch)["main"].backward()
     assert pair.student_logits.grad is None and pair.student_boxes.grad.abs().sum() > 0
 
 
@@ -348,13 +358,13 @@ def test_scores_weigh_the_main_term_without_gradient():
 def test_identical_predictions(name, kind):
     """LD is 0. Chen's regression is 0 too, for the student is never worse; its soft cross-entropy is no divergence."""
     pair, batch = make_pair(kind, identical=True)
-    found = build(name)({}, {}, batch)
+    found = call(build(name), batch)
     for term, value in found.items():
         if not term.endswith("_cls"):
             assert value.item() == pytest.approx(0, abs=1e-6), term
     if name == "Chen" and kind != "roi":  # with equal weights of the outcomes it is least there
         loss = build(name, W_BG=1.0, FOCUS=0.0, NU=0.0)
-        sum(loss({}, {}, batch).values()).backward()
+        sum(call(loss, batch).values()).backward()
         assert pair.student_logits.grad.abs().max() < 1e-6
 
 
@@ -368,7 +378,7 @@ def test_soft_classification_is_least_at_the_teacher_if_weights_are_equal():
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_without_objects(name, kind):
     pair, batch = make_pair(kind, boxes=[[], []])
-    found = build(name)({}, {}, batch)
+    found = call(build(name), batch)
     sum(found.values()).backward()
     for term, value in found.items():
         assert value.isfinite() and (value == 0 or term.endswith("_cls")), term
@@ -384,7 +394,7 @@ def test_two_copies_of_an_image(name, kind):
         doubled = torch.cat([getattr(one, key)] * 2, dim=1 if kind == "roi" else 0)
         setattr(two, key, doubled)
     for options in ({}, {"PER_IMAGE": True}) if name == "LD" else ({"MARGIN": 1000.0},):
-        found, expected = (build(name, **options)({}, {}, b) for b in (two_batch, one_batch))
+        found, expected = (call(build(name, **options), b) for b in (two_batch, one_batch))
         for term, value in found.items():
             factor = 2 if term.endswith(("main", "vlr")) and "PER_IMAGE" not in options else 1
             assert value.item() == pytest.approx(factor * expected[term].item(), rel=1e-5) and value > 0, term
@@ -398,7 +408,7 @@ def test_mixed_precision(name, kind, dtype):
     for key in ("student_logits", "teacher_logits", "student_boxes", "teacher_boxes"):
         setattr(pair, key, getattr(pair, key).detach().to(dtype).requires_grad_(key.startswith("student")))
     with torch.autocast("cpu", dtype=dtype):
-        found = build(name)({}, {}, batch)
+        found = call(build(name), batch)
     sum(found.values()).backward()
     assert all(x.dtype == torch.float32 for x in found.values())
     assert {k: v.item() for k, v in found.items()} == pytest.approx(expected, rel=0.05)
@@ -409,7 +419,7 @@ def test_extreme_logits_stay_finite():
     for name, kind in CASES:
         pair, batch = make_pair(kind)
         pair.student_logits, pair.teacher_logits = 1e4 * pair.student_logits, -1e4 * pair.teacher_logits
-        assert all(v.isfinite() for v in build(name)({}, {}, batch).values()), (name, kind)
+        assert all(v.isfinite() for v in call(build(name), batch).values()), (name, kind)
 
 
 # --- from DISTILL.LOSSES ----------------------------------------------------------------------------------------------
@@ -420,14 +430,14 @@ def test_entries_of_head_losses():
     assert loss.heads == ("distributions",) and loss.levels == [] and not list(loss.parameters())
     assert (loss.loss.w_cls, loss.loss.temperature) == (10.0, 4)
     _, batch = make_pair()
-    weighted = {k: v.item() for k, v in loss({}, {}, batch).items()}
+    weighted = {k: v.item() for k, v in call(loss, batch).items()}
     plain = {f"loss_distill/LD/{k}": 2 * v for k, v in values(LD(temperature=4), batch).items()}
     assert weighted == pytest.approx(plain)
 
 
 def test_keys_of_feature_losses_are_refused():
-    with pytest.raises(ValueError, match=r"Chen compares predictions and takes no LEVELS, ADAPTOR"):
-        build("Chen", ADAPTOR="always", LEVELS=["p3"])
+    with pytest.raises(ValueError, match=r"Chen compares predictions and takes no LEVELS, ADAPTATION"):
+        build("Chen", ADAPTATION="always", LEVELS=["p3"])
 
 
 def test_bad_options():
@@ -439,4 +449,4 @@ def test_bad_options():
 
 def test_predictions_that_nobody_declared():
     with pytest.raises(RuntimeError, match="needs ``heads``"):
-        DistillBatch([], []).heads  # noqa: B018
+        make_context([]).heads("teacher")

@@ -7,8 +7,9 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from helpers import between, evaluate, make_context
 
-from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
+from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.distill.losses.fkd import NonLocal
 
 ALL = ["AlignedL1", "FitNet", "CWD", "FKD", "FGD", "MGD", "PKD"]
@@ -30,7 +31,7 @@ def build(name, student=4, teacher=4, **options):
     def shapes(channels):
         return {k: ShapeSpec(channels=channels, stride=2 ** int(k[1:])) for k in SIZES}
 
-    (loss,) = build_losses([{"NAME": name, **OPTIONS.get(name, {}), **options}], shapes(student), shapes(teacher))
+    (loss,) = between([{"NAME": name, **OPTIONS.get(name, {}), **options}], shapes(student), shapes(teacher))
     with torch.no_grad():  # what begins at zero hides what it scales
         for p in loss.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
@@ -40,12 +41,12 @@ def build(name, student=4, teacher=4, **options):
 def batch(n=2, boxes=((2.0, 3.0, 15.0, 20.0), (8.0, 8.0, 24.0, 32.0))):
     gt = Instances((32, 24))
     gt.gt_boxes = Boxes(torch.tensor(boxes).view(-1, 4))
-    return DistillBatch([(32, 24)] * n, [gt] * n)
+    return make_context([(32, 24)] * n, [gt] * n)
 
 
 def total(loss, student, teacher, info=None):
     torch.manual_seed(0)  # of masks
-    return sum(loss(student, teacher, info or batch(len(student["p3"]))).values())
+    return sum(evaluate(loss, student, teacher, info or batch(len(student["p3"]))).values())
 
 
 def test_the_list_is_complete():
@@ -174,5 +175,5 @@ def test_in_a_step_of_distillation(make_distiller, tiny_model, make_batch, name,
 def test_channels_differ(name):
     """Generators and contexts work on the teacher's channels."""
     loss = build(name, student=6)
-    assert set(loss.adaptors) == (set() if name == "FKD" else set(SIZES))
+    assert set(loss.adaptation) == (set() if name == "FKD" else set(SIZES))
     assert total(loss, maps(6, seed=1), maps(seed=2)) > 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from helpers import between, evaluate
 
-from msad.distill.losses import build_losses
 from msad.distill.losses.raw_features import angular_loss, magnitude_loss, unit_vectors
 
 # One image, two channels (rows), two cells (columns).
@@ -17,8 +17,8 @@ S = torch.tensor([[3.0, 0.0], [4.0, 2.0]]).view(1, 2, 1, 2)
 
 def value(name, student, teacher, **options):
     shapes = {k: ShapeSpec(channels=v.shape[1], stride=8) for k, v in teacher.items()}
-    (loss,) = build_losses([{"NAME": name, **options}], shapes, shapes)
-    (found,) = loss(student, teacher, None).values()
+    (loss,) = between([{"NAME": name, **options}], shapes, shapes)
+    (found,) = evaluate(loss, student, teacher).values()
     return found.item()
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
+from helpers import between, evaluate, make_context
 
-from msad.distill.losses import DistillBatch, build_losses
 from msad.distill.losses.cwd import channel_kl
 from msad.distill.losses.mgd import mask_cells
 from msad.distill.losses.pkd import unit_deviation
@@ -16,11 +16,11 @@ from msad.distill.losses.pkd import unit_deviation
 
 def build(name, maps, **options):
     shapes = {k: ShapeSpec(channels=v.shape[1], stride=2 ** int(k[1:])) for k, v in maps.items()}
-    return build_losses([{"NAME": name, **options}], shapes, shapes)[0]
+    return between([{"NAME": name, **options}], shapes, shapes)[0]
 
 
 def value(name, student, teacher, batch=None, **options):
-    (found,) = build(name, teacher, **options)(student, teacher, batch).values()
+    (found,) = evaluate(build(name, teacher, **options), student, teacher, batch).values()
     return found.item()
 
 
@@ -50,7 +50,7 @@ def ground_truth(*per_image):
         gt = Instances((32, 48))
         gt.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4))
         out.append(gt)
-    return DistillBatch([(32, 48)] * len(out), out)
+    return make_context([(32, 48)] * len(out), out)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -165,7 +165,7 @@ def test_mgd_equals_numpy(ratio):
     student, teacher = pair()
     loss = build("MGD", teacher, MASK_RATIO=ratio, WEIGHT=1)
     torch.manual_seed(5)
-    (found,) = loss(student, teacher, None).values()
+    (found,) = evaluate(loss, student, teacher).values()
     torch.manual_seed(5)
     expected = 0.0
     for (name, s), t in zip(student.items(), arrays(teacher)):

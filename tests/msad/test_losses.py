@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from helpers import between, evaluate, make_context
 from torch import nn
 
-from msad.distill.losses import DISTILL_LOSS_REGISTRY, DistillBatch, build_losses
+from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.distill.losses.aligned import AlignedL1, standardise
 
 H, W = 64, 96
 SIZES = [(64, 96), (40, 50)]
-BATCH = DistillBatch(image_sizes=SIZES, gt=[])
+BATCH = make_context(image_sizes=SIZES, gt=[])
 
 
 def maps(levels=(3, 4, 5), n=2, dtype=torch.float32, seed=0):
@@ -65,8 +66,8 @@ def test_released_value():
     """0.6 sum_l mean |S - T| is alpha T^2 mean |S / T - T / T| with alpha 0.2 and T 3."""
     student, teacher = maps(seed=1), maps(seed=2)
     released = sum((0.2 * 9 * (student[k] / 3 - teacher[k] / 3).abs().mean()).item() for k in student)
-    (loss,) = build_losses([{"NAME": "AlignedL1", "WEIGHT": 0.6}], shapes((3, 4, 5)), shapes((3, 4, 5)))
-    assert loss(student, teacher, BATCH)["loss_distill/AlignedL1"].item() == pytest.approx(released, rel=1e-5)
+    (loss,) = between([{"NAME": "AlignedL1", "WEIGHT": 0.6}], shapes((3, 4, 5)), shapes((3, 4, 5)))
+    assert evaluate(loss, student, teacher, BATCH)["loss_distill/AlignedL1"].item() == pytest.approx(released, rel=1e-5)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -111,8 +112,8 @@ def test_batch_of_copies_costs_what_one_image_does(options):
     one_s, one_t = maps(n=1, seed=1), maps(n=1, seed=2)
     two_s, two_t = ({k: torch.cat([v, v]) for k, v in x.items()} for x in (one_s, one_t))
     loss = AlignedL1(list(one_s), **options)
-    one = loss(one_s, one_t, DistillBatch([SIZES[1]], []))["l1"]
-    two = loss(two_s, two_t, DistillBatch([SIZES[1]] * 2, []))["l1"]
+    one = loss(one_s, one_t, make_context([SIZES[1]], []))["l1"]
+    two = loss(two_s, two_t, make_context([SIZES[1]] * 2, []))["l1"]
     torch.testing.assert_close(one, two)
 
 
@@ -165,37 +166,37 @@ def two_terms():
 
 def test_entry_becomes_a_weighted_loss():
     entry = {"NAME": "AlignedL1", "WEIGHT": 0.5, "LEVELS": ["p4", "p5"], "NORMALIZE": True}
-    (loss,) = build_losses([entry], shapes(), shapes())
+    (loss,) = between([entry], shapes(), shapes())
     assert (loss.name, loss.weight, loss.levels) == ("AlignedL1", 0.5, ["p4", "p5"])
     assert isinstance(loss.loss, AlignedL1) and loss.loss.normalize and not loss.loss.mask_padding
     student, teacher = maps(range(3, 8), seed=1), maps(range(3, 8), seed=2)
     expected = 0.5 * numpy_l1({k: student[k] for k in ("p4", "p5")}, teacher, normalize=True)
-    assert loss(student, teacher, BATCH)["loss_distill/AlignedL1"].item() == pytest.approx(expected, rel=1e-5)
+    assert evaluate(loss, student, teacher, BATCH)["loss_distill/AlignedL1"].item() == pytest.approx(expected, rel=1e-5)
     assert entry == {"NAME": "AlignedL1", "WEIGHT": 0.5, "LEVELS": ["p4", "p5"], "NORMALIZE": True}
 
 
 def test_defaults_are_weight_one_and_all_common_levels():
     """A student at L with stock levels P3-P7 has P4-P8 of H."""
-    (loss,) = build_losses([{"NAME": "AlignedL1"}], shapes(range(4, 9)), shapes(range(3, 8)))
+    (loss,) = between([{"NAME": "AlignedL1"}], shapes(range(4, 9)), shapes(range(3, 8)))
     assert loss.weight == 1.0 and loss.levels == ["p4", "p5", "p6", "p7"]
 
 
 def test_no_entries_no_losses():
-    assert len(build_losses([], shapes(), shapes())) == 0
+    assert len(between([], shapes(), shapes())) == 0
 
 
 def test_terms_are_named_and_weighted(two_terms):
-    (loss,) = build_losses([{"NAME": "TwoTerms", "WEIGHT": 2, "GAIN": 3.0, "LEVELS": ["p3", "p4"]}], shapes(), shapes())
-    found = loss(maps(range(3, 8)), maps(range(3, 8)), BATCH)
+    (loss,) = between([{"NAME": "TwoTerms", "WEIGHT": 2, "GAIN": 3.0, "LEVELS": ["p3", "p4"]}], shapes(), shapes())
+    found = evaluate(loss, maps(range(3, 8)), maps(range(3, 8)), BATCH)
     assert {k: v.item() for k, v in found.items()} == {"loss_distill/TwoTerms/a": 12.0, "loss_distill/TwoTerms/b": 0.0}
     assert [name for name, _ in loss.named_parameters()] == ["loss.gain"]
 
 
 def test_names_stay_apart(two_terms):
     entries = [{"NAME": n} for n in ("AlignedL1", "TwoTerms", "AlignedL1", "AlignedL1")]
-    losses = build_losses(entries, shapes(), shapes())
+    losses = between(entries, shapes(), shapes())
     assert [loss.name for loss in losses] == ["AlignedL1", "TwoTerms", "AlignedL1_2", "AlignedL1_3"]
-    names = [name for loss in losses for name in loss(maps(range(3, 8)), maps(range(3, 8)), BATCH)]
+    names = [name for loss in losses for name in evaluate(loss, maps(range(3, 8)), maps(range(3, 8)), BATCH)]
     assert len(names) == len(set(names)) == 5
 
 
@@ -203,14 +204,14 @@ def test_names_stay_apart(two_terms):
 def test_unknown_loss_names_the_nearest(name):
     message = rf"DISTILL\.LOSSES: unknown loss {name!r}; did you mean AlignedL1\?" if name else "unknown loss None"
     with pytest.raises(ValueError, match=message):
-        build_losses([{"NAME": name} if name else {"WEIGHT": 1.0}], shapes(), shapes())
+        between([{"NAME": name} if name else {"WEIGHT": 1.0}], shapes(), shapes())
 
 
 def test_unknown_option_names_the_nearest():
     with pytest.raises(ValueError, match=r"AlignedL1 has no option NORMALISE; did you mean NORMALIZE\?.*MASK_PADDING"):
-        build_losses([{"NAME": "AlignedL1", "NORMALISE": True}], shapes(), shapes())
+        between([{"NAME": "AlignedL1", "NORMALISE": True}], shapes(), shapes())
     with pytest.raises(ValueError, match=r"no option WEIGTH; did you mean WEIGHT\?"):
-        build_losses([{"NAME": "AlignedL1", "WEIGTH": 2.0}], shapes(), shapes())
+        between([{"NAME": "AlignedL1", "WEIGTH": 2.0}], shapes(), shapes())
 
 
 @pytest.mark.parametrize(
@@ -218,15 +219,16 @@ def test_unknown_option_names_the_nearest():
     [
         (shapes(), shapes(range(4, 8)), r"level p3 \(H frame\) does not exist in the teacher, which has .*LEVELS"),
         (shapes(range(4, 8)), shapes(), r"level p3 \(H frame\) does not exist in the student"),
-        (shapes(channels=8), shapes(), r"p3 \(H frame\): student has 8 channels, teacher 4; ADAPTOR: auto"),
+        (shapes(channels=8), shapes(), r"p3 \(H frame\): student has 8 channels, teacher 4; ADAPTATION: auto"),
         (shapes(base=2), shapes(), r"p3 \(H frame\): student has stride 16, teacher 8; MATCH: by_index"),
     ],
 )
 def test_wrong_levels_are_named(student, teacher, message):
     with pytest.raises(ValueError, match=message):
-        build_losses([{"NAME": "AlignedL1", "LEVELS": ["p3", "p5"], "ADAPTOR": "none"}], student, teacher)
+        between([{"NAME": "AlignedL1", "LEVELS": ["p3", "p5"], "ADAPTATION": "none"}], student, teacher)
 
 
 def test_nothing_in_common():
-    with pytest.raises(ValueError, match=r"student levels \['p3'\] and teacher levels \['p7'\] have none in common"):
-        build_losses([{"NAME": "AlignedL1"}], shapes([3]), shapes([7]))
+    message = r"student levels {'p3': 8} and teacher levels {'p7': 128} .* have none in common"
+    with pytest.raises(ValueError, match=message):
+        between([{"NAME": "AlignedL1"}], shapes([3]), shapes([7]))

@@ -1,4 +1,4 @@
-"""SOLVER.SCALE_TO_BATCH and REFERENCE_WORLD_SIZE: the linear rule by hand, what the log says, that training uses it."""
+"""SOLVER.REFERENCE_BATCH_SIZE and REFERENCE_WORLD_SIZE: the linear rule by hand, in the log and in training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msad.experiments.variants import Variant
 def cfg():
     """A schedule of 90k iterations of 16 images."""
     cfg = load_config("")
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.SCALE_TO_BATCH = 16, 16
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_BATCH_SIZE = 16, 16
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 0.01, 90000, (60000, 80000)
     cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CHECKPOINT_PERIOD = 500, 5000
     cfg.DISTILL.WARMUP_ITERS, cfg.TEST.EVAL_PERIOD = 400, 0
@@ -60,7 +60,7 @@ def test_linear_rule_and_log(cfg, caplog):
 
 @pytest.mark.parametrize(("reference", "batch"), [(0, 4), (16, 16)])
 def test_off_and_nothing_to_do(cfg, caplog, reference, batch):
-    cfg.SOLVER.SCALE_TO_BATCH, cfg.SOLVER.IMS_PER_BATCH = reference, batch
+    cfg.SOLVER.REFERENCE_BATCH_SIZE, cfg.SOLVER.IMS_PER_BATCH = reference, batch
     with caplog.at_level(logging.INFO, logger="msad.engine.scaling"):
         assert scale_to_batch(cfg) is cfg
     assert not caplog.messages
@@ -76,14 +76,14 @@ def test_a_large_batch_keeps_short_warmups_and_periods(cfg):
 
 
 def test_negative_is_an_error(cfg):
-    cfg.SOLVER.SCALE_TO_BATCH = -1
-    with pytest.raises(ValueError, match=r"SOLVER\.SCALE_TO_BATCH is a batch size.*-1"):
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = -1
+    with pytest.raises(ValueError, match=r"SOLVER\.REFERENCE_BATCH_SIZE is a batch size.*-1"):
         scale_to_batch(cfg)
 
 
 def test_fewer_processes(cfg, caplog):
     """Written for 8 GPUs with two images each, run on two: every count of iterations grows, the project's too."""
-    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.SCALE_TO_BATCH = 8, 0
+    cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.REFERENCE_BATCH_SIZE = 8, 0
     cfg.TEST.EVAL_PERIOD, cfg.DISTILL.DECAY_FROM = 1000, 0.5
     before = cfg.dump()
     with caplog.at_level(logging.INFO, logger="msad.engine.scaling"):
@@ -150,7 +150,7 @@ def test_training_scales_to_its_processes(project, tmp_path):
 
 
 def test_training_and_comparisons_use_it(project, tmp_path):
-    options = ["SOLVER.SCALE_TO_BATCH", 4, "SOLVER.MAX_ITER", 3, "OUTPUT_DIR", str(tmp_path)]
+    options = ["SOLVER.REFERENCE_BATCH_SIZE", 4, "SOLVER.MAX_ITER", 3, "OUTPUT_DIR", str(tmp_path)]
     cfg = load_config(project / "fcos.yaml", options)
     prepare(cfg)
     run = DistillTrainer(cfg)

@@ -47,28 +47,28 @@ def test_impossible_decay_names_the_keys(start, end):
         distillation_factor(0, 100, decay_from=start, decay_to=end)
 
 
-def test_reading_a():
+def test_convex_weights():
     """L_T = L_H + L_L + lambda L_F; L_S = gamma L_det + (1 - gamma) L_KD. With 0.4 and 0.8 the released weights."""
-    w_fuse, w_det, w_distill = paper_weights("A", 0.4, 0.8)
+    w_fuse, w_det, w_distill = paper_weights("convex", 0.4, 0.8)
     assert (w_fuse, w_det) == (0.4, 0.8) and w_distill == pytest.approx(0.2 * 3)
-    w_fuse, w_det, w_distill = paper_weights("A", 0.2, 0.6)  # Mask R-CNN
+    w_fuse, w_det, w_distill = paper_weights("convex", 0.2, 0.6)  # Mask R-CNN
     assert (w_fuse, w_det) == (0.2, 0.6) and w_distill == pytest.approx(0.4 * 3)
 
 
-def test_reading_b():
+def test_additive_weights():
     """L_S = gamma L_det + lambda L_KD, the fused branch at the released 0.4."""
-    w_fuse, w_det, w_distill = paper_weights("B", 0.2, 0.6)
+    w_fuse, w_det, w_distill = paper_weights("additive", 0.2, 0.6)
     assert (w_fuse, w_det) == (0.4, 0.6) and w_distill == pytest.approx(0.2 * 3)
 
 
 def test_defaults_are_the_released_weights():
     cfg = load_config("")
-    assert (cfg.MSAD.W_FUSE, cfg.DISTILL.W_DET, cfg.DISTILL.WARMUP_ITERS, cfg.DISTILL.READING) == (0.4, 1.0, 500, "")
+    assert (cfg.MSAD.W_FUSE, cfg.DISTILL.W_DET, cfg.DISTILL.WARMUP_ITERS, cfg.DISTILL.WEIGHTING) == (0.4, 1.0, 500, "")
     assert (cfg.DISTILL.DECAY_FROM, cfg.DISTILL.DECAY_TO) == (1.0, 1.0)
-    assert paper_weights("A", cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)[0] == cfg.MSAD.W_FUSE
+    assert paper_weights("convex", cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)[0] == cfg.MSAD.W_FUSE
 
 
-@pytest.mark.parametrize("reading", ["", "C", "a"])
-def test_unknown_reading_names_the_key(reading):
-    with pytest.raises(ValueError, match=rf"DISTILL\.READING must be .* not '{reading}'"):
+@pytest.mark.parametrize("reading", ["", "C", "A"])
+def test_unknown_weighting_names_the_key(reading):
+    with pytest.raises(ValueError, match=rf"DISTILL\.WEIGHTING must be .* not '{reading}'"):
         paper_weights(reading, 0.4, 0.8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from msad.evaluation import loss_cost
-from msad.evaluation.loss_cost import Setting, loss_costs, make_batch, make_loss, peak_memory, step
+from msad.evaluation.loss_cost import Setting, loss_costs, make_context, make_loss, peak_memory, step
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark_losses.py"
 SMALL = Setting(size=(64, 96), channels=8, student_channels=4, boxes=2)
@@ -61,19 +61,20 @@ def test_wrong_numbers(tool, capsys):
 
 
 def test_maps_are_those_of_a_detector():
-    student, teacher, batch = make_batch(Setting(size=(800, 1333), channels=2, student_channels=1, batch=1))
+    context = make_context(Setting(size=(800, 1333), channels=2, student_channels=1, batch=1))
+    student, teacher = context.student, context.sources["teacher"]
     assert {k: tuple(v.shape) for k, v in teacher.items()} == {
         "p3": (1, 2, 104, 168), "p4": (1, 2, 52, 84), "p5": (1, 2, 26, 42), "p6": (1, 2, 13, 21), "p7": (1, 2, 7, 11)
     }  # fmt: skip
     assert all(student[k].shape[1:] == (1, *v.shape[2:]) and student[k].requires_grad for k, v in teacher.items())
-    assert batch.image_sizes == [(800, 1333)] and len(batch.gt[0]) == 7
+    assert context.image_sizes == [(800, 1333)] and len(context.inputs[0]["instances"]) == 7
 
 
 def test_a_measured_step_leaves_no_gradients():
-    loss, maps = make_loss({"NAME": "FGD"}, SMALL), make_batch(SMALL)
-    assert loss.adaptors, "from four channels to eight"
-    step(loss, maps)
-    assert all(x.grad is None for x in (*loss.parameters(), *maps[0].values()))
+    loss, context = make_loss({"NAME": "FGD"}, SMALL), make_context(SMALL)
+    assert loss.adaptation, "from four channels to eight"
+    step(loss, context)
+    assert all(x.grad is None for x in (*loss.parameters(), *context.student.values()))
 
 
 def test_rows_and_progress(monkeypatch):

@@ -18,6 +18,9 @@ from detectron2.config import get_cfg
 
 from .config_values import check_entries, check_yaml, decode, nearest, valid_keys
 
+# Keys of earlier versions and what they are called now.
+RENAMED = {"DISTILL.READING": "DISTILL.WEIGHTING", "SOLVER.SCALE_TO_BATCH": "SOLVER.REFERENCE_BATCH_SIZE"}
+
 
 def add_msad_config(cfg: CN) -> CN:
     """Add the project's keys to a detectron2 config, in place, and return it."""
@@ -259,7 +262,7 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MSAD.EVAL_BRANCH = "fused"
     # How low-resolution inputs are made from H: "antialias", or "nearest" as in the released code.
     cfg.MSAD.DOWNSAMPLE = "antialias"
-    # Weight of the fused branch's detection losses (released JOINT_WEIGHT). DISTILL.READING A makes it lambda, B 0.4.
+    # Weight of the fused branch's detection losses (released JOINT_WEIGHT). DISTILL.WEIGHTING sets it.
     cfg.MSAD.W_FUSE = 0.4
     cfg.MSAD.FUSION = CN()
     # Hidden width of the gate: branches * channels / REDUCTION.
@@ -280,11 +283,21 @@ def add_msad_config(cfg: CN) -> CN:
 
     # --- distillation --------------------------------------------------------------------------------------------
     cfg.DISTILL = CN()
-    # Entries {CONFIG: yaml of the teacher, WEIGHTS: its checkpoint}. Empty: ordinary training.
+    # Entries {NAME, CONFIG: yaml of the teacher, WEIGHTS: its checkpoint, SCALE: size of its input relative to H}; the
+    # first one initialises the student. NAME is "teacher" (the i-th of several: "teacher_i") and SCALE 1.0 by default.
+    # An entry {NAME, MEAN_OF: [names], WEIGHTS_OF: [numbers]} is the mean of other teachers' features. Empty: ordinary
+    # training.
     cfg.DISTILL.TEACHERS = []
-    # Entries {NAME: registered loss, WEIGHT: float, LEVELS: H-frame levels, ...}; see docs/CONFIG.md.
-    # Empty: the student is only initialised from the teacher (the control of every comparison).
+    # Entries {NAME: registered loss, WEIGHT: float, SOURCE: name of a teacher or assistant (default: every teacher that
+    # is in no mean), TAP: where features are read, LEVELS: H-frame levels, ...}; see docs/CONFIG.md. Empty: the student
+    # is only initialised from the teacher (the no-KD baseline of every comparison).
     cfg.DISTILL.LOSSES = []
+    # Entries {NAME: registered assistant, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, ...}: sources that are trained
+    # beside the student, each with its own optimizer.
+    cfg.DISTILL.ASSISTANTS = []
+    # Entries {TEACHERS: [names], and any sections of the config with what differs, as SOLVER: {MAX_ITER: 1000}}: the
+    # student is trained in one run a stage, each from the student of the one before, in OUTPUT_DIR/stage1, stage2, ...
+    cfg.DISTILL.STAGES = []
     # Resolution of the student: H, L (1/2) or EL (1/4); the loader's images are H and are reduced to it on the device.
     # Pyramid levels align at halvings only, so another ratio is an error. For a student with a short side of S pixels,
     # scale H: INPUT.MIN_SIZE_TRAIN 2 S (L) or 4 S (EL), for the teacher too.
@@ -295,7 +308,7 @@ def add_msad_config(cfg: CN) -> CN:
     # BatchNorm of the teacher: "eval" (running statistics) or "batch" (batch statistics, as in the released code;
     # its buffers do not change either way).
     cfg.DISTILL.TEACHER_BN = "eval"
-    # Weight of the student's detection losses (gamma in readings A and B).
+    # Weight of the student's detection losses (gamma of the paper).
     cfg.DISTILL.W_DET = 1.0
     # Iterations over which the distillation weight rises linearly from 0 (released: 500).
     cfg.DISTILL.WARMUP_ITERS = 500
@@ -304,13 +317,14 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.DISTILL.DECAY_FROM = 1.0
     # See DECAY_FROM.
     cfg.DISTILL.DECAY_TO = 1.0
-    # Weights from the paper's lambda and gamma: "" (W_DET, LOSSES as written), "A" or "B"; see docs/CONFIG.md. A third
-    # reading, gamma as the weight of imitation, is not offered: the paper lowers gamma for the 3x schedule so that
-    # imitation counts more, and there it would count less.
-    cfg.DISTILL.READING = ""
-    # Lambda of the paper, used by READING only (3x schedule: 0.4).
+    # Weights from the paper's lambda and gamma: "" (W_DET, LOSSES as written), "convex" (gamma L_det + (1 - gamma)
+    # L_KD, fused branch lambda) or "additive" (gamma L_det + lambda L_KD, fused branch 0.4); see docs/CONFIG.md. Gamma
+    # as the weight of distillation is not offered: the paper lowers gamma for the 3x schedule so that distillation
+    # counts more, and there it would count less.
+    cfg.DISTILL.WEIGHTING = ""
+    # Lambda of the paper, used by WEIGHTING only (3x schedule: 0.4).
     cfg.DISTILL.LAMBDA = 0.4
-    # Gamma of the paper, used by READING only (3x schedule: 0.8).
+    # Gamma of the paper, used by WEIGHTING only (3x schedule: 0.8).
     cfg.DISTILL.GAMMA = 0.8
     cfg.DISTILL.BALANCE = CN()
     # Replaces the WEIGHT of every loss: its gradient at the student's neck gets RATIO times the norm of the detection
@@ -329,11 +343,13 @@ def add_msad_config(cfg: CN) -> CN:
     # scaled linearly and the log says how (old -> new). 0: nothing is scaled. detectron2's SOLVER.REFERENCE_WORLD_SIZE,
     # the number of GPUs that a yaml was written for, scales IMS_PER_BATCH and the same numbers to those there are; with
     # both, this comes first.
-    cfg.SOLVER.SCALE_TO_BATCH = 0
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
     # Memory format torch.channels_last for the convolutions.
     cfg.SOLVER.CHANNELS_LAST = False
     # torch.compile the backbones of student and teacher.
     cfg.SOLVER.COMPILE = False
+    for old, new in RENAMED.items():
+        cfg.register_renamed_key(old, new)
     return cfg
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-# Lists of entries, the key that each entry needs, and an example of one.
+# Lists of entries, the keys of which each entry needs one, and an example.
 ENTRIES = {
-    "DISTILL.LOSSES": ("NAME", "{NAME: AlignedL1, WEIGHT: 0.6}"),
-    "DISTILL.TEACHERS": ("CONFIG", "{CONFIG: teacher.yaml, WEIGHTS: teacher.pth}"),
-    "MSAD.FUSION_STUDENT.BRANCHES": ("RESOLUTION", "{RESOLUTION: L, WEIGHTS: branch.pth}"),
+    "DISTILL.LOSSES": (("NAME",), "{NAME: AlignedL1, WEIGHT: 0.6}"),
+    "DISTILL.TEACHERS": (("CONFIG", "MEAN_OF"), "{CONFIG: teacher.yaml, WEIGHTS: teacher.pth}"),
+    "DISTILL.ASSISTANTS": (("NAME",), "{NAME: CrossScaleAssistant}"),
+    "MSAD.FUSION_STUDENT.BRANCHES": (("RESOLUTION",), "{RESOLUTION: L, WEIGHTS: branch.pth}"),
 }
 
 
@@ -116,14 +117,14 @@ def check_entries(cfg: CfgNode) -> None:
     Raises:
         ValueError: names the entry.
     """
-    for name, (key, example) in ENTRIES.items():
+    for name, (keys, example) in ENTRIES.items():
         for position, entry in enumerate(reduce(getitem, name.split("."), cfg)):
             where = f"{name}[{position}] ({_brief(entry)})"
             if not isinstance(entry, Mapping):
-                raise ValueError(f"{where}: an entry is a mapping with {key}, such as {example}")
+                raise ValueError(f"{where}: an entry is a mapping with {keys[0]}, such as {example}")
             found = {str(k).upper(): v for k, v in entry.items()}
-            if not isinstance(found.get(key), str) or not found[key]:
-                raise ValueError(f"{where}: an entry needs {key}, a text, such as {example}")
+            if not any(found.get(key) for key in keys) or not isinstance(found.get(keys[0], ""), str):
+                raise ValueError(f"{where}: an entry needs {keys[0]}, a text, such as {example}")
             if name == "DISTILL.LOSSES":
                 _check_loss(where, found)
 

@@ -181,3 +181,23 @@ def batch_images(
 ) -> ImageList:
     """Normalise (C, h, w) images and pad them with zeros to one batch whose sides divide by ``divisibility``."""
     return ImageList.from_tensors([(x - pixel_mean) / pixel_std for x in images], divisibility)
+
+
+def masked_mean(x: torch.Tensor, sizes: list[tuple[int, int]] | None) -> torch.Tensor:
+    """Spatial mean of each channel over the valid top-left rectangle of each image.
+
+    Args:
+        x: (N, C, h, w).
+        sizes: per image, the valid (rows, columns) in locations of ``x``; None: everything is valid.
+
+    Returns:
+        (N, C). Contracts one axis after the other, so no masked copy of ``x`` is made.
+    """
+    if sizes is None:
+        return x.mean(dim=(2, 3))
+    n, _, h, w = x.shape
+    extent = torch.tensor(sizes, dtype=torch.float32).to(x.device, non_blocking=True)  # (N, 2)
+    rows = (torch.arange(h, device=x.device) < extent[:, :1]).to(x.dtype) / extent[:, :1].to(x.dtype)
+    cols = (torch.arange(w, device=x.device) < extent[:, 1:]).to(x.dtype) / extent[:, 1:].to(x.dtype)
+    per_row = torch.matmul(x, cols.view(n, 1, w, 1)).squeeze(-1)  # (N, C, h)
+    return torch.matmul(per_row, rows.view(n, h, 1)).squeeze(-1)

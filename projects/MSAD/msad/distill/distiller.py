@@ -1,147 +1,108 @@
-"""A student, its frozen teacher and the losses between them, as one trainable module."""
+"""A student, its sources and the losses between them, as one trainable module."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..modeling.adapters import Features, adapt
-from ..modeling.features import run_neck, tap_neck
-from ..modeling.head_outputs import tap_heads
+from ..modeling.adapters import adapt
+from ..modeling.features import tap_neck
+from ..modeling.head_outputs import HeadRecord, tap_heads
+from ..modeling.taps import NECK, tap, tap_shapes
 from ..resolution import (
     Resolution,
-    batch_images,
     downsample_batch,
     downsampled_size,
     level_of,
-    pad_divisibility,
     shift_levels,
     shift_names,
 )
 from .balance import GradientBalance
-from .head_pairs import check_heads, pair_heads
-from .losses import DistillBatch
-
-logger = logging.getLogger(__name__)
-
-
-class FrozenTeacher:
-    """A teacher that cannot change: outside every module tree, without gradients, always in evaluation mode.
-
-    It is deliberately not an ``nn.Module``: assigned to a module it stays invisible to ``train()``, ``state_dict()``,
-    ``parameters()``, optimizers and DistributedDataParallel.
-
-    Args:
-        model: a MultiScaleTeacher or a detector in the H frame.
-        batch_norm: "eval" (running statistics) or "batch" (statistics of the batch, buffers untouched).
-        reverse_channels: images are in the other order, RGB for BGR, than the model's.
-    """
-
-    def __init__(self, model: nn.Module, batch_norm: str = "eval", reverse_channels: bool = False) -> None:
-        if batch_norm not in ("eval", "batch"):
-            raise ValueError(f"DISTILL.TEACHER_BN must be 'eval' or 'batch', not {batch_norm!r}")
-        self.model = model.eval().requires_grad_(False)
-        self.reverse_channels = reverse_channels
-        if batch_norm == "batch":
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    # Without tracking, train mode normalises by the batch and leaves the buffers alone; so does a
-                    # synchronised BatchNorm that updates them by itself, if the update has no weight.
-                    module.track_running_stats = False
-                    module.momentum = 0.0
-                    module.train()
-
-    @property
-    def detector(self) -> nn.Module:
-        """The detector itself, inside a multi-resolution teacher or not."""
-        return getattr(self.model, "detector", self.model)
-
-    def shapes(self) -> dict[str, ShapeSpec]:
-        """Levels that can be imitated, H-frame names, strides in H pixels."""
-        shapes = self.detector.backbone.output_shape()
-        return {name: shapes[name] for name in adapt(self.detector).levels}
-
-    @torch.no_grad()
-    def features(self, batched_inputs: list[dict], max_shift: int) -> Features:
-        """Maps to imitate, level l: (N, C, h_l, w_l), on the grid of H padded for branches up to ``max_shift``."""
-        if self.reverse_channels:
-            batched_inputs = [_with_reversed_channels(item) for item in batched_inputs]
-        if hasattr(self.model, "neck_features"):
-            return self.model.neck_features(batched_inputs, max_shift)
-        detector = self.model
-        device = detector.pixel_mean.device
-        images = batch_images(
-            [item["image"].to(device, non_blocking=True) for item in batched_inputs],
-            detector.pixel_mean,
-            detector.pixel_std,
-            pad_divisibility(max(detector.backbone.size_divisibility, 1), 0, max_shift),
-        )
-        return run_neck(detector.backbone, images.tensor, adapt(detector).levels)
-
-
-def _with_reversed_channels(item: dict) -> dict:
-    """A model input whose images (3, h, w), also those that are reduced already, have their channels turned round."""
-    reduced = {key: image.flip(0) for key, image in item.get("downsampled_images", {}).items()}
-    return dict(item, image=item["image"].flip(0), downsampled_images=reduced)
+from .context import DistillContext, Features, HeadPair
+from .head_pairs import check_heads, check_kind, pair_heads
+from .teachers import Ensemble, FrozenTeacher
 
 
 class Distiller(nn.Module):
-    """Detection losses of a student at low resolution plus distillation losses against a frozen teacher.
+    """Detection losses of a student at low resolution plus distillation losses against its sources.
 
-    The student is a dense detector or an R-CNN in the frame of ``resolution``; its pyramid is tapped by a hook for the
-    length of a call, so no detector is edited. In evaluation mode the module is the student.
+    The student is any detector that has an adapter, in the frame of ``resolution``; its features are read by hooks for
+    the length of a call, so no detector is edited. In evaluation mode the module is the student.
 
     Args:
-        student: detector whose input is H reduced by ``resolution``.
-        teacher: None, or a frozen teacher in the H frame.
-        losses: from :func:`msad.distill.losses.build_losses`; empty: the teacher never runs.
+        student: detector whose input is H downsampled by ``resolution``.
+        teachers: frozen teachers; the first one initialises the student.
+        losses: from :func:`msad.distill.losses.build_losses`; empty: no teacher ever runs.
         resolution: of the student.
+        ensembles: means of teachers.
         w_det: weight of the student's detection losses.
         factor: iteration -> factor on the distillation losses.
         downsample_mode: see :func:`msad.resolution.downsample`.
         balance: sets the weights of the losses, which then must have weight 1; None: they are as they are.
 
     Attributes:
-        observer: None, or called with student's and teacher's maps (H-frame names, one grid) of each training step.
+        assistants: called with the context of each step that distils, before the losses; each trains an assistant and
+            adds its features to ``context.sources``.
+        on_context: called with the context of each training step, after the assistants. Where there are several
+            processes they must be the same in all, because teachers run for them.
     """
-
-    observer: Callable[[Features, Features], None] | None = None
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: FrozenTeacher | None,
+        teachers: Sequence[FrozenTeacher],
         losses: nn.ModuleList,
         resolution: Resolution,
         *,
+        ensembles: Sequence[Ensemble] = (),
         w_det: float = 1.0,
         factor: Callable[[int], float] = lambda iteration: 1.0,
         downsample_mode: str = "antialias",
         balance: GradientBalance | None = None,
     ) -> None:
         super().__init__()
-        if len(losses) and teacher is None:
+        if len(losses) and not teachers:
             raise ValueError("DISTILL.LOSSES need a teacher: DISTILL.TEACHERS is empty")
         self.student = student
         self.losses = losses
-        self.teacher = teacher
+        self.teachers = list(teachers)
+        self.ensembles = list(ensembles)
         self.resolution = resolution
         self.w_det = w_det
         self.factor = factor
         self.downsample_mode = downsample_mode
         self.balance = balance
+        self.assistants: list[Callable[[DistillContext], None]] = []
+        self.on_context: list[Callable[[DistillContext], None]] = []
+        self._taps = sorted({loss.tap for loss in losses} - {NECK})
         self._compares_heads = False
         for loss in losses:
-            if getattr(loss, "heads", ()):
-                check_heads(student, teacher.detector, resolution.shift, loss.heads, loss.name)
+            if loss.heads:
+                self._check_heads(loss.source, loss.heads, loss.name)
                 self._compares_heads = True
+
+    def _check_heads(self, source: str, kinds: tuple[str, ...], loss: str) -> None:
+        teacher = next((t for t in self.teachers if t.name == source), None)
+        if any(ensemble.name == source for ensemble in self.ensembles) or (teacher and teacher.scale != 1):
+            raise ValueError(
+                f"DISTILL.LOSSES: {loss} compares predictions, which only a teacher of SCALE 1 has, not {source!r}"
+            )
+        if teacher:
+            check_heads(self.student, teacher.detector, self.resolution.shift, kinds, loss)
+        else:  # an assistant, whose features go through the student's heads
+            check_kind(self.student, "student", kinds, loss)
+
+    @property
+    def teacher(self) -> FrozenTeacher | None:
+        """The first teacher."""
+        return self.teachers[0] if self.teachers else None
 
     @property
     def device(self) -> torch.device:
@@ -156,50 +117,110 @@ class Distiller(nn.Module):
         """Training: inputs in H pixels -> losses. Evaluation: the student's inputs -> the student's detections."""
         if not self.training:
             return self.student(batched_inputs)
-        shift = self.resolution.shift
-        moved = [dict(item, image=item["image"].to(self.device, non_blocking=True)) for item in batched_inputs]
-        reduced = downsample_batch(moved, shift, self.device, self.downsample_mode)
-        for item, small in zip(moved, reduced):  # the teacher's branch at this resolution need not reduce them again
-            if "low_res_image" not in item:
-                item["downsampled_images"] = {(shift, self.downsample_mode): small["image"]}
         factor = self._current_factor()
-        # The teacher runs first: what it needs is free again before the student keeps its activations.
-        wanted = factor is not None or self.observer is not None
-        imitated = {} if not wanted else self.teacher.features(moved, self.max_shift)
-        tap = nullcontext() if factor is None or not self._compares_heads else tap_heads(adapt(self.student).heads())
-        with tap_neck(self.student) as taken, tap as record:
-            output = {name: self.w_det * value for name, value in self.student(reduced).items()}
-        if not wanted:
-            return output
-        student = shift_levels(taken, shift)
-        teacher = self._on_student_grid(imitated, student)
-        if self.observer is not None:
-            self.observer(student, teacher)
-        if factor is None:
-            return output
-        batch = DistillBatch(
-            image_sizes=[tuple(item["image"].shape[-2:]) for item in moved],
-            gt=[item["instances"] for item in moved],
-            pair_heads=record and partial(pair_heads, record, self.student, self.teacher.detector, teacher, shift),
-        )
-        losses = [loss(student, teacher, batch) for loss in self.losses]
+        assistants = self.assistants if factor is not None else []
+        with ExitStack() as step:
+            if assistants:  # their losses are of the ground truth that the student's own are of
+                step.enter_context(adapt(self.student).assign_once())
+            context = self.observe(batched_inputs, distils=factor is not None)
+            for train in assistants:
+                train(context)
+        for listen in self.on_context:
+            listen(context)
+        return context.detection if factor is None else {**context.detection, **self.distill(context, factor)}
+
+    def observe(self, batched_inputs: list[dict], distils: bool = True) -> DistillContext:
+        """Run the teachers (without gradients) and the student on inputs in H pixels.
+
+        Args:
+            distils: False: the teachers run for :attr:`on_context` alone, and no heads are recorded.
+        """
+        shift = self.resolution.shift
+        inputs = [dict(item, image=item["image"].to(self.device, non_blocking=True)) for item in batched_inputs]
+        small = downsample_batch(inputs, shift, self.device, self.downsample_mode)
+        for item, own in zip(inputs, small):  # a teacher's branch at this resolution need not make them again
+            if "low_res_image" not in item:
+                item["downsampled_images"] = {(shift, self.downsample_mode): own["image"]}
+        context = DistillContext(inputs, get_event_storage().iter, taps={name: {} for name in self._taps})
+        # The teachers run first: what they need is free again before the student keeps its activations.
+        if distils or self.on_context:
+            for teacher in self._running():
+                with tap(teacher.detector, self._taps) as tapped:
+                    context.sources[teacher.name] = teacher.features(inputs, self.max_shift)
+                self._keep(context, teacher.name, tapped)
+        record: HeadRecord | None = None
+        with ExitStack() as step:
+            if distils and self._compares_heads:
+                record = step.enter_context(tap_heads(adapt(self.student).heads()))
+            neck = step.enter_context(tap_neck(self.student))
+            tapped = step.enter_context(tap(self.student, self._taps))
+            context.detection = {name: self.w_det * value for name, value in self.student(small).items()}
+        self._keep(context, "student", tapped)
+        context.student = shift_levels(neck, shift)
+        for teacher in self.teachers:
+            if teacher.name in context.sources and teacher.shift is not None:
+                features = self._on_student_grid(context.sources[teacher.name], context.student)
+                context.sources[teacher.name] = features
+        for ensemble in self.ensembles:
+            if all(member in context.sources for member in ensemble.members):
+                context.sources[ensemble.name] = ensemble.features(context.sources)
+        if record is not None:
+            context.pair_heads = partial(self._pair_heads, record, context)
+        context.run_losses = partial(self._run_losses, small)
+        return context
+
+    def _running(self) -> list[FrozenTeacher]:
+        """The teachers that something of this step reads."""
+        if self.on_context or self.assistants:
+            return self.teachers
+        read = {loss.source for loss in self.losses}
+        read |= {member for ensemble in self.ensembles if ensemble.name in read for member in ensemble.members}
+        return [teacher for teacher in self.teachers if teacher.name in read]
+
+    @staticmethod
+    def _keep(context: DistillContext, name: str, tapped: dict[str, Features]) -> None:
+        for place, features in tapped.items():
+            context.taps[place][name] = features
+
+    def distill(self, context: DistillContext, factor: float = 1.0) -> dict[str, torch.Tensor]:
+        """Weighted distillation losses of a step, times ``factor``."""
+        losses = [loss(context) for loss in self.losses]
         weights = [1.0] * len(losses)
         if self.balance is not None:
             totals = [sum(terms.values()) for terms in losses]
-            iteration = get_event_storage().iter
-            weights = self.balance(iteration, list(taken.values()), sum(output.values()), totals)
+            detection = sum(context.detection.values())
+            weights = self.balance(context.iteration, list(context.student.values()), detection, totals)
+        output = {}
         for terms, weight in zip(losses, weights):
             output.update({name: factor * weight * value for name, value in terms.items()})
         return output
 
     def _current_factor(self) -> float | None:
-        """Factor on the distillation losses at this iteration; None: they, and so the teacher, need not be computed."""
+        """Factor on the distillation losses at this iteration; None: they, and so the teachers, need not run."""
         if not len(self.losses):
             return None
         iteration = get_event_storage().iter
         factor = self.factor(iteration)
         over = factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters())
         return None if over else factor
+
+    def _pair_heads(self, record: HeadRecord, context: DistillContext, source: str) -> list[HeadPair]:
+        teacher = next((t for t in self.teachers if t.name == source), None)
+        run_head = self._run_head if teacher is None else teacher.run_head
+        return pair_heads(record, self.student, run_head, context.sources[source], self.resolution.shift)
+
+    def _run_head(self, name: str, features: Features, boxes: list[Boxes]) -> tuple:
+        """Output of the student's own head on features under H-frame names; boxes in H pixels."""
+        shift = self.resolution.shift
+        own = [Boxes(per_image.tensor / 2**shift) for per_image in boxes]
+        return adapt(self.student).run_head(name, shift_levels(features, -shift), own)
+
+    def _run_losses(self, small: list[dict], features: Features) -> dict[str, torch.Tensor]:
+        """Losses of the student's heads on features under H-frame names, with the ground truth of ``small``."""
+        adapter = adapt(self.student)
+        images = ImageList(small[0]["image"], [tuple(item["image"].shape[-2:]) for item in small])
+        own = shift_levels(features, -self.resolution.shift)
+        return adapter.losses(images, own, adapter.targets(small))
 
     def _on_student_grid(self, teacher: Features, student: Features) -> Features:
         """Cut off what the teacher padded beyond the student's input; both grids begin at the image's corner."""
@@ -220,8 +241,10 @@ class Distiller(nn.Module):
         return out
 
 
-def student_shapes(student: nn.Module, resolution: Resolution) -> dict[str, ShapeSpec]:
-    """Levels the student's head reads under H-frame names, strides in H pixels."""
+def student_shapes(student: nn.Module, resolution: Resolution, place: str = NECK) -> dict[str, ShapeSpec]:
+    """Channels and strides (H pixels) of the student at a tap; at the neck under H-frame names."""
+    if place != NECK:
+        return tap_shapes(student, place, 0.5**resolution.shift)
     shapes = student.backbone.output_shape()
     names = adapt(student).levels
     return {

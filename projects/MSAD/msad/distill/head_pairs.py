@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes
 from torch import nn
 
 from ..modeling.adapters import adapt
+from ..modeling.detectors import atss
 from ..modeling.detectors.distribution import DistributionTransform
-from ..modeling.head_outputs import DENSE, ROI, RPN, HeadRecord, box_code, cell_anchors, proposal_targets
+from ..modeling.head_outputs import DENSE, ROI, RPN, HeadRecord, box_code, cell_anchors, coordinates, proposal_targets
 from ..resolution import shift_names
-from .losses.predictions import HeadPair
+from .context import Features, HeadPair
 
 
 def head_kind(detector: nn.Module) -> str:
@@ -20,6 +24,15 @@ def head_kind(detector: nn.Module) -> str:
     if head is None:
         return "rcnn"
     return "distributions" if isinstance(head.owner.box2box_transform, DistributionTransform) else "dense"
+
+
+def check_kind(detector: nn.Module, side: str, kinds: tuple[str, ...], loss: str) -> None:
+    """ValueError if a loss cannot compare heads of the kind that ``detector`` has."""
+    if head_kind(detector) not in kinds:
+        raise ValueError(
+            f"DISTILL.LOSSES: {loss} compares the predictions of {' or '.join(kinds)} heads; "
+            f"the {side} {type(detector).__name__} has {head_kind(detector)}"
+        )
 
 
 def check_heads(student: nn.Module, teacher: nn.Module, shift: int, kinds: tuple[str, ...], loss: str) -> None:
@@ -31,11 +44,7 @@ def check_heads(student: nn.Module, teacher: nn.Module, shift: int, kinds: tuple
     """
     both = {"student": student, "teacher": teacher}
     for side, detector in both.items():
-        if head_kind(detector) not in kinds:
-            raise ValueError(
-                f"DISTILL.LOSSES: {loss} compares the predictions of {' or '.join(kinds)} heads; "
-                f"the {side} {type(detector).__name__} has {head_kind(detector)}"
-            )
+        check_kind(detector, side, kinds, loss)
     ours, theirs = (adapt(detector).heads() for detector in both.values())
     if ours.keys() != theirs.keys():
         names = " and ".join(f"a {type(detector).__name__} {side}" for side, detector in both.items())
@@ -75,14 +84,18 @@ def _rows(levels: list[torch.Tensor], width: int) -> torch.Tensor:
 
 
 def pair_heads(
-    record: HeadRecord, student: nn.Module, teacher: nn.Module, features: dict[str, torch.Tensor], shift: int
+    record: HeadRecord,
+    student: nn.Module,
+    run_head: Callable[[str, Features, list[Boxes]], tuple],
+    features: Features,
+    shift: int,
 ) -> list[HeadPair]:
     """One pair a head.
 
     Args:
         record: of the student's step.
-        teacher: detector in evaluation mode, evaluated here without gradients.
-        features: the teacher's maps, H-frame names, on the student's grid.
+        run_head: name of a head, features and boxes (H pixels) of each image -> the source's output.
+        features: of the source, H-frame names, on the student's grid.
         shift: of the student.
     """
     scale = 2**shift
@@ -93,8 +106,7 @@ def pair_heads(
         if name == ROI:
             boxes = [Boxes(p.proposal_boxes.tensor * scale) for p in assigned]
         with torch.no_grad():
-            output = adapt(teacher).run_head(name, features, boxes)
-        outputs = record.outputs[name], output
+            outputs = record.outputs[name], run_head(name, features, boxes)
         if name == ROI:
             anchors, labels, targets = proposal_targets(assigned)
             sides = [(logits[None], deltas[None]) for logits, deltas in outputs]
@@ -109,11 +121,17 @@ def pair_heads(
             width = 4 if reg_max is None else 4 * (reg_max + 1)
             sides = [(_rows(o[0], head.classes), _rows(o[1], width)) for o in outputs]
         (s_logits, s_boxes), (t_logits, t_boxes) = sides
+        anchors, transform = anchors * scale, head.owner.box2box_transform
+        region = None
+        if hasattr(student, "atss_topk"):
+            cells = list(anchors.split(sizes))
+            region = partial(
+                atss.valuable_region, cells, len(labels), topk=student.atss_topk, size=student.anchor_size
+            )
         pairs.append(
             HeadPair(
-                name, head.classes, s_logits, t_logits, s_boxes, t_boxes, labels, targets * scale, anchors * scale,
-                head.owner.box2box_transform, sizes,
-                {k: getattr(student, k) for k in ("anchor_size", "atss_topk") if hasattr(student, k)},
+                name, head.classes, s_logits, t_logits, s_boxes, t_boxes, labels, targets * scale, anchors,
+                transform.get_deltas, partial(coordinates, transform), sizes, region,
             )
         )  # fmt: skip
     return pairs

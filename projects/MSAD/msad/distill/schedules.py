@@ -21,17 +21,17 @@ def distillation_factor(
     return factor
 
 
-def paper_weights(reading: str, lam: float, gamma: float) -> tuple[float, float, float]:
-    """(w_fuse, w_det, w_distill) for a reading of the paper's lambda and gamma.
+def paper_weights(weighting: str, lam: float, gamma: float) -> tuple[float, float, float]:
+    """(w_fuse, w_det, w_distill) that the paper's lambda and gamma stand for.
 
-    The main text is not explicit on how lambda and gamma enter. Reading A: ``L_teacher = L_H + L_L + lambda L_F`` and
-    ``L_student = gamma L_det + (1 - gamma) L_KD``. Reading B: ``L_student = gamma L_det + lambda L_KD`` with the
+    The main text is not explicit on how they enter. "convex": ``L_teacher = L_H + L_L + lambda L_F`` and
+    ``L_student = gamma L_det + (1 - gamma) L_KD``. "additive": ``L_student = gamma L_det + lambda L_KD`` with the
     released 0.4 for the fused branch. L_KD is the sum over levels of the mean absolute difference times T = 3,
     the temperature of the released code.
     """
     temperature = 3.0
-    if reading == "A":
+    if weighting == "convex":
         return lam, gamma, (1.0 - gamma) * temperature
-    if reading == "B":
+    if weighting == "additive":
         return 0.4, gamma, lam * temperature
-    raise ValueError(f"DISTILL.READING must be '', 'A' or 'B', not {reading!r}")
+    raise ValueError(f"DISTILL.WEIGHTING must be '', 'convex' or 'additive', not {weighting!r}")

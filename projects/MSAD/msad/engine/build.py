@@ -1,35 +1,70 @@
-"""From a config to the parts of a distillation: the teacher, the losses and what combines them with a student."""
+"""From a config to a distillation: teachers, assistants, losses and what combines them with a student."""
 
 from __future__ import annotations
 
 import logging
 from functools import partial
 
+import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from torch import nn
 
 from ..config import load_config
+from ..config_values import nearest
+from ..distill.assistants import build_assistants
 from ..distill.balance import GradientBalance
-from ..distill.distiller import Distiller, FrozenTeacher, student_shapes
+from ..distill.distiller import Distiller, student_shapes
 from ..distill.losses import build_losses
+from ..distill.losses.registry import ShapesAt
 from ..distill.schedules import distillation_factor
+from ..distill.teachers import Ensemble, FrozenTeacher
+from ..modeling.taps import NECK
 from ..resolution import get_resolution
+from .assistants import AssistantStep
 from .checkpoint import CheckedCheckpointer
 
 logger = logging.getLogger(__name__)
+TEACHER_KEYS = ("NAME", "CONFIG", "WEIGHTS", "SCALE")
+ENSEMBLE_KEYS = ("NAME", "MEAN_OF", "WEIGHTS_OF")
+
+
+def teacher_entries(cfg: CfgNode) -> list[dict]:
+    """DISTILL.TEACHERS with all names: "teacher", or "teacher_1", "teacher_2", ... where an entry of several has none.
+
+    Raises:
+        ValueError: an entry that is neither {NAME, CONFIG, WEIGHTS, SCALE} nor {NAME, MEAN_OF, WEIGHTS_OF}, a name
+            twice, or a mean of unknown teachers; says which.
+    """
+    several, entries = len(cfg.DISTILL.TEACHERS) > 1, []
+    for number, entry in enumerate(cfg.DISTILL.TEACHERS, start=1):
+        keys = ENSEMBLE_KEYS if "MEAN_OF" in entry else TEACHER_KEYS
+        wrong = [key for key in entry if key not in keys]
+        lacking = [] if "MEAN_OF" in entry else [key for key in ("CONFIG", "WEIGHTS") if not entry.get(key)]
+        if wrong or lacking:
+            what = f"no key {wrong[0]}{nearest(wrong[0], list(keys))}" if wrong else f"no {' and no '.join(lacking)}"
+            form = f"{{{', '.join(keys)}}}"
+            raise ValueError(f"DISTILL.TEACHERS[{number - 1}] has {what}; an entry is {form}, not {dict(entry)}")
+        entries.append({"NAME": f"teacher_{number}" if several else "teacher", **entry})
+    names = [entry["NAME"] for entry in entries]
+    for entry in entries:
+        if names.count(entry["NAME"]) > 1 or entry["NAME"] == "student":
+            raise ValueError(f"DISTILL.TEACHERS: the name {entry['NAME']} is taken")
+        for member in entry.get("MEAN_OF", []):
+            if member not in names or "MEAN_OF" in entries[names.index(member)]:
+                raise ValueError(f"DISTILL.TEACHERS: {entry['NAME']} is a mean of {member!r}, which is none of them")
+    return entries
 
 
 def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
-    """Build and load the teacher of one DISTILL.TEACHERS entry {CONFIG, WEIGHTS}, for the student of a config.
+    """Build and load the teacher of one entry of :func:`teacher_entries`, for the student of a config.
 
     Raises:
-        ValueError: a wrong entry, a checkpoint that does not have all of the teacher's tensors, or a channel order
-            that cannot be made of the student's.
+        ValueError: a checkpoint that does not have all of the teacher's tensors, or a channel order that cannot be
+            made of the student's.
         FileNotFoundError: CONFIG or WEIGHTS does not exist.
     """
-    if set(entry) - {"CONFIG", "WEIGHTS"} or not entry.get("CONFIG") or not entry.get("WEIGHTS"):
-        raise ValueError(f"a DISTILL.TEACHERS entry needs CONFIG and WEIGHTS and nothing else, got {dict(entry)}")
     cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", student.MODEL.DEVICE])
     reverse = other_channel_order(student, cfg)
     model = build_model(cfg)
@@ -37,7 +72,13 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
         CheckedCheckpointer(model).load_all(entry["WEIGHTS"], entry["CONFIG"])
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"DISTILL.TEACHERS: {error}") from None
-    return FrozenTeacher(model, student.DISTILL.TEACHER_BN, reverse)
+    return FrozenTeacher(
+        model,
+        student.DISTILL.TEACHER_BN,
+        reverse,
+        name=entry.get("NAME", "teacher"),
+        scale=float(entry.get("SCALE", 1.0)),
+    )
 
 
 def other_channel_order(student: CfgNode, teacher: CfgNode) -> bool:
@@ -63,23 +104,57 @@ def build_balance(cfg: CfgNode, losses: nn.ModuleList) -> GradientBalance | None
     """What DISTILL.BALANCE asks for, or None; sets the weights that it replaces to 1.
 
     Raises:
-        ValueError: wrong values, or DISTILL.READING, which sets the weights too.
+        ValueError: wrong values, DISTILL.WEIGHTING, which sets the weights too, or losses whose gradient does not reach
+            the neck.
     """
     balance = cfg.DISTILL.BALANCE
     if balance.RATIO == 0 or not len(losses):
         return None
-    if cfg.DISTILL.READING:
-        raise ValueError("DISTILL.BALANCE.RATIO and DISTILL.READING both set the weights of the losses: choose one")
+    if cfg.DISTILL.WEIGHTING:
+        raise ValueError("DISTILL.BALANCE.RATIO and DISTILL.WEIGHTING both set the weights of the losses: choose one")
     for loss in losses:
+        if loss.tap != NECK:
+            raise ValueError(f"DISTILL.BALANCE measures gradients at the neck: {loss.name} has none there")
         loss.weight = 1.0
     return GradientBalance(balance.RATIO, balance.ITERS, [loss.name for loss in losses]).to(cfg.MODEL.DEVICE)
 
 
-def build_distiller(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) -> Distiller:
-    """``student`` under ``teacher`` with the losses, schedule and weights of the config.
+def compile_backbone(detector: nn.Module) -> None:
+    """torch.compile what ``detector.backbone`` computes, in place; compilation happens at the first calls.
+
+    The method is compiled and not the module: the hooks by which distillation reads the pyramid stay outside the
+    compiled code, and parameter names do not change.
+    """
+    # All backbones share the code of one method, which is specialised by network, resolution, mode and kind of size:
+    # more often than the 8 times after which torch silently stops compiling.
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, 64)
+    branches = getattr(detector.backbone, "branches", None)  # of a fusion student, compiled one by one
+    for network in [detector.backbone] if branches is None else branches.values():
+        network.forward = torch.compile(network.forward)
+
+
+def build_distillation(cfg: CfgNode, student: nn.Module) -> Distiller:
+    """``student`` under the teachers of DISTILL.TEACHERS, with everything that the config says of them.
 
     Raises:
-        ValueError, TypeError: DISTILL asks for something unknown, or for what these two cannot be compared by.
+        ValueError, TypeError, FileNotFoundError: DISTILL asks for something unknown, or for what these networks cannot
+            be compared by.
+    """
+    teachers = [load_teacher(entry, cfg) for entry in teacher_entries(cfg) if "MEAN_OF" not in entry]
+    for teacher in teachers:
+        if cfg.SOLVER.CHANNELS_LAST:
+            teacher.model.to(memory_format=torch.channels_last)
+        if cfg.SOLVER.COMPILE:
+            compile_backbone(teacher.detector)
+    return build_distiller(cfg, student, teachers)
+
+
+def build_distiller(cfg: CfgNode, student: nn.Module, teachers: list[FrozenTeacher]) -> Distiller:
+    """``student`` under loaded teachers with the losses, assistants, schedule and weights of the config.
+
+    Raises:
+        ValueError, TypeError: DISTILL asks for something unknown, or for what these networks cannot be compared by.
     """
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
     factor = partial(
@@ -90,20 +165,50 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher) ->
         decay_to=cfg.DISTILL.DECAY_TO,
     )
     factor(0)  # wrong values are an error here and not in the first step
-    levels = student_shapes(student, resolution), teacher.shapes()
-    if levels[0].keys() != levels[1].keys():
-        logger.warning(
-            "Student (%s) and teacher (%s) differ in their levels (H frame): is DISTILL.STUDENT_RESOLUTION %s right?",
-            *map(", ".join, levels), resolution.name,
-        )  # fmt: skip
-    losses = build_losses(cfg.DISTILL.LOSSES, *levels, seed=cfg.SEED).to(cfg.MODEL.DEVICE)
-    return Distiller(
+    ensembles = [
+        Ensemble(entry["NAME"], entry["MEAN_OF"], entry.get("WEIGHTS_OF"))
+        for entry in teacher_entries(cfg)
+        if "MEAN_OF" in entry
+    ]
+    ours, shapes = student_shapes(student, resolution), {teacher.name: teacher.shapes() for teacher in teachers}
+    for name, theirs in shapes.items():
+        if ours.keys() != theirs.keys():
+            logger.warning(
+                "Student (%s) and %s (%s) differ in their levels (H frame): is DISTILL.STUDENT_RESOLUTION %s right?",
+                ", ".join(ours), name, ", ".join(theirs), resolution.name,
+            )  # fmt: skip
+    sources: dict[str, ShapesAt] = {teacher.name: teacher.shapes for teacher in teachers}
+    sources |= {ensemble.name: _at_neck(ensemble.name, ensemble.shapes(shapes)) for ensemble in ensembles}
+    assistants = build_assistants(cfg.DISTILL.ASSISTANTS, ours, shapes, seed=cfg.SEED)
+    sources |= {name: _at_neck(name, assistant.shapes()) for name, assistant in assistants.items()}
+    members = {member for ensemble in ensembles for member in ensemble.members}
+    default = [name for name in sources if name not in members and name not in assistants]
+    losses = build_losses(
+        cfg.DISTILL.LOSSES, partial(student_shapes, student, resolution), sources, seed=cfg.SEED, default=default
+    ).to(cfg.MODEL.DEVICE)
+    distiller = Distiller(
         student,
-        teacher,
+        teachers,
         losses,
         resolution,
+        ensembles=ensembles,
         w_det=cfg.DISTILL.W_DET,
         factor=factor,
         downsample_mode=cfg.MSAD.DOWNSAMPLE,
         balance=build_balance(cfg, losses),
     )
+    entries = {entry["NAME"]: entry for entry in cfg.DISTILL.ASSISTANTS}
+    distiller.assistants = [
+        AssistantStep(name, assistant.to(cfg.MODEL.DEVICE), cfg, entries[name], student)
+        for name, assistant in assistants.items()
+    ]
+    return distiller
+
+
+def _at_neck(name: str, shapes: dict[str, ShapeSpec]) -> ShapesAt:
+    def at(tap: str) -> dict[str, ShapeSpec]:
+        if tap != NECK:
+            raise ValueError(f"DISTILL.LOSSES: {name} has features at the neck alone, not at TAP {tap}")
+        return shapes
+
+    return at

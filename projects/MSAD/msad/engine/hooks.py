@@ -16,6 +16,7 @@ from torch import nn
 
 from ..distill.analysis import decompose
 from ..distill.balance import GradientBalance
+from ..distill.context import DistillContext
 from ..distill.distiller import Distiller
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ class FeatureAnalysis(HookBase):
     whose channels differ between student and teacher have no angle and are left out.
 
     Args:
-        distiller: whose maps are observed, in the main process.
+        distiller: whose student is compared with its first teacher.
         period: iterations from one line to the next, beginning with the first.
         output: folder of the file.
     """
@@ -198,14 +199,19 @@ class FeatureAnalysis(HookBase):
         self._warned = False
 
     def before_step(self) -> None:
-        if self.trainer.iter % self.period == 0 and comm.is_main_process():
-            self.distiller.observer = self._record
+        # In every process: the teacher runs for it, and its synchronised normalisation needs them all.
+        if self.trainer.iter % self.period == 0:
+            self.distiller.on_context.append(self._record)
 
     def after_step(self) -> None:
-        self.distiller.observer = None
+        if self._record in self.distiller.on_context:
+            self.distiller.on_context.remove(self._record)
 
     @torch.no_grad()
-    def _record(self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> None:
+    def _record(self, context: DistillContext) -> None:
+        if not comm.is_main_process():
+            return
+        student, teacher = context.student, context.sources[self.distiller.teacher.name]
         levels = {}
         for name, s in student.items():
             if name in teacher and s.shape == teacher[name].shape:

@@ -29,10 +29,10 @@ KEPT = {
 }  # fmt: skip
 # What a run is, but for FREE: with another value its checkpoint does not fit, or stands for something else.
 FIXED = ("MODEL.", "MSAD.", "DISTILL.", "DATASETS.TRAIN", "INPUT.FORMAT", "SOLVER.OPTIMIZER", "SOLVER.AMP.",
-         "SOLVER.SCALE_TO_BATCH", "SOLVER.REFERENCE_WORLD_SIZE")  # fmt: skip
+         "SOLVER.REFERENCE_BATCH_SIZE", "SOLVER.REFERENCE_WORLD_SIZE")  # fmt: skip
 FREE = {
     *("MODEL.DEVICE", "MSAD.EVAL_BRANCH", "MSAD.W_FUSE", "MSAD.FUSION_STUDENT.STREAMS", "DISTILL.W_DET"),
-    *("DISTILL.WARMUP_ITERS", "DISTILL.DECAY_FROM", "DISTILL.DECAY_TO", "DISTILL.READING", "DISTILL.LAMBDA"),
+    *("DISTILL.WARMUP_ITERS", "DISTILL.DECAY_FROM", "DISTILL.DECAY_TO", "DISTILL.WEIGHTING", "DISTILL.LAMBDA"),
     *("DISTILL.GAMMA", "DISTILL.ANALYSIS_PERIOD"),
 }  # fmt: skip
 # Parts of entries that may differ: files are compared by their content, see :func:`check_inputs`.
@@ -40,8 +40,9 @@ LOOSE = {"DISTILL.TEACHERS": ("CONFIG", "WEIGHTS"), "DISTILL.LOSSES": ("WEIGHT",
 
 
 def has_run(folder: Path) -> bool:
-    """Whether a run has left a checkpoint in ``folder``."""
-    return (folder / "last_checkpoint").is_file() or any(folder.glob("model_*.pth"))
+    """Whether a run, or the stage of one, has left a checkpoint in ``folder``."""
+    stages = folder.glob("stage[0-9]*")
+    return (folder / "last_checkpoint").is_file() or any(folder.glob("model_*.pth")) or any(map(has_run, stages))
 
 
 def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode, list[str]]:
@@ -85,7 +86,7 @@ def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode,
 
 
 def _check_length(cfg: CfgNode, folder: Path) -> None:
-    if cfg.SOLVER.SCALE_TO_BATCH or cfg.SOLVER.REFERENCE_WORLD_SIZE:
+    if cfg.SOLVER.REFERENCE_BATCH_SIZE or cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return  # MAX_ITER is not yet that of the run; the trainer looks again
     name = (folder / "last_checkpoint").read_text().strip() if (folder / "last_checkpoint").is_file() else ""
     if (folder / name).is_file():
@@ -194,6 +195,8 @@ def _another(cfg: CfgNode, what: str, detail: str) -> str:
 
 
 def _teacher(entry: Mapping[str, Any]) -> dict[str, str]:
+    if "MEAN_OF" in entry:
+        return {}
     weights = str(entry.get("WEIGHTS", ""))
     cfg = load_config(entry["CONFIG"])
     cfg.OUTPUT_DIR = cfg.MODEL.DEVICE = cfg.MODEL.WEIGHTS = ""

@@ -26,28 +26,28 @@ SCALED = ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.STEPS", *ITERATIONS)
 
 
 def scale_to_batch(cfg: CfgNode) -> CfgNode:
-    """Fit the schedule of a config that was written for batches of SOLVER.SCALE_TO_BATCH to its IMS_PER_BATCH.
+    """Fit the schedule of a config that was written for batches of SOLVER.REFERENCE_BATCH_SIZE to its IMS_PER_BATCH.
 
     The linear rule (Goyal et al., 2017): with k times the images a step, k times the learning rate and 1/k of all
     numbers of iterations, so that as many images are seen. What changed is logged, old -> new.
 
     Returns:
-        ``cfg`` itself if SCALE_TO_BATCH is 0 or equals IMS_PER_BATCH, otherwise a copy whose SCALE_TO_BATCH is its
-        IMS_PER_BATCH, so that scaling it again changes nothing.
+        ``cfg`` itself if REFERENCE_BATCH_SIZE is 0 or equals IMS_PER_BATCH, otherwise a copy in which both are equal,
+        so that scaling it again changes nothing.
 
     Raises:
-        ValueError: SCALE_TO_BATCH is negative.
+        ValueError: REFERENCE_BATCH_SIZE is negative.
     """
-    reference, batch = cfg.SOLVER.SCALE_TO_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    reference, batch = cfg.SOLVER.REFERENCE_BATCH_SIZE, cfg.SOLVER.IMS_PER_BATCH
     if reference < 0:
-        raise ValueError(f"SOLVER.SCALE_TO_BATCH is a batch size, or 0 for no scaling; got {reference}")
+        raise ValueError(f"SOLVER.REFERENCE_BATCH_SIZE is a batch size, or 0 for no scaling; got {reference}")
     if reference in (0, batch):
         return cfg
     factor = batch / reference
     new = {"SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * factor}
     new["SOLVER.STEPS"] = tuple(_shrink(step, factor) for step in cfg.SOLVER.STEPS)
     new.update((key, _shrink(_value(cfg, key), factor)) for key in ITERATIONS)
-    scaled = _changed(cfg, {**new, "SOLVER.SCALE_TO_BATCH": batch})
+    scaled = _changed(cfg, {**new, "SOLVER.REFERENCE_BATCH_SIZE": batch})
     logger.info("Schedule scaled from batches of %d to batches of %d: %s", reference, batch, _changes(cfg, scaled))
     return scaled
 
@@ -74,8 +74,8 @@ def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
     own = [key for key in ITERATIONS if key.startswith("DISTILL.")]
     new = {key: _shrink(_value(cfg, key), num_processes / reference) for key in own}
     scaled = DefaultTrainer.auto_scale_workers(_changed(cfg, new), num_processes)
-    if cfg.SOLVER.SCALE_TO_BATCH:
-        scaled = _changed(scaled, {"SOLVER.SCALE_TO_BATCH": scaled.SOLVER.IMS_PER_BATCH})
+    if cfg.SOLVER.REFERENCE_BATCH_SIZE:
+        scaled = _changed(scaled, {"SOLVER.REFERENCE_BATCH_SIZE": scaled.SOLVER.IMS_PER_BATCH})
     logger.info("Schedule scaled from %d to %d processes: %s", reference, num_processes, _changes(cfg, scaled))
     return scaled
 

@@ -21,6 +21,7 @@ from ..data.register import register_datasets
 from ..modeling.teacher import MultiScaleTeacher
 from .checkpoint import CheckedCheckpointer, atomic_write
 from .first_screen import TimeEstimate, first_screen, quiet_console
+from .stages import train_stages
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict | None:
 
     Before the first iteration, the log says what will happen, see :mod:`msad.engine.first_screen`.
     """
+    if cfg.DISTILL.STAGES:
+        return train_stages(cfg, resume, train)
     with quiet_console():
         trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=resume)

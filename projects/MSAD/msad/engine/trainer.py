@@ -25,7 +25,7 @@ from ..modeling.features import freeze_unused_levels
 from ..modeling.ignored_regions import IgnoredRegions
 from ..modeling.teacher import MultiScaleTeacher
 from . import preflight
-from .build import build_distiller, load_teacher
+from .build import build_distillation, compile_backbone
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
@@ -37,38 +37,23 @@ logger = logging.getLogger(__name__)
 
 
 def apply_weighting(cfg: CfgNode) -> CfgNode:
-    """If DISTILL.READING is set, write the weights that it implies over W_FUSE, W_DET and the losses' WEIGHT."""
-    if not cfg.DISTILL.READING:
+    """If DISTILL.WEIGHTING is set, write the weights that it stands for over W_FUSE, W_DET and the losses' WEIGHT."""
+    if not cfg.DISTILL.WEIGHTING:
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
-    w_fuse, w_det, w_distill = paper_weights(cfg.DISTILL.READING, cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)
+    w_fuse, w_det, w_distill = paper_weights(cfg.DISTILL.WEIGHTING, cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)
     cfg.MSAD.W_FUSE, cfg.DISTILL.W_DET = w_fuse, w_det
     cfg.DISTILL.LOSSES = [dict(entry, WEIGHT=w_distill) for entry in cfg.DISTILL.LOSSES]
     cfg.freeze()
-    logger.info("Reading %s: w_fuse %g, w_det %g, w_distill %g", cfg.DISTILL.READING, w_fuse, w_det, w_distill)
+    logger.info("Weights of %s: w_fuse %g, w_det %g, w_distill %g", cfg.DISTILL.WEIGHTING, w_fuse, w_det, w_distill)
     return cfg
-
-
-def compile_backbone(detector: nn.Module) -> None:
-    """torch.compile what ``detector.backbone`` computes, in place; compilation happens at the first calls.
-
-    The method is compiled and not the module: the hooks by which distillation reads the pyramid stay outside the
-    compiled code, and parameter names do not change.
-    """
-    # All backbones share the code of one method, which is specialised by network, resolution, mode and kind of size:
-    # more often than the 8 times after which torch silently stops compiling.
-    config = torch._dynamo.config
-    config.cache_size_limit = max(config.cache_size_limit, 64)
-    branches = getattr(detector.backbone, "branches", None)  # of a fusion student, compiled one by one
-    for network in [detector.backbone] if branches is None else branches.values():
-        network.forward = torch.compile(network.forward)
 
 
 class DistillTrainer(DefaultTrainer):
     """detectron2's DefaultTrainer that also distils.
 
-    Without DISTILL.TEACHERS it trains any model of the config: a baseline or a teacher. With a teacher, the model of
+    Without DISTILL.TEACHERS it trains any model of the config: a baseline or a teacher. With teachers, the model of
     the config is the student: it alone is evaluated and checkpointed, under the parameter names it has by itself, so
     its checkpoints load into plain detectron2. Interrupted runs resume exactly. A trainer seeds the process with SEED:
     initial weights do not depend on what ran before.
@@ -109,14 +94,7 @@ class DistillTrainer(DefaultTrainer):
             if cfg.DISTILL.LOSSES:
                 raise ValueError("DISTILL.LOSSES need a teacher: DISTILL.TEACHERS is empty")
             return model
-        if len(cfg.DISTILL.TEACHERS) > 1:
-            raise ValueError(f"DISTILL.TEACHERS has {len(cfg.DISTILL.TEACHERS)} entries; one teacher at a time")
-        teacher = load_teacher(cfg.DISTILL.TEACHERS[0], cfg)
-        if cfg.SOLVER.CHANNELS_LAST:
-            teacher.model.to(memory_format=torch.channels_last)
-        if cfg.SOLVER.COMPILE:
-            compile_backbone(teacher.detector)
-        return build_distiller(cfg, model, teacher)
+        return build_distillation(cfg, model)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -153,6 +131,7 @@ class DistillTrainer(DefaultTrainer):
                 extra["distill_losses"] = distiller.losses
             if distiller.balance is not None:
                 extra["distill_balance"] = distiller.balance
+            extra.update({f"assistant/{step.name}": step for step in distiller.assistants})
         self.checkpointer = CheckedCheckpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **extra)
         hooks = super().build_hooks()
         loader, period = self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD
@@ -192,6 +171,6 @@ class DistillTrainer(DefaultTrainer):
         elif self.cfg.MODEL.META_ARCHITECTURE == "FusionStudent" and not resumed:
             loaded = load_branches(student, self.cfg.MSAD.FUSION_STUDENT.BRANCHES)
         if self.distiller is not None and not resumed:
-            preflight.report(preflight.preflight(self.cfg, student, self.distiller.teacher, loaded))
+            preflight.report(preflight.preflight(self.cfg, student, self.distiller.teachers, loaded))
             init_student(student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
         self._trainer.data_loader.start_iter = self.start_iter

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from detectron2.layers import ShapeSpec
 
-from ..distill.losses import DistillBatch, build_losses
+from ..distill.context import DistillContext
+from ..distill.losses import build_losses
 from ..distill.losses.registry import WeightedLoss
 from ..resolution import downsampled_size, level_of
 from .cost import medians, milliseconds, random_inputs
@@ -51,12 +52,13 @@ def make_loss(entry: dict[str, Any], setting: Setting) -> WeightedLoss:
     def shapes(channels: int) -> dict[str, ShapeSpec]:
         return {name: ShapeSpec(channels=channels, stride=2 ** level_of(name)) for name in setting.levels}
 
-    (loss,) = build_losses([entry], shapes(setting.student_channels), shapes(setting.channels))
+    student, teacher = shapes(setting.student_channels), shapes(setting.channels)
+    (loss,) = build_losses([entry], lambda tap: student, {"teacher": lambda tap: teacher})
     return loss.to(setting.device)
 
 
-def make_batch(setting: Setting) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], DistillBatch]:
-    """Random maps of student (leaves that require a gradient) and teacher, and what losses know of the images."""
+def make_context(setting: Setting) -> DistillContext:
+    """Random features of student (leaves that require a gradient) and teacher, and the images' ground truth."""
     padded = tuple(-(-side // setting.divisibility) * setting.divisibility for side in setting.size)
     generator = torch.Generator().manual_seed(0)
 
@@ -66,15 +68,17 @@ def make_batch(setting: Setting) -> tuple[dict[str, torch.Tensor], dict[str, tor
         return {name: x.to(setting.device) for name, x in draw.items()}
 
     student, teacher = maps(setting.student_channels), maps(setting.channels)
-    gt = [item["instances"] for item in random_inputs(*setting.size, setting.batch, setting.boxes)]
-    return {k: v.requires_grad_() for k, v in student.items()}, teacher, DistillBatch([setting.size] * len(gt), gt)
+    inputs = random_inputs(*setting.size, setting.batch, setting.boxes)
+    return DistillContext(
+        inputs, student={k: v.requires_grad_() for k, v in student.items()}, sources={"teacher": teacher}
+    )
 
 
-def step(loss: WeightedLoss, maps: tuple[dict, dict, DistillBatch]) -> None:
-    """Forward and backward as far as the student's maps, whose gradients are dropped again."""
-    sum(loss(*maps).values()).backward()
+def step(loss: WeightedLoss, context: DistillContext) -> None:
+    """Forward and backward as far as the student's features, whose gradients are dropped again."""
+    sum(loss(context).values()).backward()
     loss.zero_grad(set_to_none=True)
-    for x in maps[0].values():
+    for x in context.student.values():
         x.grad = None
 
 
@@ -87,10 +91,10 @@ def peak_memory(entry: dict[str, Any], setting: Setting, threads: int | None = N
         RuntimeError: that process failed; with the last line that it wrote.
     """
     if torch.device(setting.device).type == "cuda":
-        loss, maps = make_loss(entry, setting), make_batch(setting)
-        step(loss, maps)  # what libraries allocate once
+        loss, context = make_loss(entry, setting), make_context(setting)
+        step(loss, context)  # what libraries allocate once
         memory = PeakMemory(setting.device)
-        step(loss, maps)
+        step(loss, context)
         return memory.growth()
     child = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import _child; _child()"],
@@ -110,19 +114,19 @@ def _child() -> None:
         torch.set_num_threads(request["threads"])
     setting = Setting(**request["setting"])
     small = Setting(**{**request["setting"], "size": (64, 64)})
-    step(make_loss(request["entry"], small), make_batch(small))  # what torch loads at first use
-    loss, maps = make_loss(request["entry"], setting), make_batch(setting)
+    step(make_loss(request["entry"], small), make_context(small))  # what torch loads at first use
+    loss, context = make_loss(request["entry"], setting), make_context(setting)
     memory = PeakMemory("cpu")
-    step(loss, maps)
+    step(loss, context)
     print(memory.growth())
 
 
-def step_time(loss: WeightedLoss, maps: tuple[dict, dict, DistillBatch], device: torch.device) -> float:
+def step_time(loss: WeightedLoss, context: DistillContext, device: torch.device) -> float:
     """Milliseconds of :func:`step`; on a CPU processor time, to which other work on the machine adds nothing."""
     if device.type != "cpu":
-        return milliseconds(lambda: step(loss, maps), device)
+        return milliseconds(lambda: step(loss, context), device)
     start = time.process_time()
-    step(loss, maps)
+    step(loss, context)
     return (time.process_time() - start) * 1e3
 
 
@@ -141,7 +145,7 @@ def loss_costs(
         threads: of the processes in which memory is measured.
         on_step: called after everything that takes time, ``len(entries) * (1 + warmup + repeats)`` times.
     """
-    losses, maps, rows = [make_loss(entry, setting) for entry in entries], make_batch(setting), []
+    losses, context, rows = [make_loss(entry, setting) for entry in entries], make_context(setting), []
     for entry, loss in zip(entries, losses):
         parameters = sum(p.numel() for p in loss.parameters())
         memory = peak_memory(entry, setting, threads)
@@ -151,7 +155,7 @@ def loss_costs(
     for _ in range(warmup + repeats):
         times = {}
         for i, loss in enumerate(losses):
-            times[i] = step_time(loss, maps, torch.device(setting.device))
+            times[i] = step_time(loss, context, torch.device(setting.device))
             on_step()
         rounds.append(times)
     for i, value in medians(rounds[warmup:]).items():

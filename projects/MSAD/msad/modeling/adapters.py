@@ -27,7 +27,7 @@ from torch import nn
 
 from ..config import detector_architecture
 from ..resolution import level_of
-from .head_outputs import DENSE, ROI, RPN, Head
+from .head_outputs import DENSE, ROI, RPN, Head, covered
 
 Features = dict[str, torch.Tensor]
 
@@ -130,11 +130,8 @@ def _first_result(owner: Any, method: str, key: Callable[..., Any] = lambda *arg
             memo[name] = call(*args)
         return memo[name]
 
-    setattr(owner, method, first)
-    try:
+    with covered(owner, method, first):
         yield
-    finally:
-        delattr(owner, method)  # uncover the method
 
 
 class DenseAdapter(DetectorAdapter):

@@ -7,7 +7,7 @@ outputs are taken by forward hooks and targets by covering the method that assig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,6 +40,19 @@ class Head(NamedTuple):
     classes: int
 
 
+@contextmanager
+def covered(owner: Any, method: str, replacement: Callable) -> Iterator[None]:
+    """Inside, ``owner.method`` is ``replacement``; covers can be nested."""
+    before = vars(owner).get(method)
+    setattr(owner, method, replacement)
+    try:
+        yield
+    finally:
+        delattr(owner, method)
+        if before is not None:
+            setattr(owner, method, before)
+
+
 @dataclass
 class HeadRecord:
     """What happened in one training step, by name of the head."""
@@ -51,7 +64,7 @@ class HeadRecord:
 @contextmanager
 def tap_heads(heads: Mapping[str, Head]) -> Iterator[HeadRecord]:
     """Inside, a training step of the detector of ``heads`` also fills the yielded record; nothing is computed twice."""
-    record, handles, covered = HeadRecord(), [], []
+    record = HeadRecord()
 
     def keep(name: str) -> Callable:
         return lambda _module, _args, output: record.outputs.update({name: output})
@@ -64,17 +77,12 @@ def tap_heads(heads: Mapping[str, Head]) -> Iterator[HeadRecord]:
 
         return assign
 
-    try:
+    with ExitStack() as stack:
         for name, head in heads.items():
-            handles.append(head.module.register_forward_hook(keep(name)))
-            setattr(head.assigner, head.assign, recording(name, getattr(head.assigner, head.assign)))
-            covered.append(head)
+            stack.callback(head.module.register_forward_hook(keep(name)).remove)
+            assign = recording(name, getattr(head.assigner, head.assign))
+            stack.enter_context(covered(head.assigner, head.assign, assign))
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
-        for head in covered:
-            delattr(head.assigner, head.assign)  # uncover the method
 
 
 def box_code(head: Head) -> tuple:

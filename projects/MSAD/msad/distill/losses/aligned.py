@@ -1,4 +1,4 @@
-"""Aligned feature imitation: the distillation loss of MSAD."""
+"""Mean absolute difference of aligned features: the distillation loss of MSAD."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...modeling.fusion import masked_mean
-from ...resolution import downsampled_size, level_of
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ...resolution import downsampled_size, level_of, masked_mean
+from ..context import DistillContext
+from .registry import DISTILL_LOSS_REGISTRY
+from .shared import at_least_float32
 
 
 def standardise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Zero mean and unit variance per channel over batch and space, at least in float32; x: (N, C, h, w)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=0)
     return (x - mean) * torch.rsqrt(var + eps)
 
@@ -36,16 +37,20 @@ class AlignedL1(nn.Module):
         self.mask_padding = mask_padding
 
     def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
     ) -> dict[str, torch.Tensor]:
-        total = 0.0
+        total, sizes = 0.0, context.image_sizes
         for name, s in student.items():
             t = teacher[name]
             if self.normalize:
                 s, t = standardise(s), standardise(t)
             if self.mask_padding:
-                sizes = [downsampled_size(size, level_of(name)) for size in batch.image_sizes]
-                total = total + masked_mean((s - t).abs(), sizes).mean()
+                total = total + self._inside_images(s, t, [downsampled_size(x, level_of(name)) for x in sizes])
             else:
                 total = total + F.l1_loss(s, t)
         return {"l1": total}
+
+    @staticmethod
+    def _inside_images(s: torch.Tensor, t: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+        with torch.autocast(s.device.type, enabled=False):  # float16 is too small for the gradient of a mean's sums
+            return masked_mean((at_least_float32(s) - at_least_float32(t)).abs(), sizes).mean()

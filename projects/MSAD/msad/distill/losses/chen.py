@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .predictions import HeadPair
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ..context import DistillContext, HeadPair
+from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
 
@@ -62,7 +62,7 @@ def bounded_regression(
 
 @DISTILL_LOSS_REGISTRY.register()
 class Chen(nn.Module):
-    """The two losses on predictions of Chen et al.; the hint is ``FitNet`` or ``AlignedL1`` with ADAPTOR: always.
+    """The two losses on predictions of Chen et al.; the hint is ``FitNet`` or ``AlignedL1`` with ADAPTATION: always.
 
     The teacher's heads are evaluated on the student's anchors and on the proposals that the student drew. Of each head
     there is a term "cls", (1 - mu) / mu times the soft classification loss (the hard one stays in the detection loss
@@ -88,11 +88,9 @@ class Chen(nn.Module):
             raise ValueError(f"Chen: MU must be in (0, 1], not {mu}")
         self.mu, self.nu, self.margin, self.w_bg, self.focus = mu, nu, margin, w_bg, focus
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, pairs: list[HeadPair], context: DistillContext) -> dict[str, torch.Tensor]:
         terms = {}
-        for pair in batch.heads:
+        for pair in pairs:
             soft = self._classification(pair).sum() / pair.normalizer
             bounded = bounded_regression(*pair.matched_deltas(), self.margin).sum() / pair.normalizer
             terms[f"{pair.name}_cls"] = (1 - self.mu) / self.mu * soft

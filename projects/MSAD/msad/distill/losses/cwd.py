@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ..context import DistillContext
+from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
 
@@ -35,6 +36,6 @@ class CWD(nn.Module):
         self.tau = tau
 
     def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
     ) -> dict[str, torch.Tensor]:
         return {"kl": sum(channel_kl(s, teacher[name], self.tau) for name, s in student.items())}

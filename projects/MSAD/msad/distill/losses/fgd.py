@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ..context import DistillContext
+from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32, attention, rasterize_max
 
 
@@ -113,15 +114,16 @@ class FGD(nn.Module):
         self.teacher_context = nn.ModuleDict({name: GlobalContext(channels[name]) for name in levels})
 
     def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
     ) -> dict[str, torch.Tensor]:
         totals = dict.fromkeys(self.weights, 0.0)
         for name, s in student.items():
             t = teacher[name]
-            masks = focal_masks(*batch.boxes(s.device), self.strides[name], s.shape[-2:], len(s))
-            context = at_least_float32(self.student_context[name](s)) - at_least_float32(self.teacher_context[name](t))
+            masks = focal_masks(*context.boxes(s.device), self.strides[name], s.shape[-2:], len(s))
+            ours, theirs = self.student_context[name](s), self.teacher_context[name](t)
+            offset = at_least_float32(ours) - at_least_float32(theirs)
             difference = at_least_float32(s) - at_least_float32(t)
-            whole = (difference + context[:, :, None, None]).square().sum() / len(s)
+            whole = (difference + offset[:, :, None, None]).square().sum() / len(s)
             terms = (*focal_loss(s, t, difference, masks, self.temperature), whole)
             for key, term in zip(totals, terms):
                 totals[key] = totals[key] + self.weights[key] * term

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ..context import DistillContext
+from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32, locations_in_boxes
 
 REDUCTIONS = ("mean", "sum")
@@ -48,13 +49,13 @@ class FitNet(nn.Module):
         self.strides, self.gt_only, self.reduction = strides, gt_only, reduction
 
     def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
     ) -> dict[str, torch.Tensor]:
         total = 0.0
         for name, s in student.items():
             mask = None
             if self.gt_only:
-                boxes, image = batch.boxes(s.device)
+                boxes, image = context.boxes(s.device)
                 mask = locations_in_boxes(boxes, image, self.strides[name], s.shape[-2:], len(s))
             total = total + hint_loss(s, teacher[name], mask, self.reduction)
         return {"l2": total}

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ..context import DistillContext
+from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32, attention
 
 SUBSAMPLE = (8, 4, 2, 2, 2)  # of the non-local module's keys and values, finest level first
@@ -98,7 +99,7 @@ class FKD(nn.Module):
             )
 
     def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
     ) -> dict[str, torch.Tensor]:
         totals = dict.fromkeys(("feature", "spatial", "channel", "relation"), 0.0)
         for name, s in student.items():

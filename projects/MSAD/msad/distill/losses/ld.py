@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import box_iou, distance_box_iou
 
-from ...modeling.detectors import atss
-from .predictions import HeadPair
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ..context import DistillContext, HeadPair
+from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
 
@@ -26,37 +24,12 @@ def mean_kl(s: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tenso
     return temperature**2 * F.kl_div(log_s, log_t, reduction="none", log_target=True).mean(dim=-1)
 
 
-def mean_per_level(values: torch.Tensor, place: torch.Tensor, level_sizes: list[int]) -> torch.Tensor:
-    """Mean of ``values`` (P,) of anchors ``place`` (P,) over each level, (number of levels,); 0 for a level without."""
-    last = torch.tensor(level_sizes, device=place.device).cumsum(0)
-    level = torch.bucketize(place, last, right=True)
+def mean_per_level(values: torch.Tensor, anchor: torch.Tensor, level_sizes: list[int]) -> torch.Tensor:
+    """Mean of ``values`` (P,) at indices ``anchor`` (P,) over each level, (number of levels,); 0 for one without."""
+    last = torch.tensor(level_sizes, device=anchor.device).cumsum(0)
+    level = torch.bucketize(anchor, last, right=True)
     total, count = (values.new_zeros(len(last)).index_add(0, level, x) for x in (values, torch.ones_like(values)))
     return total / count.clamp(min=1)
-
-
-def valuable_region(
-    cells: list[torch.Tensor], boxes: torch.Tensor, image: torch.Tensor, num_images: int, topk: int, size: float,
-    lower: float,
-) -> torch.Tensor:  # fmt: skip
-    """Cells whose anchors nearly match a box (LD, Algorithm 1): lower thr <= DIoU < thr, thr being that of ATSS.
-
-    Needs memory for K R values.
-
-    Args:
-        cells, topk, size: see :func:`msad.modeling.detectors.atss.find_candidates`.
-        boxes: (K, 4) of the whole batch, in the pixels of ``cells``; ``image``: (K,).
-        lower: fraction of the threshold at which the region begins.
-
-    Returns:
-        (num_images, R), the largest IoU with a box in whose region the cell is, 0 outside of all.
-    """
-    anchors = atss.anchors_around(torch.cat(cells), size)
-    threshold = atss.find_candidates(cells, boxes, topk, size).threshold[:, None]
-    distance = distance_box_iou(boxes, anchors)
-    inside = (distance >= lower * threshold) & (distance < threshold)
-    iou = box_iou(boxes, anchors) * inside
-    canvas = iou.new_zeros(num_images, len(anchors))
-    return canvas.scatter_reduce(0, image[:, None].expand_as(iou), iou, "amax")
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -78,6 +51,9 @@ class LD(nn.Module):
         w_main, w_vlr, w_cls: weights; 0 leaves a term out.
         temperature, cls_temperature: T and T_cls.
         vlr_lower: where the region begins, as a fraction of the threshold.
+        region: "paper", by DIoU, or "released", by what the released code has in its place: overlap / anchor area -
+            (distance of centres / diagonal of the enclosing box)^2. The published weights were used with the latter,
+            whose region is much larger around large boxes.
         per_image: means over images instead of sums.
     """
 
@@ -86,38 +62,35 @@ class LD(nn.Module):
 
     def __init__(
         self, w_main: float = 0.25, w_vlr: float = 0.25, w_cls: float = 10.0, temperature: float = 10.0,
-        cls_temperature: float = 2.0, vlr_lower: float = 0.25, per_image: bool = False,
+        cls_temperature: float = 2.0, vlr_lower: float = 0.25, region: str = "paper", per_image: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
+        if region not in ("paper", "released"):
+            raise ValueError(f"DISTILL.LOSSES: LD: REGION must be 'paper' or 'released', not {region!r}")
+        self.region = region
         self.w_main, self.w_vlr, self.w_cls = w_main, w_vlr, w_cls
         self.temperature, self.cls_temperature = temperature, cls_temperature
         self.vlr_lower, self.per_image = vlr_lower, per_image
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
-    ) -> dict[str, torch.Tensor]:
-        (pair,) = batch.heads
+    def forward(self, pairs: list[HeadPair], context: DistillContext) -> dict[str, torch.Tensor]:
+        (pair,) = pairs
         share = 1 / len(pair.labels) if self.per_image else 1.0
         terms = {}
         if self.w_main:
             score = at_least_float32(pair.student_logits[pair.positives].detach()).sigmoid().amax(dim=1)
             terms["main"] = self.w_main * share * (score[:, None] * self._sides(pair, pair.positives)).sum() / 4
         if self.w_vlr:
-            boxes, image = batch.boxes(pair.labels.device)
-            region = valuable_region(
-                list(pair.anchors.split(pair.level_sizes)), boxes, image, len(pair.labels),
-                pair.assignment["atss_topk"], pair.assignment["anchor_size"], self.vlr_lower,
-            )  # fmt: skip
-            region = region * (pair.labels == pair.classes)
-            place = region.nonzero(as_tuple=True)
-            terms["vlr"] = self.w_vlr * share * (region[place][:, None] * self._sides(pair, place)).sum() / 16
+            boxes = context.boxes(pair.labels.device)
+            region = pair.region(*boxes, lower=self.vlr_lower, distance=self.region) * (pair.labels == pair.classes)
+            inside = region.nonzero(as_tuple=True)
+            terms["vlr"] = self.w_vlr * share * (region[inside][:, None] * self._sides(pair, inside)).sum() / 16
         if self.w_cls:
             s, t = pair.student_logits[pair.positives], pair.teacher_logits[pair.positives]
             divergence = mean_kl(s, t, self.cls_temperature)
             terms["cls"] = self.w_cls * mean_per_level(divergence, pair.positives[1], pair.level_sizes).sum()
         return terms
 
-    def _sides(self, pair: HeadPair, place: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """(P, 4) divergences at P cells."""
-        s, t = (x[place].unflatten(1, (4, -1)) for x in (pair.student_boxes, pair.teacher_boxes))
+    def _sides(self, pair: HeadPair, where: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """(P, 4) divergences at P locations."""
+        s, t = (x[where].unflatten(1, (4, -1)) for x in (pair.student_boxes, pair.teacher_boxes))
         return mean_kl(s, t, self.temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,14 +11,18 @@ from detectron2.layers import ShapeSpec, get_norm
 from torch import nn
 
 MATCHES = ("by_stride", "by_index")
-ADAPTORS = ("auto", "always", "none")
+ADAPTATIONS = ("auto", "always", "none")
 
 
 class LevelPair(NamedTuple):
-    """Two levels to compare, H-frame names. ``teacher`` also names the pair: its grid is where they are compared."""
+    """Two levels to compare. ``teacher`` also names the pair: its grid is where they are compared.
+
+    ``strides`` are those of the student's and of the teacher's level, in H pixels.
+    """
 
     student: str
     teacher: str
+    strides: tuple[float, float]
 
 
 def pair_levels(
@@ -26,9 +31,9 @@ def pair_levels(
     """Pair the levels of two pyramids; pairs are in order of the teacher's strides, finest first.
 
     Args:
-        student, teacher: H-frame names, strides in H pixels, finest first.
-        match: "by_stride": levels of equal name, and so of equal grid. "by_index": the i-th of the student with the
-            i-th of the teacher, whatever their strides.
+        student, teacher: channels and strides (H pixels) by name, finest first.
+        match: "by_stride": levels of equal stride, and so of equal grid; those of equal name where there are several.
+            "by_index": the i-th of the student with the i-th of the teacher, whatever their strides.
         levels: the teacher's levels that take part, in any order; None: all that have a partner.
 
     Raises:
@@ -37,10 +42,13 @@ def pair_levels(
     if match not in MATCHES:
         raise ValueError(f"DISTILL.LOSSES: MATCH must be one of {', '.join(MATCHES)}, not {match!r}")
     by_index = match == "by_index"
-    partner = dict(zip(teacher, student)) if by_index else {name: name for name in student if name in teacher}
+    partner = dict(zip(teacher, student)) if by_index else _by_stride(student, teacher)
     levels = list(levels) if levels else [name for name in teacher if name in partner]
     if not levels:
-        raise ValueError(f"student levels {sorted(student)} and teacher levels {sorted(teacher)} have none in common")
+        raise ValueError(
+            f"student levels {_strides(student)} and teacher levels {_strides(teacher)} (strides in H pixels) have "
+            "none in common; MATCH: by_index pairs levels of different strides and resizes the student's"
+        )
     for name in levels:
         if name not in teacher or name not in partner:
             lacking = name in teacher if by_index else name not in student
@@ -50,47 +58,78 @@ def pair_levels(
                 "check DISTILL.STUDENT_RESOLUTION, DISTILL.LOSSES[].LEVELS and the IN_FEATURES of both models"
                 + ("" if by_index else "; MATCH: by_index pairs levels of different strides")
             )
-        if not by_index and student[name].stride != teacher[name].stride:
+        if not by_index and student[partner[name]].stride != teacher[name].stride:
             raise ValueError(
-                f"distillation level {name} (H frame): student has stride {student[name].stride}, teacher "
-                f"{teacher[name].stride}; MATCH: by_index pairs levels of different strides"
+                f"distillation level {name} (H frame): student has stride {student[name].stride:g}, teacher "
+                f"{teacher[name].stride:g}; MATCH: by_index pairs levels of different strides"
             )
-    return [LevelPair(partner[name], name) for name in sorted(levels, key=lambda name: teacher[name].stride)]
+    pairs = [LevelPair(partner[t], t, (student[partner[t]].stride, teacher[t].stride)) for t in levels]
+    return sorted(pairs, key=lambda pair: pair.strides[1])
+
+
+def _by_stride(student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> dict[str, str]:
+    partner = {name: name for name in student if name in teacher}
+    for name, shape in teacher.items():
+        equal = [own for own in student if student[own].stride == shape.stride]
+        if equal and (name not in partner or name not in equal):
+            partner[name] = equal[0]
+    return partner
+
+
+def _strides(shapes: dict[str, ShapeSpec]) -> dict[str, float]:
+    return {name: round(shape.stride, 2) for name, shape in shapes.items()}
 
 
 def build_adaptation(
     pairs: list[LevelPair],
     student: dict[str, ShapeSpec],
     teacher: dict[str, ShapeSpec],
-    adaptor: str = "auto",
+    adaptation: str = "auto",
     norm: str = "",
 ) -> nn.ModuleDict:
     """A 1x1 convolution from the student's to the teacher's channels for each pair that needs one, by pair name.
 
     Args:
-        adaptor: "auto": where channels differ; "always"; "none": differing channels are an error.
+        adaptation: "auto": where channels differ; "always"; "none": differing channels are an error.
         norm: normalisation after the convolution, by detectron2's names ("BN", ...); "": none.
 
     Raises:
         ValueError: an unknown mode, or channels that differ under "none"; names the level.
     """
-    if adaptor not in ADAPTORS:
-        raise ValueError(f"DISTILL.LOSSES: ADAPTOR must be one of {', '.join(ADAPTORS)}, not {adaptor!r}")
-    adaptors = nn.ModuleDict()
+    if adaptation not in ADAPTATIONS:
+        raise ValueError(f"DISTILL.LOSSES: ADAPTATION must be one of {', '.join(ADAPTATIONS)}, not {adaptation!r}")
+    layers = nn.ModuleDict()
     for pair in pairs:
         s, t = student[pair.student].channels, teacher[pair.teacher].channels
-        if adaptor == "none" and s != t:
+        if adaptation == "none" and s != t:
             raise ValueError(
                 f"distillation level {pair.teacher} (H frame): student has {s} channels, teacher {t}; "
-                "ADAPTOR: auto adds a 1x1 convolution"
+                "ADAPTATION: auto adds a 1x1 convolution"
             )
-        if adaptor == "always" or s != t:
+        if adaptation == "always" or s != t:
             convolution = nn.Conv2d(s, t, 1, bias=not norm)
-            adaptors[pair.teacher] = nn.Sequential(convolution, get_norm(norm, t)) if norm else convolution
-    return adaptors
+            layers[pair.teacher] = nn.Sequential(convolution, get_norm(norm, t)) if norm else convolution
+    return layers
 
 
 def resize_to(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """``x`` (N, C, h, w), bilinearly resized to the height and width of ``grid`` if it has others."""
     size = grid.shape[-2:]
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def crop_to_common(
+    student: torch.Tensor, teacher: torch.Tensor, strides: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both maps (N, C, h, w), cut to the area that both cover; both begin at the image's corner.
+
+    Args:
+        strides: of the student's and of the teacher's map, in H pixels.
+    """
+    sides = zip(student.shape[-2:], teacher.shape[-2:])
+    h, w = (min(s * strides[0], t * strides[1]) for s, t in sides)  # H pixels
+    student, teacher = (
+        x[..., : math.ceil(h / stride - 1e-6), : math.ceil(w / stride - 1e-6)]
+        for x, stride in zip((student, teacher), strides)
+    )
+    return student, teacher

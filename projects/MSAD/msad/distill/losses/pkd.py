@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ..context import DistillContext
+from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
 
@@ -36,7 +37,7 @@ class PKD(nn.Module):
         super().__init__()
 
     def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
     ) -> dict[str, torch.Tensor]:
         terms = (F.mse_loss(unit_deviation(s), unit_deviation(teacher[name])) for name, s in student.items())
         return {"correlation": sum(terms) / 2}

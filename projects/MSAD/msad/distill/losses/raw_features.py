@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .registry import DISTILL_LOSS_REGISTRY, DistillBatch
+from ..context import DistillContext
+from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
 # What is one vector: the whole map of an image, all channels of a cell, or all cells of a channel.
@@ -50,7 +51,7 @@ class _SumOverLevels(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
     ) -> dict[str, torch.Tensor]:
         return {"raw": sum(self.compare(s, teacher[name]) for name, s in student.items())}
 

@@ -1,21 +1,23 @@
 """How a distillation loss is named, configured and called.
 
 A loss is an ``nn.Module`` registered by class name and built from an entry of DISTILL.LOSSES. Its constructor gets
-``levels`` (H-frame names) and the entry's options, and, if it has parameters of these names,
+``levels`` (names of the level pairs: H-frame names at the neck) and the entry's options, and, if it has parameters of
+these names,
 
-- ``channels``: {level: C} of the teacher, which the student's maps have too when they arrive,
-- ``student_channels``: {level: C} of the student; who asks for them gets the student's maps without adaptor,
-- ``strides``: {level: stride in H pixels} of the grid on which maps are compared.
+- ``channels``: {level: C} of the teacher, which the student's features have too when they arrive,
+- ``student_channels``: {level: C} of the student; who asks for them gets the student's features without adaptation
+  layer,
+- ``strides``: {level: stride in H pixels} of the grid on which features are compared.
 
-It is called as ``loss(student, teacher, batch)`` with feature dicts of equal names, grids and (but for
-``student_channels``) shapes (N, C, h, w), and returns a dict of scalar tensors. Losses know tensors, not models.
-Class attributes may say more of the options, by their names in lower case: ``default_weight`` is the WEIGHT of entries
-that have none, ``positive`` names those that must be above 0, ``two_stage`` has values published for two-stage
-detectors where the defaults are those of dense ones.
+It is called as ``loss(student, teacher, context)`` with feature dicts of equal names, grids and (but for
+``student_channels``) shapes (N, C, h, w), and a :class:`msad.distill.context.DistillContext`; it returns a dict of
+scalar tensors. Losses know tensors, not models. Class attributes may say more of the options, by their names in lower
+case: ``default_weight`` is the WEIGHT of entries that have none, ``positive`` names those that must be above 0,
+``two_stage`` has values published for two-stage detectors where the defaults are those of dense ones.
 
 A loss that compares predictions instead of features has a class attribute ``heads``, the kinds of heads it can compare
-("dense", "distributions", "rcnn"). It is built without ``levels`` and called with empty feature dicts; predictions are
-in ``batch.heads``.
+("dense", "distributions", "rcnn"). It is built without ``levels`` and called as ``loss(pairs, context)`` with a list of
+:class:`msad.distill.context.HeadPair`.
 """
 
 from __future__ import annotations
@@ -24,70 +26,42 @@ import inspect
 import logging
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.structures import Instances
 from fvcore.common.registry import Registry
 from torch import nn
 
 from ...config import nearest
-from .pairing import LevelPair, build_adaptation, pair_levels, resize_to
-from .predictions import HeadPair
+from ..context import DistillContext
+from .pairing import LevelPair, build_adaptation, crop_to_common, pair_levels, resize_to
 
 logger = logging.getLogger(__name__)
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
+NECK = "neck"
 # Entry keys that every loss has, in lower case, and parameters that are not options.
-COMMON = ("weight", "levels", "match", "adaptor", "adaptor_norm")
-GIVEN = ("self", "levels", "channels", "student_channels", "strides")
-
-
-@dataclass
-class DistillBatch:
-    """What a loss may know of the batch besides features.
-
-    Attributes:
-        image_sizes: (h, w) of each image in H pixels, without padding.
-        gt: ground truth in H pixels.
-        pair_heads: computes :attr:`heads`.
-    """
-
-    image_sizes: list[tuple[int, int]]
-    gt: list[Instances]
-    pair_heads: Callable[[], list[HeadPair]] | None = None
-    _boxes: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
-
-    @cached_property
-    def heads(self) -> list[HeadPair]:
-        """Head predictions of student and teacher, one pair a head; the teacher's heads run when first asked.
-
-        Raises:
-            RuntimeError: no loss of this run declares that it needs them.
-        """
-        if self.pair_heads is None:
-            raise RuntimeError("head predictions were not recorded: a loss that reads batch.heads needs ``heads``")
-        return self.pair_heads()
-
-    def boxes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ground truth boxes of the whole batch, (K, 4) x0 y0 x1 y1 in H pixels, and their image index (K,).
-
-        Copied to ``device`` once, however many losses and levels ask.
-        """
-        if device not in self._boxes:
-            per_image = [instances.gt_boxes.tensor for instances in self.gt]
-            counts = torch.tensor([len(boxes) for boxes in per_image])
-            image = torch.arange(len(per_image)).repeat_interleave(counts)
-            boxes = torch.cat(per_image) if per_image else torch.zeros(0, 4)
-            self._boxes[device] = boxes.to(device, non_blocking=True), image.to(device, non_blocking=True)
-        return self._boxes[device]
+COMMON_OPTIONS = ("weight", "source", "tap", "levels", "match", "adaptation", "adaptation_norm")
+OF_FEATURES = COMMON_OPTIONS[2:]
+INJECTED_ARGUMENTS = ("self", "levels", "channels", "student_channels", "strides")
+RENAMED = {"adaptor": "adaptation", "adaptor_norm": "adaptation_norm"}
+# Tap -> channels and strides (H pixels) by level, finest first.
+ShapesAt = Callable[[str], dict[str, ShapeSpec]]
 
 
 class WeightedLoss(nn.Module):
-    """A registered loss with the name, weight, level pairs and adaptors of its DISTILL.LOSSES entry."""
+    """A registered loss with what its DISTILL.LOSSES entry says of every loss.
+
+    Args:
+        name: by which its terms are logged.
+        weight: factor on its terms.
+        pairs: levels that are compared; empty for a loss between predictions.
+        adaptation: layers from the student's to the teacher's channels, by name of the pair.
+        source: name of the teacher, ensemble or assistant that the student is compared with.
+        tap: where features are read.
+        resize: pairs differ in stride, and the student's features are resized to the teacher's grid.
+    """
 
     def __init__(
         self,
@@ -95,13 +69,17 @@ class WeightedLoss(nn.Module):
         weight: float,
         pairs: list[LevelPair],
         loss: nn.Module,
-        adaptors: nn.ModuleDict,
+        adaptation: nn.ModuleDict,
+        *,
+        source: str,
+        tap: str = NECK,
         resize: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.weight, self.pairs, self.resize = name, weight, pairs, resize
+        self.name, self.weight, self.pairs = name, weight, pairs
+        self.source, self.tap, self.resize = source, tap, resize
         self.loss = loss
-        self.adaptors = adaptors
+        self.adaptation = adaptation
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -110,24 +88,32 @@ class WeightedLoss(nn.Module):
 
     @property
     def levels(self) -> list[str]:
-        """Names of the pairs: the teacher's levels, on whose grids maps are compared."""
+        """Names of the pairs: the teacher's levels, on whose grids features are compared."""
         return [pair.teacher for pair in self.pairs]
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], batch: DistillBatch
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, context: DistillContext) -> dict[str, torch.Tensor]:
         """Weighted terms, named ``loss_distill/{NAME}`` plus the term's own name if the loss has several."""
-        adapted = {}
-        for pair in self.pairs:
-            x = student[pair.student]
-            if pair.teacher in self.adaptors:
-                x = self.adaptors[pair.teacher](x)
-            adapted[pair.teacher] = resize_to(x, teacher[pair.teacher]) if self.resize else x
-        terms = self.loss(adapted, {name: teacher[name] for name in adapted}, batch)
+        if self.heads:
+            terms = self.loss(context.heads(self.source), context)
+        else:
+            terms = self.loss(*self._on_one_grid(context), context)
         return {
             f"loss_distill/{self.name}" + (f"/{term}" if len(terms) > 1 else ""): self.weight * value
             for term, value in terms.items()
         }
+
+    def _on_one_grid(self, context: DistillContext) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Features of student and source by name of the pair, of equal grids and, where adapted, channels."""
+        students, teachers = context.at(self.tap, "student"), context.at(self.tap, self.source)
+        ours, theirs = {}, {}
+        for pair in self.pairs:
+            s, t = students[pair.student], teachers[pair.teacher]
+            if self.resize or self.tap != NECK:  # features at the neck are cut to the student's grid already
+                s, t = crop_to_common(s, t, pair.strides)
+            if pair.teacher in self.adaptation:
+                s = self.adaptation[pair.teacher](s)
+            ours[pair.teacher], theirs[pair.teacher] = resize_to(s, t) if self.resize else s, t
+        return ours, theirs
 
 
 def lower_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,18 +132,23 @@ def compares_heads(name: str | None) -> bool:
 
 
 def build_losses(
-    entries: list[dict], student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], seed: int = 0
+    entries: list[dict],
+    student: ShapesAt,
+    sources: Mapping[str, ShapesAt],
+    seed: int = 0,
+    default: Sequence[str] | None = None,
 ) -> nn.ModuleList:
-    """Build DISTILL.LOSSES.
+    """Build DISTILL.LOSSES: one loss for every entry and each of its sources.
 
     Args:
-        entries: {NAME, WEIGHT, LEVELS (default: all that have a partner), MATCH, ADAPTOR, ADAPTOR_NORM, further
-            options of the loss}; see :func:`pair_levels` and :func:`build_adaptation`.
-        student, teacher: H-frame shapes; strides in H pixels.
+        entries: {NAME, WEIGHT, SOURCE, TAP, LEVELS (default: all that have a partner), MATCH, ADAPTATION,
+            ADAPTATION_NORM, further options of the loss}; see :func:`pair_levels` and :func:`build_adaptation`.
+        student, sources: channels and strides (H pixels) of the student and of every source at a tap.
         seed: initial weights of a loss are a function of it and of the loss's name alone.
+        default: sources of an entry that names none; None: all of them.
 
     Raises:
-        ValueError: unknown loss, option, value or level; says which, and the nearest valid name.
+        ValueError: unknown loss, option, value, source or level; says which, and the nearest valid name.
     """
     built = nn.ModuleList()
     names: list[str] = []
@@ -169,12 +160,27 @@ def build_losses(
             known = [name for name, _ in DISTILL_LOSS_REGISTRY]
             raise ValueError(f"DISTILL.LOSSES: unknown loss {kind!r}{_suggest(str(kind), known)} (known: {known})")
         options = check_options(kind, cls, options)
-        label = kind if kind not in names else f"{kind}_{names.count(kind) + 1}"
+        number = f"_{names.count(kind) + 1}" if kind in names else ""
         names.append(kind)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(f"{seed} {label}".encode()))
-            built.append(_build_loss(label, cls, options, student, teacher))
+        for source in _sources(kind, options.pop("source", None), list(sources), default):
+            label = f"{kind}{number}@{source}" if len(sources) > 1 else f"{kind}{number}"
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(zlib.crc32(f"{seed} {label}".encode()))
+                built.append(_build_loss(label, cls, dict(options), student, source, sources[source]))
     return built
+
+
+def _sources(kind: str, wanted: Any, known: list[str], default: Sequence[str] | None) -> list[str]:
+    if wanted is None:
+        return list(known if default is None else default)
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(
+                f"DISTILL.LOSSES: {kind}: SOURCE {name!r} is none of the names in DISTILL.TEACHERS and "
+                f"DISTILL.ASSISTANTS ({', '.join(known)}){nearest(str(name), known)}"
+            )
+    return wanted
 
 
 def _suggest(kind: str, known: list[str]) -> str:
@@ -184,36 +190,38 @@ def _suggest(kind: str, known: list[str]) -> str:
 
 
 def _build_loss(
-    label: str, cls: type[nn.Module], options: dict[str, Any], student: dict[str, ShapeSpec],
-    teacher: dict[str, ShapeSpec],
-) -> WeightedLoss:  # fmt: skip
+    label: str, cls: type[nn.Module], options: dict[str, Any], student: ShapesAt, source: str, teacher: ShapesAt
+) -> WeightedLoss:
     weight = options.pop("weight", getattr(cls, "default_weight", 1.0))
     if getattr(cls, "heads", ()):
-        of_features = [key.upper() for key in COMMON if key in options]
+        of_features = [key.upper() for key in OF_FEATURES if key in options]
         if of_features:
             raise ValueError(f"DISTILL.LOSSES: {label} compares predictions and takes no {', '.join(of_features)}")
-        return WeightedLoss(label, weight, [], cls(**options), nn.ModuleDict())
-    match = options.pop("match", "by_stride")
-    pairs = pair_levels(student, teacher, match, options.pop("levels", None))
-    adaptor, norm = options.pop("adaptor", "auto"), options.pop("adaptor_norm", "")
+        return WeightedLoss(label, weight, [], cls(**options), nn.ModuleDict(), source=source)
+    tap, match = options.pop("tap", NECK), options.pop("match", "by_stride")
+    ours, theirs = student(tap), teacher(tap)
+    pairs = pair_levels(ours, theirs, match, options.pop("levels", None))
+    adaptation, norm = options.pop("adaptation", "auto"), options.pop("adaptation_norm", "")
     wanted = inspect.signature(cls.__init__).parameters
     if "student_channels" in wanted:
-        if adaptor != "auto" or norm:
-            raise ValueError(f"DISTILL.LOSSES: {label} adapts channels by itself and takes no ADAPTOR")
-        adaptors = nn.ModuleDict()
+        if adaptation != "auto" or norm:
+            raise ValueError(f"DISTILL.LOSSES: {label} adapts channels by itself and takes no ADAPTATION")
+        layers = nn.ModuleDict()
     else:
-        adaptors = build_adaptation(pairs, student, teacher, adaptor, norm)
+        layers = build_adaptation(pairs, ours, theirs, adaptation, norm)
     given = {
-        "channels": {pair.teacher: teacher[pair.teacher].channels for pair in pairs},
-        "student_channels": {pair.teacher: student[pair.student].channels for pair in pairs},
-        "strides": {pair.teacher: teacher[pair.teacher].stride for pair in pairs},
+        "channels": {pair.teacher: theirs[pair.teacher].channels for pair in pairs},
+        "student_channels": {pair.teacher: ours[pair.student].channels for pair in pairs},
+        "strides": {pair.teacher: theirs[pair.teacher].stride for pair in pairs},
     }
     loss = cls(
         levels=[pair.teacher for pair in pairs], **{k: v for k, v in given.items() if k in wanted}, **options
     )
-    if adaptors:
-        logger.info("Distillation loss %s: 1x1 adaptors, trained with the student, at %s", label, ", ".join(adaptors))
-    return WeightedLoss(label, weight, pairs, loss, adaptors, resize=match == "by_index")
+    if layers:
+        logger.info(
+            "Distillation loss %s: adaptation layers, trained with the student, at %s", label, ", ".join(layers)
+        )
+    return WeightedLoss(label, weight, pairs, loss, layers, source=source, tap=tap, resize=match == "by_index")
 
 
 def check_options(kind: str, cls: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
@@ -223,10 +231,12 @@ def check_options(kind: str, cls: type[nn.Module], options: dict[str, Any]) -> d
         ValueError: an unknown option, or a value of another kind than its default; names loss and option.
     """
     parameters = inspect.signature(cls.__init__).parameters
-    own = {name: parameter.default for name, parameter in parameters.items() if name not in GIVEN}
-    valid = [name.upper() for name in (*COMMON, *own)]
+    own = {name: parameter.default for name, parameter in parameters.items() if name not in INJECTED_ARGUMENTS}
+    valid = [name.upper() for name in (*COMMON_OPTIONS, *own)]
     checked = {}
     for key, value in options.items():
+        if key in RENAMED:
+            raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} is called {RENAMED[key].upper()} now")
         if key.upper() not in valid:
             raise ValueError(
                 f"DISTILL.LOSSES: {kind} has no option {key.upper()}{nearest(key.upper(), valid)} "
@@ -241,6 +251,8 @@ def check_options(kind: str, cls: type[nn.Module], options: dict[str, Any]) -> d
             wanted = "True or False, without quotation marks"
         if not wanted and key in getattr(cls, "positive", ()) and not value > 0:
             wanted = "above 0"
+        if not wanted and key == "weight" and value < 0:
+            wanted = "at least 0"
         if wanted:
             raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} must be {wanted}, not {value!r}")
         checked[key] = value

@@ -140,7 +140,7 @@ def check_two_stage(entries: Sequence[Mapping[str, Any]], weighted: bool) -> Gen
 
     Args:
         entries: of DISTILL.LOSSES, keys in lower case.
-        weighted: whether WEIGHT counts, which DISTILL.READING and BALANCE replace.
+        weighted: whether WEIGHT counts, which DISTILL.WEIGHTING and BALANCE replace.
     """
     for entry in entries:
         published = getattr(loss_class(entry.get("name")), "two_stage", {})

@@ -17,11 +17,12 @@ from torch import nn
 from ...config import load_config
 from ...data.checks import check_data
 from ...data.register import register_datasets
-from ...distill.distiller import FrozenTeacher, student_shapes
+from ...distill.distiller import student_shapes
 from ...distill.losses.registry import compares_heads, lower_keys
+from ...distill.teachers import FrozenTeacher
 from ...finding import ERROR, OK, WARNING, Finding, error_text, log_findings
 from ...resolution import get_resolution
-from ..build import build_distiller
+from ..build import build_distiller, teacher_entries
 from ..checkpoint import load_branches
 from .config_checks import (
     check_anchors,
@@ -55,37 +56,47 @@ def check_training_sets(cfg: CfgNode, teacher: CfgNode) -> list[Finding]:
 def preflight_checks(
     cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]
 ) -> dict[str, Callable[[], list[Finding]]]:
-    """The checks that need nothing but the config and the models, by name.
+    """The checks of one teacher that need nothing but the config and the models, by name.
 
     Args:
         loaded: names of the student's tensors that MODEL.WEIGHTS has.
     """
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
-    config = load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"])
+    teachers = {entry["NAME"]: entry for entry in teacher_entries(cfg)}
+    config = load_config(teachers[teacher.name]["CONFIG"])
+    first, whole = teacher.name == next(iter(teachers)), teacher.scale == 1
     entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
     matches = {entry.get("match", "by_stride") for entry in entries if not compares_heads(entry.get("name"))}
-    weighted = not (cfg.DISTILL.READING or cfg.DISTILL.BALANCE.RATIO)
+    weighted = not (cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO)
     two_stage = isinstance(student, GeneralizedRCNN)
     return {
         "classes": lambda: check_training_sets(cfg, config),
         "pixels": lambda: check_pixels(cfg, config),
-        "sizes": lambda: check_sizes(cfg, config, resolution),
+        "sizes": lambda: check_sizes(cfg, config, resolution) if whole else [],
         "levels": lambda: check_levels(student_shapes(student, resolution), teacher.shapes(), matches),
-        "anchors": lambda: check_anchors(cfg, config, resolution.shift),
-        "student's start": lambda: check_start(student, teacher.model, cfg.DISTILL.INIT_STUDENT, loaded),
+        "anchors": lambda: check_anchors(cfg, config, resolution.shift) if whole else [],
+        "student's start": lambda: (
+            check_start(student, teacher.model, cfg.DISTILL.INIT_STUDENT, loaded) if first else []
+        ),
         "two-stage values": lambda: check_two_stage(entries, weighted) if two_stage else [],
         "schedule": lambda: check_schedule(cfg),
     }
 
 
-def preflight(cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]) -> list[Finding]:
-    """All findings of :func:`preflight_checks`.
+def preflight(
+    cfg: CfgNode, student: nn.Module, teachers: Sequence[FrozenTeacher], loaded: set[str]
+) -> list[Finding]:
+    """All findings of :func:`preflight_checks`, each once.
 
-    Class names of the teacher's data set are read if its yaml lists them or the annotation file is here and small.
+    Class names of a teacher's data set are read if its yaml lists them or the annotation file is here and small.
     """
-    with contextlib.suppress(FileNotFoundError, ValueError):  # its data need not be usable here: names are not known
-        _read_classes(load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"]), _SMALL_FILE)
-    return [finding for check in preflight_checks(cfg, student, teacher, loaded).values() for finding in check()]
+    configs, found = {entry["NAME"]: entry.get("CONFIG") for entry in teacher_entries(cfg)}, []
+    for teacher in teachers:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # its data need not be usable: names are not known
+            _read_classes(load_config(configs[teacher.name]), _SMALL_FILE)
+        for check in preflight_checks(cfg, student, teacher, loaded).values():
+            found += [finding for finding in check() if finding not in found]
+    return found
 
 
 def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
@@ -111,43 +122,47 @@ def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
         if (model := attempt("model", "correct the config", lambda: build_model(cfg))) and cfg.MODEL.WEIGHTS:
             out += check_checkpoint("student", model, cfg.MODEL.WEIGHTS)[0]
         return out + check_schedule(cfg)
-    entry = cfg.DISTILL.TEACHERS[0]
-    config = attempt(
-        "teacher",
-        "correct DISTILL.TEACHERS[0].CONFIG",
-        lambda: load_config(entry["CONFIG"], ["MODEL.DEVICE", cfg.MODEL.DEVICE]),
-    )
-    if config is None:
-        return out
-    attempt("data", "correct DATASETS.REGISTER of the teacher", lambda: _read_classes(config))
+    entries = attempt("teacher", "correct DISTILL.TEACHERS", lambda: teacher_entries(cfg)) or []
     student = attempt("student", "correct the student's config", lambda: build_model(cfg))
-    teacher = attempt("teacher", "correct the teacher's config", lambda: build_model(config))
-    if student is None or teacher is None:
-        return out
     loaded: set[str] = set()
-    if cfg.MODEL.WEIGHTS:
+    if student is not None and cfg.MODEL.WEIGHTS:
         found, loaded = check_checkpoint("student", student, cfg.MODEL.WEIGHTS)
         out += found
-    elif cfg.MODEL.META_ARCHITECTURE == "FusionStudent":
+    elif student is not None and cfg.MODEL.META_ARCHITECTURE == "FusionStudent":
         branches = cfg.MSAD.FUSION_STUDENT.BRANCHES
         fix = "correct WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES"
         loaded = attempt("student's weights", fix, lambda: load_branches(student, branches)) or set()
-    found, trained = check_checkpoint("teacher", teacher, entry.get("WEIGHTS", ""))
-    out += found
-    frozen = FrozenTeacher(teacher, cfg.DISTILL.TEACHER_BN)
-    checks = attempt(
-        "student", "correct DISTILL.STUDENT_RESOLUTION", lambda: preflight_checks(cfg, student, frozen, loaded)
-    )
-    for name, check in (checks or {}).items():
-        out += attempt(name, "correct the student's config, or DISTILL.STUDENT_RESOLUTION", check) or []
-    distiller = attempt("losses", "correct DISTILL", lambda: build_distiller(cfg, student, frozen))
+    teachers = []
+    for entry in entries:
+        if "MEAN_OF" in entry:
+            continue
+        options = ["MODEL.DEVICE", cfg.MODEL.DEVICE]
+        fix = f"correct the CONFIG of {entry['NAME']}"
+        config = attempt("teacher", fix, lambda: load_config(entry["CONFIG"], options))  # noqa: B023
+        if config is None:
+            continue
+        attempt("data", "correct DATASETS.REGISTER of the teacher", lambda: _read_classes(config))  # noqa: B023
+        model = attempt("teacher", "correct the teacher's config", lambda: build_model(config))  # noqa: B023
+        if student is None or model is None:
+            continue
+        found, trained = check_checkpoint("teacher", model, entry["WEIGHTS"])
+        out += found
+        scale = float(entry.get("SCALE", 1.0))
+        teacher = FrozenTeacher(model, cfg.DISTILL.TEACHER_BN, name=entry["NAME"], scale=scale)
+        teachers.append(teacher)
+        fix = "correct the student's config, or DISTILL.STUDENT_RESOLUTION"
+        checks = attempt("student", fix, lambda: preflight_checks(cfg, student, teacher, loaded))  # noqa: B023
+        for name, check in (checks or {}).items():
+            out += [finding for finding in attempt(name, fix, check) or [] if finding not in out]
+        if images and trained and scale == 1:
+            name, fix = "teacher's AP", "correct DATASETS.TEST"
+            out += attempt(name, fix, lambda: check_teacher_ap(cfg, config, model, images)) or []  # noqa: B023
+    if not teachers or len(teachers) < sum("MEAN_OF" not in entry for entry in entries):
+        return out
+    distiller = attempt("losses", "correct DISTILL", lambda: build_distiller(cfg, student, teachers))
     if distiller is not None:
         none = "none: this is the no-KD baseline"
-        names = ", ".join(loss.name for loss in distiller.losses) or none
-        out.append(Finding(OK, "losses", names))
-    if images and trained:
-        name, fix = "teacher's AP", "correct DATASETS.TEST"
-        out += attempt(name, fix, lambda: check_teacher_ap(cfg, config, teacher, images)) or []
+        out.append(Finding(OK, "losses", ", ".join(loss.name for loss in distiller.losses) or none))
     return out
 
 

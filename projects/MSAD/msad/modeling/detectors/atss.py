@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
+from torchvision.ops import box_area, box_iou, distance_box_iou
 
 
 class Candidates(NamedTuple):
@@ -95,3 +96,32 @@ def assign(
     number = number.masked_fill(~positive.flatten() | (claim < best[slot]), len(boxes))
     nobody = number.new_full(best.shape, len(boxes))
     return nobody.scatter_reduce(0, slot, number, "amin").view(num_images, len(flat))
+
+
+def valuable_region(
+    cells: list[torch.Tensor], num_images: int, boxes: torch.Tensor, image: torch.Tensor, *, topk: int = 9,
+    size: float = 8.0, lower: float = 0.25, distance: str = "paper",
+) -> torch.Tensor:  # fmt: skip
+    """Locations whose anchors nearly match a box (LD, Algorithm 1): lower thr <= DIoU < thr, thr being that of ATSS.
+
+    Needs memory for K R values.
+
+    Args:
+        cells, topk, size: see :func:`find_candidates`.
+        boxes: (K, 4) of the whole batch, in the pixels of ``cells``; ``image``: (K,).
+        lower: fraction of the threshold at which the region begins.
+        distance: "paper": DIoU. "released": the same with the anchor's area in place of the union.
+
+    Returns:
+        (num_images, R), the largest IoU with a box in whose region the location is, 0 outside of all.
+    """
+    anchors = anchors_around(torch.cat(cells), size)
+    threshold = find_candidates(cells, boxes, topk, size).threshold[:, None]
+    iou, measure = box_iou(boxes, anchors), distance_box_iou(boxes, anchors)
+    if distance == "released":
+        areas, anchor_areas = box_area(boxes)[:, None], box_area(anchors)
+        overlap = iou * (areas + anchor_areas) / (1 + iou)
+        measure = measure - iou + overlap / anchor_areas
+    iou = iou * ((measure >= lower * threshold) & (measure < threshold))
+    canvas = iou.new_zeros(num_images, len(anchors))
+    return canvas.scatter_reduce(0, image[:, None].expand_as(iou), iou, "amax")

@@ -1,0 +1,114 @@
+"""Training of assistants: each has its own optimizer, schedule and gradient scaler, and steps before the student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import defaults
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ..distill.assistants import Assistant
+from ..distill.context import DistillContext
+
+OPTIMIZERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
+SCHEDULES = ("solver", "constant")
+LOG_PERIOD = 20
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Inside, ``module`` gets no gradients, and its running statistics do not change."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+
+
+class AssistantStep:
+    """One training step of an assistant, to be listed in ``Distiller.assistants``.
+
+    It is deliberately no ``nn.Module``: the assistant stays outside the module that DistributedDataParallel wraps for
+    the student, and outside the student's checkpoint. Several processes average its gradients as the student's.
+
+    Args:
+        name: of the source that the assistant is.
+        assistant: on its device.
+        cfg: of the run.
+        entry: its DISTILL.ASSISTANTS entry: OPTIMIZER ("Adam", "AdamW", "SGD"; default "Adam"), BASE_LR (default
+            SOLVER.BASE_LR), WEIGHT_DECAY (default 0), SCHEDULE ("solver": that of the student; "constant").
+        student: whose heads the assistant's losses may go through; they get no gradients from them.
+
+    Raises:
+        ValueError: an unknown optimizer or schedule.
+    """
+
+    def __init__(self, name: str, assistant: Assistant, cfg: CfgNode, entry: dict, student: nn.Module) -> None:
+        options = {key.lower(): value for key, value in entry.items()}
+        kind, schedule = options.get("optimizer", "Adam"), options.get("schedule", "solver")
+        if kind not in OPTIMIZERS or schedule not in SCHEDULES:
+            raise ValueError(
+                f"DISTILL.ASSISTANTS: {name}: OPTIMIZER must be one of {', '.join(OPTIMIZERS)} and SCHEDULE one of "
+                f"{', '.join(SCHEDULES)}, not {kind!r} and {schedule!r}"
+            )
+        self.name, self.assistant, self.student = name, assistant.train(), student
+        self.model = defaults.create_ddp_model(assistant, broadcast_buffers=False)
+        self.optimizer = OPTIMIZERS[kind](
+            assistant.parameters(),
+            lr=float(options.get("base_lr", cfg.SOLVER.BASE_LR)),
+            weight_decay=float(options.get("weight_decay", 0.0)),
+        )
+        self.scheduler = build_lr_scheduler(cfg, self.optimizer) if schedule == "solver" else None
+        device = torch.device(cfg.MODEL.DEVICE).type
+        half = cfg.SOLVER.AMP.ENABLED and device == "cuda"
+        self.scaler = torch.amp.GradScaler(device, enabled=half)
+
+    def __call__(self, context: DistillContext) -> None:
+        """Train the assistant on the step and put its features into ``context.sources``."""
+        own = context.detached()
+        with untouched(self.student):
+            losses = self.model(own)
+        self.optimizer.zero_grad()
+        total = sum(losses.values())
+        with torch.autocast(total.device.type, enabled=False):
+            self.scaler.scale(total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        with torch.no_grad():
+            context.sources[self.name] = self.assistant.features(own)
+        if (context.iteration + 1) % LOG_PERIOD == 0:
+            for name, value in losses.items():
+                get_event_storage().put_scalar(f"assistant/{self.name}/{name}", float(value.detach()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs: module, optimizer, schedule and scaler."""
+        return {
+            "module": self.assistant.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.assistant.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,104 @@
+"""A curriculum of stages, each an ordinary run that starts from the student of the one before."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..config_values import nearest, valid_keys
+from .build import teacher_entries
+
+logger = logging.getLogger(__name__)
+FINAL = "model_final.pth"
+
+
+def stage_configs(cfg: CfgNode) -> list[CfgNode]:
+    """The config of every stage of DISTILL.STAGES.
+
+    A stage has the teachers that it names (all, if it names none), what it overrides, the folder
+    OUTPUT_DIR/stage{number}, and from the second on the student of the stage before as MODEL.WEIGHTS; that one is not
+    initialised from a teacher again unless the stage says DISTILL: {INIT_STUDENT: ...}.
+
+    Raises:
+        ValueError: a stage that is no mapping, or an unknown teacher; says which stage.
+        KeyError: an unknown key; says which stage, and the nearest valid key.
+    """
+    known = {entry["NAME"]: entry for entry in teacher_entries(cfg)}
+    configs: list[CfgNode] = []
+    for number, stage in enumerate(cfg.DISTILL.STAGES, start=1):
+        where = f"DISTILL.STAGES[{number - 1}]"
+        if not isinstance(stage, Mapping):
+            raise ValueError(f"{where} is no mapping such as {{TEACHERS: [name], SOLVER: {{MAX_ITER: 1000}}}}: {stage}")
+        overrides = {key: value for key, value in stage.items() if key != "TEACHERS"}
+        config = cfg.clone()
+        config.defrost()
+        config.DISTILL.STAGES = []
+        config.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, f"stage{number}")
+        if configs:
+            config.MODEL.WEIGHTS = os.path.join(configs[-1].OUTPUT_DIR, FINAL)
+            config.DISTILL.INIT_STUDENT = "none"
+        names = stage.get("TEACHERS", list(known))
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{where}: no teacher is named {name!r}{nearest(str(name), list(known))}")
+        config.DISTILL.TEACHERS = [known[name] for name in names]
+        valid = valid_keys(config)
+        for key in _leaves(overrides):
+            if key not in valid:
+                raise KeyError(f"{where}: unknown config key {key}{nearest(key, valid)}")
+        config.merge_from_other_cfg(_node(overrides))
+        config.freeze()
+        configs.append(config)
+    return configs
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    leaves = []
+    for key, value in tree.items():
+        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
+    return leaves
+
+
+def _node(tree: Any) -> Any:
+    return CfgNode({key: _node(value) for key, value in tree.items()}) if isinstance(tree, Mapping) else tree
+
+
+def finished(cfg: CfgNode) -> bool:
+    """Whether the run of ``cfg`` has written its last checkpoint."""
+    return os.path.isfile(os.path.join(cfg.OUTPUT_DIR, FINAL))
+
+
+def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], Any]) -> Any:
+    """Train one stage after the other; with ``resume`` finished ones are skipped and an interrupted one continues.
+
+    Only one stage's teachers are in memory at a time.
+
+    Args:
+        train: config, whether to resume -> the results of an ordinary run.
+
+    Returns:
+        what ``train`` returned for the last stage; None if there was nothing left to train.
+    """
+    configs, results = stage_configs(cfg), None
+    for number, config in enumerate(configs, start=1):
+        if resume and finished(config):
+            logger.info("Stage %d of %d is finished: %s", number, len(configs), config.OUTPUT_DIR)
+            continue
+        names = ", ".join(entry["NAME"] for entry in config.DISTILL.TEACHERS) or "no teacher"
+        logger.info("Stage %d of %d: %d iterations, %s", number, len(configs), config.SOLVER.MAX_ITER, names)
+        if comm.is_main_process():
+            os.makedirs(config.OUTPUT_DIR, exist_ok=True)
+        comm.synchronize()
+        results = train(config, resume)
+        comm.synchronize()  # the next stage reads what the main process has just written
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return results

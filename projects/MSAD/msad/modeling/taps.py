@@ -1,0 +1,88 @@
+"""Places in a detector, beside its neck, at which features can be read while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from .adapters import Features
+
+NECK = "neck"
+
+
+class Tap(NamedTuple):
+    """A place to read features at.
+
+    Attributes:
+        module: detector -> the module whose output is read; AttributeError if it has none.
+        shapes: detector -> channels and strides (pixels of its input) of that output, by name, finest first.
+        features: the module's output -> features (N, C, h, w) by name.
+    """
+
+    module: Callable[[nn.Module], nn.Module]
+    shapes: Callable[[nn.Module], dict[str, ShapeSpec]]
+    features: Callable[[object], Features] = dict
+
+
+def _bottom_up(detector: nn.Module) -> nn.Module:
+    return getattr(detector.backbone, "bottom_up", detector.backbone)
+
+
+TAPS: dict[str, Tap] = {"bottom_up": Tap(_bottom_up, lambda detector: _bottom_up(detector).output_shape())}
+
+
+def get_tap(name: str) -> Tap:
+    """Look up a tap other than the neck; ValueError for an unknown name, with those there are."""
+    if name not in TAPS:
+        raise ValueError(f"TAP must be one of {', '.join([NECK, *TAPS])}, not {name!r}")
+    return TAPS[name]
+
+
+def tap_shapes(detector: nn.Module, name: str, scale: float = 1.0) -> dict[str, ShapeSpec]:
+    """Channels and strides, finest first, of what ``detector`` gives at a tap.
+
+    Args:
+        scale: size of the detector's input relative to H; strides are in H pixels.
+
+    Raises:
+        ValueError: no such tap, or the detector has nothing there.
+    """
+    tap = get_tap(name)
+    try:
+        shapes = tap.shapes(detector)
+    except AttributeError as error:
+        raise ValueError(f"TAP {name}: a {type(detector).__name__} has nothing to read there ({error})") from None
+    found = {}
+    for level, shape in sorted(shapes.items(), key=lambda item: item[1].stride):
+        stride = shape.stride / scale
+        found[level] = ShapeSpec(channels=shape.channels, stride=int(stride) if stride == int(stride) else stride)
+    return found
+
+
+@contextmanager
+def tap(detector: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Features]]:
+    """Inside, a forward pass of ``detector`` also fills the yielded dict: features by tap.
+
+    Of several passes through one module, as of the branches of a multi-resolution teacher, the first one counts: H.
+    """
+    taken: dict[str, Features] = {}
+    handles = []
+
+    def keep(name: str, features: Callable[[object], Features]) -> Callable:
+        def hook(_module, _args, output) -> None:
+            taken.setdefault(name, features(output))
+
+        return hook
+
+    try:
+        for name in names:
+            found = get_tap(name)
+            handles.append(found.module(detector).register_forward_hook(keep(name, found.features)))
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,216 @@
+"""Assistants: sources that are trained beside the student, with an optimizer of their own."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from detectron2.engine import create_ddp_model, defaults, launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from test_resume import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
+from torch import nn
+
+from msad import load_config
+from msad.distill.assistants import DISTILL_ASSISTANT_REGISTRY, Assistant
+from msad.engine import DistillTrainer
+from msad.engine.assistants import untouched
+
+NAME = "ToyAssistant"
+ENTRY = {"NAME": NAME, "BASE_LR": 0.01, "WEIGHT_DECAY": 1e-4}
+LOSSES = [{"NAME": "AlignedL1", "SOURCE": "teacher"}, {"NAME": "NaiveL2", "SOURCE": NAME}]
+
+
+@DISTILL_ASSISTANT_REGISTRY.register()
+class ToyAssistant(Assistant):
+    """A 1x1 convolution on the mean of teacher and student, trained by the student's heads."""
+
+    def __init__(self, student, sources, init=0.1):
+        super().__init__()
+        (teacher,) = sources.values()
+        self._shapes = {name: teacher[name] for name in teacher if name in student}
+        channels = next(iter(teacher.values())).channels
+        self.mix = nn.Conv2d(channels, channels, 1)
+        nn.init.normal_(self.mix.weight, std=init)
+
+    def shapes(self):
+        return self._shapes
+
+    def _mixed(self, context):
+        (teacher,) = (features for name, features in context.sources.items() if name == "teacher")
+        return {name: self.mix((teacher[name] + context.student[name]) / 2) for name in self._shapes}
+
+    def losses(self, context):
+        return context.run_losses(self._mixed(context))
+
+    def features(self, context):
+        return self._mixed(context)
+
+
+def assisted(cfg, **entry):
+    cfg.DISTILL.ASSISTANTS = [{**ENTRY, **entry}]
+    cfg.DISTILL.LOSSES = LOSSES
+    return cfg
+
+
+@pytest.fixture
+def cfg(project, teacher_weights, tmp_path):
+    return assisted(config(project, teacher_weights, "student", tmp_path / "run"))
+
+
+
+def test_neither_trains_the_other(cfg, make_batch):
+    distiller = DistillTrainer.build_model(cfg).train()
+    (step,) = distiller.assistants
+    start = {name: p.clone() for name, p in distiller.student.state_dict().items() if "running" not in name}
+    before = step.assistant.mix.weight.detach().clone()
+    with EventStorage(0):
+        losses = distiller(make_batch([(64, 64)] * 2))
+    # The assistant has stepped, on gradients that went through the student's heads and not to them.
+    assert not torch.equal(before, step.assistant.mix.weight)
+    assert all(p.grad is None for p in distiller.student.parameters())
+    own = step.assistant.mix.weight.grad.clone()
+    sum(losses.values()).backward()
+    assert torch.equal(own, step.assistant.mix.weight.grad), "the student's losses do not reach the assistant"
+    assert sum(p.grad is not None for p in distiller.student.parameters()) > 10
+    for name, value in distiller.student.state_dict().items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(value, start[name])
+    assert all(p.requires_grad for p in distiller.student.head.parameters())
+
+
+def test_its_features_are_a_source_after_its_own_step(cfg, make_batch):
+    distiller, seen = DistillTrainer.build_model(cfg).train(), []
+    distiller.on_context.append(seen.append)
+    with EventStorage(0):
+        found = distiller(make_batch([(64, 64)] * 2))
+    (context,) = seen
+    (step,) = distiller.assistants
+    for name, x in context.sources[NAME].items():
+        mixed = step.assistant.mix((context.sources["teacher"][name] + context.student[name]) / 2)
+        torch.testing.assert_close(x, mixed)
+        assert not x.requires_grad
+    assert f"loss_distill/NaiveL2@{NAME}" in found and "loss_distill/AlignedL1@teacher" in found
+
+
+def test_the_step_is_adams(cfg, make_batch):
+    """The first step of Adam by hand: the sign of the gradient (with weight decay) times the rate."""
+    cfg.SOLVER.WARMUP_ITERS = 0
+    distiller = DistillTrainer.build_model(assisted(cfg, WEIGHT_DECAY=0.0)).train()
+    (step,) = distiller.assistants
+    before = step.assistant.mix.weight.detach().clone()
+    with EventStorage(0):
+        distiller(make_batch([(64, 64)] * 2))
+    gradient = step.assistant.mix.weight.grad
+    expected = before - 0.01 * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(step.assistant.mix.weight.detach(), expected)
+
+
+def test_targets_are_assigned_once_for_both(cfg, make_batch, monkeypatch):
+    distiller = DistillTrainer.build_model(cfg).train()
+    calls, kind = [], type(distiller.student)
+    original = kind.label_anchors
+    monkeypatch.setattr(kind, "label_anchors", lambda self, *args: calls.append(1) or original(self, *args))
+    with EventStorage(0):
+        distiller(make_batch([(64, 64)] * 2))
+    assert calls == [1]
+
+
+def test_it_rests_when_distillation_is_over(cfg, make_batch):
+    distiller = DistillTrainer.build_model(cfg).train()
+    distiller.factor = lambda iteration: 0.0
+    distiller.assistants = [lambda context: pytest.fail("stepped")]
+    with EventStorage(5):
+        assert not any("distill" in name for name in distiller(make_batch([(64, 64)] * 2)))
+
+
+def test_mixed_precision(cfg, make_batch):
+    distiller = DistillTrainer.build_model(cfg).train()
+    with EventStorage(0), torch.autocast("cpu", torch.bfloat16):
+        losses = distiller(make_batch([(64, 64)] * 2))
+    sum(losses.values()).backward()
+    (step,) = distiller.assistants
+    assert step.assistant.mix.weight.grad.isfinite().all() and step.assistant.mix.weight.grad.abs().sum() > 0
+
+
+def test_a_resumed_assistant_repeats_the_uninterrupted_one(project, teacher_weights, tmp_path):
+    def run(folder, resume=False):
+        return train(assisted(config(project, teacher_weights, "student", tmp_path / folder)), resume)
+
+    whole, expected, _ = run("whole")
+    left_by_a_killed_run(tmp_path / "whole", tmp_path / "killed")
+    again, resumed, _ = run("killed", resume=True)
+    assert resumed.steps == expected.steps[SAVED:]
+    (a,), (b,) = whole.distiller.assistants, again.distiller.assistants
+    assert_equal_weights(a.assistant.state_dict(), b.assistant.state_dict())
+    assert a.optimizer.state_dict()["state"][0]["step"] == b.optimizer.state_dict()["state"][0]["step"] == 6
+    saved = torch.load(tmp_path / "whole" / "model_final.pth", weights_only=True)
+    assert set(saved[f"assistant/{NAME}"]) == {"module", "optimizer", "scheduler", "scaler"}
+    assert not [key for key in saved["model"] if "mix" in key]
+    assert saved["model"].keys() == whole.checkpointer.model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"NAME": "ToyAssistent"}], "unknown assistant 'ToyAssistent'; did you mean ToyAssistant"),
+        ([ENTRY, ENTRY], "there is a source named ToyAssistant already"),
+        ([{**ENTRY, "INITT": 3}], "ToyAssistant has no option INITT; did you mean INIT"),
+        ([{**ENTRY, "OPTIMIZER": "LBFGS"}], "OPTIMIZER must be one of Adam"),
+        ([{"BASE_LR": 1.0}], r"DISTILL\.ASSISTANTS\[0\].*needs NAME"),
+    ],
+)
+def test_wrong_entries(cfg, entries, message):
+    cfg.DISTILL.ASSISTANTS = entries
+    with pytest.raises(ValueError, match=message):
+        if "NAME" not in entries[0]:
+            load_config("", ["DISTILL.ASSISTANTS", entries])
+        DistillTrainer.build_model(cfg)
+
+
+def test_untouched_keeps_statistics(tiny_model, make_batch):
+    model = tiny_model()
+    norm = next(m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.running_mean.fill_(3.0)
+    with EventStorage(0), untouched(model):
+        model(make_batch([(64, 64)] * 2))
+    assert torch.equal(norm.running_mean, torch.full_like(norm.running_mean, 3.0))
+    assert norm.momentum == 0.1 and all(p.requires_grad for p in model.head.parameters())
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+on_cpu = functools.partial(create_ddp_model, device_ids=None)
+
+
+def gradient_of_the_assistant(project, batch):
+    cfg = load_config(project / "student.yaml")
+    cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = str(project / "teacher.pth")
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    torch.manual_seed(3)
+    distiller = DistillTrainer.build_model(assisted(cfg)).train()
+    distiller.student.loss_normalizer = 8.0 if comm.get_world_size() > 1 else 16.0
+    model = on_cpu(distiller, broadcast_buffers=False)
+    with EventStorage(0):
+        sum(model(batch).values()).backward()
+    (step,) = distiller.assistants
+    return step.assistant.mix.weight.grad.clone(), step.assistant.mix.weight.detach().clone()
+
+
+def in_each_process(project, output, batch):
+    torch.set_num_threads(1)
+    defaults.create_ddp_model = on_cpu
+    rank = comm.get_rank()
+    torch.save(gradient_of_the_assistant(project, batch[rank : rank + 1]), output / f"{rank}.pth")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
+def test_two_processes_are_one_with_the_joint_batch(project, teacher_weights, tmp_path, make_batch):
+    batch = make_batch([(64, 64)] * 2)
+    batch[1]["instances"] = batch[0]["instances"]  # equal counts of positives, by which each process divides
+    launch(in_each_process, 2, dist_url="auto", args=(project, tmp_path, batch))
+    (first, weight), (second, other) = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
+    assert torch.equal(first, second) and torch.equal(weight, other)
+    joint, _ = gradient_of_the_assistant(project, batch)
+    torch.testing.assert_close(first, joint, rtol=1e-4, atol=1e-6 * joint.abs().max().item())
