@@ -117,7 +117,7 @@ def check(folder: Path) -> list[str]:
     teacher = load_teacher(cfg.DISTILL.TEACHERS[0], cfg)
     torch.manual_seed(0)
     student = build_model(cfg).eval()
-    findings = preflight(cfg, student, teacher, set())
+    findings = preflight(cfg, student, [teacher], set())
     wrong = [f for f in findings if f.level == ERROR]
     if wrong:
         raise ValueError("; ".join(f"{f.check}: {f.text} ({f.fix})" for f in wrong))

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 
 from ..finding import ERROR, WARNING, Finding, error_text
 from .image_files import check_image_files
-from .low_res import check_low_res_files, reads_low_res, student_shift
+from .low_res import FILE, check_low_res_files, reads_low_res, student_shift
 from .needs import needs_of
 from .record_checks import check_records, judge_box
 from .tally import Tally
@@ -45,7 +45,7 @@ def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]]
         if images:
             tally = Tally(f"data set {name!r}")
             check_image_files(tally, loaded[name], name in train, cfg.DATASETS.CHECK_IMAGES)
-            if reads_low_res(cfg):
+            if reads_low_res(cfg) and any(FILE in record for record in loaded[name]):
                 check_low_res_files(tally, loaded[name], student_shift(cfg), cfg.DATASETS.CHECK_IMAGES)
             findings += tally.findings()
     findings += _compare_sets(train, test, loaded)
