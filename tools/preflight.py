@@ -4,6 +4,7 @@
     tools/preflight.py configs/nuclei/student_L.yaml
     tools/preflight.py STUDENT.yaml DISTILL.TEACHERS "[{'CONFIG': 'T.yaml', 'WEIGHTS': 't.pth'}]" MODEL.DEVICE cuda
     tools/preflight.py STUDENT.yaml --images 0 --json > findings.json          without running the teacher
+    tools/preflight.py STUDENT.yaml DATASETS.CHECK_IMAGES 0                    look into every image file
 
 Every finding that is not ok has a fix. Exit status: 0, or 1 if there is an error (with --strict: or a warning), or 2 if
 there is no such file. Training makes the quick ones of these checks by itself and stops at errors.
@@ -16,7 +17,7 @@ import logging
 import sys
 import textwrap
 
-from msad import load_config
+from msad import cli, load_config
 from msad.engine.preflight import examine
 from msad.finding import ERROR, OK, WARNING, Finding
 
@@ -36,28 +37,24 @@ def show(findings: list[Finding]) -> str:
     return "\n".join([*lines, f"\n{counts[ERROR]} errors, {counts[WARNING]} warnings, {counts[OK]} ok"])
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="YAML", help="of a student with DISTILL.TEACHERS")
+    parser.add_argument("config", metavar="YAML", help="of a student, or of any other training")
     parser.add_argument("--images", type=int, default=200, metavar="N", help="for the teacher's AP; default: 200")
     parser.add_argument("--json", action="store_true", help="print a list of {level, check, text, fix}")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors for the exit status")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides")
-    args = parser.parse_intermixed_args()
+    args = cli.parse(parser, argv)
     logging.getLogger().addHandler(logging.NullHandler())  # what the engine says while loading is not a finding
-    try:
+
+    def work() -> int:
         cfg = load_config(args.config, args.opts)
         with contextlib.redirect_stdout(sys.stderr):
             findings = examine(cfg, args.images)
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        print(f"error: {error.args[0]}", file=sys.stderr)
-        return 2
-    print(json.dumps([f._asdict() for f in findings], indent=1) if args.json else show(findings))
-    bad = {ERROR, WARNING} if args.strict else {ERROR}
-    return int(any(finding.level in bad for finding in findings))
+        print(json.dumps([f._asdict() for f in findings], indent=1) if args.json else show(findings))
+        bad = {ERROR, WARNING} if args.strict else {ERROR}
+        return int(any(finding.level in bad for finding in findings))
+
+    return cli.run("preflight.py", work)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,13 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "preflight.py"
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(capsys):
     spec = importlib.util.spec_from_file_location("preflight_tool", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["preflight.py", *map(str, args)])
-        return module.main(), capsys.readouterr()
+        return module.main([*map(str, args)]), capsys.readouterr()
 
     return run
 
