@@ -571,6 +571,25 @@ def test_no_pairs_are_a_statement_too(points):
     assert not points.texts(ERROR) + points.texts(WARNING)
 
 
+def test_keypoints_in_another_order_than_in_training(points):
+    for category in points.splits["val"]["categories"]:
+        category["keypoints"] = ["nose", "right_eye", "left_eye"]
+    (error,) = points.texts(ERROR)
+    assert "different keypoints: ['nose', 'left_eye', 'right_eye'], ['nose', 'right_eye', 'left_eye']" in error
+
+
+def test_pairs_that_are_only_a_part(points):
+    names = ["left_eye", "right_eye", "left_ear"]
+    for content in points.splits.values():
+        for category in content["categories"]:
+            category.update(keypoints=names, flip_pairs=[["left_eye", "right_eye"]])
+    (warning,) = points.texts(WARNING)
+    assert "without a counterpart: left_ear" in warning
+    for category in points.splits["train"]["categories"]:
+        category.update(flip_pairs=[["left_eye", "right_eye"], ["left_ear", "left_eye"]])
+    assert any("'left_eye' is named twice" in error for error in points.texts(ERROR))
+
+
 PAIRS = [
     "left_eye right_eye", "Left_Eye Right_Eye", "LEFTEYE RIGHTEYE", "l_eye r_eye", "L_eye R_eye", "eye_l eye_r",
     "eyeL eyeR", "LEye REye", "lEye rEye", "lefteye righteye", "EyeLeft EyeRight", "leye reye", "left right", "L R",

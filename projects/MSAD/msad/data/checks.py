@@ -48,7 +48,7 @@ def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]]
             if reads_low_res(cfg) and any(FILE in record for record in loaded[name]):
                 check_low_res_files(tally, loaded[name], student_shift(cfg), cfg.DATASETS.CHECK_IMAGES)
             findings += tally.findings()
-    findings += _compare_sets(train, test, loaded)
+    findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
     return {name: loaded[name] for name in train if name in loaded}, findings
 
 
@@ -85,8 +85,8 @@ def _fix_of(name: str) -> str:
     return "" if registered else "correct DATASETS.TRAIN or DATASETS.TEST, or add it to DATASETS.REGISTER"
 
 
-def _compare_sets(train: list[str], test: list[str], loaded: dict[str, list[dict]]) -> list[Finding]:
-    """Classes of all sets against the first one's; images that are trained on and tested on."""
+def _compare_sets(train: list[str], test: list[str], loaded: dict[str, list[dict]], keypoints: bool) -> list[Finding]:
+    """Classes (and keypoints) of all sets against the first one's; images that are trained on and tested on."""
     out = []
     first = train[0] if train and train[0] in loaded else None
     wanted = first and MetadataCatalog.get(first).get("thing_classes")
@@ -95,6 +95,10 @@ def _compare_sets(train: list[str], test: list[str], loaded: dict[str, list[dict
         if wanted is not None and classes is not None and list(classes) != list(wanted):
             text = f"{first!r} and {name!r} have different classes: {list(wanted)}, {list(classes)}"
             out.append(Finding(ERROR, f"data set {name!r}", text, "give both sets the same classes in the same order"))
+        points = [MetadataCatalog.get(n).get("keypoint_names") if n in loaded else None for n in (first, name)]
+        if keypoints and None not in points and list(points[0]) != list(points[1]):
+            text = f"{first!r} and {name!r} have different keypoints: {list(points[0])}, {list(points[1])}"
+            out.append(Finding(ERROR, f"data set {name!r}", text, "give both sets the same keypoints in one order"))
     seen = {record["file_name"] for name in train for record in loaded.get(name, ())}
     for name in test:
         common = [record["file_name"] for record in loaded.get(name, ()) if record["file_name"] in seen]

@@ -25,16 +25,15 @@ def check_keypoint_metadata(tally: Tally, name: str, needs: Needs) -> None:
         reason = f"is {needs.keypoints}, but data set {name!r} has {len(names)} keypoints: {shorten(names)}"
         tally.add(ERROR, reason, key, f"set {key} {len(names)}")
     pairs = metadata.get("keypoint_flip_map") or ()
-    if needs.training and needs.flips and not metadata.get("keypoint_flip_pairs_given", bool(pairs)):
-        alone = sided_without_partner(names, pairs)
+    if needs.training and needs.flips:
+        given = metadata.get("keypoint_flip_pairs_given", bool(pairs))
+        alone = sided_without_partner(names, pairs) if pairs or not given else []
         fix = "set DATASETS.REGISTER[].KEYPOINT_FLIP_PAIRS ([] if there are none), or INPUT.RANDOM_FLIP none"
         if alone:
             reason = f"has keypoints of a side without a counterpart: {shorten(alone)}; a mirrored image would mislead"
-            tally.add(ERROR, reason, "it", fix)
-        elif not pairs:
-            reason = (
-                f"has no pair of left and right among its keypoints {shorten(names)}, which mirrored images exchange"
-            )
+            tally.add(WARNING if given else ERROR, reason, "it", fix)
+        elif not pairs and not given:
+            reason = f"has no pair of left and right, which mirrored images exchange, among {shorten(names)}"
             tally.add(WARNING, reason, "it", fix)
     sigmas = needs.sigmas or metadata.get("keypoint_oks_sigmas") or ()
     fix = "set TEST.KEYPOINT_OKS_SIGMAS, or DATASETS.REGISTER[].KEYPOINT_SIGMAS"

@@ -118,6 +118,10 @@ def _checked_pairs(pairs: Any, names: Sequence[str]) -> list[tuple[str, str]]:
         if point not in names:
             near = difflib.get_close_matches(str(point), names, n=1, cutoff=0.0)[0]
             raise ValueError(f"KEYPOINT_FLIP_PAIRS: no keypoint {point!r}; did you mean {near!r}?")
+    flat = [point for pair in pairs for point in pair]
+    if len(set(flat)) < len(flat):
+        twice = next(point for point in flat if flat.count(point) > 1)
+        raise ValueError(f"KEYPOINT_FLIP_PAIRS: {twice!r} is named twice; each keypoint has one counterpart")
     return [tuple(pair) for pair in pairs]
 
 
