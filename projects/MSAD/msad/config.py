@@ -27,8 +27,8 @@ def add_msad_config(cfg: CN) -> CN:
     # --- data sets declared in yaml ------------------------------------------------------------------------------
     # Entries {NAME, TYPE, ...}. TYPE "coco" (default) has JSON and IMAGES, and if wanted CLASSES, KEYPOINT_FLIP_PAIRS,
     # KEYPOINT_SIGMAS, LOW_RES_IMAGES (the student's own images); CLASSES are the names that the file must have, by
-    # ascending id. "visdrone" has IMAGES and ANNOTATIONS (folders) and PATCHES, "argoverse_hd" JSON and IMAGES. Paths
-    # are relative to $DETECTRON2_DATASETS. See docs/DATA.md.
+    # ascending id. "visdrone" has IMAGES and ANNOTATIONS (folders) and PATCHES, "argoverse_hd" JSON and IMAGES,
+    # "sem_seg" IMAGES and LABELS (folders) and CLASSES. Paths are relative to $DETECTRON2_DATASETS. See docs/DATA.md.
     cfg.DATASETS.REGISTER = []
     # Image files of a data set that are looked into before training (size, pixels, whether they are whole), taken at
     # equal distances; 0: all of them.
@@ -46,8 +46,16 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.RESNETS.SAC_ON_PER_STAGE = [False, True, True, True]
     # Whether these are deformable, as in all released models.
     cfg.MODEL.RESNETS.SAC_DEFORM = True
+    # Of build_dilated_resnet_backbone: dilation of res4 and (detectron2's key RES5_DILATION) of res5, in place of their
+    # strides; 2 and 4 make stride 8.
+    cfg.MODEL.RESNETS.RES4_DILATION = 1
+    # Whether the first block of a dilated stage has half of its dilation.
+    cfg.MODEL.RESNETS.CONTRACT_DILATION = True
+    # "basic" (a 7x7 convolution) or "v1c" (three of 3x3).
+    cfg.MODEL.RESNETS.STEM_TYPE = "basic"
     cfg.MODEL.MOBILENETV2 = CN()
-    # Factor on the channels of build_mobilenetv2_backbone; slimmable weights exist for 0.35, 0.5, 0.75 and 1.0.
+    # Factor on the channels of build_mobilenetv2_backbone, and of build_dilated_mobilenetv2_backbone, whose res3 to
+    # res5 have stride 8. Slimmable weights exist for 0.35, 0.5, 0.75 and 1.0.
     cfg.MODEL.MOBILENETV2.WIDTH = 1.0
     # Maps that it returns: "c1" (stride 2), "res2" to "res5" (strides 4 to 32).
     cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
@@ -106,6 +114,16 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MODEL.FPN.TOP_RELU = True
     # Normalisation of these convolutions; MODEL.FPN.NORM does not reach them, as in detectron2.
     cfg.MODEL.FPN.TOP_NORM = ""
+
+    # --- PSPHead (MODEL.SEM_SEG_HEAD.NAME), beside detectron2's keys of MODEL.SEM_SEG_HEAD ------------------------
+    # Sides of the grids of the pyramid pooling.
+    cfg.MODEL.SEM_SEG_HEAD.POOL_SCALES = [1, 2, 3, 6]
+    # Weight of the auxiliary classifier's loss, relative to the other; 0: there is none.
+    cfg.MODEL.SEM_SEG_HEAD.AUX_WEIGHT = 0.4
+    # Part of the channels that is dropped before a classifier.
+    cfg.MODEL.SEM_SEG_HEAD.DROPOUT = 0.1
+    # Segmentation with INPUT.CROP: no class may have more than this part of a crop's labelled pixels (ten tries).
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
 
     # --- FCOS ----------------------------------------------------------------------------------------------------
     cfg.MODEL.FCOS = CN()
@@ -339,6 +357,10 @@ def add_msad_config(cfg: CN) -> CN:
     # --- evaluation and speed ------------------------------------------------------------------------------------
     # "SGD" (detectron2's) or "AdamW", which trains small networks from scratch in far fewer iterations.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # LR_SCHEDULER_NAME WarmupPolyLR: exponent of the fall from BASE_LR over MAX_ITER.
+    cfg.SOLVER.POLY_LR_POWER = 0.9
+    # Learning rate at its end.
+    cfg.SOLVER.POLY_LR_END = 0.0
     # Batch size that BASE_LR and all numbers of iterations were chosen for. If IMS_PER_BATCH is another one, both are
     # scaled linearly and the log says how (old -> new). 0: nothing is scaled. detectron2's SOLVER.REFERENCE_WORLD_SIZE,
     # the number of GPUs that a yaml was written for, scales IMS_PER_BATCH and the same numbers to those there are; with

@@ -13,7 +13,7 @@ from ..finding import ERROR, WARNING, Finding, error_text
 from .image_files import check_image_files
 from .low_res import FILE, check_low_res_files, reads_low_res, student_shift
 from .needs import needs_of
-from .record_checks import check_records, judge_box
+from .record_checks import check_records, classes_of, judge_box
 from .tally import Tally
 
 
@@ -89,9 +89,9 @@ def _compare_sets(train: list[str], test: list[str], loaded: dict[str, list[dict
     """Classes (and keypoints) of all sets against the first one's; images that are trained on and tested on."""
     out = []
     first = train[0] if train and train[0] in loaded else None
-    wanted = first and MetadataCatalog.get(first).get("thing_classes")
+    wanted = first and classes_of(first)
     for name in dict.fromkeys(train + test):
-        classes = MetadataCatalog.get(name).get("thing_classes") if name in loaded else None
+        classes = classes_of(name) if name in loaded else None
         if wanted is not None and classes is not None and list(classes) != list(wanted):
             text = f"{first!r} and {name!r} have different classes: {list(wanted)}, {list(classes)}"
             out.append(Finding(ERROR, f"data set {name!r}", text, "give both sets the same classes in the same order"))

@@ -31,6 +31,7 @@ from ..finding import log_findings
 from .checks import check_data, clean, shared_findings
 from .low_res import FILE, low_res_mapper
 from .regions import RegionMapper
+from .sem_seg import crop_mapper, is_segmentation
 from .tally import raise_errors
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def build_train_loader(
     Args:
         seed: not negative, and the same in every process.
         start_iter: number of batches that are passed over.
-        mapper: from a dataset dict to a model input; default ``DatasetMapper(cfg, True)``.
+        mapper: from a dataset dict to a model input; default ``DatasetMapper(cfg, True)``, which for segmentation crops
+            after resizing.
 
     Raises:
         ValueError, FileNotFoundError: the data and the config do not fit, see ``checks.check_data``.
@@ -59,7 +61,8 @@ def build_train_loader(
             f"processes, {world_size}"
         )
     dicts = load_train_dicts(cfg)
-    mapper = mapper or DatasetMapper(cfg, True)
+    if mapper is None:
+        mapper = crop_mapper(cfg) if cfg.INPUT.CROP.ENABLED and is_segmentation(dicts) else DatasetMapper(cfg, True)
     mapper = low_res_mapper(cfg, mapper, dicts)
     if RegionMapper.is_needed(dicts):
         mapper = RegionMapper(mapper)

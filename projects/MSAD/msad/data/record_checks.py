@@ -14,6 +14,7 @@ from ..finding import ERROR, OK, WARNING, Finding
 from .box_conventions import likely_convention, mask_extents, overlap
 from .keypoint_checks import check_keypoint_metadata, check_keypoints
 from .needs import Needs
+from .sem_seg import is_segmentation
 from .tally import Tally, shorten
 
 # Annotation tools round to whole pixels, so boxes overhang by up to one without anything being wrong.
@@ -43,6 +44,12 @@ def judge_box(annotation: dict, record: dict) -> str:
     return "good"
 
 
+def classes_of(name: str) -> list[str] | None:
+    """Names of the classes of a registered data set: those of things, or of the label maps if it has only these."""
+    metadata = MetadataCatalog.get(name)
+    return metadata.get("thing_classes") or metadata.get("stuff_classes")
+
+
 def check_records(records: list[dict], name: str, needs: Needs) -> list[Finding]:
     """Everything that can be said about a data set's dicts without looking at its images.
 
@@ -53,7 +60,7 @@ def check_records(records: list[dict], name: str, needs: Needs) -> list[Finding]
     if not records:
         tally.add(ERROR, "is empty: it has no images", "it", "list images in its file, or name another")
         return tally.findings()
-    classes = MetadataCatalog.get(name).get("thing_classes")
+    classes = classes_of(name)
     if classes is not None and needs.classes is not None and len(classes) != needs.classes:
         reason = f"is {needs.classes}, but data set {name!r} has {len(classes)} classes: {shorten(classes)}"
         tally.add(ERROR, reason, needs.config_key, f"set {needs.config_key} {len(classes)}")
@@ -63,6 +70,8 @@ def check_records(records: list[dict], name: str, needs: Needs) -> list[Finding]
         _check_boxes(tally, records, pairs, needs)
         if needs.masks:
             _check_masks(tally, pairs, needs)
+    elif is_segmentation(records):  # the labels are looked at where the set is loaded
+        tally.add(OK, f"{len(records)} images with label maps", "", "")
     elif needs.classes is not None and needs.training:
         tally.add(ERROR, "has no annotations", "it", "train on a set that has some")
     elif needs.classes is not None:

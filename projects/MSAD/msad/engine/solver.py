@@ -1,11 +1,13 @@
-"""The optimizer of a config."""
+"""The optimizer and the learning-rate schedule of a config."""
 
 from __future__ import annotations
 
 import torch
 from detectron2 import solver
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 
 from ..modeling.backbones.swin import NOT_DECAYED
@@ -30,3 +32,27 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     parameters = get_default_optimizer_params(model, **groups, **decay, overrides=overrides)
     optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
     return optimizer(parameters, lr=options.BASE_LR, weight_decay=options.WEIGHT_DECAY)
+
+
+class PolySchedule(ParamScheduler):
+    """(1 - floor) (1 - t)^power + floor, of training progress t from 0 to 1: DeepLab's "poly" with a lower end."""
+
+    def __init__(self, power: float, floor: float = 0.0) -> None:
+        self.power, self.floor = power, floor
+
+    def __call__(self, where: float) -> float:
+        return (1 - self.floor) * max(1 - where, 0.0) ** self.power + self.floor
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """detectron2's schedules, and WarmupPolyLR with SOLVER.POLY_LR_POWER and POLY_LR_END."""
+    options = cfg.SOLVER
+    if options.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return solver.build_lr_scheduler(cfg, optimizer)
+    schedule = WarmupParamScheduler(
+        PolySchedule(options.POLY_LR_POWER, options.POLY_LR_END / options.BASE_LR),
+        options.WARMUP_FACTOR,
+        min(options.WARMUP_ITERS / options.MAX_ITER, 1.0),
+        options.WARMUP_METHOD,
+    )
+    return LRMultiplier(optimizer, schedule, options.MAX_ITER)

@@ -31,7 +31,7 @@ from .divergence import LossRecorder
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
 from .run_folder import check_iterations
 from .scaling import scale_to_batch, scale_to_processes
-from .solver import build_optimizer
+from .solver import build_lr_scheduler, build_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,10 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

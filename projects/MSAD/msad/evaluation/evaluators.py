@@ -11,7 +11,7 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, SemSegEvaluator
 from fvcore.common.registry import Registry
 
 from ..data.argoverse_hd import read_content
@@ -52,6 +52,12 @@ def coco(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluato
 def visdrone(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
     """The metric of VisDrone-DET, and the challenge's result files in the output folder."""
     return VisDroneEvaluator(dataset_name, output_folder)
+
+
+@EVALUATOR_REGISTRY.register()
+def sem_seg(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
+    """detectron2's metrics of semantic segmentation: mIoU, accuracies."""
+    return SemSegEvaluator(dataset_name, output_dir=output_folder)
 
 
 @EVALUATOR_REGISTRY.register()

@@ -1,6 +1,7 @@
 """Backbones and necks that detectron2 does not have, registered for yaml."""
 
 from . import (  # noqa: F401
+    dilated,
     efficientnet_lite,
     fpn,
     mobilenetv2,

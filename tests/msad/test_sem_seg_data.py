@@ -1,0 +1,197 @@
+"""``TYPE: sem_seg``: files, checks that name the file, crops, and a segmentor trained and evaluated by the tool."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+
+from msad import cli, load_config
+from msad.data.loader import build_train_loader
+from msad.data.register import register_datasets
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
+CLASSES = ["ground", "disc"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    before = set(DatasetCatalog.list())
+    yield tmp_path
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def write(folder, name, labels, image=None, image_suffix=".png", label_suffix=".png"):
+    labels = np.asarray(labels, dtype=np.uint8)
+    for kind, suffix, pixels in (("images", image_suffix, image), ("labels", label_suffix, labels)):
+        path = folder / kind / f"{name}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.zeros((*labels.shape, 3), np.uint8) if pixels is None else pixels)
+
+
+def entry(name="segments", **options):
+    kind = {"TYPE": "sem_seg", "IMAGES": "images", "LABELS": "labels", "CLASSES": CLASSES, "IMAGE_SUFFIX": ".png"}
+    return {"NAME": name, **kind, **options}
+
+
+def load(**options):
+    cfg = load_config("")
+    cfg.DATASETS.REGISTER = [entry(**options)]
+    register_datasets(cfg)
+    return DatasetCatalog.get("segments")
+
+
+class TestFiles:
+    def test_folders_and_suffixes_of_cityscapes(self, folder):
+        suffixes = ("_leftImg8bit.png", "_gtFine_labelTrainIds.png")
+        for name in ("ulm/ulm_1", "aachen/aachen_1"):
+            write(folder, name, np.ones((4, 6)), None, *suffixes)
+        (folder / "labels" / "ulm" / "ulm_1_gtFine_color.png").write_bytes(b"")
+        first, second = load(IMAGE_SUFFIX=suffixes[0], LABEL_SUFFIX=suffixes[1])
+        assert first == {
+            "file_name": f"{folder}/images/aachen/aachen_1_leftImg8bit.png",
+            "sem_seg_file_name": f"{folder}/labels/aachen/aachen_1_gtFine_labelTrainIds.png",
+            "image_id": "aachen/aachen_1", "width": 6, "height": 4,
+        }  # fmt: skip
+        assert second["image_id"] == "ulm/ulm_1"
+        metadata = MetadataCatalog.get("segments")
+        assert metadata.stuff_classes == CLASSES and metadata.ignore_label == 255
+        assert metadata.evaluator_type == "sem_seg"
+
+    def test_list_of_names(self, folder):
+        for name in "abc":
+            write(folder, name, [[0]])
+        (folder / "val.txt").write_text("c\na\n\n")
+        assert [r["image_id"] for r in load(LIST="val.txt")] == ["c", "a"]
+
+    @pytest.mark.parametrize(
+        "labels, options, message",
+        [
+            ([[0, 7]], {}, r"labels/x\.png has the label 7; classes are 0 to 1, ignored is 255"),
+            ([[0, 255]], {"IGNORE_LABEL": 9}, r"x\.png has the label 255; .* ignored is 9"),
+            ([[0, 1]], {"IMAGE_SUFFIX": ".jpg"}, r"IMAGES: 1 of 1 files are missing, the first is .*images/x\.jpg"),
+            ([[0, 1]], {"LIST": "none.txt"}, r"LIST: no such file: .*none\.txt"),
+            ([[0, 1]], {"LABELS": "nowhere"}, r"LABELS: no such folder: .*nowhere"),
+            ([[0, 1]], {"IGNORE_LABEL": 1}, r"IGNORE_LABEL 1 is the number of the class 'disc'"),
+            ([[0, 1]], {"IGNORE_LABEL": 300}, r"IGNORE_LABEL must be a number from 0 to 255"),
+            ([[0, 1]], {"CLASES": CLASSES}, r"did you mean 'CLASSES'"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, folder, labels, options, message):
+        write(folder, "x", labels)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load(**options)
+
+    def test_label_maps_of_another_form_are_named(self, folder):
+        write(folder, "x", [[0, 1]], image=np.zeros((2, 2, 3), np.uint8))
+        with pytest.raises(ValueError, match=r"labels/x\.png has \(2, 1\) pixels .*, its image \(2, 2\)"):
+            load()
+        cv2.imwrite(str(folder / "labels" / "x.png"), np.zeros((2, 2, 3), np.uint8))
+        with pytest.raises(ValueError, match=r"x\.png has mode 'RGB'"):
+            DatasetCatalog.get("segments")
+
+    def test_changed_files_are_looked_at_again(self, folder):
+        write(folder, "x", [[0, 1]])
+        load()
+        write(folder, "x", [[0, 2]])
+        os.utime(folder / "labels" / "x.png", ns=(1, 1))
+        with pytest.raises(ValueError, match="label 2"):
+            DatasetCatalog.get("segments")
+
+
+def scene(seed, size=64):
+    """A bright disc on dark ground with noise; the outermost pixels are not labelled."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    centre, radius = rng.uniform(18, size - 18, 2), rng.uniform(10, 18)
+    disc = np.hypot(y - centre[0], x - centre[1]) < radius
+    image = np.where(disc[..., None], 180, 60) + rng.normal(0, 20, (size, size, 3))
+    labels = disc.astype(np.uint8)
+    labels[0] = 255
+    return np.clip(image, 0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture
+def project(folder):
+    """Scenes to train on and to evaluate, and the yaml of a tiny PSPNet."""
+    for seed in range(12):
+        image, labels = scene(seed)
+        write(folder, f"s{seed:02}", labels, image)
+    for split, names in (("train", range(8)), ("val", range(8, 12))):
+        (folder / f"{split}.txt").write_text("\n".join(f"s{i:02}" for i in names))
+    config = {
+        "_BASE_": str(SCRIPT.parents[1] / "configs" / "Segmentation" / "Base-PSPNet.yaml"),
+        "SEED": 1,
+        "OUTPUT_DIR": str(folder / "output"),
+        "MODEL": {
+            "DEVICE": "cpu",
+            "BACKBONE": {"NAME": "build_dilated_resnet_backbone"},
+            "RESNETS": {"DEPTH": 18, "STEM_OUT_CHANNELS": 16, "RES2_OUT_CHANNELS": 16, "NORM": "BN"},
+            "SEM_SEG_HEAD": {"NUM_CLASSES": 2, "CONVS_DIM": 16, "NORM": "BN"},
+        },
+        "DATASETS": {
+            "REGISTER": [entry(f"discs_{split}", LIST=f"{split}.txt") for split in ("train", "val")],
+            "TRAIN": ("discs_train",), "TEST": ("discs_val",),
+        },
+        "INPUT": {
+            "MIN_SIZE_TRAIN": (48, 80), "MAX_SIZE_TRAIN": 200, "MIN_SIZE_TEST": 64,
+            "CROP": {"SIZE": [48, 40], "SINGLE_CATEGORY_MAX_AREA": 0.95},
+        },
+        "DATALOADER": {"NUM_WORKERS": 0},
+        "SOLVER": {"IMS_PER_BATCH": 4, "MAX_ITER": 36, "OPTIMIZER": "AdamW", "BASE_LR": 0.005},
+        "TEST": {"EVAL_PERIOD": 0},
+    }  # fmt: skip
+    (folder / "psp.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_training_crops_have_one_size_and_labels(project):
+    cfg = load_config(project / "psp.yaml")
+    register_datasets(cfg)
+    batches = iter(build_train_loader(cfg, seed=3))
+    seen = [sample for _ in range(5) for sample in next(batches)]
+    assert {tuple(s["image"].shape[1:]) for s in seen} == {(48, 40)}
+    assert {tuple(s["sem_seg"].shape) for s in seen} == {(48, 40)}
+    assert set().union(*(s["sem_seg"].unique().tolist() for s in seen)) == {0, 1, 255}
+    assert {s["file_name"][-7:-4] for s in seen} <= {f"s{i:02}" for i in range(8)}
+
+
+def test_wrong_number_of_classes_is_said_before_training(project):
+    cfg = load_config(project / "psp.yaml", ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"])
+    register_datasets(cfg)
+    with pytest.raises(ValueError, match=r"MODEL\.SEM_SEG_HEAD\.NUM_CLASSES is 3.*2 classes: ground, disc"):
+        build_train_loader(cfg, seed=0)
+
+
+def test_a_segmentor_trains_resumes_and_is_evaluated(project):
+    spec = importlib.util.spec_from_file_location("train_net", SCRIPT)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*arguments):
+        argv = ["--config-file", str(project / "psp.yaml"), *map(str, arguments)]
+        return tool.work(cli.parse(default_argument_parser(), argv))
+
+    def weights(folder):
+        return torch.load(project / folder / "model_final.pth", weights_only=True)["model"]
+
+    run("OUTPUT_DIR", project / "whole")
+    metrics = run("--eval-only", "MODEL.WEIGHTS", project / "whole" / "model_final.pth")["sem_seg"]
+    assert metrics["mIoU"] > 70 and {"IoU-ground", "IoU-disc", "pACC"} <= set(metrics)
+    run("SOLVER.CHECKPOINT_PERIOD", 28)
+    (project / "output" / "model_final.pth").unlink()
+    (project / "output" / "last_checkpoint").write_text("model_0000027.pth")
+    run("--resume", "SOLVER.CHECKPOINT_PERIOD", 28)
+    expected = weights("whole")
+    assert all(torch.equal(value, expected[name]) for name, value in weights("output").items())
