@@ -183,15 +183,16 @@ def test_a_segmentor_trains_resumes_and_is_evaluated(project):
         argv = ["--config-file", str(project / "psp.yaml"), *map(str, arguments)]
         return tool.work(cli.parse(default_argument_parser(), argv))
 
-    def weights(folder):
-        return torch.load(project / folder / "model_final.pth", weights_only=True)["model"]
+    final = project / "output" / "model_final.pth"
 
-    run("OUTPUT_DIR", project / "whole")
-    metrics = run("--eval-only", "MODEL.WEIGHTS", project / "whole" / "model_final.pth")["sem_seg"]
-    assert metrics["mIoU"] > 70 and {"IoU-ground", "IoU-disc", "pACC"} <= set(metrics)
+    def weights():
+        return torch.load(final, weights_only=True)["model"]
+
     run("SOLVER.CHECKPOINT_PERIOD", 28)
-    (project / "output" / "model_final.pth").unlink()
+    metrics = run("--eval-only", "MODEL.WEIGHTS", final)["sem_seg"]
+    assert metrics["mIoU"] > 70 and {"IoU-ground", "IoU-disc", "pACC"} <= set(metrics)
+    expected = weights()
+    final.unlink()
     (project / "output" / "last_checkpoint").write_text("model_0000027.pth")
     run("--resume", "SOLVER.CHECKPOINT_PERIOD", 28)
-    expected = weights("whole")
-    assert all(torch.equal(value, expected[name]) for name, value in weights("output").items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights().items())
