@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which loss, which detector, which setting is better? Train yaml files with several seeds and compare them.
 
-    tools/compare.py configs/nuclei/losses/*.yaml --seeds 0 1 2 --reference control
+    tools/compare.py configs/nuclei/losses/*.yaml --seeds 0 1 2 --reference no_kd
     tools/compare.py A.yaml B.yaml --iterations 2000 --teacher-iterations 4000 --equal-time
     tools/compare.py STUDENT.yaml --equal-cost baseline_H.yaml
     tools/compare.py NO_KD.yaml STUDENT.yaml --sweep DISTILL.LOSSES.0.WEIGHT=x0.1,x1,x10

@@ -245,3 +245,18 @@ def test_fkd_trains_all_of_its_parts():
     shake(loss)
     sum(evaluate(loss, maps(12), maps(8)).values()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.parameters())
+
+
+def test_two_stage_fkd_has_no_channel_mask():
+    """Where the attention of channels is left out, the feature term is weighed by space alone; by hand."""
+    student, teacher = maps(8), maps(8, scale=2)
+    (loss,) = between([{"NAME": "FKD", "CHANNEL_MASK": False, "TEMPERATURE": 0.5, "ALPHA": 1.0}], shapes(8), shapes(8))
+    expected = 0.0
+    for name, s in student.items():
+        t = teacher[name]
+        space = sum(
+            s[0, 0].numel() * (x.abs().mean(1).flatten(1) / 0.5).softmax(1).view(len(x), *x.shape[2:]) for x in (s, t)
+        )
+        difference = (space / 2).sqrt()[:, None] * (loss.loss.levels[name]["feature"](s) - t)
+        expected += difference.square().sum().sqrt().item()
+    assert terms(loss, student, teacher, None)["feature"] == pytest.approx(expected, rel=1e-4)

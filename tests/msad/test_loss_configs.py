@@ -69,10 +69,10 @@ def check(path, trainer, losses):
     assert all(any(k.startswith(f"loss_distill/{entry['NAME']}") for k in terms) for entry in entries)
     assert bool(terms) == bool(entries) and all(v == v and v != float("inf") for v in losses.values())
     # What a file is called is what it does.
-    names = {"naive": "NaiveL2", "md": "MagnitudeMD", "msad": "AlignedL1", "control": None}
+    names = {"naive": "NaiveL2", "md": "MagnitudeMD", "msad": "AlignedL1", "no_kd": None}
     key = path.stem
     if path.parent.name != "losses" or path.parent.parent.name != "nuclei":
-        key = re.search(r"_R_50_(?:S_[LH]_)?([A-Za-z0-9]+)_", key)[1]
+        key = re.search(r"_R_50_(?:S_[LH]_)?(no_kd|[A-Za-z0-9]+)_", key)[1]
     expected = names.get(key.lower(), key)
     assert [entry["NAME"].lower() for entry in entries[:1]] == ([expected.lower()] if expected else [])
 
@@ -82,7 +82,7 @@ def test_nuclei(losses_of_a_step, path):
     trainer, losses = losses_of_a_step(path, CLASSES)
     check(path, trainer, losses)
     assert trainer.cfg.DISTILL.STUDENT_RESOLUTION == "L"
-    assert sum(v for k, v in losses.items() if "distill" in k) > 0 or path.stem == "control"
+    assert sum(v for k, v in losses.items() if "distill" in k) > 0 or path.stem == "no_kd"
 
 
 def test_nuclei_weights_come_from_all_losses_of_the_folder(losses_of_a_step):
@@ -107,7 +107,7 @@ def test_coco(losses_of_a_step, path):
     changes = ["MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.NORM", "BN"]
     trainer, losses = losses_of_a_step(path, [*CLASSES, *NARROW, *changes])
     check(path, trainer, losses)
-    assert sum(v for k, v in losses.items() if "distill" in k) > 0 or "control" in path.stem
+    assert sum(v for k, v in losses.items() if "distill" in k) > 0 or "no_kd" in path.stem
     assert (trainer.cfg.DISTILL.BALANCE.RATIO > 0) == ("balanced" in path.stem)
 
 
@@ -129,7 +129,7 @@ def test_published_values(path):
 
 
 def test_nothing_but_the_loss_differs():
-    reference = load_config(ROOT / "nuclei/losses/control.yaml")
+    reference = load_config(ROOT / "nuclei/losses/no_kd.yaml")
     (teacher,) = reference.DISTILL.TEACHERS
     reference.DISTILL.LOSSES = reference.DISTILL.TEACHERS = []
     for path in NUCLEI:

@@ -450,3 +450,29 @@ def test_bad_options():
 def test_predictions_that_nobody_declared():
     with pytest.raises(RuntimeError, match="needs ``heads``"):
         make_context([]).heads("teacher")
+
+
+def test_the_released_region_divides_by_the_anchor():
+    """Overlap / anchor area - (distance / diagonal)^2 in place of DIoU, with loops."""
+    pair, context = make_pair(boxes=UNEVEN)
+    found = pair.region(*context.boxes(torch.device("cpu")), lower=0.25, distance="released")
+    anchors = array(atss.anchors_around(pair.anchors, SIZE))
+    flat, image = (x.numpy() for x in context.boxes(torch.device("cpu")))
+    cells = list(pair.anchors.split(pair.level_sizes))
+    thresholds = atss.find_candidates(cells, torch.tensor(flat), 9, SIZE).threshold.numpy()
+    expected = np.zeros((len(UNEVEN), len(anchors)))
+    for box, n, threshold in zip(flat, image, thresholds):
+        for r, a in enumerate(anchors):
+            sides = np.minimum(box[2:], a[2:]) - np.maximum(box[:2], a[:2])
+            overlap = np.prod(sides.clip(min=0))
+            area, own = np.prod(box[2:] - box[:2]), np.prod(a[2:] - a[:2])
+            hull = np.maximum(box[2:], a[2:]) - np.minimum(box[:2], a[:2])
+            shift = (box[:2] + box[2:] - a[:2] - a[2:]) / 2
+            measure = overlap / own - np.sum(shift**2) / np.sum(hull**2)
+            if 0.25 * threshold <= measure < threshold:
+                expected[n, r] = max(expected[n, r], overlap / (area + own - overlap))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
+    paper = pair.region(*context.boxes(torch.device("cpu")), lower=0.25)
+    assert (found > 0).sum() != (paper > 0).sum()
+    with pytest.raises(ValueError, match="REGION must be 'paper' or 'released', not 'both'"):
+        build("LD", REGION="both")

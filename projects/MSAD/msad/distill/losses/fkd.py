@@ -64,11 +64,12 @@ class FKD(nn.Module):
         alpha: weight a; one-stage detectors. Two-stage: 7e-5.
         beta: weight b; one-stage detectors. Two-stage: 4e-3.
         temperature: of the attention; released code: 0.1 for one-stage and 0.5 for two-stage detectors.
+        channel_mask: weigh channels of the feature term by their attention, too; the released two-stage code does not.
         per_image: mean over images of norms instead, which does not depend on their number.
     """
 
     positive = ("temperature",)
-    two_stage = {"alpha": 7e-5, "beta": 4e-3, "temperature": 0.5}
+    two_stage = {"alpha": 7e-5, "beta": 4e-3, "temperature": 0.5, "channel_mask": False}
 
     def __init__(
         self,
@@ -78,10 +79,12 @@ class FKD(nn.Module):
         alpha: float = 4.2e-4,
         beta: float = 2.4e-2,
         temperature: float = 0.1,
+        channel_mask: bool = True,
         per_image: bool = False,
     ) -> None:
         super().__init__()
-        self.alpha, self.beta, self.temperature, self.per_image = alpha, beta, temperature, per_image
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.channel_mask, self.per_image = channel_mask, per_image
         self.levels = nn.ModuleDict()
         for i, name in enumerate(levels):
             s, t = student_channels[name], channels[name]
@@ -123,7 +126,7 @@ class FKD(nn.Module):
 
     @torch.no_grad()
     def _weights(self, s_channels: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Square root (N, C, h, w) of the product of the two sides' mean spatial and mean channel attention.
+        """Square root (N, C or 1, h, w) of the product of the two sides' mean spatial and mean channel attention.
 
         The student's channels are weighed on ``s_channels``, a map with as many channels as the teacher's.
         """
@@ -132,4 +135,6 @@ class FKD(nn.Module):
             channels_s = attention(s_channels, self.temperature)[1]
         space_t, channels_t = attention(t, self.temperature)
         space, channels = (space_s + space_t) / 2, (channels_s + channels_t) / 2
+        if not self.channel_mask:
+            return space.sqrt()[:, None]
         return space.sqrt()[:, None] * channels.sqrt()[:, :, None, None]
