@@ -237,9 +237,10 @@ for _kind in (RetinaNet, FCOS, GFL):
 @detection_graph.register
 def _(detector: GeneralizedRCNN) -> DetectionGraph:
     heads, proposals = detector.roi_heads, detector.proposal_generator
-    if not isinstance(heads, StandardROIHeads) or not isinstance(proposals, RPN):
+    # Subclasses go other ways to their detections.
+    if type(heads) not in (StandardROIHeads, CascadeROIHeads) or not isinstance(proposals, RPN):
         parts = f"{type(proposals).__name__} and {type(heads).__name__}"
-        raise TypeError(f"an R-CNN of {parts} cannot be exported to ONNX; one of RPN and StandardROIHeads can")
+        raise TypeError(f"an R-CNN of {parts} cannot be exported to ONNX; RPN with Standard- or CascadeROIHeads can")
     for task in ("mask", "keypoint"):
         if getattr(heads, f"{task}_on") and getattr(heads, f"{task}_pooler") is None:
             raise TypeError(f"an R-CNN without pooler of its {task} head (POOLER_TYPE '') cannot be exported to ONNX")
