@@ -37,6 +37,7 @@ KINDS = {
     "FCOS": ("FCOS", {}),
     "RetinaNet": ("RetinaNet", {"MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS": [[0.5, 1.0]]}),
     "GFL": ("GFL", {}),
+    "LightFCOS": ("LightFCOS", {"MODEL__LIGHTFCOS__FINEST_WIDTH": 4}),
     "MEInst": ("MEInst", {"MODEL__MEINST__CODE": "checkpoint", "MODEL__MEINST__DIM": 6}),
     "FasterRCNN": ("FasterRCNN", STOCK),
     "MaskRCNN": ("MaskRCNN", {}),

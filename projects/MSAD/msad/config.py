@@ -164,6 +164,15 @@ def add_msad_config(cfg: CN) -> CN:
     # With SCALES: tower that predicts centerness, "reg" or "cls" (the first version).
     cfg.MODEL.FCOS.CENTERNESS_ON = "reg"
 
+    # --- LightFCOS (FCOS with the keys of MODEL.FCOS and a lighter head) ------------------------------------------
+    cfg.MODEL.LIGHTFCOS = CN()
+    # Depthwise-separable convolutions in the towers.
+    cfg.MODEL.LIGHTFCOS.SEPARABLE = True
+    # One tower for classes and boxes.
+    cfg.MODEL.LIGHTFCOS.SHARED = False
+    # Channels of every layer of the finest level, which then has layers of its own; 0: it shares those of the others.
+    cfg.MODEL.LIGHTFCOS.FINEST_WIDTH = 0
+
     # --- MEInst (its boxes have the keys of MODEL.FCOS) ----------------------------------------------------------
     cfg.MODEL.MEINST = CN()
     # File of the mask code that tools/fit_mask_code.py makes from DATASETS.TRAIN; "checkpoint": MODEL.WEIGHTS have

@@ -122,7 +122,7 @@ def needed(own: dict, cfg: CfgNode) -> dict:
     Plain detectron2 knows none of them, so that the detector's own section is whole.
     """
     detector = detector_architecture(cfg).upper()
-    parts = {detector, "FPN", *(["FCOS"] if detector == "MEINST" else [])} if foreign_parts(cfg) else ()
+    parts = {detector, "FPN", *(["FCOS"] if detector in ("MEINST", "LIGHTFCOS") else [])} if foreign_parts(cfg) else ()
     others = {name.upper() for name, _ in META_ARCH_REGISTRY} - set(parts)
     own = {**own, "MODEL": {key: value for key, value in own["MODEL"].items() if key not in others}}
     return _prune(own, add_msad_config(get_cfg()), {f"MODEL.{part}" for part in parts}, "")
