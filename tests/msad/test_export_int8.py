@@ -71,6 +71,7 @@ def test_evaluates_by_the_evaluator_of_the_data(exported):
     results = evaluate_exported(cfg, file, threads=1)
     assert set(results) == {"tiny_val"} and {"AP", "APs"} <= set(results["tiny_val"]["bbox"])
     assert 0 <= results["tiny_val"]["bbox"]["AP"] <= 100
+    json.dumps(results, allow_nan=False)
 
 
 def test_refuses_data_of_other_classes(exported, tmp_path):

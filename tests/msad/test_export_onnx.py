@@ -132,6 +132,23 @@ def test_onnxruntime_finds_what_the_model_finds(kind, tiny_cfg, tiny_model, tmp_
             assert_same(to_size(one, small.shape, image.shape), instances)
 
 
+def test_openvino_reads_the_file(tiny_cfg, tiny_model, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="pip install 'msad[openvino]'")
+    model = tiny_model("GFL", range(3, 6))
+    set_threshold(model, 0.01)
+    graph = detection_graph(model)
+    (tmp_path / "model.onnx").write_bytes(exporter.trace(graph, exporter.describe(tiny_cfg("GFL"), graph, {})))
+    compiled = openvino.compile_model(tmp_path / "model.onnx", "CPU")
+    for sizes in ([(64, 64)], [(96, 70), (50, 100)]):
+        images, sizes = exporter.example_images(sizes, seed=3)
+        with torch.no_grad():
+            wanted = graph(images, sizes)
+        found = compiled({"images": images.numpy(), "sizes": sizes.numpy()})
+        assert len(wanted[0]) > 5
+        for number, values in enumerate(wanted):
+            torch.testing.assert_close(torch.from_numpy(found[number]), values, rtol=1e-4, atol=1e-3)
+
+
 def test_a_wrong_graph_is_refused(tiny_cfg, tiny_model):
     model = tiny_model("FCOS", range(3, 6)).eval()
     graph = detection_graph(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def instances(found: dict, image) -> Instances:
 
 
 def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[str, dict]:
-    """Results of every data set of DATASETS.TEST: {data set: {task: {metric: value}}}.
+    """Results of every data set of DATASETS.TEST: {data set: {task: {metric: value}}}; without ground truth None.
 
     The images are read and resized by the code that is shipped with the file, not by the config's INPUT.
 
@@ -57,5 +58,9 @@ def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[
         if len(classes) != len(known):
             raise ValueError(f"{file} has {len(classes)} classes, but {name} has {len(known)}: {', '.join(known)}")
         evaluator = DistillTrainer.build_evaluator(cfg, name)
-        results[name] = inference_on_dataset(model, [[record] for record in records], evaluator)
+        found = inference_on_dataset(model, [[record] for record in records], evaluator)
+        results[name] = {
+            task: {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
+            for task, values in found.items()
+        }
     return results

@@ -1,0 +1,83 @@
+"""tools/pareto.py on the miniature project, and what it calls best."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from msad import load_config
+from msad.export import pareto as measuring
+from msad.visualization.pareto import pareto_figure
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "pareto.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("pareto", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(name: str, ap: float, ms: float, engine: str = "torch") -> dict:
+    return {"name": name, "engine": engine, "AP": ap, "gmacs": ms, "milliseconds": {"1": ms}}
+
+
+def test_best_is_what_nothing_of_its_engine_beats():
+    rows = [row("good", 30, 10), row("slower", 30, 11), row("worse", 29, 10), row("cheap", 20, 5)]
+    rows += [row("twin", 30, 10), row("other", 1, 100, "int8")]
+    best = [r["name"] for r in rows if not any(measuring._beats(other, r, 1) for other in rows)]
+    assert best == ["good", "cheap", "twin", "other"]
+
+
+def test_measures_in_every_engine(tool, project, tmp_path, capsys):
+    pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
+    pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
+    file = project / "student.yaml"
+    torch.save({"model": build_model(load_config(file)).state_dict()}, tmp_path / "trained.pth")
+    output = tmp_path / "out"
+    status = tool.main([
+        "--model", "student", str(file), str(tmp_path / "trained.pth"), "--model", "student@64", str(file),
+        str(tmp_path / "trained.pth"), "--output", str(output), "--calibration", str(project / "data" / "images"),
+        "--images", "2", "--rounds", "1", "--threads", "1", "2",
+    ])  # fmt: skip
+    assert status == 0
+    rows = json.loads((output / "pareto.json").read_text())["rows"]
+    assert [(r["name"], r["engine"]) for r in rows] == [
+        (name, engine) for name in ("student", "student_64") for engine in measuring.ENGINES
+    ]
+    assert all(0 < r["milliseconds"]["2"] < float("inf") and r["AP"] >= 0 for r in rows)
+    assert 3 < rows[3]["gmacs"] / rows[0]["gmacs"] < 5  # twice the side
+    assert rows[0]["AP"] == pytest.approx(rows[1]["AP"], abs=0.5)
+    assert (output / "pareto.png").stat().st_size > 5000
+    assert (output / "student_64" / "model_int8.onnx").is_file()
+    assert "student_64" in capsys.readouterr().out
+
+
+def test_the_line_joins_the_best():
+    rows = [row("good", 30, 10), row("slower", 25, 11), row("cheap", 20, 5)]
+    for one in rows:
+        one["best"] = one["name"] != "slower"
+    _, time = pareto_figure(rows).axes
+    assert [list(line.get_xdata()) for line in time.lines] == [[5, 10, 11], [5, 10]]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([("a@big", "{}")], "--model a@big: behind the @ comes a short side in pixels"),
+        ([("a", "{}"), ("a", "{}")], "names must differ, got a, a"),
+        ([("a", "absent.yaml")], "no config file absent.yaml"),
+    ],
+)
+def test_errors_are_one_line(tool, project, tmp_path, capsys, models, message):
+    arguments = [x for n, f in models for x in ("--model", n, f.format(project / "student.yaml"), "w.pth")]
+    assert tool.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
