@@ -97,11 +97,16 @@ class DenseGraph(DetectionGraph):
         levels = zip(detector.anchor_generator.cell_anchors, _anchors(detector.anchor_generator, maps))
         predictions = zip(*detector.head(maps))
         best = [self._candidates(len(cell), *level, *maps) for (cell, *level), maps in zip(levels, predictions)]
-        scores, classes, anchors, sides, *codes = (torch.cat(parts, dim=1) for parts in zip(*best))
+        chosen, scores, classes, anchors, sides, *codes = (torch.cat(parts, dim=1) for parts in zip(*best))
         # Before a selection: an exported box transform need not work on no boxes.
         boxes = detector.box2box_transform.apply_deltas(sides.flatten(0, 1), anchors.flatten(0, 1))
         boxes = boxes.reshape(*scores.shape, 4)
-        image, row = (scores > detector.test_score_thresh).nonzero().unbind(1)
+        counts = chosen > detector.test_score_thresh
+        if getattr(detector, "clip_before_nms", False):
+            limit = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
+            boxes = torch.minimum(boxes.clamp(min=0), limit)
+            counts = counts & (boxes[..., 2:] > boxes[..., :2]).all(dim=2)
+        image, row = counts.nonzero().unbind(1)
         scores, classes, boxes = scores[image, row], classes[image, row], boxes[image, row]
         kept = ops.suppress(
             boxes, scores, image, classes, sizes.shape[0], detector.num_classes, detector.test_nms_thresh,
@@ -116,18 +121,24 @@ class DenseGraph(DetectionGraph):
     def _candidates(
         self, per_place: int, anchors: Tensor, logits: Tensor, sides: Tensor, *more: Tensor
     ) -> list[Tensor]:
-        """The best pairs of anchor and class of one level, (N, T, ...) each: scores, classes, anchors, and what the
-        head says of the anchor: sides, codes. ``logits`` and what follows are maps (N, A * K, H, W), A ``per_place``.
+        """The best pairs of anchor and class of one level, (N, T, ...) each: what they were chosen by, their scores,
+        classes and anchors, and what the head says of the anchor: sides, codes.
+
+        ``logits`` and what follows are maps (N, A * K, H, W), A ``per_place``.
         """
         detector = self.detector
         scores = ops.flat_map(logits, per_place).sigmoid()
+        late = getattr(detector, "score_rule", "") == "product_after_threshold"
         if isinstance(detector, FCOS):
             centerness, *more = more
-            scores = (scores * ops.flat_map(centerness, per_place).sigmoid()).sqrt()
-        values, index = ops.best(scores.flatten(1), detector.test_topk_candidates)
+            centerness = ops.flat_map(centerness, per_place).sigmoid()
+            scores = scores if late else (scores * centerness).sqrt()
+        chosen, index = ops.best(scores.flatten(1), detector.test_topk_candidates)
         row = index.div(detector.num_classes, rounding_mode="floor")
         rest = [ops.take_rows(ops.flat_map(x, per_place), row) for x in (sides, *more)]
-        return [values, index % detector.num_classes, anchors[row], *rest]
+        scores = chosen * ops.take_rows(centerness, row)[..., 0] if late else chosen
+        return [chosen, scores, index % detector.num_classes, anchors[row], *rest]
+
 
 
 class RCNNGraph(DetectionGraph):
