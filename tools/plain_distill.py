@@ -26,7 +26,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from tqdm import tqdm
 
-from msad import load_config
+from msad import cli, load_config
 from msad.data import register_datasets
 from msad.data.loader import build_train_loader
 from msad.distill.context import DistillContext
@@ -119,14 +119,17 @@ def check(cfg: CfgNode) -> None:
             raise ValueError(f"plain_distill.py {what}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="YAML", help="of a student with DISTILL.TEACHERS")
     parser.add_argument("--output", type=Path, default=Path("output/plain"), help="default: %(default)s")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides")
-    args = parser.parse_intermixed_args()
-    try:
+    args = cli.parse(parser, argv)
+    result = args.output / "model_final.pth"
+
+    def work() -> None:
         cfg = load_config(args.config, args.opts)
+        cli.require_device(cfg.MODEL.DEVICE)
+        cli.refuse_overwriting([result], [cfg.MODEL.WEIGHTS, *(t.get("WEIGHTS", "") for t in cfg.DISTILL.TEACHERS)])
         if cfg.SEED < 0:
             cfg.SEED = np.random.randint(2**31)
             print(f"SEED is not set; this run uses {cfg.SEED}")
@@ -135,20 +138,15 @@ def main() -> int:
         register_datasets(cfg)
         seed_all_rng(cfg.SEED)
         student = build_model(cfg)
-        bar = tqdm(distill(cfg, student), total=cfg.SOLVER.MAX_ITER, unit="it", dynamic_ncols=True)
+        bar = tqdm(distill(cfg, student), total=cfg.SOLVER.MAX_ITER, unit="it", dynamic_ncols=True, disable=None)
         for number, terms in enumerate(bar):
             if number % 20 == 0:
                 bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in terms.items()), refresh=False)
-    except KeyboardInterrupt:
-        print("\nInterrupted; nothing is saved.", file=sys.stderr)
-        return 130
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        print(f"error: {error.args[0]}", file=sys.stderr)
-        return 2
-    args.output.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": student.state_dict()}, args.output / "model_final.pth")
-    print(f"Student: {args.output / 'model_final.pth'}; evaluate it with tools/train_net.py --eval-only")
-    return 0
+        args.output.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": student.state_dict()}, result)
+        print(f"Student: {result}; evaluate it with tools/train_net.py --eval-only")
+
+    return cli.run("plain_distill.py", work, "interrupted; nothing is saved")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 
 import pytest
@@ -129,3 +130,11 @@ def test_the_command_lists_its_tools_and_runs_them(capsys):
     assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage: msad export ")
     assert cli.main(["tain"]) == 2
     assert "no command 'tain'; did you mean train?" in capsys.readouterr().err
+
+
+def test_every_tool_can_be_called_from_python():
+    """msad and tests call ``main(argv)``; without it, what is on the command line counts."""
+    for name, file in cli.commands().items():
+        (main,) = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+        names = [argument.arg for argument in main.args.args]
+        assert names == ["argv"] and len(main.args.defaults) == 1, name

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -119,8 +118,7 @@ def test_losses_of_an_rcnn_are_those_of_the_trainer(tool, project, tmp_path, mon
 
 def test_command_line(tool, project, teacher_weights, tmp_path, monkeypatch, capsys):
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["plain_distill.py", *map(str, args)])
-        return tool.main()
+        return tool.main(list(map(str, args)))
 
     teachers = [{"CONFIG": "teacher.yaml", "WEIGHTS": teacher_weights["teacher"]}]
     opts = ["DISTILL.TEACHERS", teachers, "SOLVER.MAX_ITER", 1]
