@@ -30,7 +30,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 from msad import cli, load_config
-from msad.data.layouts import LAYOUTS, register_entries
+from msad.data.layouts import LAYOUTS, read_contents, register_entries
+from msad.data.register import registered
 from msad.data.synthetic import make_dataset
 from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name, load_model
@@ -38,7 +39,6 @@ from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs
 from msad.experiments.jobs import Run, count_cores, device_opts, error_of, make_slots
 from msad.experiments.report import write_report
-from msad.experiments.run import registered
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import QUICK, choose, standard_variants
 from msad.modeling.adapters import num_classes_key
@@ -75,16 +75,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def data_opts(folder: Path, work: Path, files: Sequence[Path], opts: Sequence, say: bool = True) -> list:
+def data_opts(folder: Path, files: Sequence[Path], opts: Sequence, say: bool = True) -> list:
     """Overrides that make the configs ``files`` train and test on ``folder``.
 
     Args:
-        work: folder for annotation files that must be completed.
         opts: further overrides of the configs.
         say: print what the detectors ignore.
     """
     # No data set of the engine's own is called so, whatever the folder's name is.
-    entries, content = register_entries(folder, work, f"data_{folder.resolve().name}")
+    entries = register_entries(folder, f"data_{folder.resolve().name}")
+    content = read_contents(entries)
     configs = [load_config(file, list(opts)) for file in files]
     train, val = (entry["NAME"] for entry in entries)
     out = ["DATASETS.REGISTER", entries, "DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,)]
@@ -111,7 +111,7 @@ def make_study(args: argparse.Namespace) -> Comparison:
         print(f"Scenes: {SYNTHETIC['num_train']} for training, {SYNTHETIC['num_val']} for validation, in {folder}")
         make_dataset(folder, **SYNTHETIC)
     if folder is not None:
-        opts = data_opts(folder, args.output / "data", list(files), opts, args.data is not None) + opts
+        opts = data_opts(folder, list(files), opts, args.data is not None) + opts
     scale = 1.0
     if args.short_side:
         scale = args.short_side / load_config(args.configs / "Base.yaml").INPUT.MIN_SIZE_TEST

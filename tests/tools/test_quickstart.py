@@ -82,12 +82,12 @@ def test_data_fit_any_detector(quickstart, tmp_path, capsys):
     make_dataset(tmp_path / "coco_2017", **{**SCENES, "num_train": 1, "num_val": 1, "classes": ("disc", "ring")})
     files = [REPOSITORY / "configs/quickstart/baseline_H.yaml", REPOSITORY / "configs/nuclei/gfl/student_L.yaml",
              REPOSITORY / "configs/quickstart/Base-RCNN.yaml"]  # fmt: skip
-    opts = quickstart.data_opts(tmp_path / "coco_2017", tmp_path / "work", files, [])
+    opts = quickstart.data_opts(tmp_path / "coco_2017", files, [])
     assert "masks are ignored" in (error := capsys.readouterr().err) and "keypoints are ignored" in error
     cfg = load_config(files[0], opts)
     assert (cfg.MODEL.FCOS.NUM_CLASSES, cfg.MODEL.GFL.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES) == (2, 2, 2)
     assert cfg.DATASETS.TRAIN == ("data_coco_2017_train",)  # not detectron2's own coco_2017_train
-    quickstart.data_opts(tmp_path / "coco_2017", tmp_path / "work", files, ["MODEL.MASK_ON", True])
+    quickstart.data_opts(tmp_path / "coco_2017", files, ["MODEL.MASK_ON", True])
     assert "masks" not in capsys.readouterr().err
 
 

@@ -14,7 +14,8 @@ environment variable DETECTRON2_DATASETS (default: ``datasets``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -60,6 +61,19 @@ def _follow_training_set(cfg: CfgNode, names: list[str]) -> None:
             metadata = MetadataCatalog.get(name)
             if metadata.get("classes_like") is None and MetadataCatalog.get(first).get("classes_like") != name:
                 metadata.classes_like = first
+
+
+@contextlib.contextmanager
+def registered(cfg: CfgNode) -> Iterator[None]:
+    """The data sets of ``cfg`` are known inside; configs of one process may mean other data by the same name."""
+    before = set(DatasetCatalog.list())
+    try:
+        register_datasets(cfg)
+        yield
+    finally:
+        for name in set(DatasetCatalog.list()) - before:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 
 def _register(entry: Any, position: int) -> str:

@@ -12,9 +12,9 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..data.register import registered
 from ..evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs, time_parts
 from ..modeling.teacher import MultiScaleTeacher
-from .run import registered
 
 
 def scale_inputs(cfg: CfgNode, factor: float) -> None:

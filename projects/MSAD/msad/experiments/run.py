@@ -24,14 +24,13 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 
 from .. import __version__
 from ..config import load_config
 from ..data.fingerprint import dataset_fingerprint, file_sha256
-from ..data.register import register_datasets
+from ..data.register import registered
 from ..engine.checkpoint import atomic_write
 from ..engine.setup import engine_name, evaluate, evaluate_branches, load_model, prepare
 from ..engine.trainer import DistillTrainer
@@ -60,19 +59,6 @@ def _data(datasets: str, root: str) -> dict:
     cfg = CfgNode({"DATASETS": CfgNode.load_cfg(datasets)})
     with registered(cfg):
         return dataset_fingerprint(cfg)
-
-
-@contextlib.contextmanager
-def registered(cfg: CfgNode) -> Iterator[None]:
-    """The data sets of ``cfg`` are known inside; configs of one comparison may mean other data by the same name."""
-    before = set(DatasetCatalog.list())
-    try:
-        register_datasets(cfg)
-        yield
-    finally:
-        for name in set(DatasetCatalog.list()) - before:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
 
 
 @functools.cache

@@ -62,7 +62,8 @@ def intervals_figure(
                           hatch=style.hatch)  # fmt: skip
                 right = max([row.mean + (row.half or 0.0), *row.per_seed])
                 spread = f" ± {row.half:.1f}" if row.half is not None else ""
-                axes.annotate(f"{row.mean:.1f}{spread}", (right, y), (6, 0), textcoords="offset points", va="center")
+                axes.annotate(f"{row.mean:.1f}{spread}", (right, y), (6, 0), textcoords="offset points", va="center",
+                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
             elif y % 2 == 0:
                 axes.axhspan(y - 0.5, y + 0.5, color=FAINT, alpha=0.3, linewidth=0)
             axes.errorbar(row.mean, y, xerr=row.half, fmt="|", color=style.colour, markersize=10, markeredgewidth=2,
