@@ -1,0 +1,112 @@
+"""tools/adaptation_cost.py: a student and two teachers of other kinds and scales, interrupted and continued."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+
+from msad import load_config
+from msad.distill.progressive.table import read_costs
+from msad.engine.stages import stage_configs
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "adaptation_cost.py"
+
+
+@pytest.fixture
+def call(project, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("adaptation_cost_tool", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, source in (("student", "retinanet_student"), ("multi", "teacher"), ("wide", "gfl")):
+        text = f"_BASE_: {project}/{source}.yaml\nDISTILL: {{TEACHERS: [], LOSSES: []}}\n"
+        text += "MODEL: {FPN: {OUT_CHANNELS: 48}}\n" if name == "wide" else ""
+        (tmp_path / f"{name}.yaml").write_text(text)
+        torch.manual_seed(4)
+        model = build_model(load_config(tmp_path / f"{name}.yaml"))
+        torch.save({"model": model.state_dict()}, tmp_path / f"{name}.pth")
+    entries = [
+        {"NAME": "multi", "CONFIG": str(tmp_path / "multi.yaml"), "WEIGHTS": str(tmp_path / "multi.pth")},
+        {"NAME": "wide", "CONFIG": str(tmp_path / "wide.yaml"), "WEIGHTS": str(tmp_path / "wide.pth"), "SCALE": 0.75},
+    ]
+    config = {"_BASE_": str(tmp_path / "student.yaml"), "DISTILL": {"TEACHERS": entries}}
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(config))
+
+    def run(*args):
+        line = ["--config-file", tmp_path / "all.yaml", "--weights", tmp_path / "student.pth"]
+        line += ["--output", tmp_path / "out", "--pairing", "by_index", *args]
+        return module.main([str(a) for a in line]), capsys.readouterr()
+
+    run.module, run.out = module, tmp_path / "out"
+    return run
+
+
+def test_costs_order_and_stages(call, tmp_path, monkeypatch):
+    maps_of, calls = call.module.image_maps, []
+
+    def interrupted(network, item):
+        calls.append(network.name)
+        if len(calls) == 7:  # the third image
+            raise KeyboardInterrupt
+        return maps_of(network, item)
+
+    monkeypatch.setattr(call.module, "image_maps", interrupted)
+    quality = ["--quality", "wide=30", "multi=40"]
+    status, printed = call(*quality)
+    assert status == 130 and "goes on with the other images" in printed.err
+    status, printed = call(*quality)
+    assert status == 0, printed.err
+    # 6 images to train on and 2 to validate, each once through each of the three networks, but for the one interrupted.
+    assert len(calls) == 3 * 8 + 1 and calls.count("wide") == 8
+    found = json.loads((call.out / "costs.json").read_text())
+    assert found["images"] == {"train": 6, "val": 2} and found["quality"] == {"multi": 40.0, "wide": 30.0}
+    assert len(found["levels"]["wide"]["student"]) == 5
+    for costs in (found["costs"], found["normalized_costs"]):
+        assert all(costs[a][b] > 0 for a in costs for b in costs if a != b)
+    assert all((call.out / name).stat().st_size > 5000 for name in ("costs.png", "graph.png"))
+    stages = yaml.safe_load((call.out / "stages.yaml").read_text())["DISTILL"]
+    assert found["order"][-1] == "multi" and [s["TEACHERS"][0] for s in stages["STAGES"]] == found["order"]
+    assert [entry["NAME"] for entry in stages["TEACHERS"]] == found["order"]
+    # Stages run as they are, on top of the student's yaml.
+    (tmp_path / "curriculum.yaml").write_text(f"_BASE_: all.yaml\n{(call.out / 'stages.yaml').read_text()}")
+    configs = stage_configs(load_config(tmp_path / "curriculum.yaml"))
+    assert [[entry["NAME"] for entry in c.DISTILL.TEACHERS] for c in configs] == [[name] for name in found["order"]]
+    assert read_costs(call.out / "costs.json").teachers == found["teachers"]
+
+    # Without the interruption the numbers are the same.
+    (call.out / "progress.pt").unlink()
+    assert call(*quality)[0] == 0
+    assert json.loads((call.out / "costs.json").read_text())["costs"] == found["costs"]
+
+
+def test_a_network_adapts_to_itself_at_no_cost(call, tmp_path):
+    config = yaml.safe_load((tmp_path / "all.yaml").read_text())
+    twin = {"CONFIG": str(tmp_path / "wide.yaml"), "WEIGHTS": str(tmp_path / "wide.pth")}
+    config["DISTILL"]["TEACHERS"] = [{"NAME": name, **twin} for name in ("one", "two")]
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(config))
+    status, printed = call("--ridge", 1e-12)
+    assert status == 0 and "order_teachers.py" in printed.out  # no --quality, no order
+    found = json.loads((call.out / "costs.json").read_text())
+    same, other = found["levels"]["one"]["two"]["p3>p3"], found["levels"]["student"]["one"]["p3>p3"]
+    assert same["cost"] < 1e-6 * same["variance"] and other["cost"] > 1e-3 * other["variance"]
+    # A map of the coarsest level has 48 weights and a bias for every channel, and six images of one location each.
+    assert found["levels"]["one"]["two"]["p7>p7"]["locations"] == 6
+    assert "fewer locations than they have unknowns (at worst 6 for " in printed.out
+    assert found["order"] == [] and not (call.out / "stages.yaml").exists()
+
+
+def test_errors_are_one_sentence(call, tmp_path):
+    for args, words in (
+        (["--quality", "wide=30"], "the performance of teacher 'multi' is missing"),
+        (["--quality", "htc=30"], "no teacher 'htc'; the teachers are multi, wide"),
+        (["DISTILL.TEACHERS", "[]"], "has no DISTILL.TEACHERS"),
+        (["--weights", tmp_path / "none.pth"], "no checkpoint"),
+        (["--pairing", "by_stride"], "no level of equal stride"),
+    ):
+        status, printed = call(*args)
+        assert status == 2 and words in printed.err and len(printed.err.strip().splitlines()) == 1, printed.err
