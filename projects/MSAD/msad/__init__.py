@@ -4,6 +4,7 @@ Importing the package registers its meta-architectures, backbones and distillati
 """
 
 from .config import add_msad_config, load_config
+from .distill import cross_scale as _cross_scale  # noqa: F401  (fills DISTILL_ASSISTANT_REGISTRY)
 from .distill import losses as _losses  # noqa: F401  (fills DISTILL_LOSS_REGISTRY)
 from .modeling import backbones as _backbones  # noqa: F401  (fills BACKBONE_REGISTRY)
 from .modeling import detectors as _detectors  # noqa: F401  (fills META_ARCH_REGISTRY)

@@ -319,8 +319,8 @@ def add_msad_config(cfg: CN) -> CN:
     # is in no mean), TAP: where features are read, LEVELS: H-frame levels, ...}; see docs/CONFIG.md. Empty: the student
     # is only initialised from the teacher (the no-KD baseline of every comparison).
     cfg.DISTILL.LOSSES = []
-    # Entries {NAME: registered assistant, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, ...}: sources that are trained
-    # beside the student, each with its own optimizer.
+    # Entries {NAME: registered assistant, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, HEAD_LEARNS, ...}: sources that
+    # are trained beside the student, each with its own optimizer.
     cfg.DISTILL.ASSISTANTS = []
     # Entries {TEACHERS: [names], and any sections of the config with what differs, as SOLVER: {MAX_ITER: 1000}}: the
     # student is trained in one run a stage, each from the student of the one before, in OUTPUT_DIR/stage1, stage2, ...
@@ -337,7 +337,10 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.DISTILL.TEACHER_BN = "eval"
     # Weight of the student's detection losses (gamma of the paper).
     cfg.DISTILL.W_DET = 1.0
-    # Iterations over which the distillation weight rises linearly from 0 (released: 500).
+    # Iterations without distillation losses at the beginning, in which assistants learn already (ScaleKD: 30000 of
+    # 90000).
+    cfg.DISTILL.START_ITER = 0
+    # Iterations after START_ITER over which the distillation weight rises linearly from 0 (released: 500).
     cfg.DISTILL.WARMUP_ITERS = 500
     # End of distillation: from DECAY_FROM to DECAY_TO (fractions of SOLVER.MAX_ITER) the weight falls linearly to 0.
     # [1.0, 1.0] keeps it to the end, as the paper and the released code do.

@@ -18,7 +18,7 @@ from .context import DistillContext, Features
 
 DISTILL_ASSISTANT_REGISTRY = Registry("DISTILL_ASSISTANT")
 # Keys of an entry that say how an assistant is trained, see msad.engine.assistants.
-TRAINING_OPTIONS = ("optimizer", "base_lr", "weight_decay", "schedule")
+TRAINING_OPTIONS = ("optimizer", "base_lr", "weight_decay", "schedule", "head_learns")
 INJECTED_ARGUMENTS = ("self", "student", "sources")
 
 
@@ -59,7 +59,7 @@ def build_assistants(
     """The assistants of DISTILL.ASSISTANTS by name, which is that of their class.
 
     Args:
-        entries: {NAME, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, options of the assistant}.
+        entries: {NAME, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, HEAD_LEARNS, options of the assistant}.
         student, sources: shapes at the neck.
         seed: initial weights are a function of it and of the name alone.
 

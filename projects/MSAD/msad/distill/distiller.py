@@ -44,6 +44,7 @@ class Distiller(nn.Module):
         ensembles: means of teachers.
         w_det: weight of the student's detection losses.
         factor: iteration -> factor on the distillation losses.
+        start_iter: until then ``factor`` is 0 because distillation has not begun; assistants learn nevertheless.
         downsample_mode: see :func:`msad.resolution.downsample`.
         balance: sets the weights of the losses, which then must have weight 1; None: they are as they are.
 
@@ -64,6 +65,7 @@ class Distiller(nn.Module):
         ensembles: Sequence[Ensemble] = (),
         w_det: float = 1.0,
         factor: Callable[[int], float] = lambda iteration: 1.0,
+        start_iter: int = 0,
         downsample_mode: str = "antialias",
         balance: GradientBalance | None = None,
     ) -> None:
@@ -77,6 +79,7 @@ class Distiller(nn.Module):
         self.resolution = resolution
         self.w_det = w_det
         self.factor = factor
+        self.start_iter = start_iter
         self.downsample_mode = downsample_mode
         self.balance = balance
         self.assistants: list[Callable[[DistillContext], None]] = []
@@ -201,8 +204,10 @@ class Distiller(nn.Module):
             return None
         iteration = get_event_storage().iter
         factor = self.factor(iteration)
-        over = factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters())
-        return None if over else factor
+        resting = factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters())
+        if resting and not (self.assistants and iteration < self.start_iter):
+            return None
+        return factor
 
     def _pair_heads(self, record: HeadRecord, context: DistillContext, source: str) -> list[HeadPair]:
         teacher = next((t for t in self.teachers if t.name == source), None)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 
 def distillation_factor(
-    iteration: int, max_iter: int, warmup_iters: int = 0, decay_from: float = 1.0, decay_to: float = 1.0
+    iteration: int,
+    max_iter: int,
+    warmup_iters: int = 0,
+    decay_from: float = 1.0,
+    decay_to: float = 1.0,
+    start_iter: int = 0,
 ) -> float:
     """Factor in [0, 1] on the distillation losses.
 
-    Rises linearly from 0 at iteration 0 to 1 at ``warmup_iters`` (released MSAD code: 500), stays there, and falls
-    linearly from 1 at ``decay_from * max_iter`` to 0 at ``decay_to * max_iter``. A function of the iteration alone,
+    Is 0 before ``start_iter``, rises linearly to 1 in ``warmup_iters`` (released MSAD code: 500), stays there, and
+    falls linearly from 1 at ``decay_from * max_iter`` to 0 at ``decay_to * max_iter``. A function of the iteration alone,
     so a resumed run continues where it was.
     """
     if not 0.0 <= decay_from <= decay_to <= 1.0:
         raise ValueError(f"need 0 <= DISTILL.DECAY_FROM <= DISTILL.DECAY_TO <= 1, got {decay_from}, {decay_to}")
-    factor = min(iteration / warmup_iters, 1.0) if warmup_iters > 0 else 1.0
+    if iteration < start_iter:
+        return 0.0
+    factor = min((iteration - start_iter) / warmup_iters, 1.0) if warmup_iters > 0 else 1.0
     start, end = decay_from * max_iter, decay_to * max_iter
     if decay_from < 1.0 and iteration >= start:
         factor *= max((end - iteration) / (end - start), 0.0) if end > start else 0.0

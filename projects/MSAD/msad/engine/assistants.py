@@ -51,7 +51,8 @@ class AssistantStep:
         assistant: on its device.
         cfg: of the run.
         entry: its DISTILL.ASSISTANTS entry: OPTIMIZER ("Adam", "AdamW", "SGD"; default "Adam"), BASE_LR (default
-            SOLVER.BASE_LR), WEIGHT_DECAY (default 0), SCHEDULE ("solver": that of the student; "constant").
+            SOLVER.BASE_LR), WEIGHT_DECAY (default 0), SCHEDULE ("solver": that of the student; "constant"),
+            HEAD_LEARNS (default False: the student's heads also learn from the assistant's features, detached).
         student: whose heads the assistant's losses may go through; they get no gradients from them.
 
     Raises:
@@ -74,6 +75,7 @@ class AssistantStep:
             weight_decay=float(options.get("weight_decay", 0.0)),
         )
         self.scheduler = build_lr_scheduler(cfg, self.optimizer) if schedule == "solver" else None
+        self.head_learns = bool(options.get("head_learns", False))
         device = torch.device(cfg.MODEL.DEVICE).type
         half = cfg.SOLVER.AMP.ENABLED and device == "cuda"
         self.scaler = torch.amp.GradScaler(device, enabled=half)
@@ -93,6 +95,9 @@ class AssistantStep:
             self.scheduler.step()
         with torch.no_grad():
             context.sources[self.name] = self.assistant.features(own)
+        if self.head_learns:
+            taught = context.run_losses(context.sources[self.name])
+            context.detection.update({f"{key}@{self.name}": value for key, value in taught.items()})
         if (context.iteration + 1) % LOG_PERIOD == 0:
             for name, value in losses.items():
                 get_event_storage().put_scalar(f"assistant/{self.name}/{name}", float(value.detach()))

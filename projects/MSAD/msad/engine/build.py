@@ -163,6 +163,7 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teachers: list[FrozenTeach
         warmup_iters=cfg.DISTILL.WARMUP_ITERS,
         decay_from=cfg.DISTILL.DECAY_FROM,
         decay_to=cfg.DISTILL.DECAY_TO,
+        start_iter=cfg.DISTILL.START_ITER,
     )
     factor(0)  # wrong values are an error here and not in the first step
     ensembles = [
@@ -194,6 +195,7 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teachers: list[FrozenTeach
         ensembles=ensembles,
         w_det=cfg.DISTILL.W_DET,
         factor=factor,
+        start_iter=cfg.DISTILL.START_ITER,
         downsample_mode=cfg.MSAD.DOWNSAMPLE,
         balance=build_balance(cfg, losses),
     )

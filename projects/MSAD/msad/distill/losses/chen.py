@@ -60,6 +60,11 @@ def bounded_regression(
     return torch.where(ours + margin > bound, ours, 0.0)
 
 
+def direct_regression(s: torch.Tensor, t: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Smooth L1 distance (beta 1) of encoded boxes (P, 4) from the teacher's, (P,); eq. (2) of ScaleKD (CVPR 2023)."""
+    return F.smooth_l1_loss(s, t, reduction="none").sum(dim=-1)
+
+
 @DISTILL_LOSS_REGISTRY.register()
 class Chen(nn.Module):
     """The two losses on predictions of Chen et al.; the hint is ``FitNet`` or ``AlignedL1`` with ADAPTATION: always.
@@ -76,14 +81,19 @@ class Chen(nn.Module):
         margin: by how much the student must beat the teacher to be let go.
         w_bg: weight of the background.
         focus: of dense heads, see :func:`soft_binary_cross_entropy`; heads that draw anchors need none.
+        bbox: "bounded", or "direct": smooth L1 to the teacher's boxes in its place, as ScaleKD has it.
     """
 
     heads = ("dense", "distributions", "rcnn")
 
     def __init__(
-        self, mu: float = 0.5, nu: float = 0.5, margin: float = 0.0, w_bg: float = 1.5, focus: float = 2.0
-    ) -> None:
+        self, mu: float = 0.5, nu: float = 0.5, margin: float = 0.0, w_bg: float = 1.5, focus: float = 2.0,
+        bbox: str = "bounded",
+    ) -> None:  # fmt: skip
         super().__init__()
+        if bbox not in ("bounded", "direct"):
+            raise ValueError(f"DISTILL.LOSSES: Chen: BBOX must be 'bounded' or 'direct', not {bbox!r}")
+        self.bbox = bbox
         if not 0 < mu <= 1:
             raise ValueError(f"Chen: MU must be in (0, 1], not {mu}")
         self.mu, self.nu, self.margin, self.w_bg, self.focus = mu, nu, margin, w_bg, focus
@@ -92,9 +102,10 @@ class Chen(nn.Module):
         terms = {}
         for pair in pairs:
             soft = self._classification(pair).sum() / pair.normalizer
-            bounded = bounded_regression(*pair.matched_deltas(), self.margin).sum() / pair.normalizer
+            deltas = pair.matched_deltas()
+            boxes = direct_regression(*deltas) if self.bbox == "direct" else bounded_regression(*deltas, self.margin)
             terms[f"{pair.name}_cls"] = (1 - self.mu) / self.mu * soft
-            terms[f"{pair.name}_reg"] = self.nu * bounded
+            terms[f"{pair.name}_reg"] = self.nu * boxes.sum() / pair.normalizer
         return terms
 
     def _classification(self, pair: HeadPair) -> torch.Tensor:

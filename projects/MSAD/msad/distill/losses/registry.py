@@ -13,7 +13,8 @@ It is called as ``loss(student, teacher, context)`` with feature dicts of equal 
 ``student_channels``) shapes (N, C, h, w), and a :class:`msad.distill.context.DistillContext`; it returns a dict of
 scalar tensors. Losses know tensors, not models. Class attributes may say more of the options, by their names in lower
 case: ``default_weight`` is the WEIGHT of entries that have none, ``positive`` names those that must be above 0,
-``two_stage`` has values published for two-stage detectors where the defaults are those of dense ones.
+``two_stage`` has values published for two-stage detectors where the defaults are those of dense ones,
+``pools_teacher`` asks for the student's grid where levels differ in stride (otherwise it is the teacher's).
 
 A loss that compares predictions instead of features has a class attribute ``heads``, the kinds of heads it can compare
 ("dense", "distributions", "rcnn"). It is built without ``levels`` and called as ``loss(pairs, context)`` with a list of
@@ -30,6 +31,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from fvcore.common.registry import Registry
 from torch import nn
@@ -112,6 +114,8 @@ class WeightedLoss(nn.Module):
                 s, t = crop_to_common(s, t, pair.strides)
             if pair.teacher in self.adaptation:
                 s = self.adaptation[pair.teacher](s)
+            if self.resize and getattr(self.loss, "pools_teacher", False):
+                t = F.adaptive_avg_pool2d(t, s.shape[-2:])
             ours[pair.teacher], theirs[pair.teacher] = resize_to(s, t) if self.resize else s, t
         return ours, theirs
 

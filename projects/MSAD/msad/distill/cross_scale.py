@@ -1,0 +1,161 @@
+"""The cross-scale assistant (CSA) of ScaleKD (Zhu et al., CVPR 2023, Sec. 3.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from .assistants import DISTILL_ASSISTANT_REGISTRY, Assistant
+from .context import DistillContext, Features
+from .losses.pairing import pair_levels
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(2).transpose(1, 2)  # (N, C, h, w) -> (N, h w, C)
+
+
+class Aggregation(nn.Module):
+    """MSC(., r): one token for each r x r locations, by a strided convolution, layer norm and GELU."""
+
+    def __init__(self, in_channels: int, channels: int, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.merge = nn.Conv2d(in_channels, channels, ratio, stride=ratio)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C', h, w) -> (N, C, ceil(h / r), ceil(w / r)); the border is completed with zeros."""
+        x = F.pad(x, (0, -x.shape[-1] % self.ratio, 0, -x.shape[-2] % self.ratio))
+        x = self.norm(self.merge(x).permute(0, 2, 3, 1))
+        return F.gelu(x).permute(0, 3, 1, 2)
+
+
+class CrossScaleAttention(nn.Module):
+    """Cross-attention whose heads see keys and values at different ratios of aggregation; eqs. (3) to (6).
+
+    ``h_i = softmax(Q_i K_i^T / sqrt(d)) (V_i + P(V_i))`` with ``Q = X W_Q``, ``K_i = MSC(Y, r_i) W_K``,
+    ``V_i = MSC(Y', r_i) W_V`` and P a depthwise 3x3 convolution on the map of V. The printed eq. (6) has V inside the
+    softmax.
+
+    Args:
+        query_channels, key_channels, value_channels: of X, Y and Y'.
+        channels: C of the output.
+        heads: in all, divided evenly among ``ratios``.
+        ratios: r_i, one of each group of heads.
+
+    Raises:
+        ValueError: C is no multiple of heads, or heads none of the number of ratios.
+    """
+
+    def __init__(
+        self, query_channels: int, key_channels: int, value_channels: int, channels: int, heads: int,
+        ratios: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if channels % heads or heads % len(ratios):
+            raise ValueError(
+                f"CrossScaleAssistant: {heads} HEADS must divide {channels} channels, and the {len(ratios)} ratios them"
+            )
+        self.heads, self.size = heads // len(ratios), channels // heads
+        group = channels // len(ratios)
+        self.query = nn.Linear(query_channels, channels)
+        self.of_keys = nn.ModuleList(Aggregation(key_channels, channels, r) for r in ratios)
+        self.of_values = nn.ModuleList(
+            self.of_keys[i] if key_channels == value_channels else Aggregation(value_channels, channels, r)
+            for i, r in enumerate(ratios)
+        )
+        self.keys = nn.ModuleList(nn.Linear(channels, group) for _ in ratios)
+        self.values = nn.ModuleList(nn.Linear(channels, group) for _ in ratios)
+        self.project = nn.ModuleList(nn.Conv2d(group, group, 3, padding=1, groups=group) for _ in ratios)
+        self.output = nn.Linear(channels, channels)
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (self.heads, self.size)).transpose(1, 2)  # (N, T, group) -> (N, heads, T, d)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Queries of x (N, C_x, h, w), keys of y and values of ``values`` (default: y) -> (N, C, h, w)."""
+        queries = self.query(_tokens(x)).chunk(len(self.keys), dim=2)
+        found = []
+        for i, query in enumerate(queries):
+            of_keys = self.of_keys[i](y)
+            of_values = of_keys if values is None else self.of_values[i](values)
+            key, value = self.keys[i](_tokens(of_keys)), self.values[i](_tokens(of_values))
+            on_map = value.transpose(1, 2).unflatten(2, of_values.shape[-2:])
+            value = value + _tokens(self.project[i](on_map))
+            attended = F.scaled_dot_product_attention(*(self._split(z) for z in (query, key, value)))
+            found.append(attended.transpose(1, 2).flatten(2))
+        out = self.output(torch.cat(found, dim=2))
+        return out.transpose(1, 2).unflatten(2, x.shape[-2:])
+
+
+@DISTILL_ASSISTANT_REGISTRY.register()
+class CrossScaleAssistant(Assistant):
+    """Refines the teacher's features for the student's grid, level by level, and is trained by the student's heads.
+
+    Its class and box predictions, through the student's heads, are what the student is distilled from: a DISTILL.LOSSES
+    entry with SOURCE: CrossScaleAssistant.
+
+    Args:
+        teacher: name of the teacher; "": the first.
+        match: how levels pair, "by_index" (a teacher at twice the input) or "by_stride" (aligned).
+        qkv: "eq": queries from the student, keys and values from the teacher, as in eqs. (3) to (5); "text": queries
+            and keys from the teacher, values from the student, as in the text.
+        heads: of each level's attention.
+        ratio: of aggregation on the student's finest level: 8 where it is P3, 16 where it is P2. It halves with every
+            level and doubles with the teacher's grid; the second half of the heads has half of it.
+        multiscale: False: plain attention, all ratios 1.
+
+    Raises:
+        ValueError: an unknown teacher, ``qkv`` or pairing.
+    """
+
+    def __init__(
+        self,
+        student: dict[str, ShapeSpec],
+        sources: dict[str, dict[str, ShapeSpec]],
+        teacher: str = "",
+        match: str = "by_index",
+        qkv: str = "eq",
+        heads: int = 8,
+        ratio: int = 8,
+        multiscale: bool = True,
+    ) -> None:
+        super().__init__()
+        if qkv not in ("eq", "text"):
+            raise ValueError(f"DISTILL.ASSISTANTS: CrossScaleAssistant: QKV must be 'eq' or 'text', not {qkv!r}")
+        self.teacher = teacher or next(iter(sources))
+        if self.teacher not in sources:
+            raise ValueError(
+                f"DISTILL.ASSISTANTS: CrossScaleAssistant: no teacher is named {teacher!r} ({', '.join(sources)})"
+            )
+        self.qkv = qkv
+        theirs = sources[self.teacher]
+        self.pairs = pair_levels(student, theirs, match, None)
+        self._shapes = {pair.student: student[pair.student] for pair in self.pairs}
+        self.attention = nn.ModuleDict()
+        for position, pair in enumerate(self.pairs):
+            s, t = student[pair.student], theirs[pair.teacher]
+            finer = max(round(s.stride / t.stride), 1) if qkv == "eq" else 1
+            first = max(ratio // 2**position, 1) * finer if multiscale else 1
+            ratios = (first, max(first // 2, 1))
+            channels = (s.channels, t.channels, t.channels) if qkv == "eq" else (t.channels, t.channels, s.channels)
+            self.attention[pair.student] = CrossScaleAttention(*channels, s.channels, heads, ratios)
+
+    def shapes(self) -> dict[str, ShapeSpec]:
+        return self._shapes
+
+    def features(self, context: DistillContext) -> Features:
+        refined = {}
+        for pair in self.pairs:
+            s, t = context.student[pair.student], context.sources[self.teacher][pair.teacher]
+            if self.qkv == "eq":
+                refined[pair.student] = self.attention[pair.student](s, t)
+            else:
+                t = F.interpolate(t, size=s.shape[-2:], mode="bilinear", align_corners=False)
+                refined[pair.student] = self.attention[pair.student](t, t, s)
+        return refined
+
+    def losses(self, context: DistillContext) -> dict[str, torch.Tensor]:
+        return context.run_losses(self.features(context))

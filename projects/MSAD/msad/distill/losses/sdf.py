@@ -1,0 +1,138 @@
+"""Scale-decoupled features (SDF) of ScaleKD (Zhu et al., CVPR 2023, Sec. 3.1)."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ..context import DistillContext
+from .registry import DISTILL_LOSS_REGISTRY
+from .shared import at_least_float32
+
+logger = logging.getLogger(__name__)
+TEACHER_SIDES = ("frozen", "shared", "trainable")
+MONITOR_PERIOD = 200
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    # Statistics of a batch would differ between dilations that share their weights.
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+class ScaleDecoupled(nn.Module):
+    """Parallel residual bottlenecks of different dilation, each flattened to an embedding at every location.
+
+    Args:
+        channels: C of the map.
+        embedding: d, channels of a branch's embedding.
+        dilations: of the 3x3 convolutions, one branch each.
+        share: the branches have one set of weights and differ in dilation alone.
+    """
+
+    def __init__(self, channels: int, embedding: int, dilations: tuple[int, ...], share: bool) -> None:
+        super().__init__()
+        self.dilations = dilations
+        hidden = max(channels // 4, 1)
+        count = 1 if share else len(dilations)
+        self.reduce = nn.ModuleList(nn.Conv2d(channels, hidden, 1, bias=False) for _ in range(count))
+        self.spread = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, bias=False) for _ in range(count))
+        self.expand = nn.ModuleList(nn.Conv2d(hidden, channels, 1, bias=False) for _ in range(count))
+        self.norms = nn.ModuleList(nn.ModuleList(map(_norm, (hidden, hidden, channels))) for _ in range(count))
+        self.flatten = nn.ModuleList(nn.Conv2d(channels, embedding, 1) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, h, w) -> (N, branches * d, h, w)."""
+        embeddings = []
+        for branch, dilation in enumerate(self.dilations):
+            i = branch if len(self.reduce) > 1 else 0
+            norms = self.norms[i]
+            y = norms[0](self.reduce[i](x)).relu()
+            y = F.conv2d(y, self.spread[i].weight, padding=dilation, dilation=dilation)
+            y = norms[2](self.expand[i](norms[1](y).relu()))
+            embeddings.append(self.flatten[i]((x + y).relu()))
+        return torch.cat(embeddings, dim=1)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class SDF(nn.Module):
+    """Mean squared difference of the scale-decoupled embeddings of both sides; one loss for all branches.
+
+    Meant for the last stage of both backbones: TAP: bottom_up, LEVELS: [res5], MATCH: by_index. A teacher whose map is
+    larger (input at twice the size) is average-pooled to the student's grid. The student's map first passes an MLP to
+    the teacher's channels.
+
+    The paper does not say who trains the teacher's side; trained by this loss alone, equal constants would be its
+    optimum. The standard deviation of the teacher's embedding over locations is logged as "sdf_spread" every
+    200 iterations, with a warning where it falls below a hundredth of the first.
+
+    Args:
+        embedding: channels of a branch's embedding.
+        dilations: of the branches.
+        share_weights: of the branches of a side.
+        teacher_side: "frozen" (random weights that stay), "shared" (the student's module, without gradient) or
+            "trainable" (a module of its own, trained by this loss).
+    """
+
+    default_weight = 0.01  # one-stage detectors
+    two_stage = {"weight": 0.07}
+    pools_teacher = True
+
+    def __init__(
+        self,
+        levels: list[str],
+        channels: dict[str, int],
+        student_channels: dict[str, int],
+        embedding: int = 256,
+        dilations: tuple[int, ...] = (1, 2, 3),
+        share_weights: bool = True,
+        teacher_side: str = "frozen",
+    ) -> None:
+        super().__init__()
+        if teacher_side not in TEACHER_SIDES:
+            raise ValueError(
+                f"DISTILL.LOSSES: SDF: TEACHER_SIDE must be one of {', '.join(TEACHER_SIDES)}, not {teacher_side!r}"
+            )
+        self.teacher_side = teacher_side
+        self.adapt, self.student, self.teacher = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for name in levels:
+            s, t = student_channels[name], channels[name]
+            self.adapt[name] = nn.Sequential(nn.Conv2d(s, t, 1), nn.ReLU(), nn.Conv2d(t, t, 1))
+            self.student[name] = ScaleDecoupled(t, embedding, tuple(dilations), share_weights)
+            if teacher_side != "shared":
+                self.teacher[name] = ScaleDecoupled(t, embedding, tuple(dilations), share_weights)
+                self.teacher[name].requires_grad_(teacher_side == "trainable")
+        self._first_spread: float | None = None
+
+    def _teacher_embedding(self, name: str, t: torch.Tensor) -> torch.Tensor:
+        if self.teacher_side == "trainable":
+            return self.teacher[name](t)
+        with torch.no_grad():
+            return (self.student if self.teacher_side == "shared" else self.teacher)[name](t)
+
+    def forward(
+        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
+    ) -> dict[str, torch.Tensor]:
+        total = 0.0
+        for name, s in student.items():
+            target = self._teacher_embedding(name, teacher[name])
+            found = self.student[name](self.adapt[name](s))
+            total = total + F.mse_loss(at_least_float32(found), at_least_float32(target))
+            if context.iteration % MONITOR_PERIOD == 0:
+                self._monitor(at_least_float32(target.detach()))
+        return {"l2": total}
+
+    def _monitor(self, embedding: torch.Tensor) -> None:
+        spread = embedding.transpose(0, 1).flatten(1).std(dim=1).mean().item()
+        get_event_storage().put_scalar("sdf_spread", spread, smoothing_hint=False)
+        if self._first_spread is None:
+            self._first_spread = spread
+        elif spread < self._first_spread / 100:
+            logger.warning(
+                "SDF: the teacher's embedding has collapsed: its standard deviation is %.3g, at first it was %.3g; "
+                "TEACHER_SIDE frozen cannot collapse", spread, self._first_spread,
+            )  # fmt: skip

@@ -1,0 +1,245 @@
+"""ScaleKD: scale-decoupled features and the cross-scale assistant."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.utils.events import EventStorage
+from helpers import make_context
+from test_resume import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
+
+from msad import load_config
+from msad.distill.cross_scale import Aggregation, CrossScaleAssistant, CrossScaleAttention
+from msad.distill.losses.chen import direct_regression
+from msad.distill.losses.sdf import SDF, ScaleDecoupled
+from msad.distill.schedules import distillation_factor
+from msad.engine import DistillTrainer
+from msad.engine.build import teacher_entries
+
+NAME = "CrossScaleAssistant"
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "ScaleKD").glob("*_S_*.yaml"))
+SCALEKD = {
+    "ASSISTANTS": [
+        {"NAME": NAME, "BASE_LR": 3e-4, "WEIGHT_DECAY": 1e-4, "SCHEDULE": "constant", "HEADS": 4, "RATIO": 4}
+    ],
+    "LOSSES": [
+        {"NAME": "SDF", "TAP": "bottom_up", "MATCH": "by_index", "LEVELS": ["res5"], "EMBEDDING": 8},
+        {"NAME": "Chen", "SOURCE": NAME, "BBOX": "direct", "WEIGHT": 0.2},
+    ],
+}
+
+
+def scalekd(project, teacher_weights, folder, scale=2.0, **options):
+    cfg = config(project, teacher_weights, "student", folder, **options)
+    cfg.DISTILL.STUDENT_RESOLUTION = "H"
+    cfg.MODEL.FPN.LEVELS = cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.DISTILL.INIT_STUDENT = "none"
+    cfg.DISTILL.TEACHERS = [{**teacher_entries(cfg)[0], "SCALE": scale}]
+    cfg.DISTILL.ASSISTANTS, cfg.DISTILL.LOSSES = SCALEKD["ASSISTANTS"], SCALEKD["LOSSES"]
+    return cfg
+
+
+# --- SDF --------------------------------------------------------------------------------------------------------------
+
+
+def sdf(**options):
+    torch.manual_seed(0)
+    return SDF(["res5"], {"res5": 16}, {"res5": 8}, embedding=4, **options)
+
+
+def test_branches_share_weights():
+    count = {share: sum(p.numel() for p in ScaleDecoupled(16, 4, (1, 2, 3), share).parameters()) for share in (0, 1)}
+    assert count[0] == 3 * count[1]
+    # Of equal dilations, shared branches say the same; of others they do not.
+    x = torch.randn(2, 16, 9, 9)
+    same = ScaleDecoupled(16, 4, (1, 1), True)(x).chunk(2, dim=1)
+    assert torch.equal(*same)
+    other = ScaleDecoupled(16, 4, (1, 2), True)(x).chunk(2, dim=1)
+    assert not torch.allclose(*other)
+
+
+def test_a_branch_is_a_residual_bottleneck():
+    """Dilation 1 against torch's own layers in a row."""
+    module, x = ScaleDecoupled(16, 4, (1,), True), torch.randn(2, 16, 5, 6)
+    a, b, c = module.norms[0]
+    y = a(module.reduce[0](x)).relu()
+    y = b(torch.nn.functional.conv2d(y, module.spread[0].weight, padding=1)).relu()
+    expected = module.flatten[0]((x + c(module.expand[0](y))).relu())
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize(("side", "trained"), [("frozen", False), ("shared", None), ("trainable", True)])
+def test_the_teachers_side(side, trained):
+    loss = sdf(teacher_side=side)
+    s, t = torch.randn(2, 8, 4, 4), torch.randn(2, 16, 4, 4)
+    loss({"res5": s}, {"res5": t}, make_context([], iteration=1))["l2"].backward()
+    assert all(p.grad is not None for p in (*loss.adapt.parameters(), *loss.student.parameters()))
+    of_teacher = list(loss.teacher.parameters())
+    if trained is None:
+        assert not of_teacher
+    else:
+        assert of_teacher and all((p.grad is not None) == trained == p.requires_grad for p in of_teacher)
+
+
+def test_unknown_side():
+    with pytest.raises(ValueError, match="TEACHER_SIDE must be one of frozen, shared, trainable, not 'both'"):
+        sdf(teacher_side="both")
+
+
+def test_collapse_is_noticed(caplog):
+    loss = sdf(teacher_side="trainable")
+    maps = {"res5": torch.randn(2, 8, 4, 4)}, {"res5": torch.randn(2, 16, 4, 4)}
+    with EventStorage(0) as storage, caplog.at_level(logging.WARNING):
+        loss(*maps, make_context([], iteration=0))
+        assert not caplog.messages and storage.latest()["sdf_spread"][0] > 0
+        for parameter in loss.teacher.parameters():
+            parameter.data.zero_()
+        loss(*maps, make_context([], iteration=100))
+        assert not caplog.messages, "looked at every 200 iterations"
+        loss(*maps, make_context([], iteration=200))
+    assert any("collapsed" in message for message in caplog.messages)
+
+
+# --- CSA --------------------------------------------------------------------------------------------------------------
+
+
+def array(x):
+    return x.detach().double().numpy()
+
+
+def test_attention_equals_numpy():
+    """Eqs. (3) to (6) with loops over heads, on a grid that the larger ratio does not divide."""
+    torch.manual_seed(0)
+    module = CrossScaleAttention(6, 4, 4, 8, heads=4, ratios=(2, 1))
+    x, y = torch.randn(1, 6, 3, 2), torch.randn(1, 4, 5, 3)
+    found = array(module(x, y))[0]
+    queries = array(module.query(x.flatten(2).transpose(1, 2)))[0]
+    heads = []
+    for i in range(2):
+        grid = module.of_keys[i](y)
+        tokens = grid.flatten(2).transpose(1, 2)
+        key, value = (array(layer[i](tokens))[0] for layer in (module.keys, module.values))
+        on_map = torch.tensor(value.T, dtype=torch.float32).reshape(1, 4, *grid.shape[-2:])
+        value = value + array(module.project[i](on_map))[0].reshape(4, -1).T
+        for h in range(2):
+            q = queries[:, 4 * i + 2 * h : 4 * i + 2 * h + 2]
+            k, v = key[:, 2 * h : 2 * h + 2], value[:, 2 * h : 2 * h + 2]
+            score = q @ k.T / np.sqrt(2)
+            weight = np.exp(score - score.max(1, keepdims=True))
+            heads.append(weight / weight.sum(1, keepdims=True) @ v)
+    expected = np.concatenate(heads, axis=1) @ array(module.output.weight).T + array(module.output.bias)
+    np.testing.assert_allclose(found.reshape(8, -1).T, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_aggregation_completes_the_border():
+    assert Aggregation(4, 8, 4)(torch.randn(1, 4, 9, 6)).shape == (1, 8, 3, 2)
+    assert Aggregation(4, 8, 8)(torch.randn(1, 4, 3, 2)).shape == (1, 8, 1, 1)
+
+
+def shapes(first, channels, levels=3):
+    return {f"p{i}": ShapeSpec(channels=channels, stride=2**i) for i in range(first, first + levels)}
+
+
+@pytest.mark.parametrize("qkv", ["eq", "text"])
+@pytest.mark.parametrize("first", [2, 3])
+def test_output_is_on_the_students_grid(qkv, first):
+    """Also under a teacher at twice the input, whose levels pair by index."""
+    assistant = CrossScaleAssistant(shapes(3, 8), {"t": shapes(first, 12)}, qkv=qkv, heads=4, ratio=4)
+    student = {f"p{i}": torch.randn(2, 8, 64 >> i, 96 >> i) for i in range(3, 6)}
+    teacher = {f"p{i}": torch.randn(2, 12, 64 >> i, 96 >> i) for i in range(first, first + 3)}
+    found = assistant.features(make_context([], student=student, sources={"t": teacher}))
+    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in student.items()}
+    assert assistant.shapes() == shapes(3, 8)
+    ratios = [[m.ratio for m in level.of_keys] for level in assistant.attention.values()]
+    double = 2 if first == 2 and qkv == "eq" else 1
+    assert ratios == [[4 * double, 2 * double], [2 * double, double], [double, max(double // 2, 1)]]
+
+
+def test_plain_attention_and_wrong_options():
+    plain = CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, heads=4, multiscale=False)
+    assert {m.ratio for level in plain.attention.values() for m in level.of_keys} == {1}
+    with pytest.raises(ValueError, match="QKV must be 'eq' or 'text', not 'kqv'"):
+        CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, qkv="kqv")
+    with pytest.raises(ValueError, match=r"no teacher is named 'u' \(t\)"):
+        CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, teacher="u")
+    with pytest.raises(ValueError, match="3 HEADS must divide 8 channels"):
+        CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, heads=3)
+
+
+# --- together ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_two_steps(project, teacher_weights, tmp_path, scale, make_batch):
+    cfg = scalekd(project, teacher_weights, tmp_path, scale)
+    distiller = DistillTrainer.build_model(cfg).train()
+    (step,) = distiller.assistants
+    before = {name: p.clone() for name, p in step.assistant.state_dict().items()}
+    for iteration, boxes in enumerate((2, 0)):  # also without objects
+        with EventStorage(iteration):
+            losses = distiller(make_batch([(64, 64)] * 2, boxes=boxes))
+        assert {k for k in losses if "distill" in k} == {
+            "loss_distill/SDF@teacher", f"loss_distill/Chen@{NAME}/dense_cls", f"loss_distill/Chen@{NAME}/dense_reg"
+        }  # fmt: skip
+        assert all(value.isfinite() for value in losses.values())
+        distiller.zero_grad()
+        sum(losses.values()).backward()
+    assert all(p.grad is not None for p in distiller.student.parameters() if p.requires_grad)
+    assert any(not torch.equal(p, before[name]) for name, p in step.assistant.state_dict().items())
+
+
+def test_the_head_learns_from_the_assistant_if_asked(project, teacher_weights, tmp_path, make_batch):
+    cfg = scalekd(project, teacher_weights, tmp_path)
+    cfg.DISTILL.ASSISTANTS = [{**SCALEKD["ASSISTANTS"][0], "HEAD_LEARNS": True}]
+    distiller = DistillTrainer.build_model(cfg).train()
+    with EventStorage(0):
+        losses = distiller(make_batch([(64, 64)] * 2))
+    taught = sum(value for key, value in losses.items() if key.startswith("loss_fcos") and key.endswith(f"@{NAME}"))
+    taught.backward()
+    assert all(p.grad is not None for p in distiller.student.head.parameters())
+    assert all(p.grad is None for p in distiller.student.backbone.parameters())
+
+
+def test_no_trace_in_the_students_checkpoint_and_exact_resume(project, teacher_weights, tmp_path):
+    def run(folder, resume=False):
+        cfg = scalekd(project, teacher_weights, tmp_path / folder, **{"DISTILL.START_ITER": 2})
+        return train(cfg, resume)
+
+    whole, expected, _ = run("whole")
+    left_by_a_killed_run(tmp_path / "whole", tmp_path / "killed")
+    again, resumed, _ = run("killed", resume=True)
+    assert resumed.steps == expected.steps[SAVED:]
+    assert [s["factor"] for s in expected.steps[:2]] == [0.0, 0.0] and expected.steps[-1]["factor"] > 0
+    (a,), (b,) = whole.distiller.assistants, again.distiller.assistants
+    assert_equal_weights(a.assistant.state_dict(), b.assistant.state_dict())
+    saved = torch.load(tmp_path / "whole" / "model_final.pth", weights_only=True)
+    alone = DistillTrainer.build_model(config(project, teacher_weights, "fcos", tmp_path)).state_dict()
+    assert saved["model"].keys() == alone.keys()
+
+
+def test_distillation_begins_late():
+    factor = [distillation_factor(i, 100, warmup_iters=10, start_iter=20) for i in (0, 19, 20, 25, 30, 99)]
+    assert factor == [0, 0, 0, 0.5, 1, 1]
+
+
+def test_direct_regression_by_hand():
+    s, t = torch.tensor([[0.5, 2.0, 0.0, 0.0]]), torch.zeros(1, 4)
+    assert direct_regression(s, t, t).tolist() == [0.5 * 0.25 + 1.5]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_yaml_files(path):
+    cfg = load_config(path)
+    (teacher,) = teacher_entries(cfg)
+    assert load_config(teacher["CONFIG"]).MODEL.RESNETS.DEPTH == 101 and cfg.MODEL.RESNETS.DEPTH == 50
+    assert teacher.get("SCALE", 1.0) == (1.0 if "teacher_1x_input" in path.stem else 2.0)
+    weights = {entry["NAME"]: entry["WEIGHT"] for entry in cfg.DISTILL.LOSSES}
+    nu = cfg.DISTILL.LOSSES[1]["NU"]
+    expected = (0.07, 0.5, 0.2) if "rcnn" in path.stem else (0.01, 0.2, 0.05)  # alpha, beta, gamma of eq. (7)
+    assert (weights["SDF"], weights["Chen"], weights["Chen"] * nu) == pytest.approx(expected)
+    assert cfg.DISTILL.ASSISTANTS[0]["RATIO"] == (16 if "rcnn" in path.stem else 8)
