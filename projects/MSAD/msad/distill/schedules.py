@@ -14,8 +14,8 @@ def distillation_factor(
     """Factor in [0, 1] on the distillation losses.
 
     Is 0 before ``start_iter``, rises linearly to 1 in ``warmup_iters`` (released MSAD code: 500), stays there, and
-    falls linearly from 1 at ``decay_from * max_iter`` to 0 at ``decay_to * max_iter``. A function of the iteration alone,
-    so a resumed run continues where it was.
+    falls linearly from 1 at ``decay_from * max_iter`` to 0 at ``decay_to * max_iter``. A function of the iteration
+    alone, so a resumed run continues where it was.
     """
     if not 0.0 <= decay_from <= decay_to <= 1.0:
         raise ValueError(f"need 0 <= DISTILL.DECAY_FROM <= DISTILL.DECAY_TO <= 1, got {decay_from}, {decay_to}")
