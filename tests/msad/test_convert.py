@@ -101,6 +101,12 @@ EXPECTED = {
 }  # fmt: skip
 
 
+KINDS = {
+    "retinanet": "RetinaNet", "fcos": "FCOS", "gfl": "GFL", "reppoints": "RepPoints", "faster": "Faster R-CNN",
+    "mask": "Mask R-CNN", "htc": "HTC", "detectors": "HTC",
+}  # fmt: skip
+
+
 def checkpoint(case: str) -> Checkpoint:
     tensors, text = mmdet_layout.tensors(case)
     return Checkpoint(tensors, [], [], text)
@@ -137,7 +143,10 @@ def test_detections_are_mmdetections(tool, tmp_path, case):
     torch.save({"state_dict": tensors, "meta": {"config": text, "CLASSES": ("cat", "dog")}}, tmp_path / "zoo.pth")
     said = tool.run(str(tmp_path / "zoo.pth"), str(tmp_path / "out"))
     assert said.endswith("classes: cat, dog")
-    found = detect(tmp_path / "out", case)
+    try:
+        found = detect(tmp_path / "out", case)
+    except NotImplementedError as error:  # detectron2's own modulated convolution has no kernel for CPUs
+        pytest.skip(f"this detectron2 says: {error}")
     boxes, scores = found.pred_boxes.tensor, found.scores
     assert len(found) == expected.count and found.pred_classes.sum() == expected.label_sum
     torch.testing.assert_close(scores[:2], torch.tensor(expected.scores), atol=2e-5, rtol=0)
@@ -152,6 +161,7 @@ def test_detections_are_mmdetections(tool, tmp_path, case):
 def test_the_way_back_gives_every_bit(case):
     given = checkpoint(case)
     converted = convert(given)
+    assert converted.kind == KINDS.get(case.split("_")[0], {"cascade": "Cascade R-CNN"}.get(case, "Cascade Mask R-CNN"))
     back = converted.plan.to_mmdet(converted.tensors, {name: x.shape for name, x in given.tensors.items()})
     assert set(back) | set(converted.plan.computed) == set(given.tensors)
     assert all(torch.equal(value, given.tensors[name]) for name, value in back.items())

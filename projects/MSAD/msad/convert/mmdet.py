@@ -77,7 +77,11 @@ def _head(tensors: Tensors, text: str) -> tuple[str, list, dict]:
             return kind, *describe(tensors, text)
     if "rpn_head.rpn_conv.weight" in tensors and any(name.startswith("roi_head.") for name in tensors):
         rules, config = rcnn(tensors, text)
-        return config["MODEL"]["ROI_HEADS"]["NAME"].removesuffix("ROIHeads") + " R-CNN", rules, config
+        model = config["MODEL"]
+        heads = model["ROI_HEADS"]["NAME"]
+        cascade = "Cascade " if heads.startswith("Cascade") else ""
+        plain = "Mask R-CNN" if model["MASK_ON"] else "R-CNN" if cascade else "Faster R-CNN"
+        return "HTC" if heads.startswith("HTC") else cascade + plain, rules, config
     heads = sorted({".".join(name.split(".")[:2]) for name in tensors if not name.startswith(("backbone.", "neck."))})
     known = sorted({kind for kind, _ in dense.KINDS.values()})
     raise ValueError(f"no known detector: {_some(heads)}; known are R-CNNs with boxes and {', '.join(known)}")
@@ -150,8 +154,9 @@ def check(tensors: Tensors, config: dict, kind: str) -> None:
     """ValueError that names what the model of ``config`` lacks of ``tensors``, and the other way round."""
     cfg = add_msad_config(get_cfg())
     cfg.merge_from_other_cfg(type(cfg)(config))
-    cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
+    # Without values, which take a while to draw; but detectron2's Swin computes its settings with tensors.
+    cfg.MODEL.DEVICE = "cpu" if "SWIN" in config["MODEL"] else "meta"
+    with torch.device(cfg.MODEL.DEVICE):
         wanted = {name: value.shape for name, value in build_model(cfg).state_dict().items()}
     missing = sorted(wanted.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - wanted.keys())
