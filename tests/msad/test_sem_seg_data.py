@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from detectron2.engine import default_argument_parser
 from msad import cli, load_config
 from msad.data.loader import build_train_loader
 from msad.data.register import register_datasets
+from msad.engine.setup import load_model
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
 CLASSES = ["ground", "disc"]
@@ -179,8 +181,8 @@ def test_a_segmentor_trains_resumes_and_is_evaluated(project):
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
 
-    def run(*arguments):
-        argv = ["--config-file", str(project / "psp.yaml"), *map(str, arguments)]
+    def run(*arguments, config="psp.yaml"):
+        argv = ["--config-file", str(project / config), *map(str, arguments)]
         return tool.work(cli.parse(default_argument_parser(), argv))
 
     final = project / "output" / "model_final.pth"
@@ -196,3 +198,22 @@ def test_a_segmentor_trains_resumes_and_is_evaluated(project):
     (project / "output" / "last_checkpoint").write_text("model_0000027.pth")
     run("--resume", "SOLVER.CHECKPOINT_PERIOD", 28)
     assert all(torch.equal(value, expected[name]) for name, value in weights().items())
+
+    # A narrower student at half resolution under it; the checkpoint is the student's alone.
+    text = yaml.safe_dump({
+        "_BASE_": "psp.yaml",
+        "MODEL": {"RESNETS": {"RES2_OUT_CHANNELS": 8}, "SEM_SEG_HEAD": {"CONVS_DIM": 8}},
+        "DISTILL": {
+            "TEACHERS": [{"CONFIG": "psp.yaml", "WEIGHTS": str(final)}],
+            "STUDENT_RESOLUTION": "L", "INIT_STUDENT": "none", "WARMUP_ITERS": 0,
+            "LOSSES": [{"NAME": "CWD", "TAP": "scores", "MATCH": "by_index", "WEIGHT": 3.0}],
+        },
+        "INPUT": {"MIN_SIZE_TEST": 32},
+    })  # fmt: skip
+    (project / "student.yaml").write_text(text)
+    folder = project / "student"
+    run("SOLVER.MAX_ITER", 4, "OUTPUT_DIR", folder, config="student.yaml")
+    logged = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    assert any(row.get("loss_distill/CWD", 0) > 0 for row in logged)
+    student = load_model(load_config(project / "student.yaml"), str(folder / "model_final.pth"))
+    assert student.state_dict().keys() == torch.load(folder / "model_final.pth", weights_only=True)["model"].keys()

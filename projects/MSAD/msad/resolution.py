@@ -117,6 +117,15 @@ def downsampled_image(item: dict, shift: int, device: torch.device | str, mode: 
     return downsample(item["image"].to(device, non_blocking=True), shift, mode) if ready is None else ready
 
 
+def downsample_labels(labels: torch.Tensor, shift: int) -> torch.Tensor:
+    """Label map (h, w) of H -> (ceil(h / 2^m), ceil(w / 2^m)): of each block of pixels the label at its middle."""
+    k = 2**shift
+    rows, columns = (
+        (torch.arange(0, side, k, device=labels.device) + k // 2).clamp(max=side - 1) for side in labels.shape
+    )
+    return labels[rows[:, None], columns] if shift else labels
+
+
 def _scale_bitmasks(masks: BitMasks, shift: int) -> BitMasks:
     # A reduced pixel belongs to the object if at least half of its area does; of a pixel at an odd border counts
     # the area inside the image.
@@ -151,13 +160,15 @@ def downsample_batch(
     """The batch as a model at ``1 / 2**shift`` of H sees it.
 
     Args:
-        batched_inputs: detectron2's input dicts with "image" (C, h, w) and, in training, "instances", in H pixels. An
-            entry "low_res_image" (C, h, w), of the reduced size, is taken in place of a downsampled one.
+        batched_inputs: detectron2's input dicts with "image" (C, h, w) and, in training, "instances" or "sem_seg"
+            (h, w), in H pixels. An entry "low_res_image" (C, h, w), of the reduced size, is taken in place of a
+            downsampled one.
         shift: how many times the input is halved.
         device: where the reduced images are made; H images are moved there first.
 
     Returns:
-        New dicts; "image" and "instances" are in the reduced frame, every other entry is the original object.
+        New dicts; "image", "instances" and "sem_seg" are in the reduced frame, every other entry is the original
+        object.
         The input dicts are not modified.
     """
     out = []
@@ -172,6 +183,8 @@ def downsample_batch(
             raise ValueError(f"low_res_image is {tuple(low.shape[-2:])} (h, w), but at shift {shift} it must be {size}")
         if "instances" in item:
             item["instances"] = scale_instances(item["instances"], shift)
+        if "sem_seg" in item:
+            item["sem_seg"] = downsample_labels(item["sem_seg"], shift)
         out.append(item)
     return out
 

@@ -159,9 +159,9 @@ class Distiller(nn.Module):
             tapped = step.enter_context(tap(self.student, self._taps))
             context.detection = {name: self.w_det * value for name, value in self.student(small).items()}
         self._keep(context, "student", tapped)
-        context.student = shift_levels(neck, shift)
+        context.student = shift_levels(neck, shift) if adapt(self.student).levels else {}
         for teacher in self.teachers:
-            if teacher.name in context.sources and teacher.shift is not None:
+            if context.sources.get(teacher.name) and teacher.shift is not None:
                 features = self._on_student_grid(context.sources[teacher.name], context.student)
                 context.sources[teacher.name] = features
         for ensemble in self.ensembles:

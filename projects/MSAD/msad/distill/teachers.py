@@ -115,6 +115,9 @@ class FrozenTeacher:
             detector.pixel_std,
             pad_divisibility(max(detector.backbone.size_divisibility, 1), 0, max_shift),
         )
+        if not self.adapter.levels:  # a segmentor, which is read at taps alone
+            self.adapter.run_decoder(detector.backbone(images.tensor))
+            return {}
         return run_neck(detector.backbone, images.tensor, self.adapter.levels)
 
     def run_head(self, name: str, features: Features, boxes: list[Boxes]) -> tuple:

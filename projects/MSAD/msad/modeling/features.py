@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def freeze_unused_levels(detector: nn.Module) -> list[str]:
         if not made_for:
             continue
         shift = get_resolution(made_for[1]).shift if made_for[1] else 0  # a branch has levels of its own frame
-        if int(made_for[2]) + shift > max(level_of(level) for level in adapt(detector).levels):
+        if int(made_for[2]) + shift > max(map(level_of, adapt(detector).levels), default=math.inf):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen

@@ -21,6 +21,8 @@ from ...distill.distiller import student_shapes
 from ...distill.losses.registry import compares_heads, lower_keys
 from ...distill.teachers import FrozenTeacher
 from ...finding import ERROR, OK, WARNING, Finding, error_text, log_findings
+from ...modeling.adapters import adapt
+from ...modeling.taps import NECK
 from ...resolution import get_resolution
 from ..build import build_distiller, teacher_entries
 from ..checkpoint import load_branches
@@ -66,14 +68,19 @@ def preflight_checks(
     config = load_config(teachers[teacher.name]["CONFIG"])
     first, whole = teacher.name == next(iter(teachers)), teacher.scale == 1
     entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
-    matches = {entry.get("match", "by_stride") for entry in entries if not compares_heads(entry.get("name"))}
+    at_neck = [e for e in entries if not compares_heads(e.get("name")) and e.get("tap", NECK) == NECK]
+    matches = {entry.get("match", "by_stride") for entry in at_neck}
     weighted = not (cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO)
     two_stage = isinstance(student, GeneralizedRCNN)
     return {
         "classes": lambda: check_training_sets(cfg, config),
         "pixels": lambda: check_pixels(cfg, config),
         "sizes": lambda: check_sizes(cfg, config, resolution) if whole else [],
-        "levels": lambda: check_levels(student_shapes(student, resolution), teacher.shapes(), matches),
+        "levels": lambda: (
+            check_levels(student_shapes(student, resolution), teacher.shapes(), matches)
+            if at_neck or adapt(student).levels  # segmentors have none
+            else []
+        ),
         "anchors": lambda: check_anchors(cfg, config, resolution.shift) if whole else [],
         "student's start": lambda: (
             check_start(student, teacher.model, cfg.DISTILL.INIT_STUDENT, loaded) if first else []

@@ -1,4 +1,4 @@
-"""detectron2's SemanticSegmentor as the rest of the package sees detectors."""
+"""detectron2's SemanticSegmentor as the rest of the package sees detectors, and where its features are read."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import SemanticSegmentor
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import ImageList
 from torch import nn
 
 from ..adapters import DetectorAdapter, Features, adapt
+from ..taps import TAPS, Tap
 
 
 class SegmentorAdapter(DetectorAdapter):
-    """Backbone maps in, class scores of every pixel out; targets are label maps."""
+    """Backbone maps in, class scores of every pixel out; targets are label maps.
+
+    A segmentor has no pyramid whose levels could be aligned by renaming: distillation reads it at the taps "bottom_up",
+    "decoder" and "scores".
+    """
 
     needs = (*DetectorAdapter.needs, "sem_seg_head")
 
     @property
     def levels(self) -> list[str]:
-        return list(self.detector.sem_seg_head.in_features)
+        return []
+
+    def run_decoder(self, features: Features) -> None:
+        """Run the head as far as its taps."""
+        self.detector.sem_seg_head.layers(features)
 
     def targets(self, inputs: list[dict]) -> list[torch.Tensor]:
         """Labels (h, w) int64 of each image, not padded."""
@@ -53,4 +63,17 @@ class SegmentorAdapter(DetectorAdapter):
         return "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 
 
+def _scores_shape(segmentor: nn.Module) -> dict[str, ShapeSpec]:
+    head = segmentor.sem_seg_head
+    layers = [module for module in head.predictor.modules() if isinstance(module, nn.Conv2d)]
+    return {"scores": ShapeSpec(channels=layers[-1].out_channels, stride=head.common_stride)}
+
+
+def _decoder_shape(segmentor: nn.Module) -> dict[str, ShapeSpec]:
+    head = segmentor.sem_seg_head
+    return {"decoder": ShapeSpec(channels=head.bottleneck.out_channels, stride=head.common_stride)}
+
+
 adapt.register(SemanticSegmentor, SegmentorAdapter)
+TAPS["decoder"] = Tap(lambda d: d.sem_seg_head.bottleneck, _decoder_shape, lambda output: {"decoder": output})
+TAPS["scores"] = Tap(lambda d: d.sem_seg_head.predictor, _scores_shape, lambda output: {"scores": output})

@@ -136,13 +136,17 @@ class PSPHead(nn.Module):
         """The decoder's map (N, channels, h, w) of the backbone's maps."""
         return self.bottleneck(self.pooling(features[self.in_features[-1]]))
 
+    def layers(self, features: Features) -> torch.Tensor:
+        """Class scores (N, K, h, w) on the grid of the decoder's map."""
+        return self.predictor(self.decode(features))
+
     def losses(self, features: Features, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         """Cross entropies, means over the pixels that are not ignored, in float32.
 
         Args:
             targets: (N, H, W), labels on the grid of the input.
         """
-        losses = {"loss_sem_seg": self._loss(self.predictor(self.decode(features)), targets) * self.loss_weight}
+        losses = {"loss_sem_seg": self._loss(self.layers(features), targets) * self.loss_weight}
         if self.aux_weight:
             scores = self.auxiliary(features[self.in_features[0]])
             losses["loss_sem_seg_aux"] = self._loss(scores, targets) * self.loss_weight * self.aux_weight
@@ -167,5 +171,5 @@ class PSPHead(nn.Module):
         """
         if self.training:
             return None, self.losses(features, targets)
-        scores = self.predictor(self.decode(features))
+        scores = self.layers(features)
         return F.interpolate(scores, scale_factor=self.common_stride, mode="bilinear", align_corners=False), {}

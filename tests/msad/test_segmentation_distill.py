@@ -1,0 +1,126 @@
+"""Segmentors as teachers and students: backbone, decoder and scores, at full and at half resolution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from msad import load_config
+from msad.distill.teachers import FrozenTeacher
+from msad.engine.build import build_distiller
+from msad.resolution import downsample_batch, downsample_labels
+
+CONFIG = Path(__file__).parents[2] / "configs" / "Segmentation" / "pspnet_R_18_voc.yaml"
+
+
+def segmentor(width, seed):
+    cfg = load_config(CONFIG)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.update(NORM="BN", STEM_OUT_CHANNELS=16, RES2_OUT_CHANNELS=width)
+    cfg.MODEL.SEM_SEG_HEAD.update(NORM="BN", NUM_CLASSES=3, CONVS_DIM=width, DROPOUT=0.0)
+    torch.manual_seed(seed)
+    return cfg, build_model(cfg)
+
+
+def batch():
+    g = torch.Generator().manual_seed(5)
+    return [
+        {"image": torch.randint(0, 255, (3, h, w), generator=g), "sem_seg": torch.randint(0, 3, (h, w), generator=g)}
+        for h, w in ((64, 96), (50, 70))
+    ]
+
+
+def distiller(losses, resolution="H"):
+    cfg, student = segmentor(16, 1)
+    teacher = segmentor(24, 2)[1]
+    cfg.DISTILL.STUDENT_RESOLUTION, cfg.DISTILL.LOSSES, cfg.DISTILL.WARMUP_ITERS = resolution, losses, 0
+    return build_distiller(cfg, student, [FrozenTeacher(teacher)]), student, teacher
+
+
+def step(model, inputs):
+    with EventStorage(0):
+        return model(inputs)
+
+
+class TestLabels:
+    def test_middle_of_each_block(self):
+        labels = torch.arange(20).view(4, 5)
+        assert downsample_labels(labels, 1).tolist() == [[6, 8, 9], [16, 18, 19]]  # the odd column repeats its last
+        assert downsample_labels(labels, 2).tolist() == [[12, 14]]
+        assert downsample_labels(labels, 0) is labels
+
+    def test_labels_go_with_their_images(self):
+        for item, small in zip(batch(), downsample_batch(batch(), 1, "cpu")):
+            assert small["sem_seg"].shape == small["image"].shape[1:]
+            assert torch.equal(small["sem_seg"], item["sem_seg"][1::2, 1::2])
+
+
+def test_every_loss_at_every_tap():
+    losses = [
+        {"NAME": name, "TAP": tap, "WEIGHT": 1.0, "ADAPTATION_NORM": "BN"}
+        for name in ("NaiveL2", "MagnitudeMD", "LAD", "PAD", "CAD", "CWD")
+        for tap in ("bottom_up", "decoder")
+    ] + [{"NAME": "CWD", "TAP": "scores", "TAU": 4.0, "WEIGHT": 3.0}]  # fmt: skip
+    model, student, teacher = distiller(losses)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    found = step(model, batch())
+    assert sum(name.startswith("loss_distill") for name in found) == len(losses) and {"loss_sem_seg"} < set(found)
+    assert all(torch.isfinite(loss) and loss > 0 for loss in found.values())
+    sum(found.values()).backward()
+    assert [n for n, p in student.named_parameters() if p.grad is None] == []
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any("teacher" in name for name in model.state_dict())
+
+
+def padded(model, images):
+    pixels = [(x - model.pixel_mean) / model.pixel_std for x in images]
+    h, w = (-(-max(x.shape[i] for x in pixels) // 16) * 16 for i in (1, 2))
+    return torch.stack([F.pad(x, (0, w - x.shape[2], 0, h - x.shape[1])) for x in pixels])
+
+
+@pytest.mark.parametrize("tap", ["bottom_up", "scores"])
+def test_value_is_that_of_the_maps(tap):
+    options = {"LEVELS": ["res5"]} if tap == "bottom_up" else {}
+    model, student, teacher = distiller([{"NAME": "CWD", "TAP": tap, "WEIGHT": 2.0, **options}])
+    found = step(model, batch())["loss_distill/CWD"]
+    x = padded(student, [item["image"] for item in batch()])
+    with torch.no_grad():
+        student.train()
+        s, t = student.backbone(x), teacher.backbone(x)
+        if tap == "bottom_up":
+            s, t = model.losses[0].adaptation["res5"](s["res5"]), t["res5"]
+        else:
+            s, t = student.sem_seg_head.layers(s), teacher.sem_seg_head.layers(t)
+        log_s, log_t = (y.flatten(2).log_softmax(dim=2) for y in (s, t))
+    expected = 2 * (log_t.exp() * (log_t - log_s)).sum(dim=2).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_student_at_half_resolution():
+    """Maps of stride 8 at H and at L: paired by index, the student's resized to the teacher's grid."""
+    losses = [{"NAME": "LAD", "TAP": "decoder"}, {"NAME": "CWD", "TAP": "scores"}]
+    with pytest.raises(ValueError, match="by_index"):
+        distiller(losses, "L")
+    model, student, _ = distiller([dict(loss, MATCH="by_index") for loss in losses], "L")
+    seen = []
+    student.sem_seg_head.bottleneck.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    found = step(model, batch())
+    assert seen[0] == (2, 16, 4, 6)  # of 32x48 pixels
+    assert {"loss_distill/LAD", "loss_distill/CWD", "loss_sem_seg"} <= set(found)
+    sum(found.values()).backward()
+    assert [n for n, p in student.named_parameters() if p.grad is None] == []
+
+
+def test_what_a_segmentor_does_not_have_is_said():
+    with pytest.raises(ValueError, match="none in common"):
+        distiller([{"NAME": "LAD"}])
+    cfg, student = segmentor(16, 1)
+    cfg.DISTILL.LOSSES, cfg.DISTILL.BALANCE.RATIO = [{"NAME": "LAD", "TAP": "decoder", "WEIGHT": 1.0}], 1.0
+    cfg.DISTILL.STUDENT_RESOLUTION = "H"
+    with pytest.raises(ValueError, match="measures gradients at the neck"):
+        build_distiller(cfg, student, [FrozenTeacher(segmentor(24, 2)[1])])
