@@ -16,7 +16,6 @@ go to both. Without --data or --train-json, the data sets are those of the confi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -26,10 +25,11 @@ from pathlib import Path
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from msad import add_msad_config, cli, load_config
+from msad.data.layouts import LAYOUTS, register_entries
 from msad.data.register import register_datasets
 from msad.distill.init import init_student
 from msad.engine.build import load_teacher
@@ -45,9 +45,8 @@ from msad.resolution import downsampled_size, get_resolution
 def data_opts(args: argparse.Namespace) -> list:
     """Overrides for --data or --train-json and its companions; [] without them."""
     if args.data:
-        from msad.data.layouts import register_entries
-
-        entries = register_entries(Path(args.data))
+        folder = Path(args.data)
+        entries, _ = register_entries(folder, Path(args.output) / "data", folder.resolve().name)
     elif args.train_json:
         files = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
         if not all(map(all, files.values())):
@@ -74,13 +73,14 @@ def check_data(cfg: CfgNode) -> None:
         )
     key = num_classes_key(cfg)
     wanted = cfg.MODEL[key.split(".")[1]].NUM_CLASSES
-    for entry in cfg.DATASETS.REGISTER:
-        with open(entry["JSON"], encoding="utf-8-sig") as file:
-            names = [category.get("name") for category in json.load(file)["categories"]]
-        if entry["NAME"] in cfg.DATASETS.TRAIN and len(names) != wanted:
+    declared = {entry["NAME"] for entry in cfg.DATASETS.REGISTER}
+    for name in declared.intersection(cfg.DATASETS.TRAIN):
+        DatasetCatalog.get(name)  # the file knows the names
+        names = MetadataCatalog.get(name).thing_classes
+        if len(names) != wanted:
             raise ValueError(
-                f"the detector has {wanted} classes ({key}), {entry['JSON']} has {len(names)} "
-                f"({', '.join(map(str, names[:9]))}); a student learns its teacher's classes: train it on these first"
+                f"the detector has {wanted} classes ({key}), {name} has {len(names)} "
+                f"({', '.join(names[:9])}); a student learns its teacher's classes: train it on these first"
             )
 
 
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the two yaml files and the training")
     parser.add_argument("--resolution", default="L", choices=["L", "EL"], help="1/2 or 1/4 of the input; default: L")
     data = parser.add_mutually_exclusive_group()
-    data.add_argument("--data", metavar="DIR", help="folder with training and validation data in COCO's format")
+    data.add_argument("--data", metavar="DIR", help=f"folder laid out as one of\n{LAYOUTS}".replace("%", "%%"))
     data.add_argument("--train-json", metavar="FILE", help="annotations of the training set")
     parser.add_argument("--train-images", metavar="DIR", help="its images")
     parser.add_argument("--val-json", metavar="FILE", help="annotations of the validation set")

@@ -138,7 +138,8 @@ def test_wrong_input_writes_nothing(tool, trained, project, tmp_path, capsys):
     data = project / "data"
     content = json.loads((data / "annotations_train.json").read_text())
     content["categories"] = content["categories"][:2]
-    (tmp_path / "two.json").write_text(json.dumps({**content, "annotations": []}))
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] <= 2]
+    (tmp_path / "two.json").write_text(json.dumps(content))
     val = ["--val-json", str(data / "annotations_val.json"), "--val-images", str(data / "images")]
     two = ["--train-json", str(tmp_path / "two.json"), "--train-images", str(data / "images"), *val]
     for more, said in (
@@ -151,3 +152,13 @@ def test_wrong_input_writes_nothing(tool, trained, project, tmp_path, capsys):
         assert tool.main([*argv, "--output", str(tmp_path / "out"), *more]) == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_data(tool, trained, project, tmp_path):
+    argv = [*trained("fcos"), "--data", str(project / "data"), "--resolution", "EL", "--output", str(tmp_path / "out")]
+    assert tool.main(argv) == 0
+    cfg = load_config(tmp_path / "out" / "student.yaml")
+    assert cfg.MODEL.FCOS.IN_FEATURES == ["p1", "p2", "p3", "p4", "p5"] and cfg.DISTILL.STUDENT_RESOLUTION == "EL"
+    files = [(entry["NAME"], Path(entry["JSON"]).name) for entry in cfg.DATASETS.REGISTER]
+    assert files == [("data_train", "annotations_train.json"), ("data_val", "annotations_val.json")]
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("data_train",), ("data_val",))
