@@ -200,6 +200,25 @@ def test_students_learn_from_the_trained_teacher(files, tmp_path):
     assert comparison.prepare(Run("msad", 0)) and (tmp_path / "out/seed0/msad~1/result.json").is_file()
 
 
+def test_a_curriculum_is_one_run(files, project, tmp_path):
+    entry = f"{{NAME: big, CONFIG: {project}/teacher.yaml, WEIGHTS: x.pth}}"
+    stages = "[{SOLVER: {MAX_ITER: 1}}, {SOLVER: {MAX_ITER: 2}}]"
+    text = f"_BASE_: {project}/student.yaml\nDISTILL: {{TEACHERS: [{entry}], STAGES: {stages}}}\n"
+    (tmp_path / "staged.yaml").write_text(text)
+    staged = {"staged": Variant(tmp_path / "staged.yaml")}
+    longer = Variant(tmp_path / "plain.yaml", budget="equal_iterations", reference="staged")
+    comparison = Comparison({**staged, "longer": longer}, tmp_path / "out", SMALL, teacher_iterations=1)
+    assert comparison.config(Run("longer", 0)).SOLVER.MAX_ITER == 1 + 3
+    for name in ("teacher", "staged"):
+        assert comparison.prepare(Run(name, 0))
+        result = train_and_evaluate(comparison.folder(Run(name, 0)))
+    assert result["iterations"] == result["steps"] == 3 and set(result["results"]) == {"staged"}
+    last, folder = (comparison.folder(Run("staged", 0)) / sub for sub in ("stage2", ""))
+    assert (last / "model_final.pth").read_bytes() == (folder / "model_final.pth").read_bytes()
+    with pytest.raises(ValueError, match=r"staged\.yaml has DISTILL\.STAGES"):
+        Comparison(staged, tmp_path, SMALL, iterations=2).config(Run("staged", 0))
+
+
 def test_changed_data_are_another_run(project, tmp_path):
     for name in ("train", "val"):
         shutil.copy(project / f"data/annotations_{name}.json", tmp_path)

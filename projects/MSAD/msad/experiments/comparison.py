@@ -14,7 +14,7 @@ from ..distill.losses.registry import lower_keys
 from ..engine.scaling import scale_to_batch, set_iterations
 from .costs import scale_inputs, set_equal_cost
 from .jobs import Run, Slot, error_of, run_all
-from .run import check_same, is_finished, read_json
+from .run import check_same, is_finished, read_json, stages_of
 from .variants import Variant, map_teachers, unique_names
 
 TIME_TOLERANCE = 0.05  # a smaller difference in time is within what can be measured
@@ -125,6 +125,8 @@ class Comparison:
             wanted = sum(self._iterations(n) for n in [*self.all_teachers(variant.reference), variant.reference])
         elif variant.budget == "equal_time":
             wanted = self._kept_iterations(run, self.iterations_in_time(run))
+        if wanted is not None and cfg.DISTILL.STAGES:
+            raise ValueError(f"{variant.file} has DISTILL.STAGES: set SOLVER.MAX_ITER of each stage in the yaml")
         set_iterations(cfg, wanted, keep=self.opts[::2])
         scale_inputs(cfg, self.input_scale)
         if variant.budget == "equal_cost":
@@ -144,7 +146,8 @@ class Comparison:
     def _iterations(self, name: str) -> int:
         variant = self.variants[name]
         fixed = self.teacher_iterations if variant.teacher else self.iterations
-        return fixed or self._load(variant.file, variant.overrides).SOLVER.MAX_ITER
+        stages = stages_of(self._load(variant.file, variant.overrides))
+        return fixed or sum(stage.SOLVER.MAX_ITER for stage in stages)
 
     def _step_seconds(self, run: Run) -> float:
         """What a step took in training: of the processors' time, on a GPU of the clock's."""

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -32,7 +33,9 @@ from ..config import load_config
 from ..data.fingerprint import dataset_fingerprint, file_sha256
 from ..data.register import registered
 from ..engine.checkpoint import atomic_write
+from ..engine.run_folder import has_run
 from ..engine.setup import engine_name, evaluate, evaluate_branches, load_model, prepare
+from ..engine.stages import FINAL, stage_configs, train_stages
 from ..engine.trainer import DistillTrainer
 from .variants import map_teachers
 
@@ -68,7 +71,7 @@ def _code() -> list[str]:
 
 def _before(folder: Path) -> dict | None:
     """The identity of the run that has left a checkpoint or result in ``folder``, or None if there is none."""
-    if not any((folder / name).is_file() for name in ("last_checkpoint", "result.json")):
+    if not has_run(folder) and not (folder / "result.json").is_file():
         return None
     return read_json(folder / "identity.json") or {"config": "", "code": []}
 
@@ -110,6 +113,11 @@ def is_finished(cfg: CfgNode, say=print) -> bool:
     return False
 
 
+def stages_of(cfg: CfgNode) -> list[CfgNode]:
+    """The configs of the stages of ``cfg``; of an ordinary run its own."""
+    return stage_configs(cfg) if cfg.DISTILL.STAGES else [cfg]
+
+
 def check_same(cfg: CfgNode) -> None:
     """ValueError if the OUTPUT_DIR of ``cfg`` holds a run of another config or engine."""
     before = _before(Path(cfg.OUTPUT_DIR))
@@ -135,19 +143,28 @@ def train_and_evaluate(folder: Path) -> dict:
     """
     cfg = load_config(folder / "config.yaml")
     cfg.freeze()
-    with exclusive_lock(folder), log_to(folder / "log.txt"):
-        prepare(cfg)
+
+    def train(cfg: CfgNode, resume: bool = True) -> None:
         trainer = _Trainer(cfg, _Clock(folder / "clock.json"))
-        trainer.resume_or_load(resume=True)
+        trainer.resume_or_load(resume=resume)
         if trainer.start_iter < trainer.max_iter:
             trainer.train()
-        model = load_model(cfg, str(folder / "model_final.pth"))
+
+    with exclusive_lock(folder), log_to(folder / "log.txt"):
+        prepare(cfg)
+        if cfg.DISTILL.STAGES:
+            train_stages(cfg, True, train)
+            shutil.copy(Path(stages_of(cfg)[-1].OUTPUT_DIR) / FINAL, folder / FINAL)
+        else:
+            train(cfg)
+        model = load_model(cfg, str(folder / FINAL))
         if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
             results = {f"{folder.name}_{branch}": r for branch, r in evaluate_branches(cfg, model).items()}
         else:
             results = {folder.name: evaluate(cfg, model)}
         clock = read_json(folder / "clock.json")
-        result = {"iterations": trainer.max_iter, "warmup": cfg.SOLVER.WARMUP_ITERS, **clock, "results": results}
+        iterations = sum(stage.SOLVER.MAX_ITER for stage in stages_of(cfg))
+        result = {"iterations": iterations, "warmup": cfg.SOLVER.WARMUP_ITERS, **clock, "results": results}
         with atomic_write(str(folder / "result.json"), "w") as file:
             json.dump(result, file, indent=1)
     return result
