@@ -55,8 +55,9 @@ def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
         classes, known = model.detector.about["classes"], MetadataCatalog.get(name).thing_classes
-        if len(classes) != len(known):
-            raise ValueError(f"{file} has {len(classes)} classes, but {name} has {len(known)}: {', '.join(known)}")
+        unnamed = classes == [str(number) for number in range(len(known))]
+        if classes != list(known) and not unnamed:
+            raise ValueError(f"{file} has the classes {', '.join(classes)}, but {name} has {', '.join(known)}")
         evaluator = DistillTrainer.build_evaluator(cfg, name)
         found = inference_on_dataset(model, [[record] for record in records], evaluator)
         results[name] = {
