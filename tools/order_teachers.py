@@ -16,12 +16,13 @@ student to the best teacher), forward (always the nearest unused teacher).
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from tabulate import tabulate
 
+from msad.cli import refuse_overwriting
+from msad.cli import run as run_command
 from msad.distill.progressive.order import RULES, path_costs, suggest
 from msad.distill.progressive.table import CostTable, dump_stages, parse_quality, read_costs, stages_block
 
@@ -61,8 +62,7 @@ def run(args: argparse.Namespace) -> str:
     order = suggest(args.rule, costs, table.student, table.quality, longest, exactly=not args.at_most)
     block = dump_stages(stages_block(order, table.teachers, args.max_iter))
     if args.output:
-        if os.path.exists(args.output) and os.path.samefile(args.output, args.costs):
-            raise ValueError(f"--output {args.output} is the file of the costs itself")
+        refuse_overwriting([args.output], [args.costs])
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(block)
     compared = compare_rules(table, costs, min(longest, len(table.quality)), not args.at_most)
@@ -71,12 +71,7 @@ def run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        print(run(args), end="")
-    except (OSError, ValueError) as error:
-        print(f"order_teachers.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("order_teachers.py", lambda: print(run(args), end=""))
 
 
 if __name__ == "__main__":

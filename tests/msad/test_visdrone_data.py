@@ -163,7 +163,7 @@ def class_scores(detector):
     return taken
 
 
-@pytest.mark.parametrize("arch", ["FCOS", "RetinaNet", "GFL", "FasterRCNN", "CascadeRCNN"])
+@pytest.mark.parametrize("arch", ["FCOS", "RetinaNet", "GFL", "FasterRCNN", "CascadeRCNN", "HTC"])
 def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
     model = tiny_model(arch, levels=range(2, 7)).train()
     taken = class_scores(model)

@@ -58,7 +58,7 @@ def test_errors_are_one_sentence(call, tmp_path):
         (["--quality", "IV"], "--quality takes NAME=AP, got 'IV'"),
         (["--quality", "V=3"], "'V' has a quality but no costs"),
         (["--k", "0"], "at least 1"),
-        (["--output", tmp_path / "costs.yaml"], "the file of the costs itself"),
+        (["--output", tmp_path / "costs.yaml"], "would overwrite an input"),
     ):
         status, printed = call(*args)
         assert status == 2 and words in printed.err and printed.err.count("\n") == 1
