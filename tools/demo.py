@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from msad import cli, load_config
 from msad.data import register_datasets
+from msad.data.low_res import LowResOnly
 from msad.engine.checkpoint import CheckedCheckpointer, atomic_write
 from msad.export.names import read_names
 from msad.visualization import Panel, draw_objects, predictions, save_panels
@@ -73,6 +74,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher-weights", metavar="PTH", help="its checkpoint")
     parser.add_argument(
         "--ground-truth", metavar="JSON", help="COCO annotations, matched to the images by file name; name the classes"
+    )
+    parser.add_argument(
+        "--low-res-images", metavar="DIR", help="folder of the student's own images, with the names of the inputs"
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: that of the config, or cpu if there is no GPU)")
     parser.add_argument("--json", metavar="FILE", help="also write the detections that are drawn, see below")
@@ -215,12 +219,28 @@ class Demo:
         self.ground_truth = GroundTruth(args.ground_truth) if args.ground_truth else None
         self.metadata = class_metadata(student.cfg, self.ground_truth, args.config_file)
         self.threshold = args.threshold
+        self.student = student
+        self.low_res = Path(args.low_res_images) if args.low_res_images else None
+        self.low_res_mapper = LowResOnly(DatasetMapper(student.cfg, False))
         self.records: list[dict] = []  # of --json
 
-    def detect(self, image: np.ndarray) -> dict:
-        """Title -> Objects from the threshold on, for a BGR image."""
-        found = {title: predictions(model(image)["instances"]) for title, model in self.models.items()}
+    def detect(self, image: np.ndarray, source: Path | None = None) -> dict:
+        """Title -> Objects from the threshold on, for a BGR image; ``source`` is its file, for --low-res-images."""
+        found = {}
+        for title, model in self.models.items():
+            own = self.low_res and model is self.student
+            found[title] = predictions((self._see_own_image(image, source) if own else model(image))["instances"])
         return {title: objects.above(self.threshold) for title, objects in found.items()}
+
+    def _see_own_image(self, image: np.ndarray, source: Path) -> dict:
+        """What the student finds in its own file, in the pixels of ``image``."""
+        record = {"file_name": str(source), "low_res_file_name": str(self.low_res / source.name)}
+        try:
+            item = self.low_res_mapper({**record, "height": image.shape[0], "width": image.shape[1]})
+        except OSError as error:
+            raise Unreadable(f"--low-res-images: {error}") from None
+        with torch.no_grad():
+            return self.student.model([item])[0]
 
     def image(self, source: Path, target: Path) -> None:
         """One picture: the detections, or a row of panels."""
@@ -237,7 +257,7 @@ class Demo:
                     f"{record['width']}x{record['height']}"
                 )
             columns["Ground truth"] = record
-        found = self.detect(image)
+        found = self.detect(image, source)
         columns.update(found)
         self.record(source, image, found)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -256,6 +276,8 @@ class Demo:
 
     def video(self, source: Path, target: Path) -> None:
         """The video with the detections drawn, side by side if there are two models."""
+        if self.low_res:
+            raise Unreadable("--low-res-images are for images, not for videos")
         writer, seen = None, set()
         frames, total, rate = _open_video(source)
         try:

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data.transforms import ResizeTransform
 from detectron2.modeling import build_model
 
 from msad import load_config
@@ -116,6 +117,32 @@ def test_the_student_sees_small_images_and_answers_in_original_pixels(demo, worl
     assert found.image_size == (96, 128)
     state = torch.load(world / "student.pth")["model"]
     assert all(torch.equal(value, state[name]) for name, value in predictor.model.state_dict().items())
+
+
+def test_the_student_sees_the_files_of_a_second_folder(demo, world, tmp_path, capsys):
+    """A second file that is what the student would see anyway changes nothing, another one does."""
+    (tmp_path / "low").mkdir()
+    pixels = cv2.imread(str(world / "data" / "images" / "val_000000.jpg"))
+    half = ResizeTransform(96, 128, 48, 64).apply_image(pixels)
+    cv2.imwrite(str(tmp_path / "a.png"), pixels)
+    arguments = ["--teacher-config", world / "teacher.yaml", "--teacher-weights", world / "teacher.pth"]
+    arguments += ["--low-res-images", tmp_path / "low", "--input", tmp_path / "a.png"]
+
+    def detections(name, *arguments):
+        file = tmp_path / f"{name}.json"
+        assert call(demo, world, *arguments, "--output", tmp_path / name, "--json", file) == 0
+        (found,) = json.loads(file.read_text())
+        assert (found["width"], found["height"]) == (128, 96)
+        return found["detections"]
+
+    plain = detections("plain", "--input", tmp_path / "a.png")
+    cv2.imwrite(str(tmp_path / "low" / "a.png"), half)
+    assert len(plain) > 0 and detections("same", *arguments) == plain
+    cv2.imwrite(str(tmp_path / "low" / "a.png"), 255 - half)
+    assert detections("other", *arguments) != plain
+    (tmp_path / "low" / "a.png").unlink()
+    assert call(demo, world, *arguments, "--output", tmp_path / "none") != 0
+    assert "a.png cannot be read: it does not exist" in capsys.readouterr().err
 
 
 def test_panels_ground_truth_teacher_student(demo, world, tmp_path):
