@@ -304,7 +304,7 @@ def make_distiller(teacher, losses=({"NAME": "AlignedL1", "WEIGHT": 0.6},)):
     student, frozen = build_model(tiny_cfg(L_LEVELS)), FrozenTeacher(teacher)
     resolution = RESOLUTIONS["L"]
     return Distiller(
-        student, frozen, between(list(losses), student_shapes(student, resolution), frozen.shapes()), resolution
+        student, [frozen], between(list(losses), student_shapes(student, resolution), frozen.shapes()), resolution
     )
 
 

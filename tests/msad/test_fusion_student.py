@@ -277,9 +277,8 @@ def test_trains_alone_exports_and_reloads(run_cfg, tmp_path, make_batch, same_de
     run, trace, _ = train(cfg)
     assert len(trace.steps) == 2
     folder = tmp_path / "run"
-    assert "import msad" in export(cfg, str(folder / "model_final.pth"), tmp_path / "exported")
+    assert "msad.load_config" in export(cfg, str(folder / "model_final.pth"), tmp_path / "exported")
     again = load_config(tmp_path / "exported" / "config.yaml")
-    again.merge_from_file(str(tmp_path / "exported" / "msad.yaml"))
     model = build_model(again)
     model.load_state_dict(torch.load(again.MODEL.WEIGHTS, weights_only=True)["model"])
     assert_equal_weights(model.state_dict(), run.checkpointer.model.state_dict())

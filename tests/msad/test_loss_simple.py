@@ -60,7 +60,7 @@ def test_fitnet_inside_ground_truth(reduction):
     expected = 0.0
     for (name, s), t in zip(student.items(), teacher.values()):
         stride, total, cells = 2 ** int(name[1:]), 0.0, 0
-        for i, gt in enumerate(batch.gt):
+        for i, gt in enumerate(item["instances"] for item in batch.inputs):
             for y, x in np.ndindex(*s.shape[-2:]):
                 cx, cy = (x + 0.5) * stride, (y + 0.5) * stride
                 if any(x0 < cx < x1 and y0 < cy < y1 for x0, y0, x1, y1 in gt.gt_boxes.tensor.tolist()):
@@ -77,7 +77,7 @@ def test_fitnet_without_ground_truth():
     for x in student.values():
         x.requires_grad_()
     loss = build("FitNet", teacher, GT_ONLY=True)
-    (found,) = loss(student, teacher, ground_truth([], [], [])).values()
+    (found,) = evaluate(loss, student, teacher, ground_truth([], [], [])).values()
     found.backward()
     assert found.item() == 0 and all(x.grad.abs().max() == 0 for x in student.values())
 
