@@ -57,9 +57,17 @@ def set_equal_cost(cfg: CfgNode, reference: CfgNode) -> None:
     INPUT.MIN_SIZE_TEST; the training sizes are scaled alike.
     """
     was = cfg.INPUT.MIN_SIZE_TEST
-    size = _equal_cost_size(cfg.dump(), reference.dump())
+    size = _equal_cost_size(*map(_without_seed, (cfg, reference)))
     scale_inputs(cfg, size / was)
     cfg.INPUT.MIN_SIZE_TEST = size
+
+
+def _without_seed(cfg: CfgNode) -> str:
+    """The config's text, but for what differs between seeds and has no influence on costs."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR, cfg.SEED, cfg.DISTILL.TEACHERS = "", 0, []
+    return cfg.dump()
 
 
 @functools.lru_cache
@@ -69,17 +77,19 @@ def _equal_cost_size(text: str, reference_text: str) -> int:
     models = [build_model(cfg).eval() for cfg in configs]
 
     def macs(model: nn.Module, short: int, longest: int) -> float:
-        h, w = T.ResizeShortestEdge.get_output_shape(height, width, short, longest)
+        shape = T.ResizeShortestEdge.get_output_shape(height, width, short, longest)
+        step = max(getattr(model, "detector", model).backbone.size_divisibility, 1)
+        return padded_macs(model, *(-(-side // step) * step for side in shape))
+
+    @functools.cache  # sizes that are padded alike cost the same
+    def padded_macs(model: nn.Module, h: int, w: int) -> float:
         return count_macs(model, random_inputs(h, w))[TOTAL]
 
     cfg, reference = configs
     target = macs(models[1], reference.INPUT.MIN_SIZE_TEST, reference.INPUT.MAX_SIZE_TEST)
     ratio = cfg.INPUT.MAX_SIZE_TEST / cfg.INPUT.MIN_SIZE_TEST
-    cost = functools.cache(lambda short: macs(models[0], short, round(short * ratio)))
-    highest = cfg.INPUT.MIN_SIZE_TEST
-    while cost(highest) < target:
-        highest *= 2
-    return nearest_size(cost, target, highest)
+    # A reference that costs more than the detector itself needs more than its size; twice that is enough.
+    return nearest_size(lambda short: macs(models[0], short, round(short * ratio)), target, 2 * cfg.INPUT.MIN_SIZE_TEST)
 
 
 def _first_record(cfg: CfgNode) -> dict:
