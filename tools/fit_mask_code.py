@@ -16,7 +16,7 @@ from detectron2.data.detection_utils import annotations_to_instances, filter_emp
 from tqdm import tqdm
 
 from msad import cli, load_config
-from msad.data.loader import load_train_dicts
+from msad.data.checks import load_train_dicts
 from msad.data.register import register_datasets
 from msad.modeling.detectors.mask_code import MASK_SIZE, MaskStatistics
 

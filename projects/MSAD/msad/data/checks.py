@@ -7,14 +7,19 @@ from collections.abc import Iterable
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import (
+    filter_images_with_few_keypoints,
+    filter_images_with_only_crowd_annotations,
+    load_proposals_into_dataset,
+)
 from detectron2.utils import comm
 
-from ..finding import ERROR, WARNING, Finding, error_text
+from ..finding import ERROR, WARNING, Finding, error_text, log_findings
 from .image_files import check_image_files
 from .low_res import FILE, check_low_res_files, reads_low_res, student_shift
 from .needs import needs_of
 from .record_checks import check_records, classes_of, judge_box
-from .tally import Tally
+from .tally import Tally, raise_errors
 
 
 def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]], list[Finding]]:
@@ -50,6 +55,42 @@ def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]]
             findings += tally.findings()
     findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
     return {name: loaded[name] for name in train if name in loaded}, findings
+
+
+def load_train_dicts(cfg: CfgNode, images: bool = True) -> list[dict]:
+    """Dataset dicts of ``cfg.DATASETS.TRAIN``, filtered and cleaned; all that is found about TRAIN and TEST is logged.
+
+    Args:
+        images: look at image files too (only the main process does).
+
+    Raises:
+        ValueError: there is an error in the data, or they do not fit the config; the message has all errors.
+    """
+    names = cfg.DATASETS.TRAIN
+    if not names:
+        raise ValueError("DATASETS.TRAIN is empty")
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else [None] * len(names)
+    if len(proposals) != len(names):
+        raise ValueError(f"DATASETS.PROPOSAL_FILES_TRAIN has {len(proposals)} files for {len(names)} data sets")
+    by_name, findings = check_data(cfg, images and comm.is_main_process())
+    findings = shared_findings(findings)
+    log_findings(findings)
+    raise_errors(findings)
+    loaded: list[dict] = []
+    for name, proposal_file in zip(names, proposals):
+        dicts = by_name[name]
+        if proposal_file:
+            dicts = load_proposals_into_dataset(dicts, proposal_file)
+        if dicts and "annotations" in dicts[0]:
+            if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+                dicts = filter_images_with_only_crowd_annotations(dicts)
+            if cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE > 0:
+                dicts = filter_images_with_few_keypoints(dicts, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)
+            dicts = clean(dicts, drop_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        if not dicts:
+            raise ValueError(f"data set {name!r}: none of the images has a usable instance")
+        loaded += dicts
+    return loaded
 
 
 def shared_findings(findings: list[Finding]) -> list[Finding]:
