@@ -70,6 +70,12 @@ def test_the_shrinking_tail_is_for_detectors_slower_than_a_frame():
         assert simulate(20, 30, always(runtime), mean_runtime=runtime) == simulate(20, 30, always(runtime))
 
 
+def test_the_shrinking_tail_takes_a_frame_that_it_loses_nothing_by():
+    # Exactly two frames each, always from the start of a frame: waiting would gain nothing.
+    outputs = simulate(9, 25, always(0.08), mean_runtime=0.08)
+    assert in_frames(outputs, 25) == [(0, 2), (2, 4), (4, 6), (6, 8)] == in_frames(simulate(9, 25, always(0.08)), 25)
+
+
 def test_a_fast_detector_waits_for_frames():
     outputs = simulate(4, 10, always(0.03))
     assert [(o.frame, o.finished) for o in outputs] == [(i, Fraction(i, 10) + Fraction(3, 100)) for i in range(4)]

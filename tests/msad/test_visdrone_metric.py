@@ -167,6 +167,15 @@ def test_the_limit_is_one_for_all_classes_of_an_image():
     assert metrics["AP"] == pytest.approx(100)
 
 
+def test_ap_counts_500_detections_of_an_image():
+    rows = np.array([[0, 0, 10, 10, 1, 4, 0, 0]], float)
+    better = np.column_stack([np.full((500, 4), 30.0), np.linspace(0.9, 0.5, 500), np.full(500, 2), -np.ones((500, 2))])
+    hit = np.array([[0, 0, 10, 10, 0.4, 4, -1, -1]])
+    for others, ap in ((better, 0.0), (better[1:], 100.0)):
+        found = np.concatenate([hit, others])
+        assert summarize(evaluate_classes([rows], [found], [SIZE]))["AP-car"] == pytest.approx(ap)
+
+
 def test_detections_are_sorted():
     rows = np.array([[0, 0, 10, 10, 1, 4, 0, 0]], float)
     found = np.array([[40, 40, 10, 10, 0.1, 4, -1, -1], [0, 0, 10, 10, 0.9, 4, -1, -1]], float)
