@@ -1,26 +1,29 @@
 #!/usr/bin/env python
-"""Write docs/CONFIG.md: every key of msad.config with its default and the comment above it.
+"""Write docs/CONFIG.md: every key of msad.config with its default and the comment above it, and the losses' options.
 
     tools/config_docs.py            write the file
     tools/config_docs.py --check    exit 1 if the file is not up to date
 """
 
 import argparse
+import inspect
 import re
 import sys
 from pathlib import Path
 
+from msad.distill.losses.registry import DISTILL_LOSS_REGISTRY, INJECTED_ARGUMENTS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-SOURCE = REPOSITORY / "projects/MSAD/msad/config.py"
+SOURCES = [REPOSITORY / "projects/MSAD/msad" / name for name in ("config.py", "config_model.py")]
 TARGET = REPOSITORY / "docs/CONFIG.md"
 HEAD = """# Configuration
 
 Keys that the project adds to detectron2's. Everything else is detectron2's and means what it means there.
-Generated from `projects/MSAD/msad/config.py` by `tools/config_docs.py`.
+Generated from `projects/MSAD/msad/config.py`, `config_model.py` and the losses by `tools/config_docs.py`.
 """
 
 
-TAIL = """
+LOSSES = """
 ## Entries of DISTILL.LOSSES
 
 A name, option, value or level that does not exist is an error that says which are valid. Every entry has
@@ -29,38 +32,64 @@ A name, option, value or level that does not exist is an error that says which a
 | --- | --- | --- |
 | `NAME` | | a registered loss |
 | `WEIGHT` | the loss's | factor on all of its terms |
-| `LEVELS` | all that have a partner | H-frame names of the teacher's levels |
+| `SOURCE` | every teacher that is in no mean | name or names of teachers, means or assistants |
+| `TAP` | `neck` | where features are read; `bottom_up`: the backbone's stages |
+| `LEVELS` | all that have a partner | names of the teacher's levels (neck: H frame) |
 | `MATCH` | `by_stride` | levels of equal grid; `by_index`: the i-th of both sides, the student's resized |
-| `ADAPTATION` | `auto` | 1x1 convolution on the student's maps: `auto` (where channels differ), `always`, `none` |
+| `ADAPTATION` | `auto` | 1x1 convolution on the student's features: `auto` (where channels differ), `always`, `none` |
 | `ADAPTATION_NORM` | `""` | normalisation after it (`BN`, ...) |
 
-and the options of its loss, which sums over levels:
+and the options of its loss. Losses that compare predictions (of heads) take no `TAP`, `LEVELS`, `MATCH`, `ADAPTATION`
+or `ADAPTATION_NORM`. [LOSSES.md](LOSSES.md) has formulas, sources and open questions of each.
 
-| loss | options | formula |
-| --- | --- | --- |
-| `AlignedL1` | `NORMALIZE`: standardise maps per channel; `MASK_PADDING`: leave it out | mean abs(S - T); MSAD |
-| `FitNet` | `GT_ONLY`, `REDUCTION` | mean (S - T)^2 |
-| `CWD` | `TAU` | divergence of softmax over the cells of a channel |
-| `FKD` | `ALPHA`, `BETA`, `TEMPERATURE`, `PER_IMAGE` | norms: attended features, pools, non-local relations |
-| `FGD` | `ALPHA`, `BETA`, `GAMMA`, `LAM`, `TEMPERATURE` | attended L2 in and outside of objects, attention, context |
-| `MGD` | `MASK_RATIO` | L2 to maps generated from masked ones |
-| `PKD` | | 1 - Pearson's correlation per channel |
-| `NaiveL2`, `MagnitudeMD` | | raw features: mean (S - T)^2; its magnitude term |
-| `LAD`, `PAD`, `CAD`, `Angular` | `Angular`: `UNIT` | 2 (1 - cos) of layers, pixels, channels |
-| `LD` | `W_MAIN`, `W_VLR`, `W_CLS`, `TEMPERATURE`, `CLS_TEMPERATURE`, `VLR_LOWER`, `PER_IMAGE` | KL of box sides |
-| `Chen` | `MU`, `NU`, `MARGIN`, `W_BG`, `FOCUS` | soft class labels, boxes bounded by the teacher's error |
-
-`LD` and `Chen` compare head predictions and take no `LEVELS`, `MATCH`, `ADAPTATION` or `ADAPTATION_NORM`.
-
-[LOSSES.md](LOSSES.md) has sources, defaults and open questions of each.
-
+| loss | option | default | meaning |
+| --- | --- | --- | --- |
+"""
+TAIL = """
 `DISTILL.WEIGHTING` overwrites `MSAD.W_FUSE`, `DISTILL.W_DET` and every `WEIGHT` by what it implies for
 `LAMBDA` and `GAMMA`; projects/MSAD/README.md has the table.
 """
 
 
+def described_arguments(docstring: str) -> dict[str, str]:
+    """Names and descriptions of the ``Args:`` of a docstring; "a, b: text" describes both."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in docstring.partition("Args:")[2].splitlines()[1:]:
+        entry = re.match(r"^ {8}([a-z_, ]+): (.+)$", line)
+        if entry:
+            names = [name.strip() for name in entry.group(1).split(",")]
+            found.update(dict.fromkeys(names, entry.group(2)))
+        elif re.match(r"^ {12}\S", line):
+            found.update({name: f"{found[name]} {line.strip()}" for name in names})
+        else:
+            break
+    return found
+
+
+def loss_options() -> list[str]:
+    """A line for each option of each registered loss, from its signature and docstring."""
+    lines = []
+    for name, cls in sorted(DISTILL_LOSS_REGISTRY):
+        described = described_arguments(cls.__doc__ or "")
+        options = {
+            key: p.default for key, p in inspect.signature(cls).parameters.items() if key not in INJECTED_ARGUMENTS
+        }
+        if weight := getattr(cls, "default_weight", None):
+            lines.append(f"| `{name}` | `WEIGHT` | `{weight}` | its published weight |")
+        two_stage = getattr(cls, "two_stage", {})
+        for key, default in options.items():
+            text = described.get(key, "")
+            if key in two_stage and "wo-stage" not in text:
+                text += f" Two-stage: {two_stage[key]}."
+            lines.append(f"| `{name}` | `{key.upper()}` | `{default}` | {text.strip().replace('|', chr(92) + '|')} |")
+        if not weight and not options:
+            lines.append(f"| `{name}` | | | |")
+    return lines
+
+
 def render(source: str) -> str:
-    """The Markdown page for the text of config.py."""
+    """The Markdown page for the text of the files of keys."""
     lines, comment = [HEAD], []
     for line in source.splitlines():
         line = line.strip()
@@ -78,14 +107,14 @@ def render(source: str) -> str:
             comment = []
         elif not assignment:
             comment = []
-    return "\n".join(lines) + "\n" + TAIL
+    return "\n".join(lines) + "\n" + LOSSES + "\n".join(loss_options()) + "\n" + TAIL
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
-    page = render(SOURCE.read_text())
+    page = render("\n".join(path.read_text() for path in SOURCES))
     if args.check:
         if not TARGET.is_file() or TARGET.read_text() != page:
             print(f"{TARGET.name} is not up to date; run {Path(__file__).name}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""docs/CONFIG.md is what config.py says."""
+"""docs/CONFIG.md is what the files of keys and the losses say."""
 
 import importlib.util
 import subprocess
@@ -21,9 +21,10 @@ def test_every_key_has_a_row_and_a_meaning():
     spec = importlib.util.spec_from_file_location("config_docs", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    page = module.render("\n".join(path.read_text() for path in module.SOURCES))
     rows = {
         cells[1].strip(" `"): cells[3].strip()
-        for cells in (line.split(" | ") for line in module.render(module.SOURCE.read_text()).splitlines())
+        for cells in (line.split(" | ") for line in page.splitlines())
         if len(cells) == 3
         for cells in [["", cells[0].lstrip("| "), cells[1], cells[2].rstrip("| ")]]
     }
@@ -32,3 +33,13 @@ def test_every_key_has_a_row_and_a_meaning():
     leaves = {k for k in ours if not any(other.startswith(k + ".") for other in ours)}
     assert leaves <= set(rows), leaves - set(rows)
     assert all(rows[key] for key in leaves)
+
+
+def test_every_option_of_a_loss_has_a_meaning():
+    spec = importlib.util.spec_from_file_location("config_docs", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in module.loss_options()]
+    assert ["`CWD`", "`TAU`", "`1.0`", "temperature of the softmax."] in rows
+    assert {"`LD`", "`SDF`", "`MGD`"} <= {row[0] for row in rows}
+    assert all(len(row) == 4 and row[3] for row in rows if len(row) > 1)
