@@ -215,9 +215,10 @@ def test_a_saved_config_finds_the_same_teacher(tmp_path, monkeypatch):
 
 
 def test_every_key_has_a_comment_and_a_reader():
-    source = Path(config.__file__)
-    lines = source.read_text().splitlines()
-    package = "".join(path.read_text() for path in source.parent.rglob("*.py") if path != source)
+    folder = Path(config.__file__).parent
+    sources = [folder / "config.py", folder / "config_model.py"]
+    lines = [line for source in sources for line in source.read_text().splitlines()]
+    package = "".join(path.read_text() for path in folder.rglob("*.py") if path not in sources)
     keys_found = 0
     for above, line in itertools.pairwise(lines):
         match = re.match(r"    cfg\.([A-Z0-9_.]+) = (?!CN\(\))", line)
