@@ -217,7 +217,7 @@ def test_suppression_of_a_batch_is_that_of_its_images(limit):
 
 
 def test_pooling_is_that_of_the_pooler():
-    pooler = ROIPooler((3, 2), [1 / 4, 1 / 8, 1 / 16], 0, "ROIAlignV2", canonical_box_size=40, canonical_level=3)
+    pooler = ROIPooler(3, [1 / 4, 1 / 8, 1 / 16], 0, "ROIAlignV2", canonical_box_size=40, canonical_level=3)
     maps = [torch.rand(2, 5, 64 // stride, 96 // stride) for stride in (4, 8, 16)]
     boxes, image = random_boxes(50, 64.0), torch.arange(50) % 2
     pooled = ops.pool(pooler, maps, boxes, image)
