@@ -15,7 +15,7 @@ from torch import nn
 
 from msad import load_config
 from msad.engine.checkpoint import CheckedCheckpointer
-from msad.modeling.backbones.efficientnet_lite import EfficientNetLite, _same_padding
+from msad.modeling.backbones.efficientnet_lite import EfficientNetLite, MBConv, _same_padding
 from msad.modeling.backbones.pretrained import PACKAGES, pretrained_file
 
 ALL = ["c1", "res2", "res3", "res4", "res5"]
@@ -123,6 +123,17 @@ def test_padding_is_tensorflows_same(kernel, height, width):
                     if 0 <= y < height and 0 <= z < width:
                         expected[i, j] += weight[0, 0, dy, dx] * x[0, 0, y, z]
     torch.testing.assert_close(F.conv2d(_same_padding(kernel, 2)(x), weight, stride=2)[0, 0], expected)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3, 1), (8, 16, 3, 1), (8, 8, 5, 2)])
+def test_a_block_adds_its_input_where_shapes_are_equal(shape):
+    """With a last norm that gives zero, a block gives its input or zero."""
+    block = MBConv(*shape, expansion=6, norm="BN").eval()
+    nn.init.zeros_(block._bn2.weight)
+    x = torch.randn(2, 8, 4, 4)
+    out = block(x)
+    assert out.shape == (2, shape[1], 4 // shape[3], 4 // shape[3])
+    assert torch.equal(out, x) if shape == (8, 8, 3, 1) else not out.any()
 
 
 # --- as a backbone ----------------------------------------------------------------------------------------------------
