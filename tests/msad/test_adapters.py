@@ -1,0 +1,121 @@
+"""One interface for any subclass of detectron2's DenseDetector and GeneralizedRCNN, also for those written here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from msad.modeling.adapters import DenseAdapter, RCNNAdapter, adapt, num_classes_key
+from msad.modeling.fusion import CrossFeatureLevelFusion
+from msad.modeling.teacher import MultiScaleTeacher
+from msad.resolution import RESOLUTIONS
+
+
+class MyRetinaNet(RetinaNet):
+    """As a user writes one: another name, nothing else."""
+
+
+class MyRCNN(GeneralizedRCNN):
+    pass
+
+
+class Pyramid(Backbone):
+    """P2 to P4 by strided convolutions."""
+
+    size_divisibility = 16
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, channels, 3, stride=s, padding=1) for s in (4, 8, 16))
+
+    def output_shape(self):
+        return {f"p{i}": ShapeSpec(channels=4, stride=2**i) for i in (2, 3, 4)}
+
+    def forward(self, x):
+        return {f"p{i}": layer(x) for i, layer in zip((2, 3, 4), self.layers)}
+
+
+class BrightSpots(DenseDetector):
+    """A dense detector with nothing but what DenseDetector asks for: no anchors, no classes, no assignment."""
+
+    def __init__(self, levels=("p3", "p4")):
+        head = nn.Conv2d(4, 1, 1)
+        super().__init__(
+            Pyramid(), _Each(head), list(levels), pixel_mean=[0.0, 0.0, 0.0], pixel_std=[255.0, 255.0, 255.0]
+        )
+
+    def forward_training(self, images, features, predictions, gt_instances):
+        return {"loss_bright": sum(x.square().mean() for x in predictions)}
+
+    def forward_inference(self, images, features, predictions):
+        found = []
+        for size in images.image_sizes:
+            found.append(Instances(size, pred_boxes=Boxes(torch.tensor([[0.0, 0.0, 8.0, 8.0]]))))
+            found[-1].scores, found[-1].pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
+        return found
+
+
+class _Each(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, features):
+        return [self.layer(x) for x in features]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    for cls in (MyRetinaNet, MyRCNN):
+        monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, cls.__name__, cls)
+
+
+@pytest.mark.parametrize("losses", [[{"NAME": "AlignedL1"}], [{"NAME": "Chen"}]])
+def test_a_subclass_is_student_and_teacher(registered, tiny_cfg, tiny_model, make_distiller, make_batch, losses):
+    teacher = tiny_model("MyRetinaNet", resolutions=["H", "L"])
+    student = tiny_model("MyRetinaNet", levels=range(2, 7), seed=1)
+    assert type(student) is MyRetinaNet and type(adapt(student)) is DenseAdapter
+    with EventStorage(0):
+        found = make_distiller(teacher=teacher, student=student, losses=losses)(make_batch([(64, 96)] * 2))
+    assert any("distill" in name for name in found) and all(value.isfinite() for value in found.values())
+    assert num_classes_key(tiny_cfg("MyRetinaNet")) == "MODEL.RETINANET.NUM_CLASSES"
+
+
+def test_a_subclass_of_generalized_rcnn(registered, tiny_cfg, tiny_model, make_batch):
+    model = tiny_model("FasterRCNN")
+    model.__class__ = MyRCNN
+    assert type(adapt(model)) is RCNNAdapter and adapt(model).two_stage
+    cfg = tiny_cfg("FasterRCNN")
+    cfg.MODEL.META_ARCHITECTURE = "MyRCNN"
+    assert num_classes_key(cfg) == "MODEL.ROI_HEADS.NUM_CLASSES"
+
+
+def test_a_detector_with_the_least_that_a_dense_one_has(make_distiller, make_batch):
+    """It is distilled, fused and evaluated; only what it lacks, predictions to compare, is an error that says so."""
+    fusion = CrossFeatureLevelFusion(4, 2)
+    branches = [RESOLUTIONS["H"], RESOLUTIONS["L"]]
+    teacher = MultiScaleTeacher(detector=BrightSpots(), resolutions=branches, fusion=fusion)
+    batch = make_batch([(64, 96)] * 2)
+    with EventStorage(0):
+        assert {name.split("/")[0] for name in teacher(batch)} == {"H", "L", "fused"}
+    student = BrightSpots(("p2", "p3"))
+    with EventStorage(0):
+        found = make_distiller(teacher=teacher, student=student)(batch)
+    assert {"loss_bright", "loss_distill/AlignedL1"} == set(found)
+    assert len(teacher.eval()(batch)[0]["instances"]) == 1
+    with pytest.raises(TypeError, match="BrightSpots cannot be compared: it has no num_classes, label_anchors"):
+        make_distiller(teacher=teacher, student=student, losses=[{"NAME": "Chen"}])
+
+
+def test_what_a_kind_needs_is_named():
+    detector = BrightSpots()
+    detector.head_in_features = None
+    with pytest.raises(TypeError, match="BrightSpots cannot be run from features: it has no head_in_features"):
+        adapt(detector)
