@@ -24,7 +24,7 @@ from msad.engine import DistillTrainer
 from msad.engine.setup import evaluate, evaluate_branches, load_model
 from msad.export.plain import export
 
-PLAIN_RCNN = Path(__file__).parents[2] / "docs" / "plain_rcnn.py"
+PLAIN_RCNN = Path(__file__).parents[2] / "projects/MSAD/plain/plain_rcnn.py"
 FIT = Path(__file__).parents[2] / "tools" / "fit_mask_code.py"
 SMALL = {"MIN_SIZE_TEST": 32, "MAX_SIZE_TEST": 32}
 BOX_AND_MASK = {"bbox", "segm"}
@@ -232,7 +232,7 @@ def test_rcnn_student_detects_the_same_without_msad(project, tmp_path):
     run(cfg, 2, resume=False)
     weights = f"{cfg.OUTPUT_DIR}/model_final.pth"
     note = export(cfg, weights, tmp_path / "exported")
-    assert note.endswith("docs/plain_rcnn.py builds it without msad.")
+    assert note.endswith("projects/MSAD/plain/plain_rcnn.py builds it without msad.")
     files = sorted(map(str, (project / "data" / "images").glob("val_*.jpg")))
     arguments = [PLAIN_RCNN, tmp_path / "exported", tmp_path / "found.pth", *files]
     command = [sys.executable, "-c", PLAIN, *map(str, arguments)]

@@ -26,7 +26,7 @@ from msad.export.names import read_names
 from msad.export.plain import export, plain_file
 from msad.modeling.detectors.mask_code import MaskStatistics
 
-DOCS = Path(__file__).parents[2] / "docs"
+PLAIN_FILES = Path(__file__).parents[2] / "projects/MSAD/plain"
 CONFIGS = Path(__file__).parents[2] / "configs"
 SIZES = {"INPUT__MIN_SIZE_TEST": 64, "INPUT__MAX_SIZE_TEST": 64}
 WIDTHS = {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 8, "WIDTH_PER_GROUP": 2}
@@ -110,9 +110,9 @@ torch.save(found, out)
 
 
 def in_plain_detectron2(folder, files, images):
-    """{folder: detections or error} where msad cannot be imported, for {folder: file of docs/, or ""}."""
+    """{folder: detections or error} where msad cannot be imported, for {folder: file of projects/MSAD/plain/, or ""}."""
     torch.save({"files": files, "images": [torch.from_numpy(x) for x in images]}, folder / "job.pth")
-    command = [sys.executable, "-c", PLAIN, DOCS, folder / "job.pth", folder / "found.pth"]
+    command = [sys.executable, "-c", PLAIN, PLAIN_FILES, folder / "job.pth", folder / "found.pth"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))  # absolute paths
     done = subprocess.run(
         list(map(str, command)), env=environment, cwd="/", capture_output=True, text=True, timeout=300
@@ -142,7 +142,7 @@ def exported(tiny_cfg, tiny_model, tmp_path):
 
 
 def test_what_is_said_of_each_kind_is_true(exported, images, tmp_path, monkeypatch):
-    """Exported under a relative path; where a file of docs/ builds the model, the pair has been moved before."""
+    """Exported under a relative path; where a file of projects/MSAD/plain/ builds the model, the pair has been moved before."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "moved").mkdir()
     files, expected = {}, {}
@@ -156,13 +156,13 @@ def test_what_is_said_of_each_kind_is_true(exported, images, tmp_path, monkeypat
             )
         elif needed == MSAD:
             assert note.startswith("Plain detectron2 cannot build this model: msad.load_config(")
-            assert "docs/" not in note
+            assert "MSAD/plain/" not in note
             again = load_config(folder / "config.yaml")
             stored = torch.load(again.MODEL.WEIGHTS, weights_only=True)["model"]
             build_model(again).load_state_dict(stored)  # strictly
         else:
             assert note.startswith("To build this model, msad.load_config("), name
-            assert note.endswith(f"; docs/{needed} builds it without msad."), name
+            assert note.endswith(f"; projects/MSAD/plain/{needed} builds it without msad."), name
             folder = folder.rename(tmp_path / "moved" / name)
         files[str(folder)] = needed if needed != MSAD else FCOS if arch == "FCOS" else RCNN
         expected[str(folder)] = None if needed == MSAD else detections(cfg, weights, images)
@@ -180,10 +180,10 @@ def test_what_is_said_of_each_kind_is_true(exported, images, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        ("MSAD/fcos_R_50_S_L_1x", "docs/plain_fcos.py"),
-        ("MSAD/fcos_R_50_S_EL_1x", "docs/plain_fcos.py"),
-        ("MSAD/fcos_SLR050_50_S_L_1x", "docs/plain_fcos.py"),
-        ("MSAD/cascade_rcnn_R_50_S_L_1x", "docs/plain_rcnn.py"),
+        ("MSAD/fcos_R_50_S_L_1x", "projects/MSAD/plain/plain_fcos.py"),
+        ("MSAD/fcos_R_50_S_EL_1x", "projects/MSAD/plain/plain_fcos.py"),
+        ("MSAD/fcos_SLR050_50_S_L_1x", "projects/MSAD/plain/plain_fcos.py"),
+        ("MSAD/cascade_rcnn_R_50_S_L_1x", "projects/MSAD/plain/plain_rcnn.py"),
         ("MSAD/fcos_MV2_S_L_1x", None),
         ("MSAD/meinst_R_50_S_L_1x", None),
         ("MSAD/fusion_H050_L100_1x", None),

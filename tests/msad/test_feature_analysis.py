@@ -70,3 +70,17 @@ def test_teacher_of_a_control_runs_only_when_it_is_observed(project, teacher_wei
     train(config(project, teacher_weights, "student", tmp_path / "run", **keys))
     assert len(calls) == 2
     assert len((tmp_path / "run/features.jsonl").read_text().splitlines()) == 2
+
+
+def test_every_process_looks_and_the_main_one_writes(project, teacher_weights, tmp_path, monkeypatch):
+    """The teacher runs for the analysis, and where its normalisation is synchronised it needs all processes."""
+    from msad.engine import hooks
+
+    calls, original = [], FrozenTeacher.features
+    monkeypatch.setattr(FrozenTeacher, "features", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(hooks.comm, "is_main_process", lambda: False)
+    keys = {"DISTILL.LOSSES": [], "SOLVER.MAX_ITER": 2, "DISTILL.ANALYSIS_PERIOD": 1, "TEST.EVAL_PERIOD": 0}
+    cfg = config(project, teacher_weights, "student", tmp_path / "run", **keys)
+    model = train(cfg)[0]
+    assert len(calls) == 2 and not model.distiller.on_context
+    assert not (tmp_path / "run/features.jsonl").exists()

@@ -232,3 +232,18 @@ def test_nothing_in_common():
     message = r"student levels {'p3': 8} and teacher levels {'p7': 128} .* have none in common"
     with pytest.raises(ValueError, match=message):
         between([{"NAME": "AlignedL1"}], shapes([3]), shapes([7]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_masked_mean_is_safe_in_half_precision(dtype):
+    """As under mixed precision: the loss is float32, and its gradient finite at the first scale of a GradScaler."""
+    student, teacher = maps(range(3, 5), seed=1), maps(range(3, 5), seed=2)
+    half = {name: x.to(dtype).requires_grad_() for name, x in student.items()}
+    loss = AlignedL1(list(student), mask_padding=True)
+    with torch.autocast("cpu", dtype):
+        found = loss(half, {name: x.to(dtype) for name, x in teacher.items()}, BATCH)["l1"]
+    assert found.dtype == torch.float32
+    exact = loss({k: x.float() for k, x in half.items()}, {k: x.to(dtype).float() for k, x in teacher.items()}, BATCH)
+    assert found.item() == pytest.approx(exact["l1"].item(), rel=1e-5)
+    (3 * 65536 * found).backward()
+    assert all(x.grad.isfinite().all() for x in half.values())

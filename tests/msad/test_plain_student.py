@@ -22,9 +22,9 @@ from msad.data import register_datasets
 from msad.engine.setup import load_model
 from msad.export.plain import by_itself, export, foreign_parts, split_config
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "plain_fcos.py"
+EXAMPLE = Path(__file__).parents[2] / "projects/MSAD/plain/plain_fcos.py"
 
-# Detections of the exported RetinaNet student, of its training checkpoint, and of FCOS students by docs/plain_fcos.py.
+# Detections of the exported RetinaNet student, of its training checkpoint, and of FCOS students by plain_fcos.py.
 PLAIN = """
 import os, runpy, sys
 sys.modules["msad"] = None  # import msad raises an error
@@ -133,7 +133,7 @@ def test_exported_files(project, teacher_weights, tmp_path):
     note = export(cfg, str(tmp_path / "trained.pth"), tmp_path / "out")
     assert note.startswith("To build this model, msad.load_config(") and "MODEL.META_ARCHITECTURE FCOS, " in note
     assert "MODEL.BACKBONE.NAME build_level_fpn_backbone" in note and "build_resnet_backbone" not in note
-    assert note.endswith("docs/plain_fcos.py builds it without msad.") and "\n" not in note
+    assert note.endswith("projects/MSAD/plain/plain_fcos.py builds it without msad.") and "\n" not in note
 
     content = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
     assert set(content) == {"model"}

@@ -21,7 +21,7 @@ from ..modeling.detectors.mask_code import IN_CHECKPOINT
 from ..resolution import downsampled_size, get_resolution, level_of
 from .names import FILE, dataset_names, write_names
 
-# Parts that docs/plain_backbone.py makes of detectron2's own.
+# Parts that projects/MSAD/plain/plain_backbone.py makes of detectron2's own.
 PLAIN_BACKBONE = {"MODEL.BACKBONE.NAME build_level_fpn_backbone", "MODEL.FPN.BOTTOM_UP build_resnet_c1_backbone"}
 
 # Settings of these parts, and of FCOS, that no such file knows.
@@ -75,8 +75,9 @@ def plain_file(cfg: CfgNode) -> str | None:
     stock = add_msad_config(get_cfg()).MODEL
     if any(cfg.MODEL[node][key] != stock[node][key] for node, keys in UNKNOWN_TO_PLAIN.items() for key in keys):
         return None
-    files = {(): "docs/plain_rcnn.py", ("MODEL.META_ARCHITECTURE FCOS",): "docs/plain_fcos.py"}
-    return files.get(tuple(part for part in foreign_parts(cfg) if part not in PLAIN_BACKBONE))
+    names = {(): "plain_rcnn.py", ("MODEL.META_ARCHITECTURE FCOS",): "plain_fcos.py"}
+    name = names.get(tuple(part for part in foreign_parts(cfg) if part not in PLAIN_BACKBONE))
+    return name and f"projects/MSAD/plain/{name}"
 
 
 def by_itself(cfg: CfgNode) -> CfgNode:

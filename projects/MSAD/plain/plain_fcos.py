@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """An exported FCOS student in plain detectron2: nothing of this project is imported.
 
-    python docs/plain_fcos.py EXPORTED IMAGE...
+    python projects/MSAD/plain/plain_fcos.py EXPORTED IMAGE...
 
 EXPORTED is the folder that tools/export_model.py wrote; it may lie anywhere. detectron2 has FCOS as a class but no yaml
 for it, so its arguments come from EXPORTED/msad.yaml. Take plain_backbone.py along with this file.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """An exported R-CNN or RetinaNet student in plain detectron2: nothing of this project is imported.
 
-    python docs/plain_rcnn.py EXPORTED IMAGE...
+    python projects/MSAD/plain/plain_rcnn.py EXPORTED IMAGE...
 
 EXPORTED is the folder that tools/export_model.py wrote; it may lie anywhere. The half-resolution R-CNN reads P1, which
 no yaml of detectron2 makes; plain_backbone.py does, take it along with this file. All else is in EXPORTED/config.yaml.
