@@ -110,7 +110,7 @@ torch.save(found, out)
 
 
 def in_plain_detectron2(folder, files, images):
-    """{folder: detections or error} where msad cannot be imported, for {folder: file of projects/MSAD/plain/, or ""}."""
+    """{folder: detections or error} where msad cannot be imported, for {folder: plain file that builds it, or ""}."""
     torch.save({"files": files, "images": [torch.from_numpy(x) for x in images]}, folder / "job.pth")
     command = [sys.executable, "-c", PLAIN, PLAIN_FILES, folder / "job.pth", folder / "found.pth"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))  # absolute paths
@@ -142,7 +142,7 @@ def exported(tiny_cfg, tiny_model, tmp_path):
 
 
 def test_what_is_said_of_each_kind_is_true(exported, images, tmp_path, monkeypatch):
-    """Exported under a relative path; where a file of projects/MSAD/plain/ builds the model, the pair has been moved before."""
+    """Exported under a relative path; where a plain file builds the model, the pair has been moved before."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "moved").mkdir()
     files, expected = {}, {}
