@@ -46,7 +46,7 @@ def data_opts(args: argparse.Namespace) -> list:
     """Overrides for --data or --train-json and its companions; [] without them."""
     if args.data:
         folder = Path(args.data)
-        entries, _ = register_entries(folder, Path(args.output) / "data", folder.resolve().name)
+        entries = register_entries(folder, folder.resolve().name)
     elif args.train_json:
         files = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
         if not all(map(all, files.values())):

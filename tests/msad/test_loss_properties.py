@@ -13,11 +13,12 @@ from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.distill.losses.fkd import NonLocal
 
 ALL = ["AlignedL1", "FitNet", "CWD", "FKD", "FGD", "MGD", "PKD"]
-ALL += ["NaiveL2", "MagnitudeMD", "LAD", "PAD", "CAD", "Angular"]
+ALL += ["NaiveL2", "MagnitudeMD", "LAD", "PAD", "CAD", "Angular", "SDF"]
 OPTIONS = {  # weights at which every term counts for maps as small as these
     "FGD": {"ALPHA": 1.0, "BETA": 1.0, "GAMMA": 0.1, "LAM": 0.1},
     "FKD": {"ALPHA": 0.1, "BETA": 1.0, "TEMPERATURE": 0.5},
     "MGD": {"WEIGHT": 0.01},
+    "SDF": {"WEIGHT": 1.0, "EMBEDDING": 2},
 }
 SIZES = {"p3": (4, 3), "p4": (2, 2)}
 
@@ -74,7 +75,7 @@ def test_gradient(name, monkeypatch):
     assert not any(x.requires_grad for x in teacher.values())
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"MGD", "FKD", "FGD"}))
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"MGD", "FKD", "FGD", "SDF"}))
 def test_zero_at_identical_maps(name):
     assert total(build(name), maps(), maps()).item() == pytest.approx(0, abs=1e-12)
 
@@ -168,7 +169,8 @@ def test_in_a_step_of_distillation(make_distiller, tiny_model, make_batch, name,
     sum(losses.values()).backward()
     trained = [p for p in distiller.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-    assert len(trained) == len(list(student.parameters())) + len(list(distiller.losses.parameters()))
+    of_losses = [p for p in distiller.losses.parameters() if p.requires_grad]
+    assert len(trained) == len(list(student.parameters())) + len(of_losses)
 
 
 @pytest.mark.parametrize("name", ["MGD", "FKD", "FGD"])

@@ -94,9 +94,9 @@ def test_unknown_side():
 def test_collapse_is_noticed(caplog):
     loss = sdf(teacher_side="trainable")
     maps = {"res5": torch.randn(2, 8, 4, 4)}, {"res5": torch.randn(2, 16, 4, 4)}
-    with EventStorage(0) as storage, caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING):
         loss(*maps, make_context([], iteration=0))
-        assert not caplog.messages and storage.latest()["sdf_spread"][0] > 0
+        assert not caplog.messages
         for parameter in loss.teacher.parameters():
             parameter.data.zero_()
         loss(*maps, make_context([], iteration=100))

@@ -229,11 +229,11 @@ def test_outputs_do_not_overwrite_each_other(demo, tmp_path):
 def test_ctrl_c_keeps_what_is_done(demo, world, tmp_path, monkeypatch, capsys):
     detect, calls = demo.Demo.detect, []
 
-    def interrupted(self, image):
+    def interrupted(self, *images):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return detect(self, image)
+        return detect(self, *images)
 
     monkeypatch.setattr(demo.Demo, "detect", interrupted)
     assert call(demo, world, "--input", world / "drive.mp4", "--output", tmp_path / "cut.mp4") == 130

@@ -7,7 +7,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..context import DistillContext
@@ -21,7 +20,7 @@ MONITOR_PERIOD = 200
 
 def _norm(channels: int) -> nn.GroupNorm:
     # Statistics of a batch would differ between dilations that share their weights.
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    return nn.GroupNorm(math.gcd(32, max(channels // 2, 1)), channels)
 
 
 class ScaleDecoupled(nn.Module):
@@ -37,7 +36,7 @@ class ScaleDecoupled(nn.Module):
     def __init__(self, channels: int, embedding: int, dilations: tuple[int, ...], share: bool) -> None:
         super().__init__()
         self.dilations = dilations
-        hidden = max(channels // 4, 1)
+        hidden = max(channels // 4, 2)
         count = 1 if share else len(dilations)
         self.reduce = nn.ModuleList(nn.Conv2d(channels, hidden, 1, bias=False) for _ in range(count))
         self.spread = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, bias=False) for _ in range(count))
@@ -67,8 +66,8 @@ class SDF(nn.Module):
     the teacher's channels.
 
     The paper does not say who trains the teacher's side; trained by this loss alone, equal constants would be its
-    optimum. The standard deviation of the teacher's embedding over locations is logged as "sdf_spread" every
-    200 iterations, with a warning where it falls below a hundredth of the first.
+    optimum. The standard deviation of the teacher's embedding over locations is logged every 200 iterations, with a
+    warning where it falls below a hundredth of the first.
 
     Args:
         embedding: channels of a branch's embedding.
@@ -128,7 +127,7 @@ class SDF(nn.Module):
 
     def _monitor(self, embedding: torch.Tensor) -> None:
         spread = embedding.transpose(0, 1).flatten(1).std(dim=1).mean().item()
-        get_event_storage().put_scalar("sdf_spread", spread, smoothing_hint=False)
+        logger.info("SDF: standard deviation of the teacher's embedding over locations: %.3g", spread)
         if self._first_spread is None:
             self._first_spread = spread
         elif spread < self._first_spread / 100:
