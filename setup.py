@@ -4,7 +4,7 @@ ONNX = ["onnx", "onnxruntime"]  # writing and running ONNX files; the exporter i
 
 setup(
     name="msad",
-    version="0.1.0",
+    version="0.2.0",
     description="Low-resolution detection by distillation on detectron2: MSAD and its peers",
     license="Apache-2.0",
     # The command msad finds tools and configs inside the package; a checkout has them at the top, see msad/cli.py.

@@ -13,4 +13,4 @@ from .modeling import segmentation as _segmentation  # noqa: F401  (fills SEM_SE
 from .modeling import teacher as _teacher  # noqa: F401
 
 __all__ = ["__version__", "add_msad_config", "load_config"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
