@@ -8,7 +8,9 @@
 writes DIR/sweep.json, DIR/sweep.png and DIR/log.txt, and prints a table for each task. Sizes are short sides in pixels
 of the model's own input (for a teacher those of H); the longest side allowed (INPUT.MAX_SIZE_TEST) is scaled alike.
 Default: 100, 96, 92, 88, 84 and 80 % of INPUT.MIN_SIZE_TEST, the paper's sizes. Finished sizes are kept: the same
-command goes on after an interruption, and further --sizes are added.
+command goes on after an interruption, and further --sizes are added. Latency is that of the first test image, the least
+of several rounds in which the sizes take turns, and is measured for all sizes anew when one is added; sizes that are
+padded alike share it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 from tqdm import tqdm
 
 from msad import cli, load_config
@@ -30,6 +33,7 @@ from msad.engine import DistillTrainer
 from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name, load_model, prepare
 from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
+from msad.experiments.costs import measure_costs
 from msad.experiments.run import log_to
 from msad.visualization.sweep import plot_sweep
 
@@ -109,6 +113,18 @@ def save(file: Path, about: dict, sizes: list[dict]) -> None:
         stream.write("\n")
 
 
+def largest_first(sizes: dict[int, dict]) -> list[dict]:
+    return sorted(sizes.values(), key=lambda entry: -entry["short_side"])
+
+
+def measure_latencies(cfg: CfgNode, model: nn.Module, sizes: list[dict], branch: str | None) -> None:
+    """Set "input", (height, width) as the network gets it, and "milliseconds" of all ``sizes``, which take turns."""
+    costs = measure_costs({str(entry["short_side"]): (at_size(cfg, entry["short_side"]), model) for entry in sizes})
+    for entry in sizes:
+        found = costs[str(entry["short_side"]) + (f"_{branch}" if branch else "")]
+        entry["input"], entry["milliseconds"] = found["input"], found["ms"]["total"]
+
+
 def run(args: argparse.Namespace) -> list[dict]:
     """Evaluate what is missing; the sizes asked for and those of earlier runs, largest first."""
     cfg = configure(args)
@@ -116,9 +132,10 @@ def run(args: argparse.Namespace) -> list[dict]:
     file, about = output / "sweep.json", describe(args, cfg)
     done = {entry["short_side"]: entry for entry in earlier(file, about)}
     wanted = dict.fromkeys(args.sizes or default_sizes(cfg))
-    missing = [s for s in wanted if s not in done or (done[s]["milliseconds"] is None and not args.no_latency)]
-    sizes = sorted(done.values(), key=lambda entry: -entry["short_side"])
-    if missing:
+    missing = [side for side in wanted if side not in done]
+    sizes = largest_first(done)
+    untimed = not args.no_latency and any(entry["milliseconds"] is None for entry in sizes)
+    if missing or untimed:
         output.mkdir(parents=True, exist_ok=True)
         with log_to(output / "log.txt"):
             prepare(cfg)
@@ -131,10 +148,14 @@ def run(args: argparse.Namespace) -> list[dict]:
                     bar.total = len(loader) * len(missing)
                     bar.set_description(f"{side} px ({number}/{len(missing)})")
                     evaluator = DistillTrainer.build_evaluator(sized, cfg.DATASETS.TEST[0])
-                    entry = evaluate_size(model, loader, evaluator, latency=not args.no_latency, on_batch=bar.update)
-                done[side] = {"short_side": side, "max_size": sized.INPUT.MAX_SIZE_TEST, "images": len(loader), **entry}
-                sizes = sorted(done.values(), key=lambda entry: -entry["short_side"])
+                    entry = evaluate_size(model, loader, evaluator, bar.update)
+                about_size = {"max_size": sized.INPUT.MAX_SIZE_TEST, "images": len(loader)}
+                done[side] = {"short_side": side, **about_size, "input": None, "milliseconds": None, **entry}
+                sizes = largest_first(done)
                 save(file, about, sizes)
+    if not args.no_latency and any(entry["milliseconds"] is None for entry in sizes):
+        measure_latencies(cfg, model, sizes, about["branch"])
+        save(file, about, sizes)
     name = os.path.splitext(os.path.basename(args.config_file))[0] + (f", {about['branch']}" if about["branch"] else "")
     plot_sweep(sizes, output / "sweep.png", name)
     return sizes

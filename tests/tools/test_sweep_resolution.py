@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -63,18 +62,6 @@ def test_the_longest_side_is_scaled_alike():
         at_size(cfg, 0)
 
 
-class _Slow(nn.Module):
-    """Takes as many milliseconds as it is told."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, inputs):
-        time.sleep(inputs[0] / 1e3)
-        return inputs
-
-
 class _Sum(DatasetEvaluator):
     def reset(self):
         self.seen = 0
@@ -86,17 +73,20 @@ class _Sum(DatasetEvaluator):
         return {"bbox": {"AP": self.seen, "APl": math.nan}}
 
 
-def test_latency_is_the_median_of_calls_without_warmup():
-    calls, model = [], _Slow()
-    times = [[90], [90], [90], [5], [20], [5], [5], [20]]
-    entry = evaluate_size(model, times, _Sum(), on_batch=lambda: calls.append(1))
-    assert 5 <= entry["milliseconds"] < 15
-    assert len(calls) == len(times)
-    assert entry["results"] == {"bbox": {"AP": 325.0, "APl": None}}
-    assert entry["seconds"] >= 0.3
-    assert not model._forward_hooks and not model._forward_pre_hooks
-    assert evaluate_size(model, [[1]], _Sum(), latency=False)["milliseconds"] is None
-    assert evaluate_size(model, [[1]], _Sum())["milliseconds"] >= 1  # too few calls to leave any out
+def test_every_batch_is_evaluated_and_announced():
+    calls = []
+    entry = evaluate_size(nn.Identity(), [[1], [2, 3], [4]], _Sum(), lambda: calls.append(1))
+    assert entry["results"] == {"bbox": {"AP": 10.0, "APl": None}}
+    assert len(calls) == 3 and entry["seconds"] >= 0
+
+
+def test_sizes_that_are_padded_alike_have_one_latency(tool, project, weights, tmp_path, capsys):
+    argv = ["--config-file", str(project / "fcos.yaml"), "--weights", str(weights), "--output", str(tmp_path)]
+    assert tool.main([*argv, "--sizes", "64", "48", "32"]) == 0
+    found = {e["short_side"]: e for e in json.loads((tmp_path / "sweep.json").read_text())["sizes"]}
+    assert [found[side]["input"] for side in (64, 48, 32)] == [[64, 64], [64, 64], [32, 32]]
+    assert found[64]["milliseconds"] == found[48]["milliseconds"] != found[32]["milliseconds"]
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[3:6]][1] == '"'
 
 
 def test_sweep_resumes_and_agrees_with_evaluation(tool, project, weights, tmp_path, capsys):
@@ -120,11 +110,12 @@ def test_sweep_resumes_and_agrees_with_evaluation(tool, project, weights, tmp_pa
         for name, value in entry["results"]["bbox"].items():
             assert math.isnan(expected[name]) if value is None else value == pytest.approx(expected[name])
 
-    # Finished sizes are kept to the digit, and another one joins them.
+    # Finished sizes are kept, another one joins them, and the latencies of all are measured in turns.
     assert tool.main([*argv, "--sizes", "64", "56", "48"]) == 0
     again = json.loads(file.read_text())["sizes"]
     assert [e["short_side"] for e in again] == [64, 56, 48]
-    assert [again[0], again[2]] == found["sizes"]
+    kept = [{**e, "milliseconds": None} for e in found["sizes"]]
+    assert [{**e, "milliseconds": None} for e in (again[0], again[2])] == kept
 
     # Other options are other numbers, and so are corrected labels.
     labels = project / "data" / "annotations_val.json"
@@ -198,7 +189,8 @@ def test_weights_that_do_not_fit_are_not_measured(tool, project, weights, tmp_pa
 
 def entry(side, ms=None, **ap):
     return {
-        "short_side": side, "max_size": 2 * side, "milliseconds": ms, "results": {t: {"AP": v} for t, v in ap.items()}
+        "short_side": side, "max_size": 2 * side, "input": ms and [side, side], "milliseconds": ms,
+        "results": {t: {"AP": v} for t, v in ap.items()},
     }  # fmt: skip
 
 
@@ -206,9 +198,9 @@ def test_table_has_a_row_a_size():
     text = format_sweep([entry(400, 9.04, bbox=39.71, segm=35.0), entry(320, 7.0, bbox=37.4, segm=None)])
     box, mask = text.split("\n\n")
     assert box.splitlines()[0] == "bbox" and mask.splitlines()[0] == "segm"
-    assert box.splitlines()[1].split() == ["short", "side", "longest", "AP", "ms"]
-    assert box.splitlines()[3].split() == ["400", "800", "39.7", "9.0"]
-    assert mask.splitlines()[4].split() == ["320", "640", "-", "7.0"]
+    assert box.splitlines()[1].split() == ["short", "side", "longest", "AP", "padded", "input", "ms"]
+    assert box.splitlines()[3].split() == ["400", "800", "39.7", "400", "x", "400", "9.0"]
+    assert mask.splitlines()[4].split() == ["320", "640", "-", "320", "x", "320", "7.0"]
 
 
 def test_plot_shows_every_number():

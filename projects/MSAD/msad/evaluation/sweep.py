@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from tabulate import tabulate
@@ -18,8 +15,6 @@ from torch import nn
 # Test sizes of Table 2, relative to the size that the student was trained for.
 SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-# Calls at the start of a pass that latency leaves out.
-WARMUP = 3
 
 
 def default_sizes(cfg: CfgNode) -> list[int]:
@@ -43,30 +38,6 @@ def at_size(cfg: CfgNode, short_side: int) -> CfgNode:
     return cfg
 
 
-@contextmanager
-def timed_calls(model: nn.Module) -> Iterator[list[float]]:
-    """Inside, every call of ``model`` appends its milliseconds; a GPU is waited for before and after."""
-    times: list[float] = []
-    device = next(model.parameters()).device
-
-    def now(*_: Any) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter())
-
-    def since(*_: Any) -> None:
-        start = times.pop()
-        now()
-        times[-1] = (times[-1] - start) * 1e3
-
-    handles = [model.register_forward_pre_hook(now), model.register_forward_hook(since)]
-    try:
-        yield times
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _Announced:
     """A loader that calls ``on_batch`` after each of its batches has been dealt with."""
 
@@ -83,12 +54,7 @@ class _Announced:
 
 
 def evaluate_size(
-    model: nn.Module,
-    loader: Iterable,
-    evaluator: DatasetEvaluator,
-    *,
-    latency: bool = True,
-    on_batch: Callable[[], Any] = lambda: None,
+    model: nn.Module, loader: Iterable, evaluator: DatasetEvaluator, on_batch: Callable[[], Any] = lambda: None
 ) -> dict[str, Any]:
     """Evaluate at the size that ``loader`` gives images of.
 
@@ -96,20 +62,15 @@ def evaluate_size(
         model: as detectron2 evaluates it.
         loader: a test loader with a length.
         evaluator: e.g. COCOEvaluator.
-        latency: also time the model on the images of the data set, from images on the CPU to detections.
         on_batch: called after every batch.
 
     Returns:
-        {"results": {task: {metric: value or None}}, "milliseconds": median of a call or None, "seconds": of all}.
-        The first calls do not count for the median if there are others. A metric without ground truth is None.
+        {"results": {task: {metric: value or None}}, "seconds"}. A metric without ground truth is None.
     """
     start = time.perf_counter()
-    with timed_calls(model) as times:
-        results = inference_on_dataset(model, _Announced(loader, on_batch), evaluator)
-    steady = times[WARMUP:] or times
+    results = inference_on_dataset(model, _Announced(loader, on_batch), evaluator)
     return {
         "results": {task: {k: _finite(v) for k, v in values.items()} for task, values in results.items()},
-        "milliseconds": round(median(steady), 3) if latency and steady else None,
         "seconds": round(time.perf_counter() - start, 2),
     }
 
@@ -125,19 +86,23 @@ def tasks_of(sizes: Sequence[dict]) -> list[str]:
 
 
 def format_sweep(sizes: Sequence[dict]) -> str:
-    """A table for each task: a row a size, metrics in percent and median milliseconds.
+    """A table for each task: a row a size, metrics in percent and, if measured, the padded input and milliseconds.
 
-    ``sizes`` are dicts of :func:`evaluate_size` with "short_side" and "max_size" in pixels.
+    ``sizes`` are dicts of :func:`evaluate_size` with "short_side" and "max_size" in pixels, and with "input" (height,
+    width) and "milliseconds" of an image, or None. Sizes that are padded alike have one latency, given at the largest.
     """
     tables = []
     for task in tasks_of(sizes):
         metrics = [name for name in METRICS if any(name in e["results"].get(task, {}) for e in sizes)]
         timed = any(e["milliseconds"] is not None for e in sizes)
-        rows = [
-            [e["short_side"], e["max_size"], *(e["results"].get(task, {}).get(name) for name in metrics)]
-            + ([e["milliseconds"]] if timed else [])
-            for e in sizes
-        ]
-        header = ["short side", "longest", *metrics] + (["ms"] if timed else [])
+        rows, before = [], None
+        for e in sizes:
+            row = [e["short_side"], e["max_size"], *(e["results"].get(task, {}).get(name) for name in metrics)]
+            if timed:
+                shape = e["input"] and "{} x {}".format(*e["input"])
+                row += ['"', '"'] if shape and shape == before else [shape, e["milliseconds"]]
+                before = shape
+            rows.append(row)
+        header = ["short side", "longest", *metrics] + (["padded input", "ms"] if timed else [])
         tables.append(f"{task}\n{tabulate(rows, header, floatfmt='.1f', missingval='-')}")
     return "\n\n".join(tables)

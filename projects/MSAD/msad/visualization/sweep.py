@@ -59,7 +59,7 @@ def sweep_figure(sizes: Sequence[dict], title: str = "") -> Figure:
         axes[0].set_xlabel("short side of the test image (px)")
         axes[0].set_ylabel("AP")
         if timed:
-            axes[1].set_xlabel("median ms an image (labels: short side)")
+            axes[1].set_xlabel("ms an image (labels: short side)")
         for panel in axes:
             panel.margins(x=0.09, y=0.14)
         if len(lines) > 1:
