@@ -70,6 +70,21 @@ def test_equals_the_formula(branches, mask_padding):
         np.testing.assert_allclose(fused[n].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_normalized_gate_by_hand_and_whatever_the_scale():
+    """Pooled 3 and 4: root mean square sqrt(12.5), so that the gate reads 3 and 4 divided by it."""
+    fusion = CrossFeatureLevelFusion(1, 2, reduction=1, normalize=True)
+    with torch.no_grad():
+        fusion.squeeze.weight.copy_(torch.eye(2))
+        fusion.excite.weight.copy_(torch.eye(2))
+    maps = [torch.full((1, 1, 2, 2), value) for value in (3.0, 4.0)]
+    expected = torch.softmax(torch.tensor([[3.0, 4.0]]) / 12.5**0.5, dim=1)
+    for scale in (1.0, 1000.0):
+        torch.testing.assert_close(fusion.gates([scale * x for x in maps]), expected)
+    fusion.normalize = False
+    assert fusion.gates([1000 * x for x in maps]).max() == 1  # saturated
+    assert torch.isfinite(fusion.gates([0 * x for x in maps])).all()
+
+
 def test_layers_of_the_released_gate():
     """512 -> 32 -> 2 without bias for two branches of 256 channels."""
     fusion = CrossFeatureLevelFusion(256, 2)

@@ -6,6 +6,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from fvcore.nn import weight_init
 from torch import nn
+from torch.nn.functional import rms_norm
 
 from ..resolution import masked_mean
 
@@ -22,12 +23,18 @@ class CrossFeatureLevelFusion(nn.Module):
         reduction: hidden width is ``n * channels / reduction``.
         mask_padding: pool over the image only and not over its padding, so that an image's gate does not depend
             on the sizes of the others in its batch (the released code pools over everything).
+        normalize: divide the pooled vector by its root mean square, so that the gate depends on directions alone
+            (not in the paper). Necks whose maps are large, as over a backbone with frozen statistics, saturate the
+            gate from its first iteration on: one branch gets weight 1, and the gate no gradient.
     """
 
-    def __init__(self, channels: int, num_branches: int, reduction: int = 16, mask_padding: bool = True) -> None:
+    def __init__(
+        self, channels: int, num_branches: int, reduction: int = 16, mask_padding: bool = True, normalize: bool = False
+    ) -> None:
         super().__init__()
         hidden = max(num_branches * channels // reduction, 1)
         self.mask_padding = mask_padding
+        self.normalize = normalize
         self.squeeze = nn.Linear(num_branches * channels, hidden, bias=False)
         self.excite = nn.Linear(hidden, num_branches, bias=False)
         weight_init.c2_xavier_fill(self.squeeze)
@@ -45,6 +52,8 @@ class CrossFeatureLevelFusion(nn.Module):
     def gates(self, maps: list[torch.Tensor], sizes: list[tuple[int, int]] | None = None) -> torch.Tensor:
         """Softmax weights (N, n) for n aligned maps (N, C, h, w); ``sizes`` as in :func:`masked_mean`."""
         pooled = torch.cat([masked_mean(x, sizes if self.mask_padding else None) for x in maps], dim=1)
+        if self.normalize:
+            pooled = rms_norm(pooled, pooled.shape[1:])
         return self.excite(torch.relu(self.squeeze(pooled))).softmax(dim=1)
 
     def forward(self, maps: list[torch.Tensor], sizes: list[tuple[int, int]] | None = None) -> torch.Tensor:

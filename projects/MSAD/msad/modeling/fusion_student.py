@@ -197,8 +197,9 @@ def FusionStudent(cfg: CfgNode) -> nn.Module:
     shapes = branch_shapes(branches, resolutions, levels)
     options = cfg.MSAD.FUSION
     fusion = CrossFeatureLevelFusion.from_shapes(
-        shapes, len(branches), reduction=options.REDUCTION, mask_padding=options.MASK_PADDING
-    )
+        shapes, len(branches), reduction=options.REDUCTION, mask_padding=options.MASK_PADDING,
+        normalize=options.NORMALIZE,
+    )  # fmt: skip
     detector.backbone = FusionBackbone(
         branches, resolutions, levels, fusion, cfg.MSAD.DOWNSAMPLE, cfg.MSAD.FUSION_STUDENT.STREAMS
     )

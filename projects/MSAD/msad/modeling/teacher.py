@@ -103,6 +103,7 @@ class MultiScaleTeacher(nn.Module):
                 len(resolutions),
                 reduction=cfg.MSAD.FUSION.REDUCTION,
                 mask_padding=cfg.MSAD.FUSION.MASK_PADDING,
+                normalize=cfg.MSAD.FUSION.NORMALIZE,
             ),
             "w_fuse": cfg.MSAD.W_FUSE,
             "eval_branch": cfg.MSAD.EVAL_BRANCH,
