@@ -4,6 +4,7 @@
     tools/preflight.py configs/nuclei/student_L.yaml
     tools/preflight.py STUDENT.yaml DISTILL.TEACHERS "[{'CONFIG': 'T.yaml', 'WEIGHTS': 't.pth'}]" MODEL.DEVICE cuda
     tools/preflight.py STUDENT.yaml --images 0 --json > findings.json          without running the teacher
+    tools/preflight.py STUDENT.yaml --no-kd-weights FILE                      is the teacher better than that?
     tools/preflight.py STUDENT.yaml DATASETS.CHECK_IMAGES 0                    look into every image file
 
 Every finding that is not ok has a fix. Exit status: 0, or 1 if there is an error (with --strict: or a warning), or 2 if
@@ -41,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="YAML", help="of a student, or of any other training")
     parser.add_argument("--images", type=int, default=200, metavar="N", help="for the teacher's AP; default: 200")
+    parser.add_argument(
+        "--no-kd-weights", default="", metavar="FILE",
+        help="checkpoint of the student trained without distillation: warn if the teacher is no better on its images",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a list of {level, check, text, fix}")
     parser.add_argument("--strict", action="store_true", help="warnings count as errors for the exit status")
     args = cli.parse(parser, argv)
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         cfg = load_config(args.config, args.opts)
         with contextlib.redirect_stdout(sys.stderr):
-            findings = examine(cfg, args.images)
+            findings = examine(cfg, args.images, args.no_kd_weights)
         print(json.dumps([f._asdict() for f in findings], indent=1) if args.json else show(findings))
         bad = {ERROR, WARNING} if args.strict else {ERROR}
         return int(any(finding.level in bad for finding in findings))

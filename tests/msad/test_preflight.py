@@ -371,6 +371,25 @@ def test_images_for_the_teachers_ap_are_spread_evenly(project, teacher_weights, 
         assert chosen == [order[i] for i in places] and f"on {len(chosen)} images" in finding.text
 
 
+def test_a_teacher_has_to_exceed_the_student_without_distillation(
+    project, teacher_weights, tmp_path, monkeypatch
+):
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    weights, aps = tmp_path / "no_kd.pth", {}
+    torch.save({"model": build_model(cfg).state_dict()}, weights)
+
+    def run(model, _loader, _evaluator):
+        return {"bbox": {"AP": aps["teacher" if hasattr(model, "detector") else "student"]}}
+
+    monkeypatch.setattr("msad.engine.preflight.model_checks.inference_on_dataset", run)
+    for teacher, level, text in ((30.0, OK, "5.0 above"), (25.0, WARNING, "no more than the 25.0")):
+        aps.update(teacher=teacher, student=25.0)
+        (finding,) = [f for f in examine(cfg, 2, str(weights)) if f.check == "teacher's AP"]
+        assert finding.level == level and text in finding.text, finding
+    texts = [f.text for f in examine(cfg, 2, str(tmp_path / "none.pth")) if f.check == "teacher's AP"]
+    assert any("none.pth" in text for text in texts)
+
+
 def test_training_stops_at_errors_and_logs_warnings(project, teacher_weights, tmp_path, caplog, monkeypatch):
     run = DistillTrainer(config(project, teacher_weights, "student", tmp_path))
     with caplog.at_level("INFO", logger="msad"):

@@ -196,12 +196,13 @@ def test_markdown_and_terminal_tables_agree(seeded):
 
 
 def test_summary_states_each_step_with_its_numbers(data):
-    evidence, headline, shift, init, distillation, budget, equal_cost = summary(data)
+    evidence, headline, shift, init, margin, distillation, budget, equal_cost = summary(data)
     assert evidence.startswith("One seed:")
     assert "36.0 AP, 90 % of the 40.0 AP of baseline_H" in headline
     assert "0.50 times its multiply-adds and 0.50 times its latency" in headline
     assert "2.5 AP above baseline_L (one run), at 2.00 times the multiply-adds" in shift
     assert "student_L_no_kd is 2.7 AP above baseline_L_shifted" in init
+    assert "teacher_fused is" in margin and "above student_L_no_kd (one run)" in margin
     assert "Distillation itself: student_L is 0.8 AP above student_L_no_kd (one run)" in distillation
     assert f"2.5 AP above {LONGER}" in budget and "1.0 AP above baseline_equal_cost" in equal_cost
 

@@ -17,6 +17,7 @@ _LONGER = "@equal_iterations"
 _STEPS = (
     ("baseline_L_shifted", "baseline_L", "Level shift (pyramid levels one finer at half the resolution)"),
     ("student_L_no_kd", "baseline_L_shifted", "Initialisation from the multi-resolution teacher"),
+    ("teacher_fused", "student_L_no_kd", "What the teacher is ahead of the student without distillation"),
     ("student_L", "student_L_no_kd", "Distillation itself"),
     ("student_L", "baseline_L_shifted@equal_iterations", "Teacher and student against longer training"),
     ("student_L", "baseline_L_shifted@equal_time", "Teacher and student against training as long as both"),

@@ -74,25 +74,39 @@ def check_checkpoint(who: str, model: nn.Module, weights: str) -> tuple[list[Fin
     return out or [Finding(OK, name, f"all {len(loaded)} tensors are in {weights}")], loaded
 
 
+def box_ap(cfg: CfgNode, model: nn.Module, name: str, images: int) -> float:
+    """Box AP of ``model``, of config ``cfg``, on ``images`` images of data set ``name``, taken at equal distances."""
+    everything = DatasetCatalog.get(name)  # in the order of the file, where a class or a scene may come in one piece
+    count = min(images, len(everything))
+    dicts = [everything[i * len(everything) // count] for i in range(count)]
+    # The evaluator asks for tasks that the model may not have, so it is told the one that all have.
+    evaluator = COCOEvaluator(
+        name, tasks=("bbox",), distributed=False, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE
+    )
+    evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in dicts])
+    loader = build_detection_test_loader(dicts, mapper=DatasetMapper(cfg, is_train=False), num_workers=0)
+    return inference_on_dataset(model.eval(), loader, evaluator).get("bbox", {}).get("AP", 0.0)
+
+
 @check("teacher's AP")
-def check_teacher_ap(cfg: CfgNode, teacher: CfgNode, model: nn.Module, images: int) -> Generator:
-    """Box AP of the teacher on ``images`` images of the student's DATASETS.TEST, taken at equal distances."""
+def check_teacher_ap(
+    cfg: CfgNode, teacher: CfgNode, model: nn.Module, images: int, no_kd: float | None = None
+) -> Generator:
+    """Box AP of the teacher on ``images`` images of the student's DATASETS.TEST.
+
+    Args:
+        no_kd: AP of the student trained without distillation on the same images, which the teacher has to exceed.
+    """
     if not cfg.DATASETS.TEST:
         yield WARNING, "not measured: DATASETS.TEST is empty", "name a validation set"
         return None
     name = cfg.DATASETS.TEST[0]
-    everything = DatasetCatalog.get(name)  # in the order of the file, where a class or a scene may come in one piece
-    count = min(images, len(everything))
-    dicts = [everything[i * len(everything) // count] for i in range(count)]
-    # The evaluator asks for tasks that the teacher may not have, so it is told the one that all have.
-    evaluator = COCOEvaluator(
-        name, tasks=("bbox",), distributed=False, max_dets_per_image=teacher.TEST.DETECTIONS_PER_IMAGE
-    )
-    evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in dicts])
-    loader = build_detection_test_loader(dicts, mapper=DatasetMapper(teacher, is_train=False), num_workers=0)
-    ap = inference_on_dataset(model.eval(), loader, evaluator).get("bbox", {}).get("AP", 0.0)
-    text = f"{ap:.1f} box AP on {len(dicts)} images of {name}"
+    ap = box_ap(teacher, model, name, images)
+    text = f"{ap:.1f} box AP on {min(images, len(DatasetCatalog.get(name)))} images of {name}"
     if not ap >= _MIN_AP:
         fix = "train it longer; if it was good elsewhere, compare INPUT.FORMAT, PIXEL_MEAN and classes"
         yield ERROR if not ap >= 1.0 else WARNING, f"{text}: nothing to be learnt from it", fix
-    return text
+    elif no_kd is not None and not ap > no_kd:
+        text = f"{text}, no more than the {no_kd:.1f} that the student reaches without distillation"
+        yield WARNING, text, "train the teacher longer or take a stronger one"
+    return text if no_kd is None else f"{text}, {ap - no_kd:.1f} above the student without distillation"

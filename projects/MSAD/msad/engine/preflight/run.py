@@ -35,7 +35,7 @@ from .config_checks import (
     check_sizes,
     check_two_stage,
 )
-from .model_checks import check_checkpoint, check_device, check_start, check_teacher_ap
+from .model_checks import box_ap, check_checkpoint, check_device, check_start, check_teacher_ap
 
 logger = logging.getLogger(__name__)
 # Bytes of an annotation file that is read for its class names when training starts: about a second.
@@ -106,8 +106,13 @@ def preflight(
     return found
 
 
-def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
-    """All checks of a config; a student's teacher detects on ``images`` images, 0: on none."""
+def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Finding]:
+    """All checks of a config.
+
+    Args:
+        images: on which a student's teacher detects; 0: on none.
+        no_kd_weights: checkpoint of the same student trained without distillation, to compare the teacher with.
+    """
     out: list[Finding] = []
 
     def attempt(check: str, fix: str, function: Callable[[], Any]) -> Any:
@@ -163,7 +168,10 @@ def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
             out += [finding for finding in attempt(name, fix, check) or [] if finding not in out]
         if images and trained and scale == 1:
             name, fix = "teacher's AP", "correct DATASETS.TEST"
-            out += attempt(name, fix, lambda: check_teacher_ap(cfg, config, model, images)) or []  # noqa: B023
+            no_kd = None
+            if no_kd_weights:
+                no_kd = attempt(name, "give the student's checkpoint", lambda: _student_ap(cfg, no_kd_weights, images))
+            out += attempt(name, fix, lambda: check_teacher_ap(cfg, config, model, images, no_kd)) or []  # noqa: B023
     if not teachers or len(teachers) < sum("MEAN_OF" not in entry for entry in entries):
         return out
     distiller = attempt("losses", "correct DISTILL", lambda: build_distiller(cfg, student, teachers))
@@ -171,6 +179,12 @@ def examine(cfg: CfgNode, images: int = 200) -> list[Finding]:
         none = "none: this is the no-KD baseline"
         out.append(Finding(OK, "losses", ", ".join(loss.name for loss in distiller.losses) or none))
     return out
+
+
+def _student_ap(cfg: CfgNode, weights: str, images: int) -> float | None:
+    from ..setup import load_model  # which imports the trainer, and that the preflight
+
+    return box_ap(cfg, load_model(cfg, weights), cfg.DATASETS.TEST[0], images) if cfg.DATASETS.TEST else None
 
 
 def _read_classes(teacher: CfgNode, limit: float = math.inf) -> None:
