@@ -19,7 +19,10 @@ import yaml
 from tabulate import tabulate
 from tqdm import tqdm
 
+from msad import cli
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
+from msad.engine.checkpoint import atomic_write
+from msad.engine.provenance import machine
 from msad.evaluation.loss_cost import Setting, loss_costs
 
 EXAMPLES = """
@@ -32,7 +35,7 @@ examples:
 """
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     default = Setting()
     parser = argparse.ArgumentParser(
         prog="benchmark_losses.py", description=__doc__, epilog=EXAMPLES,
@@ -54,7 +57,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", metavar="FILE", help="also write everything to this JSON file")
-    args = parser.parse_args(argv)
+    args = cli.parse(parser, argv)
+    if args.opts:
+        parser.error(f"there is no config to override: {' '.join(args.opts)}")
     for name, value in vars(args).items():
         least = 0 if name == "warmup" else 1
         if any(isinstance(x, int) and x < least for x in (value if isinstance(value, list) else [value])):
@@ -85,37 +90,28 @@ def format_rows(rows: list[dict]) -> str:
     return tabulate(lines, headers=headers, tablefmt="github", floatfmt=("", ".0f", ".0f", ".2f"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
+def run(args: argparse.Namespace, command: str) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    setting = Setting(
-        tuple(args.size), args.batch_size, args.channels, args.student_channels or args.channels, device=args.device
-    )
-    try:
-        chosen = entries(args.loss)
-        total = len(chosen) * (1 + args.warmup + args.repeats)
-        with tqdm(total=total, unit="step", desc="losses") as bar:
-            rows = loss_costs(chosen, setting, args.repeats, args.warmup, args.threads, bar.update)
-    except (ValueError, yaml.YAMLError) as error:
-        print(f"benchmark_losses.py: error: {error}", file=sys.stderr)
-        return 2
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
-    result = {
-        "command": shlex.join(["tools/benchmark_losses.py", *argv]),
-        "torch": torch.__version__,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "setting": asdict(setting),
-        "losses": rows,
-    }
-    print(f"torch {result['torch']}, {device}, {result['threads']} threads\n\n{format_rows(rows)}")
+    cli.require_device(args.device)
+    channels = args.student_channels or args.channels
+    setting = Setting(tuple(args.size), args.batch_size, args.channels, channels, device=args.device)
+    chosen = entries(args.loss)
+    total = len(chosen) * (1 + args.warmup + args.repeats)
+    with tqdm(total=total, unit="step", desc="losses", disable=None) as bar:
+        rows = loss_costs(chosen, setting, args.repeats, args.warmup, args.threads, bar.update)
+    result = {"command": command, **machine(args.device), "setting": asdict(setting), "losses": rows}
+    print(f"torch {result['torch']}, {result['device']}, {result['threads']} threads\n\n{format_rows(rows)}")
     if args.output:
-        with open(args.output, "w") as f:
+        with atomic_write(args.output, "w") as f:
             json.dump(result, f, indent=2)
             f.write("\n")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    command = shlex.join(["tools/benchmark_losses.py", *(sys.argv[1:] if argv is None else argv)])
+    return cli.run("benchmark_losses.py", lambda: run(args, command))
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ def test_first_screen_says_what_will_happen(project, tiny_model):
     total = sum(p.numel() for p in model.parameters()) / 1e6
     wanted = ["tiny_train", "tiny_val: 2 images, ", " 6 classes (disc, ", f"{total:.2f} M parameters", "teacher.yaml"]
     wanted += ["AlignedL1 (weight 0.6)", "iterations 2 to 6 of 2 images", "learning rate 0.002", cfg.OUTPUT_DIR]
+    wanted.append("; levels p3, p4, p5, p6, p7 of strides 8, 16, 32, 64, 128")
     assert [part for part in wanted if part not in text] == []
 
 

@@ -21,6 +21,7 @@ import yaml
 from detectron2.config import get_cfg
 
 from .config import add_msad_config, nearest, valid_keys
+from .finding import error_text
 
 # What bad input raises; anything else is a defect of the program and keeps its traceback.
 BAD_INPUT = (OSError, KeyError, ValueError, FloatingPointError, yaml.YAMLError)
@@ -96,13 +97,8 @@ def run(name: str, work: Callable[[], int | None], interrupted: str = "interrupt
         print(f"\n{name}: {interrupted}", file=sys.stderr)
         return 130
     except BAD_INPUT as error:
-        print(f"{name}: error: {message(error)}", file=sys.stderr)
+        print(f"{name}: error: {error_text(error, one_line=False)}", file=sys.stderr)
         return 2
-
-
-def message(error: BaseException) -> str:
-    """The text of an error; KeyError quotes its own, and the first argument of an OSError is a number."""
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def refuse_overwriting(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike]) -> None:

@@ -47,10 +47,10 @@ def check(name: str) -> Callable[[Callable[..., Generator]], Callable[..., list[
     return decorate
 
 
-def error_text(error: BaseException) -> str:
-    """What an exception says, in one line; an OSError's first argument is its number and a KeyError's str is quoted."""
+def error_text(error: BaseException, one_line: bool = True) -> str:
+    """What an exception says; an OSError's first argument is its number, and the text of a KeyError is quoted."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return (" ".join(text.split()) if one_line else text) or type(error).__name__
 
 
 def log_findings(findings: Iterable[Finding]) -> None:

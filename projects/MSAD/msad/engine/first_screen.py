@@ -14,6 +14,7 @@ from detectron2.engine import HookBase
 from torch import nn
 
 from ..config import detector_architecture
+from ..modeling.adapters import adapt
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,23 @@ def describe_data(name: str) -> str:
 
 
 def describe_model(cfg: CfgNode, model: nn.Module) -> str:
-    """Kind, backbone and parameters, in one line."""
+    """Kind, backbone, parameters and levels, in one line."""
     kind, inner = cfg.MODEL.META_ARCHITECTURE, detector_architecture(cfg)
     kind = kind if kind == inner else f"{kind} of {inner}"
     counts = [(p.numel() / 1e6, p.requires_grad) for p in model.parameters()]
     total, trained = sum(n for n, _ in counts), sum(n for n, requires_grad in counts if requires_grad)
-    return f"{kind}, {cfg.MODEL.BACKBONE.NAME}, {total:.2f} M parameters, {trained:.2f} M of them trained"
+    text = f"{kind}, {cfg.MODEL.BACKBONE.NAME}, {total:.2f} M parameters, {trained:.2f} M of them trained"
+    return "; ".join(filter(None, (text, describe_levels(model))))
+
+
+def describe_levels(model: nn.Module) -> str:
+    """The pyramid levels that the heads read, with their strides in pixels of the network's input; "" for none."""
+    detector = getattr(model, "detector", model)
+    shapes = detector.backbone.output_shape()
+    levels = adapt(detector).levels
+    if not levels:
+        return ""
+    return f"levels {', '.join(levels)} of strides {', '.join(str(shapes[level].stride) for level in levels)}"
 
 
 def first_screen(cfg: CfgNode, model: nn.Module, start_iter: int) -> list[str]:

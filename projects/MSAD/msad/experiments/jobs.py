@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from ..cli import message
+from ..finding import error_text
 from .run import read_json
 
 COMMAND = (sys.executable, "-m", "msad.experiments.run", "--end-with-stdin")
@@ -128,8 +128,8 @@ def run_all(
                             continue
                     except (OSError, KeyError, ValueError) as error:
                         failed.append(run)
-                        _note(plan.folder(run), message(error))
-                        say(f"{run}: FAILED: {message(error)}")
+                        _note(plan.folder(run), error_text(error))
+                        say(f"{run}: FAILED: {error_text(error)}")
                     bar.update()
                 for process in _wait(running, bar, plan):
                     run, slot, start = running.pop(process)
