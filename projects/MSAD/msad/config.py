@@ -215,6 +215,9 @@ def load_config(config_file: str | os.PathLike, opts: list | tuple = ()) -> CN:
         value = decode(value, reduce(getitem, key.split("."), cfg))
         cfg.merge_from_list([key, repr(value) if isinstance(value, str) else value])  # or texts are decoded again
     check_entries(cfg)
+    name = detector_architecture(cfg)
+    if any(cfg.MODEL.LIGHT_HEAD.values()) and "Light" not in name:
+        raise ValueError(f"MODEL.LIGHT_HEAD has no effect on {name}: use LightRetinaNet, LightFCOS or LightGFL")
     _look_beside(cfg, os.path.dirname(config_file), os.path.exists)
     return cfg
 

@@ -134,14 +134,14 @@ def add_model_config(cfg: CN) -> None:
     # With SCALES: tower that predicts centerness, "reg" or "cls" (the first version).
     cfg.MODEL.FCOS.CENTERNESS_ON = "reg"
 
-    # --- LightFCOS (FCOS with the keys of MODEL.FCOS and a lighter head) ------------------------------------------
-    cfg.MODEL.LIGHTFCOS = CN()
+    # --- heads of LightRetinaNet, LightFCOS and LightGFL, beside the keys of the detectors without "Light" -----------
+    cfg.MODEL.LIGHT_HEAD = CN()
     # Depthwise-separable convolutions in the towers.
-    cfg.MODEL.LIGHTFCOS.SEPARABLE = True
+    cfg.MODEL.LIGHT_HEAD.SEPARABLE = False
     # One tower for classes and boxes.
-    cfg.MODEL.LIGHTFCOS.SHARED = False
+    cfg.MODEL.LIGHT_HEAD.SHARED = False
     # Channels of every layer of the finest level, which then has layers of its own; 0: it shares those of the others.
-    cfg.MODEL.LIGHTFCOS.FINEST_WIDTH = 0
+    cfg.MODEL.LIGHT_HEAD.FINEST_WIDTH = 0
 
     # --- MEInst (its boxes have the keys of MODEL.FCOS) ----------------------------------------------------------
     cfg.MODEL.MEINST = CN()

@@ -122,9 +122,9 @@ def needed(own: dict, cfg: CfgNode) -> dict:
 
     Plain detectron2 knows none of them, so that the detector's own section is whole.
     """
-    detector = detector_architecture(cfg).upper()
-    parts = {detector, "FPN", *(["FCOS"] if detector in ("MEINST", "LIGHTFCOS") else [])} if foreign_parts(cfg) else ()
-    others = {name.upper() for name, _ in META_ARCH_REGISTRY} - set(parts)
+    classes = META_ARCH_REGISTRY.get(detector_architecture(cfg)).__mro__  # LightFCOS has the keys of FCOS too
+    parts = {"FPN", *(known.__name__.upper() for known in classes)} if foreign_parts(cfg) else set()
+    others = {name.upper() for name, _ in META_ARCH_REGISTRY} - parts
     own = {**own, "MODEL": {key: value for key, value in own["MODEL"].items() if key not in others}}
     return _prune(own, add_msad_config(get_cfg()), {f"MODEL.{part}" for part in parts}, "")
 

@@ -1,3 +1,3 @@
 """Detectors that detectron2 has no yaml for."""
 
-from . import cascade, fcos, gfl, htc, light_fcos, meinst, reppoints, retinanet  # noqa: F401
+from . import cascade, fcos, gfl, htc, light_heads, meinst, reppoints, retinanet  # noqa: F401

@@ -104,7 +104,7 @@ class GFL(ClipsBeforeNMS, DenseDetector):
             raise ValueError(f"MODEL.GFL.IN_FEATURES: {absent} are not made by the backbone, which has {list(shapes)}")
         return {
             "backbone": backbone,
-            "head": GFLHead(cfg, [shapes[name] for name in options.IN_FEATURES]),
+            "head": cls.build_head(cfg, [shapes[name] for name in options.IN_FEATURES]),
             "head_in_features": list(options.IN_FEATURES),
             "num_classes": options.NUM_CLASSES,
             "box2box_transform": DistributionTransform(options.REG_MAX),
@@ -121,6 +121,11 @@ class GFL(ClipsBeforeNMS, DenseDetector):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    @classmethod
+    def build_head(cls, cfg, input_shape: list) -> nn.Module:
+        """The head on maps of these shapes, a level each."""
+        return GFLHead(cfg, input_shape)
 
     @torch.no_grad()
     def label_anchors(
