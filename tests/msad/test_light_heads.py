@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
@@ -65,7 +67,7 @@ def test_a_separable_tower_keeps_the_variance():
     make_separable(tower)
     with torch.no_grad():
         second = [float(tower[: 2 * depth](torch.randn(1, 64, 32, 32).relu()).square().mean()) for depth in range(5)]
-    assert all(0.5 < after / before < 2 for before, after in zip(second, second[1:]))
+    assert all(0.5 < after / before < 2 for before, after in itertools.pairwise(second))
 
 
 @KINDS
