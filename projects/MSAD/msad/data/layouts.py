@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..finding import Finding
+from .cache import cache_file
+from .converted import CocoBuilder
 from .register import registered
+from .voc import find_voc, read_voc
+from .yolo import read_yolo
+
+logger = logging.getLogger(__name__)
 
 LAYOUTS = """\
   images/, annotations_train.json, annotations_val.json
   train/_annotations.coco.json, valid/_annotations.coco.json, images beside them (Roboflow's "COCO" export)
-  annotations/instances_train*.json, annotations/instances_val*.json, images in train*/, val*/ (COCO)"""
+  annotations/instances_train*.json, annotations/instances_val*.json, images in train*/, val*/ (COCO)
+  data.yaml, images and labels where it says (YOLO: boxes, polygons or keypoints)
+  Annotations/*.xml, JPEGImages/, ImageSets/Main/train.txt, val.txt (Pascal VOC), or train/*.xml, valid/*.xml"""
 
 
 class Split(NamedTuple):
-    """A part of a data set: its annotations in COCO's format, and the folder of its images."""
+    """A part of a data set: its annotations in COCO's format, the folder of its images, and what conversion changed."""
 
     json: Path
     images: Path
+    changes: tuple[Finding, ...] = ()
 
 
-def find_splits(folder: Path) -> dict[str, Split]:
+def find_splits(folder: Path, converted: Path | None = None) -> dict[str, Split]:
     """{"train": ..., "val": ...} of a folder in one of LAYOUTS.
+
+    Args:
+        folder: or the data.yaml of YOLO.
+        converted: where annotations of other formats than COCO's are written to; default: the user's cache, nothing is
+            written beside the data. What is left out or changed is logged as warnings and comes with the splits.
 
     Raises:
         FileNotFoundError: there is no such folder, or it is in none of the layouts; names what is missing and LAYOUTS.
+        ValueError: a file is not in the format of its layout.
     """
+    if folder.is_file() and folder.suffix in (".yaml", ".yml"):
+        return _convert(read_yolo(folder), folder, converted)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     plain = {split: Split(folder / f"annotations_{split}.json", folder / "images") for split in ("train", "val")}
@@ -43,7 +65,29 @@ def find_splits(folder: Path) -> dict[str, Split]:
     if any(coco.values()):
         chosen = {s: (f or [folder / "annotations" / f"instances_{s}.json"])[0] for s, f in coco.items()}
         return _complete(folder, {s: Split(f, _coco_images(folder, f)) for s, f in chosen.items()})
+    if (folder / "data.yaml").is_file():
+        return _convert(read_yolo(folder / "data.yaml"), folder, converted)
+    if parts := find_voc(folder):
+        return _convert(read_voc(parts), folder, converted)
     raise FileNotFoundError(f"{folder} is in none of the layouts that are known:\n{LAYOUTS}")
+
+
+def _convert(parts: dict[str, tuple[Path, CocoBuilder]], source: Path, converted: Path | None) -> dict[str, Split]:
+    """Write annotations that were read from another format; a file with the same content stays untouched."""
+    key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]
+    splits = {}
+    for split, (images, builder) in parts.items():
+        file = converted / f"annotations_{split}.json" if converted else cache_file(f"converted-{key}-{split}.json")
+        text = json.dumps(builder.content())
+        if not file.is_file() or file.read_text() != text:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}")
+            part.write_text(text)
+            os.replace(part, file)
+        splits[split] = Split(file, images, builder.findings())
+        for finding in splits[split].changes:
+            logger.warning("%s", finding)
+    return splits
 
 
 def _coco_images(folder: Path, file: Path) -> Path:
@@ -66,11 +110,16 @@ def register_entries(folder: Path, prefix: str) -> list[dict]:
     """The entries of DATASETS.REGISTER for ``{prefix}_train`` and ``{prefix}_val`` of a folder in one of LAYOUTS.
 
     Raises:
-        FileNotFoundError: see :func:`find_splits`.
+        FileNotFoundError, ValueError: see :func:`find_splits`.
     """
+    return entries_of(find_splits(folder), prefix)
+
+
+def entries_of(splits: dict[str, Split], prefix: str) -> list[dict]:
+    """The entries of DATASETS.REGISTER for splits, named ``{prefix}_train`` and ``{prefix}_val``."""
     return [
         {"NAME": f"{prefix}_{name}", "JSON": str(split.json.resolve()), "IMAGES": str(split.images.resolve())}
-        for name, split in find_splits(folder).items()
+        for name, split in splits.items()
     ]
 
 

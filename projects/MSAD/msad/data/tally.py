@@ -57,6 +57,10 @@ class Tally:
     def __getitem__(self, reason: str) -> int:
         return self._counts.get(reason, 0)
 
+    def reasons(self) -> list[str]:
+        """In the order of :meth:`findings`."""
+        return list(self._first)
+
     def findings(self) -> list[Finding]:
         """One finding a reason, in the order of the first culprits."""
         out = []

@@ -1,0 +1,135 @@
+"""Pascal VOC's format: an XML file of boxes for each image, as the challenge and as Roboflow lay them out."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+from .converted import SUFFIXES, CocoBuilder
+
+
+class _Part(NamedTuple):
+    """Annotation files of a split by the stem of their images, and where images are."""
+
+    name: str
+    annotations: dict[str, Path]
+    images: Path
+
+
+def find_voc(folder: Path) -> dict[str, _Part] | None:
+    """The splits of a folder, or None if it is in neither layout.
+
+    Either ``Annotations/``, ``JPEGImages/`` and ``ImageSets/Main/train.txt``, ``val.txt`` (in the folder itself, or in
+    one below it such as ``VOC2012`` or ``VOCdevkit/VOC2012``), or ``train/*.xml`` and ``valid/*.xml`` beside images.
+
+    Raises:
+        FileNotFoundError: a split is missing; names the file.
+    """
+    for root in (folder, *sorted(folder.glob("VOC*")), *sorted(folder.glob("VOCdevkit/*"))):
+        if (root / "Annotations").is_dir():
+            return {split: _listed(root, names) for split, names in
+                    {"train": ("train", "trainval"), "val": ("val", "test")}.items()}  # fmt: skip
+    parts = {split: next((p for n in names if any((p := folder / n).glob("*.xml"))), None)
+             for split, names in {"train": ("train",), "val": ("valid", "val", "test")}.items()}  # fmt: skip
+    if not any(parts.values()):
+        return None
+    for split, place in parts.items():
+        if place is None:
+            raise FileNotFoundError(f"{folder}: there is no XML file in {'train/' if split == 'train' else 'valid/'}")
+    return {split: _Part(place.name, {file.stem: file for file in sorted(place.glob("*.xml"))}, place)
+            for split, place in parts.items()}  # fmt: skip
+
+
+def _listed(root: Path, names: tuple[str, ...]) -> _Part:
+    lists = [root / "ImageSets" / "Main" / f"{name}.txt" for name in names]
+    file = next((file for file in lists if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{root}: there is no {lists[0].relative_to(root)}")
+    if not (root / "JPEGImages").is_dir():
+        raise FileNotFoundError(f"{root}: there is no JPEGImages")
+    stems = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    return _Part(file.name, {stem: root / "Annotations" / f"{stem}.xml" for stem in stems}, root / "JPEGImages")
+
+
+def read_voc(parts: dict[str, _Part]) -> dict[str, tuple[Path, CocoBuilder]]:
+    """{"train": ..., "val": ...}: the folder of the images, and the split.
+
+    Classes are the names in the training split, in alphabetical order. Corners are pixel numbers from 1 on, both
+    included. Objects marked as difficult become crowds, which are neither trained on nor counted as missed.
+    """
+    trees = {split: _parse(part) for split, part in parts.items()}
+    classes = sorted({
+        name for tree, _ in trees["train"].values() if tree is not None
+        for item in tree.iter("object") if (name := _text(item, "name"))
+    })  # fmt: skip
+    if not classes:
+        raise ValueError(f"{parts['train'].images}: no XML file of the training split has an object with a name")
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(classes)]
+    out = {}
+    for split, part in parts.items():
+        builder = CocoBuilder(f"{part.images.parent}, {part.name}", categories)
+        _add(builder, part, trees[split], classes)
+        out[split] = part.images, builder
+    return out
+
+
+def _parse(part: _Part) -> dict[str, tuple[ElementTree.Element | None, str]]:
+    """Stem -> (root of the XML file or None, what is wrong with it or "")."""
+    out: dict[str, tuple[ElementTree.Element | None, str]] = {}
+    for stem, file in part.annotations.items():
+        try:
+            out[stem] = ElementTree.parse(file).getroot(), ""
+        except FileNotFoundError:
+            out[stem] = None, "does not exist, its image is left out"
+        except ElementTree.ParseError as error:
+            out[stem] = None, f"is no XML ({error}), its image is left out"
+    return out
+
+
+def _add(builder: CocoBuilder, part: _Part, trees: dict, classes: list[str]) -> None:
+    by_stem = {path.stem: path for path in sorted(part.images.iterdir()) if path.suffix.lower() in SUFFIXES}
+    wanted = []
+    for stem, (tree, problem) in trees.items():
+        if tree is None:
+            builder.drop(problem, str(part.annotations[stem]))
+        elif stem not in by_stem:
+            builder.drop("has no image, left out", str(part.annotations[stem]))
+        else:
+            wanted.append(by_stem[stem])
+    for file, record in builder.add_images(wanted, part.images):
+        tree, culprit = trees[file.stem][0], str(part.annotations[file.stem])
+        said = tuple(_number(tree.find("size"), key) for key in ("width", "height"))
+        if None not in said and said != (record["width"], record["height"]):
+            builder.drop("says another size than its image has: that of the image is taken", culprit)
+        for item in tree.iter("object"):
+            _add_object(builder, record, item, classes, culprit)
+
+
+def _add_object(
+    builder: CocoBuilder, image: dict, item: ElementTree.Element, classes: list[str], culprit: str
+) -> None:
+    name = _text(item, "name")
+    corners = [_number(item.find("bndbox"), key) for key in ("xmin", "ymin", "xmax", "ymax")]
+    if name not in classes:
+        culprit = f"{culprit} ({name or 'no name'})"
+        builder.drop("has an object without a class of the training split, left out", culprit)
+    elif None in corners:
+        builder.drop("has an object without a box, left out", culprit)
+    else:
+        crowd = {"iscrowd": 1} if _text(item, "difficult") == "1" else {}
+        if crowd:
+            builder.drop("has an object marked as difficult: kept as a crowd", culprit)
+        x0, y0, x1, y1 = corners
+        builder.add_object(image, (x0 - 1, y0 - 1, x1, y1), classes.index(name), culprit, **crowd)
+
+
+def _text(item: ElementTree.Element, key: str) -> str:
+    return (item.findtext(key) or "").strip()
+
+
+def _number(item: ElementTree.Element | None, key: str) -> float | None:
+    try:
+        return float(_text(item, key)) if item is not None else None
+    except ValueError:
+        return None

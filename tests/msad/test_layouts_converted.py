@@ -1,0 +1,208 @@
+"""YOLO and Pascal VOC folders: what becomes of every line, by hand, and what is said of those that are left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from msad.data.layouts import entries_of, find_splits, read_contents, register_entries
+from msad.data.register import registered
+
+
+def image(file: Path, height: int = 50, width: int = 100) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(file), np.full((height, width, 3), 99, np.uint8))
+
+
+def text(file: Path, content: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+
+
+def yolo(root: Path, train: str, val: str = "0 0.5 0.5 0.2 0.4\n", /, **spec) -> Path:
+    for split, lines in (("train", train), ("val", val)):
+        image(root / "images" / split / "a.png")
+        text(root / "labels" / split / "a.txt", lines)
+    names = {"train": "images/train", "val": "images/val", "names": ["cat", "dog"], **spec}
+    text(root / "data.yaml", yaml.safe_dump(names))
+    return root
+
+
+def read(splits, split="train"):
+    content = json.loads(splits[split].json.read_text())
+    return content, [str(finding) for finding in splits[split].changes]
+
+
+def test_yolo_boxes_and_what_is_left_out(tmp_path, caplog):
+    lines = (
+        "1 0.5 0.5 0.2 0.4\n"  # centre (50, 25), 20 x 20
+        "0 0.05 0.5 0.2 0.4\n"  # from -5 to 15: cut off
+        "7 0.5 0.5 0.2 0.4\n"  # no such class
+        "0 0.5 0.5 0.0 0.4\n"  # no area
+        "0 50 25 20 20\n"  # pixels
+        "0 50 25 20 20\n"
+        "0 0.5 0.5\n"
+        "cat 0.5 0.5 0.2 0.4\n\n"
+    )
+    root = yolo(tmp_path / "set", lines)
+    image(root / "images/train/empty.jpg", 8, 8)
+    (root / "images/train/broken.png").write_bytes(b"no image")
+    splits = find_splits(root, tmp_path / "out")
+    content, said = read(splits)
+    assert splits["train"].json == tmp_path / "out/annotations_train.json"
+    assert [(a["category_id"], a["bbox"], a["area"]) for a in content["annotations"]] == [
+        (2, [40, 15, 20, 20], 400),
+        (1, [0, 15, 15, 20], 300),
+    ]
+    assert [c["name"] for c in content["categories"]] == ["cat", "dog"]
+    assert [i["file_name"] for i in content["images"]] == ["a.png", "empty.jpg"]
+    label = root / "labels/train/a.txt"
+    for expected in (
+        f"{label}:2 has a box that reaches out of the image, cut off (1 in all)",
+        f"{label}:3 has a class that is none of 0 to 1, left out (1 in all)",
+        f"{label}:4 has a box without area in the image, left out (1 in all)",
+        f"{label}:5 has coordinates that are no fractions of the image, left out (2 in all)",
+        f"{label}:7 has not 4 (box) or an even number from 6 on (polygon) numbers behind the class, left out",
+        f"{label}:8 is no label: not all are numbers, left out (1 in all)",
+        "empty.jpg has no label file: taken as an image without objects (1 in all)",
+        "broken.png cannot be read",
+    ):
+        assert sum(expected in line for line in said) == 1, (expected, said)
+    assert len(said) == 8 and all(line in caplog.text for line in said)
+    assert read(splits, "val")[1] == []
+
+    stamp = splits["train"].json.stat().st_mtime_ns
+    find_splits(root, tmp_path / "out")
+    assert splits["train"].json.stat().st_mtime_ns == stamp  # the same content is not written again
+
+
+def test_yolo_polygons(tmp_path):
+    lines = "0 0.1 0.2 0.3 0.2 0.3 0.8 0.1 0.8\n0 0.0 0.0 0.2 0.0 0.0 0.4\n"
+    root = yolo(tmp_path, lines, "0 0.1 0.1 0.2 0.1 0.2 0.2\n")
+    content, said = read(find_splits(root, tmp_path / "out"))
+    square, triangle = content["annotations"]
+    assert square["segmentation"] == [[10, 10, 30, 10, 30, 40, 10, 40]]
+    assert (square["bbox"], square["area"]) == ([10, 10, 20, 30], 600)
+    assert (triangle["bbox"], triangle["area"]) == ([0, 0, 20, 20], 200)
+    assert said == []
+    assert read_contents(register_entries(root, "polygons"))["masks"]
+    # Polygons for a part only: the data would teach masks of some objects and none of others.
+    text(root / "labels/train/a.txt", "0 0.5 0.5 0.2 0.4\n0 0.0 0.0 0.2 0.0 0.0 0.4\n")
+    content, said = read(find_splits(root, tmp_path / "out"))
+    assert ["segmentation" in a for a in content["annotations"]] == [False, False]
+    assert content["annotations"][1]["area"] == 400
+    assert "has polygons for 1 of 2 objects: masks left out" in said[0]
+
+
+def test_yolo_keypoints(tmp_path):
+    line = "0 0.5 0.5 0.2 0.4 0.5 0.5 2 0.1 0.2 1 0.9 0.9 0\n"
+    root = yolo(tmp_path, line, line, names=["mouse"], kpt_shape=[3, 3], flip_idx=[1, 0, 2])
+    splits = find_splits(root, tmp_path / "out")
+    content, said = read(splits)
+    (annotation,) = content["annotations"]
+    assert annotation["keypoints"] == [50, 25, 2, 10, 10, 1, 0, 0, 0] and annotation["num_keypoints"] == 2
+    assert content["categories"][0]["flip_pairs"] == [["point_0", "point_1"]] and said == []
+    entries = entries_of(splits, "points")
+    assert read_contents(entries) == {"classes": ["mouse"], "masks": False, "keypoints": 3}
+    text(root / "labels/train/a.txt", "0 0.5 0.5 0.2 0.4 0.5 0.5\n")
+    assert "has not 4 + 3 x 3 numbers behind the class" in read(find_splits(root, tmp_path / "out"))[1][0]
+
+
+def test_yolo_lists_moved_files_and_numbered_names(tmp_path):
+    root = yolo(tmp_path / "set", "0 0.5 0.5 0.2 0.4\n")
+    text(root / "train.txt", "./images/train/a.png\n")
+    spec = {"path": "/not/here", "train": "train.txt", "val": ["../images/val"], "names": {0: "cat", 1: "dog"}, "nc": 2}
+    text(root / "data.yaml", yaml.safe_dump(spec))
+    for given in (root, root / "data.yaml"):
+        splits = find_splits(given, tmp_path / "out")
+        assert [len(read(splits, s)[0]["annotations"]) for s in ("train", "val")] == [1, 1]
+        assert splits["val"].images == (root / "images/val").resolve()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"names": ["cat"], "nc": 2}, ValueError, "nc is 2, but there are 1 names"),
+        ({"names": {1: "cat"}}, ValueError, "names must be numbered 0, 1"),
+        ({"names": []}, ValueError, "names must be a list of different names"),
+        ({"val": None}, ValueError, "val must name a folder of images, got None"),
+        ({"val": "images/nowhere"}, FileNotFoundError, "val: there is no .*images/nowhere"),
+        ({"val": "labels"}, FileNotFoundError, "there are no images"),
+        ({"kpt_shape": [3]}, ValueError, "kpt_shape must be"),
+        ({"kpt_shape": [3, 2], "flip_idx": [1, 2, 0]}, ValueError, "flip_idx must exchange pairs"),
+    ],
+)
+def test_yolo_errors_name_the_key(tmp_path, change, error, said):
+    with pytest.raises(error, match=said):
+        find_splits(yolo(tmp_path, "0 0.5 0.5 0.2 0.4\n", **change), tmp_path / "out")
+
+
+def test_yolo_without_labels_is_no_set_of_empty_images(tmp_path):
+    root = yolo(tmp_path, "")
+    (root / "labels/val/a.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val: there is no label file, e\.g\. .*labels/val/a\.txt"):
+        find_splits(root, tmp_path / "out")
+
+
+OBJECT = (
+    "<object><name>{}</name>{}<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+
+
+def voc_xml(*objects: str, size: str = "<size><width>100</width><height>50</height></size>") -> str:
+    return f"<annotation><filename>elsewhere.jpg</filename>{size}{''.join(objects)}</annotation>"
+
+
+def test_voc(tmp_path):
+    root = tmp_path / "VOCdevkit/VOC2012"
+    for name in ("one", "two", "three"):
+        image(root / "JPEGImages" / f"{name}.jpg")
+    dog = OBJECT.format("dog", "", 11, 6, 30, 25)  # pixels 10 to 29, 5 to 24 from 0
+    cat = OBJECT.format("cat", "<difficult>1</difficult>", 1, 1, 100, 50)
+    text(root / "Annotations/one.xml", voc_xml(dog, cat, "<object><name>cow</name></object>"))
+    text(root / "Annotations/two.xml", "<annotation>")
+    horse, size = OBJECT.format("horse", "", 1, 1, 9, 9), "<size><width>7</width><height>8</height></size>"
+    text(root / "Annotations/three.xml", voc_xml(dog, horse, size=size))
+    text(root / "ImageSets/Main/trainval.txt", "one 1\ntwo -1\nfour\n")
+    with pytest.raises(FileNotFoundError, match=r"there is no ImageSets/Main/val\.txt"):
+        find_splits(tmp_path, tmp_path / "out")
+    text(root / "ImageSets/Main/val.txt", "three\n")
+    splits = find_splits(tmp_path, tmp_path / "out")
+    content, said = read(splits)
+    assert [c["name"] for c in content["categories"]] == ["cat", "cow", "dog"]
+    assert [(a["category_id"], a["bbox"], a["iscrowd"]) for a in content["annotations"]] == [
+        (3, [10, 5, 20, 20], 0),
+        (1, [0, 0, 100, 50], 1),
+    ]
+    assert [i["file_name"] for i in content["images"]] == ["one.jpg"]
+    for expected in ("difficult: kept as a crowd", "without a box", "two.xml is no XML", "four.xml does not exist"):
+        assert sum(expected in line for line in said) == 1, (expected, said)
+    content, said = read(splits, "val")
+    assert [a["bbox"] for a in content["annotations"]] == [[10, 5, 20, 20]]
+    assert "without a class of the training split, left out" in said[1] and "(horse)" in said[1]
+    assert "says another size than its image has" in said[0] and content["images"][0]["width"] == 100
+
+    entries = entries_of(splits, "voc")
+    sets = {"REGISTER": entries, "TRAIN": ("voc_train",), "TEST": ("voc_val",)}
+    with registered(CfgNode({"DATASETS": sets})):
+        (record,) = DatasetCatalog.get("voc_train")
+        assert record["annotations"][0]["bbox"] == [10, 5, 20, 20]
+
+
+def test_voc_as_roboflow_writes_it(tmp_path):
+    for folder in ("train", "valid"):
+        image(tmp_path / folder / "a.jpg")
+        text(tmp_path / folder / "a.xml", voc_xml(OBJECT.format("dog", "", 1, 1, 10, 20)))
+    splits = find_splits(tmp_path, tmp_path / "out")
+    assert splits["val"].images == tmp_path / "valid"
+    assert read(splits, "val")[0]["annotations"][0]["bbox"] == [0, 0, 10, 20]
+    (tmp_path / "valid/a.xml").unlink()
+    with pytest.raises(FileNotFoundError, match="no XML file in valid/"):
+        find_splits(tmp_path, tmp_path / "out")
