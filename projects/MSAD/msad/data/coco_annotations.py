@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pycocotools.mask as mask_util
 
 from ..finding import ERROR, WARNING
@@ -195,3 +196,10 @@ def _area(a: dict[str, Any], image: dict[str, Any]) -> float:
 def compressed(mask: dict[str, Any]) -> dict[str, Any]:
     """A run-length mask with COCO's compressed counts."""
     return mask_util.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
+
+
+def bitmap(mask: list | dict[str, Any], height: int, width: int) -> np.ndarray:
+    """COCO polygons or run lengths, compressed or not, as a bool array (height, width)."""
+    if isinstance(mask, list):
+        return mask_util.decode(mask_util.merge(mask_util.frPyObjects(mask, height, width))).astype(bool)
+    return mask_util.decode(compressed(mask)).astype(bool)

@@ -36,7 +36,7 @@ def _fingerprint(name: str) -> dict[str, str]:
     entry = metadata.get("definition") or {}
     file, root = entry.get("JSON", metadata.get("json_file")), entry.get("IMAGES", metadata.get("image_root"))
     try:
-        is_coco = file and root and entry.get("TYPE", "coco") == "coco"
+        is_coco = file and root and entry.get("TYPE", "coco") in ("coco", "coco_sem_seg")
         annotations, images = _from_json(file) if is_coco else _from_records(name, root or "")
     except FileNotFoundError:
         return {"annotations": "missing"}
@@ -60,6 +60,7 @@ def _from_records(name: str, root: str) -> tuple[str, list[str]]:
     records = DatasetCatalog.get(name)
     images = [os.path.relpath(r["file_name"], root) if root else str(r["file_name"]) for r in records]
     plain: list[Any] = [{k: v for k, v in r.items() if not k.endswith("file_name")} for r in records]
+    plain += [file_sha256(r["sem_seg_file_name"]) for r in records if "sem_seg_file_name" in r]
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest(), images
 

@@ -22,7 +22,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import nearest
-from . import argoverse_hd, coco, sem_seg, visdrone  # noqa: F401  (modules of types register themselves)
+from . import argoverse_hd, coco, coco_sem_seg, sem_seg, visdrone  # noqa: F401  (modules of types register themselves)
 from .dataset_types import DATASET_TYPE_REGISTRY, is_text
 
 

@@ -16,6 +16,7 @@ from detectron2.data.detection_utils import build_augmentation
 from PIL import Image
 
 from .dataset_types import DATASET_TYPE_REGISTRY, NAMES, PATH, TEXT, Key, add_dataset, check_entry
+from .label_maps import without_palette
 
 KEYS = {
     "IMAGES": PATH,
@@ -35,8 +36,9 @@ def sem_seg(name: str, entry: dict[str, Any]) -> None:
 
     Keys of the entry:
 
-    - ``IMAGES``, ``LABELS``: folders, with or without folders inside. A label map is an image of one channel ("L")
-      whose values are the numbers of classes; it belongs to the image of the same path without the suffixes.
+    - ``IMAGES``, ``LABELS``: folders, with or without folders inside. A label map is an image of one channel ("L"), or
+      with a palette ("P"), whose values are the numbers of classes; it belongs to the image of the same path without
+      the suffixes.
     - ``IMAGE_SUFFIX``, ``LABEL_SUFFIX``: ends of the file names, ".jpg" and ".png". Cityscapes: "_leftImg8bit.png" and
       "_gtFine_labelTrainIds.png".
     - ``LIST``: file with one name (path without suffix) a line; without it, all files are taken.
@@ -85,10 +87,10 @@ def _load(entry: dict[str, Any], ignored: int) -> list[dict]:
     pairs = [(paths["IMAGES"][name], paths["LABELS"][name]) for name in wanted]
     check = functools.partial(_check_pair, len(entry["CLASSES"]), ignored)
     with ThreadPoolExecutor(_THREADS) as pool:
-        sizes = list(pool.map(check, pairs, [os.stat(label).st_mtime_ns for _, label in pairs]))
+        found = list(pool.map(check, pairs, [os.stat(label).st_mtime_ns for _, label in pairs]))
     return [
         {"file_name": image, "sem_seg_file_name": label, "image_id": name, "width": width, "height": height}
-        for name, (image, label), (width, height) in zip(wanted, pairs, sizes)
+        for name, (image, _), (label, width, height) in zip(wanted, pairs, found)
     ]
 
 
@@ -108,8 +110,10 @@ def _read_list(path: str, where: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1 << 17)
-def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int) -> tuple[int, int]:
-    """(width, height) of an image; ValueError if its label map has another form, size, or values beyond the classes.
+def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int) -> tuple[str, int, int]:
+    """(label map to read, width, height) of an image; of a map with a palette a copy without it is read.
+
+    ValueError if the label map has another form, size, or values beyond the classes.
 
     ``changed``, the time of the last change of the label map, is there to be remembered: data sets are loaded several
     times in a run, and each label map is decoded once.
@@ -118,11 +122,12 @@ def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int)
     with Image.open(image) as opened:
         size = opened.size
     with Image.open(label) as opened:
-        if opened.mode != "L":
+        if opened.mode not in ("L", "P"):
             raise ValueError(
-                f"label map {label} has mode {opened.mode!r}, not one channel of 8 bits ('L'): its numbers would not "
-                "be read as those of classes"
+                f"label map {label} has mode {opened.mode!r}, not one channel of 8 bits ('L' or 'P'): its numbers "
+                "would not be read as those of classes"
             )
+        read = label if opened.mode == "L" else without_palette(label)
         if opened.size != size:
             raise ValueError(f"label map {label} has {opened.size} pixels (width, height), its image {size}")
         present = np.flatnonzero(np.bincount(np.asarray(opened).ravel(), minlength=256))
@@ -131,7 +136,7 @@ def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int)
         raise ValueError(
             f"label map {label} has the label {wrong[0]}; classes are 0 to {classes - 1}, ignored is {ignored}"
         )
-    return size
+    return read, *size
 
 
 def is_segmentation(dicts: list[dict]) -> bool:

@@ -14,6 +14,7 @@ from detectron2.engine import HookBase
 from torch import nn
 
 from ..config import detector_architecture
+from ..data.sem_seg import is_segmentation
 from ..modeling.adapters import adapt
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,14 @@ def quiet_console() -> Iterator[None]:
 
 
 def describe_data(name: str) -> str:
-    """Images, instances and classes of a registered data set, in one line."""
-    records = DatasetCatalog.get(name)
-    count = sum(len(record.get("annotations", ())) for record in records)
-    classes = MetadataCatalog.get(name).get("thing_classes") or []
+    """Images, instances or label maps, and classes of a registered data set, in one line."""
+    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+    what = f"{sum(len(record.get('annotations', ())) for record in records)} instances"
+    if is_segmentation(records):
+        what = "label maps"
+    classes = metadata.get("stuff_classes" if is_segmentation(records) else "thing_classes") or []
     shown = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
-    return f"{name}: {len(records)} images, {count} instances, {len(classes)} classes ({shown})"
+    return f"{name}: {len(records)} images, {what}, {len(classes)} classes ({shown})"
 
 
 def describe_model(cfg: CfgNode, model: nn.Module) -> str:

@@ -16,10 +16,11 @@ from torch import nn
 
 from ..distill.analysis import decompose
 from ..distill.balance import GradientBalance
-from ..distill.context import DistillContext
+from ..distill.context import DistillContext, Features
 from ..distill.distiller import Distiller
 
 logger = logging.getLogger(__name__)
+Levels = dict[str, dict[str, float]]  # by name: the parts by name
 
 
 class ExactResume(HookBase):
@@ -183,8 +184,9 @@ class BalanceLogger(HookBase):
 class FeatureAnalysis(HookBase):
     """Append the means over a batch of what :func:`msad.distill.analysis.decompose` finds to features.jsonl.
 
-    A line is {"iteration": i, "levels": {H-frame name: {"m", "n", "mn", "angle", "magnitude", "angular"}}}. Levels
-    whose channels differ between student and teacher have no angle and are left out.
+    A line is {"iteration": i, "levels": {name: {"m", "n", "mn", "angle", "magnitude", "angular"}}}. Names are those of
+    the teacher's levels, in the H frame at the neck. The maps are those that the first loss with this level compares,
+    after its adaptation layer; without one, the neck's as they are, if they have one shape.
 
     Args:
         distiller: whose student is compared with its first teacher.
@@ -197,28 +199,46 @@ class FeatureAnalysis(HookBase):
         self.period = period
         self.file = Path(output) / "features.jsonl"
         self._warned = False
+        self._neck: Levels = {}
+        self._compared: Levels = {}
+        self._handles: list = []
 
     def before_step(self) -> None:
         # In every process: the teacher runs for it, and its synchronised normalisation needs them all.
         if self.trainer.iter % self.period == 0:
-            self.distiller.on_context.append(self._record)
+            self.distiller.on_context.append(self._see_neck)
+            for loss in self.distiller.losses:
+                if loss.source == self.distiller.teacher.name and not loss.heads:
+                    self._handles.append(loss.loss.register_forward_pre_hook(self._see_loss))
 
     def after_step(self) -> None:
-        if self._record in self.distiller.on_context:
-            self.distiller.on_context.remove(self._record)
-
-    @torch.no_grad()
-    def _record(self, context: DistillContext) -> None:
+        if self._see_neck not in self.distiller.on_context:
+            return
+        self.distiller.on_context.remove(self._see_neck)
+        while self._handles:
+            self._handles.pop().remove()
+        levels, self._compared = {**self._neck, **self._compared}, {}
         if not comm.is_main_process():
             return
-        student, teacher = context.student, context.sources[self.distiller.teacher.name]
-        levels = {}
-        for name, s in student.items():
-            if name in teacher and s.shape == teacher[name].shape:
-                parts = decompose(s, teacher[name])._asdict()
-                levels[name] = {key: float(f"{values.mean().item():.6g}") for key, values in parts.items()}
         if not levels and not self._warned:
             logger.warning("DISTILL.ANALYSIS_PERIOD: student and teacher have no level of equal shape to compare")
             self._warned = True
         with open(self.file, "a") as file:
             file.write(json.dumps({"iteration": self.trainer.iter, "levels": levels}) + "\n")
+
+    def _see_neck(self, context: DistillContext) -> None:
+        self._neck = _parts(context.student, context.sources[self.distiller.teacher.name])
+
+    def _see_loss(self, _loss: nn.Module, args: tuple) -> None:
+        self._compared = {**_parts(*args[:2]), **self._compared}
+
+
+@torch.no_grad()
+def _parts(student: Features, teacher: Features) -> Levels:
+    """Of each level that both have in one shape."""
+    found: Levels = {}
+    for name, s in student.items():
+        if name in teacher and s.shape == teacher[name].shape:
+            parts = decompose(s, teacher[name])._asdict()
+            found[name] = {key: float(f"{values.mean().item():.6g}") for key, values in parts.items()}
+    return found

@@ -62,12 +62,18 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def summary(data: dict) -> list[str]:
-    """Sentences: first what the numbers are worth, then the student, then each step of the method."""
+def summary(data: dict, metric: str = AP) -> list[str]:
+    """Sentences: first what the numbers are worth, then the student, then each step of the method.
+
+    Args:
+        metric: TASK/METRIC that counts where there is no box AP, as of segmentors, which have no steps.
+    """
     rows = [row for row in rows_of(data) if row.estimate(AP) is not None]
+    doubts = no_percentages(data)
     if not rows:
-        return ["No model has been evaluated yet."]
-    named, doubts = {row.name: row for row in rows}, no_percentages(data)
+        rows = [row for row in rows_of(data) if row.estimate(metric) is not None]
+        return [*doubts, _evidence(rows, metric)] if rows else ["No model has been evaluated yet."]
+    named = {row.name: row for row in rows}
     sentences = [*doubts, _evidence(rows)]
     if "student_L" in named:
         sentences.append(_headline(named["student_L"], full_resolution(rows), not doubts))
@@ -77,12 +83,12 @@ def summary(data: dict) -> list[str]:
     return sentences
 
 
-def _evidence(rows: list[Row]) -> str:
-    seeds = min(row.estimate(AP).n for row in rows)
+def _evidence(rows: list[Row], metric: str = AP) -> str:
+    seeds = min(row.estimate(metric).n for row in rows)
     if seeds < MIN_SEEDS:
         return (
-            f"{'One seed' if seeds == 1 else f'{seeds} seeds'}: another seed can reverse differences of a few AP. Run "
-            f"at least {MIN_SEEDS} before drawing conclusions."
+            f"{'One seed' if seeds == 1 else f'{seeds} seeds'}: another seed can reverse differences of a few "
+            f"{metric.split('/')[-1]}. Run at least {MIN_SEEDS} before drawing conclusions."
         )
     return (
         f"Means of {seeds} seeds; differences are taken seed by seed, with their 95 % confidence intervals. One that "

@@ -18,7 +18,8 @@ from .tables import Table, accuracy_table, cost_table, format_table
 
 _ACCURACY = (
     "AP is COCO's average precision (0-100) on the validation images, averaged over IoU 0.50-0.95; APs, APm and APl "
-    "are those of small, medium and large objects. Of several seeds: mean ± standard deviation, the 95 % confidence "
+    "are those of small, medium and large objects; mIoU is the mean over classes of the intersection of predicted and "
+    "labelled pixels over their union. Of several seeds: mean ± standard deviation, the 95 % confidence "
     "interval of the mean (Student's t), and differences seed by seed with theirs; a star says that it excludes zero, "
     "which one in twenty models without any effect achieves by chance. A dash means that there is no number."
 )
@@ -52,7 +53,7 @@ def write_report(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     page = {
-        "title": title, "facts": dict(_facts(data)), "summary": summary(data),
+        "title": title, "facts": dict(_facts(data)), "summary": summary(data, metric),
         "tables": {"Accuracy": (accuracy_table(data, metric), _ACCURACY), "Cost": (cost_table(data), _COST)},
         "failed": failures(data), "pictures": draw_charts(data, out_dir, metric, curves or {}),
         "variants": {name: (v.get("title", ""), v.get("description") or f"{v['file']}")

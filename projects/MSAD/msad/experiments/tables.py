@@ -76,7 +76,8 @@ def _table(rows: list[Row], columns: Columns, always: str = "") -> Table:
 def _few_classes(rows: list[Row], task: str, name: str) -> list[str]:
     """Metrics of classes that a row has, if there are 2 to MAX_CLASSES: the mean over rare ones says little."""
     keys = dict.fromkeys(k for row in rows for run in row.runs.values() for k in run["metrics"].get(task) or ())
-    found = [k for k in keys if k.startswith(f"{name}-") and any(row.mean(f"{task}/{k}") is not None for row in rows)]
+    prefix = "IoU-" if name == "mIoU" else f"{name}-"
+    found = [k for k in keys if k.startswith(prefix) and any(row.mean(f"{task}/{k}") is not None for row in rows)]
     return found if 2 <= len(found) <= MAX_CLASSES else []
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from detectron2.structures import BoxMode, Instances
 from pycocotools import mask as rle
 
+from ..data.coco_annotations import bitmap
+
 
 @dataclass(frozen=True)
 class Objects:
@@ -100,16 +102,7 @@ def as_json(objects: Objects, names: Sequence[str] = ()) -> list[dict]:
 def _masks(segmentations: list, height: int, width: int) -> list:
     if all(isinstance(s, list) for s in segmentations):
         return [[np.asarray(polygon, float) for polygon in s] for s in segmentations]
-    return [_bitmap(s, height, width) for s in segmentations]
-
-
-def _bitmap(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """COCO polygons or run lengths, compressed or not, as a bool array (H, W)."""
-    if isinstance(segmentation, list):
-        return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width))).astype(bool)
-    if isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, height, width)
-    return rle.decode(segmentation).astype(bool)
+    return [bitmap(s, height, width) for s in segmentations]
 
 
 def resized(objects: Objects, sx: float, sy: float, size: tuple[int, int]) -> Objects:

@@ -1,0 +1,47 @@
+"""Label maps that are made from other files, kept in the user's cache folder as images of one 8-bit channel."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .cache import cache_file
+
+
+def cached_label_map(key: str, make: Callable[[], np.ndarray]) -> str:
+    """Path of a PNG whose pixels are numbers of classes; it is made once.
+
+    The file is whole or absent, also where several processes write it.
+
+    Args:
+        key: what the map depends on, as a text.
+        make: draws it: (h, w) uint8.
+    """
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    path = cache_file("label_maps") / digest[:2] / f"{digest}.png"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            Image.fromarray(make()).save(file, "PNG")
+        os.replace(file.name, path)
+    return str(path)
+
+
+def without_palette(file: str) -> str:
+    """Path of a copy of a label map with a palette, whose pixels are the indices into the palette.
+
+    detectron2's mapper would read the brightness of the colours.
+    """
+    key = f"palette {Path(file).absolute()} {os.stat(file).st_mtime_ns}"
+    return cached_label_map(key, lambda: _indices(file))
+
+
+def _indices(file: str) -> np.ndarray:
+    with Image.open(file) as opened:
+        return np.asarray(opened, np.uint8)
