@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from PIL import Image
 
 from msad import cli, load_config
+from msad.data import dataset_fingerprint
 from msad.data.loader import build_train_loader
 from msad.data.register import register_datasets
 from msad.engine.setup import load_model
@@ -103,6 +105,22 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"x\.png has mode 'RGB'"):
             DatasetCatalog.get("segments")
 
+    def test_indices_of_a_palette_are_the_classes(self, folder):
+        """As VOC's label maps: detectron2's mapper alone would read how bright the colours are."""
+        write(folder, "x", [[0, 0]])
+        paletted = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+        paletted.putpalette([0, 0, 0, 200, 10, 10])
+        paletted.save(folder / "labels" / "x.png")
+        (record,) = load()
+        assert DatasetMapper(load_config("", ["INPUT.MIN_SIZE_TEST", 0]), False)(record)["sem_seg"].tolist() == [[0, 1]]
+        assert record["sem_seg_file_name"] != str(folder / "labels" / "x.png")
+        assert DatasetCatalog.get("segments")[0] == record
+        paletted.putdata([1, 2])
+        paletted.save(folder / "labels" / "x.png")
+        os.utime(folder / "labels" / "x.png", ns=(1, 1))
+        with pytest.raises(ValueError, match=r"labels/x\.png has the label 2"):
+            DatasetCatalog.get("segments")
+
     def test_changed_files_are_looked_at_again(self, folder):
         write(folder, "x", [[0, 1]])
         load()
@@ -110,6 +128,71 @@ class TestFiles:
         os.utime(folder / "labels" / "x.png", ns=(1, 1))
         with pytest.raises(ValueError, match="label 2"):
             DatasetCatalog.get("segments")
+
+
+class TestCocoMasks:
+    """``TYPE: coco_sem_seg``."""
+
+    SQUARE = [[0, 0, 4, 0, 4, 4, 0, 4]]
+
+    def coco(self, folder, annotations, names=("disc", "ring"), ids=(7, 3)):
+        (folder / "images").mkdir(exist_ok=True)
+        content = {
+            "images": [{"id": 5, "file_name": "a.png", "height": 4, "width": 6}],
+            "annotations": [{"id": i, "image_id": 5, **a} for i, a in enumerate(annotations, start=1)],
+            "categories": [{"id": number, "name": name} for number, name in zip(ids, names)],
+        }
+        (folder / "coco.json").write_text(json.dumps(content))
+        cfg = load_config("")
+        keys = {"TYPE": "coco_sem_seg", "JSON": "coco.json", "IMAGES": "images", "BACKGROUND": "ground"}
+        cfg.DATASETS.REGISTER = [{"NAME": "masks", **keys}]
+        register_datasets(cfg)
+        return DatasetCatalog.get("masks")
+
+    def annotation(self, category, polygons, **more):
+        return {"category_id": category, "bbox": [0, 0, 4, 4], "segmentation": polygons, **more}
+
+    def test_label_maps(self, folder):
+        small = self.annotation(3, [[1, 1, 3, 1, 3, 3, 1, 3]], area=4.0)  # on the large one, whatever comes first
+        crowd = {"size": [4, 6], "counts": [12, 12]}  # the last three columns, one of them the square's
+        objects = [small, self.annotation(7, self.SQUARE, area=16.0), self.annotation(7, crowd, area=12.0, iscrowd=1)]
+        (record,) = self.coco(folder, objects)
+        labels = np.asarray(Image.open(record["sem_seg_file_name"]))
+        assert labels.tolist() == [
+            [2, 2, 2, 2, 255, 255], [2, 1, 1, 2, 255, 255], [2, 1, 1, 2, 255, 255], [2, 2, 2, 2, 255, 255]
+        ]  # fmt: skip
+        assert record["file_name"] == f"{folder}/images/a.png" and (record["width"], record["height"]) == (6, 4)
+        metadata = MetadataCatalog.get("masks")
+        assert metadata.stuff_classes == ["ground", "ring", "disc"] and metadata.evaluator_type == "sem_seg"
+
+    def test_changed_annotations_are_drawn_again(self, folder):
+        first = self.coco(folder, [self.annotation(7, self.SQUARE)])[0]["sem_seg_file_name"]
+        assert DatasetCatalog.get("masks")[0]["sem_seg_file_name"] == first
+        (second,) = self.coco(folder, [self.annotation(3, self.SQUARE)])
+        assert second["sem_seg_file_name"] != first
+        assert np.asarray(Image.open(second["sem_seg_file_name"]))[0, 0] == 1
+
+    def test_an_object_without_mask_is_named(self, folder):
+        with pytest.raises(ValueError, match=r"'masks': .*coco\.json: annotation 1 has no mask"):
+            self.coco(folder, [{"category_id": 7, "bbox": [0, 0, 4, 4]}])
+
+    def test_classes_of_train_and_test_sets_are_compared(self, folder):
+        self.coco(folder, [self.annotation(7, self.SQUARE)])
+        MetadataCatalog.get("masks").classes_like = "others"
+        MetadataCatalog.get("others").stuff_classes = ["ground", "disc"]
+        with pytest.raises(ValueError, match=r"coco\.json has the classes .*'disc'\], those of 'others'"):
+            DatasetCatalog.get("masks")
+        MetadataCatalog.remove("others")
+
+
+def test_fingerprint_sees_corrected_labels(folder):
+    write(folder, "x", [[0, 1, 0]])
+    cfg = load_config("", ["DATASETS.REGISTER", [entry()], "DATASETS.TRAIN", ("segments",)])
+    before = dataset_fingerprint(cfg)["segments"]
+    write(folder, "x", [[1, 1, 0]])
+    os.utime(folder / "labels" / "x.png", ns=(1, 1))
+    after = dataset_fingerprint(cfg)["segments"]
+    assert before["images"] == after["images"] and before["annotations"] != after["annotations"]
 
 
 def scene(seed, size=64):
