@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from msad import load_config
 from msad.distill.teachers import FrozenTeacher
 from msad.engine.build import build_distiller
+from msad.engine.hooks import FeatureAnalysis
 from msad.resolution import downsample_batch, downsample_labels
 
 CONFIG = Path(__file__).parents[2] / "configs" / "Segmentation" / "pspnet_R_18_voc.yaml"
@@ -114,6 +117,22 @@ def test_student_at_half_resolution():
     assert {"loss_distill/LAD", "loss_distill/CWD", "loss_sem_seg"} <= set(found)
     sum(found.values()).backward()
     assert [n for n, p in student.named_parameters() if p.grad is None] == []
+
+
+def test_analysis_sees_what_the_loss_compares(tmp_path):
+    """Behind the adaptation layer, so that its two parts add up to naive L2 (eq. 10)."""
+    model, *_ = distiller([{"NAME": "NaiveL2", "TAP": "decoder", "WEIGHT": 2.0}])
+    hook = FeatureAnalysis(model, 2, str(tmp_path))
+    for iteration in range(3):
+        hook.trainer = SimpleNamespace(iter=iteration)
+        hook.before_step()
+        found = step(model, batch())["loss_distill/NaiveL2"].item()
+        hook.after_step()
+    lines = [json.loads(line) for line in (tmp_path / "features.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 2] and list(lines[0]["levels"]) == ["decoder"]
+    parts = lines[1]["levels"]["decoder"]
+    assert 2 * (parts["magnitude"] + parts["angular"]) == pytest.approx(found, rel=1e-4)
+    assert not model.on_context and not model.losses[0].loss._forward_pre_hooks
 
 
 def test_what_a_segmentor_does_not_have_is_said():

@@ -109,7 +109,7 @@ class TestFiles:
         """As VOC's label maps: detectron2's mapper alone would read how bright the colours are."""
         write(folder, "x", [[0, 0]])
         paletted = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-        paletted.putpalette([0, 0, 0, 200, 10, 10])
+        paletted.putpalette([0, 0, 0, 200, 10, 10, 9, 200, 9])
         paletted.save(folder / "labels" / "x.png")
         (record,) = load()
         assert DatasetMapper(load_config("", ["INPUT.MIN_SIZE_TEST", 0]), False)(record)["sem_seg"].tolist() == [[0, 1]]
