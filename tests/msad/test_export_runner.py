@@ -108,8 +108,9 @@ def test_runs_without_torch(shipped, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "5 images" in done.stdout and "fps" in done.stdout
     assert done.stderr.splitlines()[-1] == "skipped: cannot read photos/broken.jpg"
-    assert {p.name for p in (tmp_path / "found").iterdir()} == {"a.jpg", "a_2.jpg", "v.mp4", "detections.json"}
-    drawn = cv2.imread(str(tmp_path / "found" / "a.jpg"))
+    written = {p.name for p in (tmp_path / "found").iterdir()}
+    assert written == {"000_a.jpg", "001_a.jpg", "003_v.mp4", "detections.json"}
+    drawn = cv2.imread(str(tmp_path / "found" / "000_a.jpg"))
     assert drawn.shape == (70, 90, 3) and (drawn != cv2.imread(str(shipped / "photos" / "a.jpg"))).any()
     results = json.loads((tmp_path / "found" / "detections.json").read_text())
     assert [(r["file"], r["frame"], r["height"]) for r in results] == [
@@ -119,6 +120,42 @@ def test_runs_without_torch(shipped, tmp_path):
     found = detector([cv2.imread(str(shipped / "photos" / "a.jpg"))])[0]
     some = {name: value[found["scores"] >= 0.01] for name, value in found.items()}
     assert results[0]["detections"] == runner.records(some, detector.about["classes"]) != []
+
+
+class Camera:
+    """A cv2.VideoCapture of four frames; then somebody presses Ctrl-C."""
+
+    def __init__(self, number):
+        assert number == 2
+        self.left = 4
+
+    def read(self):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return True, np.full((40, 60, 3), 50 * self.left, np.uint8)
+
+    def get(self, key):
+        return 0.0
+
+
+@pytest.mark.parametrize(("most", "count"), [("2", 2), ("9", 4)])
+def test_a_camera_runs_until_it_is_told_to_stop(shipped, tmp_path, monkeypatch, capsys, most, count):
+    monkeypatch.setattr(runner.cv2, "VideoCapture", Camera)
+    arguments = [str(shipped / "model.onnx"), "--camera", "2", "--output", str(tmp_path), "--threads", "1"]
+    assert runner.main([*arguments, "--frames", most]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{count} images") and ("interrupted" in said.err) == (count == 4)
+    assert [r["frame"] for r in json.loads((tmp_path / "detections.json").read_text())] == list(range(count))
+    monkeypatch.undo()
+    video = cv2.VideoCapture(str(tmp_path / "camera_2.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == count and video.get(cv2.CAP_PROP_FPS) == 25
+
+
+def test_without_drawings_there_is_one_file(shipped, tmp_path):
+    arguments = [str(shipped / "model.onnx"), "--input", str(shipped / "photos" / "a.jpg"), "--output", str(tmp_path)]
+    assert runner.main([*arguments, "--no-drawing", "--threads", "1"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["detections.json"]
 
 
 def test_records_and_drawings_have_masks_and_keypoints():
@@ -141,7 +178,7 @@ def test_never_writes_over_an_input(shipped, capsys):
     arguments = [str(shipped / "model.onnx"), "--input", str(shipped / "photos"), "--output", str(shipped / "photos")]
     with pytest.raises(SystemExit) as stop:
         runner.main(arguments)
-    assert stop.value.code == 2 and "is an input and would be overwritten" in capsys.readouterr().err
+    assert stop.value.code == 2 and "has inputs in it, which might be overwritten" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in (shipped / "photos").iterdir()} == before
 
 
