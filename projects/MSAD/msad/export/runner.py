@@ -25,7 +25,7 @@ PRECISION = 22  # bits of the weights when resizing, as in Pillow
 
 
 def _resize_rows(image: np.ndarray, size: int) -> np.ndarray:
-    """``image`` (H, W, 3) uint8 with H changed to ``size`` in Pillow's integers, a triangle as wide as the reduction."""
+    """``image`` (H, W, 3) uint8 with H changed to ``size`` in Pillow's integers: a triangle as wide as the cut."""
     if size == len(image):
         return image
     image, scale = np.ascontiguousarray(image), len(image) / size
