@@ -19,14 +19,17 @@ from .runner import Detector
 
 class ExportedModel:
     """A file of :func:`export_onnx` with the interface of detectron2's models in evaluation: a list of dataset dicts
-    with ``file_name`` -> a list of {"instances"} in pixels of the images."""
+    with ``file_name`` -> a list of {"instances"}, or of segmentors {"sem_seg"}, in pixels of the images."""
 
     def __init__(self, file: str | Path, threads: int = 0) -> None:
         self.detector = Detector(file, threads)
 
     def __call__(self, inputs: list[dict]) -> list[dict]:
         images = [read_image(item["file_name"], "BGR") for item in inputs]
-        return [{"instances": instances(*pair)} for pair in zip(self.detector(images), images)]
+        found = zip(self.detector(images), images)
+        if "sem_seg" in self.detector.outputs:
+            return [{"sem_seg": label_scores(one, len(self.detector.about["classes"]))} for one, _ in found]
+        return [{"instances": instances(*pair)} for pair in found]
 
 
 def instances(found: dict, image) -> Instances:
@@ -38,6 +41,13 @@ def instances(found: dict, image) -> Instances:
         if name in found:
             result.set(f"pred_{name}", torch.from_numpy(found[name]))
     return result
+
+
+def label_scores(found: dict, classes: int) -> torch.Tensor:
+    """Of a segmentor's detections, masks of the classes that occur: (classes, h, w), 1 for the class of a pixel."""
+    scores = torch.zeros(classes, *found["masks"].shape[1:])
+    scores[torch.from_numpy(found["classes"])] = torch.from_numpy(found["masks"]).float()
+    return scores
 
 
 def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[str, dict]:
@@ -54,7 +64,8 @@ def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[
     model, results = ExportedModel(file, threads), {}
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
-        classes, known = model.detector.about["classes"], MetadataCatalog.get(name).thing_classes
+        classes, metadata = model.detector.about["classes"], MetadataCatalog.get(name)
+        known = metadata.get("thing_classes") or metadata.get("stuff_classes")
         unnamed = classes == [str(number) for number in range(len(known))]
         if classes != list(known) and not unnamed:
             raise ValueError(f"{file} has the classes {', '.join(classes)}, but {name} has {', '.join(known)}")

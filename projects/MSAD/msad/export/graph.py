@@ -67,6 +67,10 @@ class DetectionGraph(nn.Module):
         """"score_threshold", "nms_threshold" and "max_detections" of an image."""
         raise NotImplementedError
 
+    def axes(self) -> dict[str, dict[int, str]]:
+        """Axes of each output whose length is free, by name."""
+        return {name: {0: "detections"} for name in self.outputs}
+
 
 def _anchors(generator: nn.Module, maps: list[Tensor]) -> list[Tensor]:
     """(R_l, 4) of every level."""
@@ -237,7 +241,8 @@ def detection_graph(detector: nn.Module) -> DetectionGraph:
         TypeError: of no known kind, or with a part that no graph knows; names it.
     """
     raise TypeError(
-        f"a {type(detector).__name__} cannot be exported to ONNX; RetinaNet, FCOS, GFL, MEInst and R-CNNs can"
+        f"a {type(detector).__name__} cannot be exported to ONNX; RetinaNet, FCOS, GFL, MEInst, R-CNNs and "
+        "SemanticSegmentor can"
     )
 
 

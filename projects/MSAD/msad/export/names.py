@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..data.register import register_datasets
 
 FILE = "metadata.json"
-KEYS = ("thing_classes", "keypoint_names", "keypoint_flip_map", "keypoint_connection_rules")
+KEYS = ("thing_classes", "stuff_classes", "keypoint_names", "keypoint_flip_map", "keypoint_connection_rules")
 
 
 def dataset_names(cfg: CfgNode) -> dict[str, list]:
@@ -21,7 +21,7 @@ def dataset_names(cfg: CfgNode) -> dict[str, list]:
         if name not in DatasetCatalog.list():
             continue
         metadata = MetadataCatalog.get(name)
-        if not metadata.get("thing_classes") or cfg.MODEL.KEYPOINT_ON:
+        if not (metadata.get("thing_classes") or metadata.get("stuff_classes")) or cfg.MODEL.KEYPOINT_ON:
             try:
                 DatasetCatalog.get(name)  # the file knows its names
             except (OSError, ValueError):

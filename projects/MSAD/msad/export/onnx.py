@@ -26,6 +26,7 @@ from . import runner
 from .graph import DetectionGraph, detection_graph
 from .names import dataset_names, read_names
 from .plain import load_by_itself
+from .segmentation import check_scores
 
 OPSET = 17
 RUNNER = "run.py"
@@ -90,7 +91,7 @@ def describe(cfg: CfgNode, graph: DetectionGraph, names: dict[str, list]) -> dic
 
     ``names`` is detectron2's metadata, see :func:`dataset_names`.
     """
-    classes = list(names.get("thing_classes") or [])
+    classes = list(names.get("thing_classes") or names.get("stuff_classes") or [])
     if len(classes) != graph.num_classes:
         classes = [str(number) for number in range(graph.num_classes)]
     about = {
@@ -110,7 +111,7 @@ def trace(graph: DetectionGraph, about: dict[str, Any]) -> bytes:
     import onnx
 
     axes = {"images": {0: "batch", 1: "height", 2: "width"}, "sizes": {0: "batch"}}
-    axes.update({name: {0: "detections"} for name in graph.outputs})
+    axes.update(graph.axes())
     file = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         # Python's decisions that a trace freezes are asserts of detectron2's layers; check() compares other sizes.
@@ -136,17 +137,21 @@ def example_images(sizes: list[tuple[int, int]], seed: int = 0) -> tuple[Tensor,
 
 
 def check(content: bytes, detector: nn.Module) -> None:
-    """RuntimeError if onnxruntime finds something else than the detector itself in random images of three sizes."""
+    """RuntimeError if onnxruntime finds something else than the model itself in random images of three sizes."""
     import onnxruntime
 
     images, sizes = example_images([(150, 100), (70, 130), (97, 64)], seed=1)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    boxes, *rest = session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()})[:4]
-    solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # the detector drops the others
-    found = [boxes[solid], *(values[solid] for values in rest)]
+    values = session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()})
     inputs = [{"image": x[:h, :w].permute(2, 0, 1)} for x, (h, w) in zip(images, sizes.tolist())]
     with torch.no_grad():
-        results = [output["instances"] for output in detector(inputs)]
+        outputs = detector(inputs)
+    if "sem_seg" in outputs[0]:
+        return check_scores(values[0], [output["sem_seg"] for output in outputs])
+    boxes, *rest = values[:4]
+    solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # the detector drops the others
+    found = [boxes[solid], *(values[solid] for values in rest)]
+    results = [output["instances"] for output in outputs]
     columns = [(x.pred_boxes.tensor, x.scores, x.pred_classes, torch.full((len(x),), i)) for i, x in enumerate(results)]
     wanted = [torch.cat(column).numpy() for column in zip(*columns)]
     shares = [matched(a, b) for a, b in ((found, wanted), (wanted, found))]

@@ -89,6 +89,8 @@ class Detector:
         for slot, image in zip(batch, images):
             slot[: image.shape[0], : image.shape[1]] = image
         found = dict(zip(self.outputs, self.session.run(None, {"images": batch, "sizes": sizes})))
+        if "sem_seg" in found:  # a segmentor's class scores, not yet detections
+            return [{"sem_seg": scores[:, :h, :w]} for scores, (h, w) in zip(found["sem_seg"], sizes)]
         owner = found.pop("image")
         return [{name: value[owner == i] for name, value in found.items()} for i in range(len(images))]
 
@@ -100,8 +102,26 @@ class Detector:
         return [to_size(found, x.shape, y.shape) for found, x, y in zip(self.run(small), small, images)]
 
 
+def regions(scores: np.ndarray, wanted: tuple) -> dict:
+    """A segmentor's class scores (K, h, w) as detections in an image of shape ``wanted``: each class that occurs, with
+    its mask, the box around it, and as score the mean of its probability in the mask."""
+    scores = cv2.resize(scores.transpose(1, 2, 0), wanted[1::-1], interpolation=cv2.INTER_LINEAR)
+    scores = scores.reshape(*wanted[:2], -1)  # one channel loses its axis
+    probability = 1 / np.exp(scores - scores.max(axis=2, keepdims=True)).sum(axis=2)
+    labels = scores.argmax(axis=2)
+    classes = np.unique(labels)
+    masks = labels == classes[:, None, None]
+    boxes = np.array([cv2.boundingRect(mask.astype(np.uint8)) for mask in masks], np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    means = np.array([probability[mask].mean() for mask in masks], np.float32)
+    order = np.argsort(-means)
+    return {"boxes": boxes[order], "scores": means[order], "classes": classes[order], "masks": masks[order]}
+
+
 def to_size(found: dict, seen: tuple, wanted: tuple) -> dict:
     """Detections in an image of shape ``seen`` as they are in one of shape ``wanted``; empty boxes are dropped."""
+    if "sem_seg" in found:
+        return regions(found["sem_seg"], wanted)
     factor = np.array([wanted[1] / seen[1], wanted[0] / seen[0]], np.float32)
     boxes = np.clip(found["boxes"] * np.tile(factor, 2), 0, np.array([wanted[1], wanted[0]] * 2, np.float32))
     kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))

@@ -63,10 +63,14 @@ class SegmentorAdapter(DetectorAdapter):
         return "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 
 
+def count_classes(segmentor: nn.Module) -> int:
+    """K, the channels of the scores."""
+    *_, last = (module for module in segmentor.sem_seg_head.predictor.modules() if isinstance(module, nn.Conv2d))
+    return last.out_channels
+
+
 def _scores_shape(segmentor: nn.Module) -> dict[str, ShapeSpec]:
-    head = segmentor.sem_seg_head
-    layers = [module for module in head.predictor.modules() if isinstance(module, nn.Conv2d)]
-    return {"scores": ShapeSpec(channels=layers[-1].out_channels, stride=head.common_stride)}
+    return {"scores": ShapeSpec(channels=count_classes(segmentor), stride=segmentor.sem_seg_head.common_stride)}
 
 
 def _decoder_shape(segmentor: nn.Module) -> dict[str, ShapeSpec]:

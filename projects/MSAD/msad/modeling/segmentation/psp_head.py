@@ -32,6 +32,20 @@ def _classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequentia
     return nn.Sequential(nn.Dropout2d(dropout), conv)
 
 
+def grid_means(x: torch.Tensor, side: int) -> torch.Tensor:
+    """What ``F.adaptive_avg_pool2d(x, side)`` gives, in operations that ONNX has for maps of any size."""
+
+    def shares(length: int) -> torch.Tensor:
+        """(side, length): what each line of the map contributes to each line of the grid."""
+        lines, cells = torch.arange(length, device=x.device), torch.arange(side, device=x.device)[:, None]
+        first = torch.div(cells * length, side, rounding_mode="floor")
+        last = torch.div((cells + 1) * length + side - 1, side, rounding_mode="floor")
+        inside = ((lines >= first) & (lines < last)).to(x.dtype)
+        return inside / inside.sum(dim=1, keepdim=True)
+
+    return torch.matmul(torch.matmul(shares(x.shape[2]), x), shares(x.shape[3]).t())
+
+
 class PyramidPooling(nn.Module):
     """A map beside its averages over grids of several sizes, each through a 1x1 convolution: PSPNet, Sec. 3.2.
 
@@ -51,7 +65,8 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, h, w) -> (N, C + D scales, h, w)."""
-        pooled = [conv(F.adaptive_avg_pool2d(x, scale)) for scale, conv in zip(self.scales, self.convs)]
+        means = grid_means if torch.jit.is_tracing() else F.adaptive_avg_pool2d
+        pooled = [conv(means(x, scale)) for scale, conv in zip(self.scales, self.convs)]
         size = x.shape[2:]
         return torch.cat([x, *(F.interpolate(y, size, mode="bilinear", align_corners=False) for y in pooled)], dim=1)
 
