@@ -114,7 +114,7 @@ def test_onnxruntime_gives_the_labels_of_the_model(segmentor, tmp_path):
 
 @pytest.mark.parametrize("segmentor", [psp_cfg], indirect=True)
 def test_a_wrong_graph_is_not_written(segmentor):
-    cfg, model = segmentor
+    _, model = segmentor
     content = exporter.trace(detection_graph(model), {})
     with torch.no_grad():
         list(model.sem_seg_head.predictor.parameters())[-1][0] += 0.1
