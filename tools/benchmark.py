@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from msad import cli, load_config
 from msad.engine import DistillTrainer
+from msad.engine.build import teacher_entries
 from msad.engine.setup import load_model
 from msad.evaluation import cost
 from msad.evaluation.memory import PeakMemory, peak_memory
@@ -191,17 +192,22 @@ def benchmark_train_step(args: argparse.Namespace) -> dict[str, Any]:
         with open(entry["CONFIG"], "w") as f:
             f.write(teacher.dump())
         torch.save({"model": build(teacher).state_dict()}, entry["WEIGHTS"])
-        student.DISTILL.TEACHERS = [entry]
+        # How the student names the teacher, and the size at which it shows it the images.
+        kept = {key: value for key, value in (teacher_entries(student) or [{}])[0].items() if key in ("NAME", "SCALE")}
+        student.DISTILL.TEACHERS = [{**kept, **entry}]
         distiller = DistillTrainer.build_model(student)
     keypoints = student.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if student.MODEL.KEYPOINT_ON else 0
     batch = cost.random_inputs(
         *args.size, batch=args.batch_size, boxes=10, masks=student.MODEL.MASK_ON, keypoints=keypoints
     )
     memory = PeakMemory(args.device)
+    cost.student_step(distiller, batch)  # before anything larger: a process does not give memory back
+    alone = memory.growth()
     with tqdm(total=args.warmup + args.repeats, unit="round", desc="training step", disable=None) as bar:
         times = cost.training_step_cost(distiller, batch, args.repeats, args.warmup, on_round=bar.update)
     return {
         "peak_memory_bytes": memory.growth(),
+        "student_peak_memory_bytes": alone,
         "student": args.train_step[0],
         "teacher": args.train_step[1],
         "resolution": student.DISTILL.STUDENT_RESOLUTION,
@@ -246,7 +252,8 @@ def format_train_step(step: dict[str, Any]) -> str:
     lines = [[name.replace("_", " "), step["milliseconds"][name]] for name in cost.STEPS]
     table = tabulate(lines, headers=[f"training, batch of {step['batch_size']}", "median ms"], floatfmt=".4g")
     ratio = f"distillation step / (student step + teacher neck) = {step['ratio']:.3f}"
-    return f"{table}\n{ratio}\npeak memory beyond the weights: {step['peak_memory_bytes'] / 2**20:.0f} MiB"
+    peak, alone = (step[f"{whose}peak_memory_bytes"] / 2**20 for whose in ("", "student_"))
+    return f"{table}\n{ratio}\npeak memory beyond the weights: {peak:.0f} MiB; the student's own step: {alone:.0f} MiB"
 
 
 def run(args: argparse.Namespace, command: list[str]) -> None:

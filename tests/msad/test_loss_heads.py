@@ -18,7 +18,7 @@ from msad.distill.losses.ld import LD, mean_kl, mean_per_level
 from msad.distill.losses.registry import WeightedLoss
 from msad.modeling.detectors import atss
 from msad.modeling.detectors.distribution import DistributionTransform
-from msad.modeling.head_outputs import coordinates
+from msad.modeling.head_outputs import coordinates, decode
 
 K, BINS, SIZE = 3, 9, 3.0
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -77,7 +77,7 @@ def make_pair(kind="distributions", boxes=BOXES, seed=0, dtype=torch.float32, id
     pair = HeadPair(
         name, classes, student[0].requires_grad_(), teacher[0], student[1].requires_grad_(), teacher[1], labels,
         targets.to(dtype), anchors.to(dtype), TRANSFORMS[kind].get_deltas, partial(coordinates, TRANSFORMS[kind]),
-        sizes,
+        partial(decode, TRANSFORMS[kind]), sizes,
         partial(atss.valuable_region, cells, n, topk=9, size=SIZE),
     )  # fmt: skip
     for key, value in changes.items():
@@ -267,6 +267,29 @@ def loop_chen(kind, pair, mu=0.5, nu=0.5, margin=0.0, w_bg=1.5, focus=2.0):
     assert positives > 3
     count = drawn if kind in ("rpn", "roi") else positives
     return {f"{pair.name}_cls": (1 - mu) / mu * soft / count, f"{pair.name}_reg": nu * bounded / count}
+
+
+@pytest.mark.parametrize("kind", ["fcos", "retinanet", "roi"])
+def test_the_teachers_boxes_move_along_the_diagonal(kind):
+    """By 5 sqrt(2) pixels: 5 in x and 5 in y, on positives, and the student's and the targets stay."""
+    pair, _ = make_pair(kind)
+    transform, (image, anchor) = TRANSFORMS[kind], pair.positives
+    near = pair.targets[image, anchor] + torch.tensor([1.0, -1.0, 2.0, 1.0])
+    width = pair.teacher_boxes.shape[2] // 4
+    said = transform.get_deltas(pair.anchors[anchor], near)
+    pair.teacher_boxes[image, anchor] = said.repeat(1, width)
+    s, t, target = pair.matched_deltas()
+    moved_s, moved, same = pair.matched_deltas(5 * math.sqrt(2))
+    assert torch.equal(s, moved_s) and torch.equal(target, same)
+    # Of a distance that is not inside, FCOS says 0.
+    inside = (said > 0).all(dim=1) if kind == "fcos" else torch.ones(len(said), dtype=torch.bool)
+    assert inside.sum() > 3
+    boxes = [transform.apply_deltas(x, pair.anchors[anchor])[inside] for x in (t, moved)]
+    torch.testing.assert_close(boxes[0], near[inside], rtol=1e-4, atol=1e-3)
+    still = (moved > 0).all(dim=1)[inside] if kind == "fcos" else inside[inside]
+    torch.testing.assert_close(boxes[1][still], near[inside][still] + 5, rtol=1e-4, atol=1e-3)
+    plain, shifted = (Chen(bbox="direct", box_shift=x)([pair], None)[f"{pair.name}_reg"] for x in (0.0, 12.0))
+    assert plain != shifted
 
 
 @pytest.mark.parametrize("kind", sorted(TRANSFORMS))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.engine import HookBase
 from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from helpers import make_context
-from test_resume import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
+from test_resume import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
 
 from msad import load_config
 from msad.distill.cross_scale import Aggregation, CrossScaleAssistant, CrossScaleAttention
@@ -220,6 +223,54 @@ def test_no_trace_in_the_students_checkpoint_and_exact_resume(project, teacher_w
     saved = torch.load(tmp_path / "whole" / "model_final.pth", weights_only=True)
     alone = DistillTrainer.build_model(config(project, teacher_weights, "fcos", tmp_path)).state_dict()
     assert saved["model"].keys() == alone.keys()
+
+
+class Watched(HookBase):
+    """After each step, the weights of the backbone in front of the neck, and of the rest."""
+
+    def __init__(self, student):
+        self.student, self.steps = student, [self.look(student)]
+
+    @staticmethod
+    def look(student):
+        sides = [{}, {}]
+        for name, p in student.named_parameters():
+            sides["backbone.bottom_up." not in name][name] = p.detach().clone()
+        return sides
+
+    def after_step(self):
+        self.steps.append(self.look(self.student))
+
+
+def test_the_backbone_rests_first_and_every_phase_resumes_exactly(project, teacher_weights, tmp_path):
+    """Frozen for two of six iterations, distilled from the fifth: saved after each of the phases' steps."""
+    phases = {"DISTILL.FREEZE_BACKBONE_ITERS": 2, "DISTILL.START_ITER": 4}
+    phases |= {"DISTILL.WARMUP_ITERS": 0, "SOLVER.CHECKPOINT_PERIOD": 1}
+
+    def run(folder, resume=False):
+        trainer = DistillTrainer(scalekd(project, teacher_weights, tmp_path / folder, **phases))
+        trainer.resume_or_load(resume)
+        watched, trace = Watched(trainer.distiller.student), Trace(trainer)
+        trainer.register_hooks([watched, trace])
+        trainer.train()
+        return watched.steps, trace.steps
+
+    weights, steps = run("whole")
+    moved = [
+        [any(not torch.equal(p, later[name]) for name, p in side.items()) for side, later in zip(before, after)]
+        for before, after in itertools.pairwise(weights)
+    ]
+    assert moved == [[False, True]] * 2 + [[True, True]] * 4
+    assert [step["factor"] for step in steps] == [0.0] * 4 + [1.0] * 2
+    for done in (1, 3, 5):
+        killed = tmp_path / f"killed{done}"
+        killed.mkdir()
+        shutil.copy(tmp_path / "whole" / f"model_{done - 1:07d}.pth", killed)
+        (killed / "last_checkpoint").write_text(f"model_{done - 1:07d}.pth")
+        again, resumed = run(killed.name, resume=True)
+        assert resumed == steps[done:]
+        for mine, theirs in zip(again[-1], weights[-1]):
+            assert_equal_weights(mine, theirs)
 
 
 def test_distillation_begins_late():

@@ -8,7 +8,7 @@ import pytest
 
 from msad import load_config
 from msad.engine import DistillTrainer
-from msad.engine.scaling import scale_to_batch, scale_to_processes
+from msad.engine.scaling import scale_to_batch, scale_to_processes, set_iterations
 from msad.engine.setup import prepare
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import Run
@@ -147,6 +147,20 @@ def test_training_scales_to_its_processes(project, tmp_path):
     run = DistillTrainer(cfg)
     assert run.max_iter == 6 and run.cfg.SOLVER.IMS_PER_BATCH == cfg.SOLVER.IMS_PER_BATCH // 2
     assert run.cfg.DISTILL.ANALYSIS_PERIOD == 10
+
+
+@pytest.mark.parametrize(("iterations", "start", "frozen"), [(9000, 3000, 1000), (180000, 60000, 20000)])
+def test_phases_follow_the_length_of_the_schedule(cfg, iterations, start, frozen):
+    """ScaleKD's 30k iterations of warm-up; the backbone is frozen for 10k of 1x and 20k of 2x."""
+    cfg.DISTILL.START_ITER, cfg.DISTILL.FREEZE_BACKBONE_ITERS = 30000, 10000
+    kept = cfg.clone()
+    set_iterations(cfg, iterations)
+    assert start == cfg.DISTILL.START_ITER and frozen == cfg.DISTILL.FREEZE_BACKBONE_ITERS
+    set_iterations(kept, iterations, keep=["DISTILL.START_ITER"])
+    assert kept.DISTILL.START_ITER == 30000 and frozen == kept.DISTILL.FREEZE_BACKBONE_ITERS
+    cfg.SOLVER.IMS_PER_BATCH = 8  # half the images a step
+    scaled = scale_to_batch(cfg)
+    assert 2 * frozen == scaled.DISTILL.FREEZE_BACKBONE_ITERS
 
 
 def test_training_and_comparisons_use_it(project, tmp_path):

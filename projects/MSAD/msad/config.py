@@ -105,6 +105,9 @@ def add_msad_config(cfg: CN) -> CN:
     # Iterations without distillation losses at the beginning, in which assistants learn already (ScaleKD: 30000 of
     # 90000).
     cfg.DISTILL.START_ITER = 0
+    # Iterations at the beginning in which the student's backbone in front of the neck is not trained (ScaleKD: 10000 of
+    # 90000).
+    cfg.DISTILL.FREEZE_BACKBONE_ITERS = 0
     # Iterations after START_ITER over which the distillation weight rises linearly from 0 (released: 500).
     cfg.DISTILL.WARMUP_ITERS = 500
     # End of distillation: from DECAY_FROM to DECAY_TO (fractions of SOLVER.MAX_ITER) the weight falls linearly to 0.

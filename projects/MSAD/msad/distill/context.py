@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,7 @@ class HeadPair:
         anchors: (R, 4).
         encode: anchors (P, 4), boxes (P, 4) -> the four numbers (P, 4) that the head regresses for them.
         coordinates: raw box predictions (P, B) of one class -> what they say of those four numbers, (P, 4).
+        decode: those four numbers (P, 4), anchors (P, 4) -> boxes (P, 4).
         level_sizes: anchors of each level.
         region: boxes (K, 4), their image (K,), options -> (N, R) weights of the anchors that nearly match a box (LD);
             None where the head's assignment has no such region.
@@ -47,6 +49,7 @@ class HeadPair:
     anchors: torch.Tensor
     encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     coordinates: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     level_sizes: list[int] = field(default_factory=list)
     region: Callable[..., torch.Tensor] | None = None
 
@@ -70,8 +73,12 @@ class HeadPair:
             return self.labels.new_full((), len(self.positives[0]), dtype=torch.float32).clamp(min=1)
         return (self.labels >= 0).sum().clamp(min=1)
 
-    def matched_deltas(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Encoded boxes of the P positives: student's, teacher's and target, (P, 4)."""
+    def matched_deltas(self, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Encoded boxes of the P positives: student's, teacher's and target, (P, 4).
+
+        Args:
+            shift: H pixels by which the teacher's boxes are moved along the diagonal, to the lower right.
+        """
         image, anchor = self.positives
         target = self.encode(self.anchors[anchor], self.targets[image, anchor])
         kind = self.labels[image, anchor]
@@ -82,7 +89,10 @@ class HeadPair:
             if self.softmax and x.shape[1] > 4:
                 x = x.unflatten(1, (-1, 4))[torch.arange(len(x), device=x.device), kind]
             sides.append(self.coordinates(x))
-        return sides[0], sides[1], target
+        s, t = sides
+        if shift:
+            t = self.encode(self.anchors[anchor], self.decode(t, self.anchors[anchor]) + shift / math.sqrt(2))
+        return s, t, target
 
 
 @dataclass

@@ -13,7 +13,17 @@ from torch import nn
 from ..modeling.adapters import adapt
 from ..modeling.detectors import atss
 from ..modeling.detectors.distribution import DistributionTransform
-from ..modeling.head_outputs import DENSE, ROI, RPN, HeadRecord, box_code, cell_anchors, coordinates, proposal_targets
+from ..modeling.head_outputs import (
+    DENSE,
+    ROI,
+    RPN,
+    HeadRecord,
+    box_code,
+    cell_anchors,
+    coordinates,
+    decode,
+    proposal_targets,
+)
 from ..resolution import shift_names
 from .context import Features, HeadPair
 
@@ -131,7 +141,7 @@ def pair_heads(
         pairs.append(
             HeadPair(
                 name, head.classes, s_logits, t_logits, s_boxes, t_boxes, labels, targets * scale, anchors,
-                transform.get_deltas, partial(coordinates, transform), sizes, region,
+                transform.get_deltas, partial(coordinates, transform), partial(decode, transform), sizes, region,
             )
         )  # fmt: skip
     return pairs

@@ -18,6 +18,7 @@ ITERATIONS = (
     "SOLVER.WARMUP_ITERS",
     "SOLVER.CHECKPOINT_PERIOD",
     "DISTILL.START_ITER",
+    "DISTILL.FREEZE_BACKBONE_ITERS",
     "DISTILL.WARMUP_ITERS",
     "DISTILL.BALANCE.ITERS",
     "DISTILL.ANALYSIS_PERIOD",
@@ -84,10 +85,11 @@ def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
 def set_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = ()) -> None:
     """Train ``cfg`` for so many iterations, with SOLVER.STEPS moved alike; None: as it is.
 
-    A shorter run also has shorter warm-ups, so that it does not end before its learning rate has risen.
+    So are the iterations without distillation and those of a frozen backbone. A shorter run also has shorter warm-ups,
+    so that it does not end before its learning rate has risen.
 
     Args:
-        keep: keys of warm-ups that stay as they are.
+        keep: keys that stay as they are.
     """
     if iterations is None:
         return
@@ -96,6 +98,9 @@ def set_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = (
     for section in ("SOLVER", "DISTILL"):
         if factor < 1 and f"{section}.WARMUP_ITERS" not in keep:
             cfg[section].WARMUP_ITERS = _shrink(cfg[section].WARMUP_ITERS, 1 / factor)
+    for key in ("START_ITER", "FREEZE_BACKBONE_ITERS"):
+        if f"DISTILL.{key}" not in keep:
+            cfg.DISTILL[key] = _shrink(cfg.DISTILL[key], 1 / factor)
     cfg.SOLVER.MAX_ITER = iterations
 
 

@@ -28,7 +28,7 @@ from . import preflight
 from .build import build_distillation, compile_backbone
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
-from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
+from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, FrozenBackbone, LossRatioLogger, SkippedImages
 from .run_folder import check_iterations
 from .scaling import scale_to_batch, scale_to_processes
 from .solver import build_lr_scheduler, build_optimizer
@@ -148,6 +148,8 @@ class DistillTrainer(DefaultTrainer):
             ours.append(LossRatioLogger(patience=3 if distiller.balance is None else 0))
             if distiller.balance is not None:
                 ours.append(BalanceLogger(distiller.balance))
+        if distiller is not None and self.cfg.DISTILL.FREEZE_BACKBONE_ITERS > 0:
+            ours.append(FrozenBackbone(distiller.student, self.cfg.DISTILL.FREEZE_BACKBONE_ITERS))
         if distiller is not None and self.cfg.DISTILL.ANALYSIS_PERIOD > 0:
             ours.append(FeatureAnalysis(distiller, self.cfg.DISTILL.ANALYSIS_PERIOD, self.cfg.OUTPUT_DIR))
         return ours + hooks

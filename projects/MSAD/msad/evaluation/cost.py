@@ -221,6 +221,18 @@ def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def _train(module: nn.Module, inputs: list[dict]) -> None:
+    sum(module(inputs).values()).backward()
+    module.zero_grad(set_to_none=True)
+
+
+def student_step(distiller: Distiller, batch: list[dict]) -> None:
+    """The student alone, forward and backward, on ``batch`` (H pixels) at its own resolution."""
+    reduced = downsample_batch(batch, distiller.resolution.shift, distiller.device, distiller.downsample_mode)
+    with EventStorage(0):
+        _train(distiller.student.train(), reduced)
+
+
 def training_step_cost(
     distiller: Distiller,
     batch: list[dict],
@@ -249,14 +261,10 @@ def training_step_cost(
     shift, device = distiller.resolution.shift, distiller.device
     reduced = downsample_batch(batch, shift, device, distiller.downsample_mode)
 
-    def step(module: nn.Module, inputs: list[dict]) -> None:
-        sum(module(inputs).values()).backward()
-        module.zero_grad(set_to_none=True)
-
     functions = {
-        "student_step": lambda: step(distiller.student, reduced),
+        "student_step": lambda: _train(distiller.student, reduced),
         "teacher_neck": lambda: distiller.teacher.features(batch, distiller.max_shift),
-        "distillation_step": lambda: step(distiller, batch),
+        "distillation_step": lambda: _train(distiller, batch),
     }
     distiller.train()
     rounds = []

@@ -102,6 +102,11 @@ def coordinates(transform: Any, predictions: torch.Tensor) -> torch.Tensor:
     return predictions.relu() if isinstance(transform, Box2BoxTransformLinear) else predictions
 
 
+def decode(transform: Any, numbers: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Boxes (P, 4) of what :func:`coordinates` gives: the inverse of ``transform.get_deltas``."""
+    return getattr(transform, "decode", transform.apply_deltas)(numbers, anchors)
+
+
 def cell_anchors(head: Head) -> list[torch.Tensor]:
     """Anchors (A, 4) of each level around the origin, in the detector's own pixels."""
     return list(head.owner.anchor_generator.cell_anchors)

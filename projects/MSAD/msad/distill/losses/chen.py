@@ -82,18 +82,19 @@ class Chen(nn.Module):
         w_bg: weight of the background.
         focus: of dense heads, see :func:`soft_binary_cross_entropy`; heads that draw anchors need none.
         bbox: "bounded", or "direct": smooth L1 to the teacher's boxes in its place, as ScaleKD has it.
+        box_shift: H pixels by which the teacher's boxes are moved along the diagonal (ScaleKD, Table 1: 0, 6, 12).
     """
 
     heads = ("dense", "distributions", "rcnn")
 
     def __init__(
         self, mu: float = 0.5, nu: float = 0.5, margin: float = 0.0, w_bg: float = 1.5, focus: float = 2.0,
-        bbox: str = "bounded",
+        bbox: str = "bounded", box_shift: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if bbox not in ("bounded", "direct"):
             raise ValueError(f"DISTILL.LOSSES: Chen: BBOX must be 'bounded' or 'direct', not {bbox!r}")
-        self.bbox = bbox
+        self.bbox, self.box_shift = bbox, box_shift
         if not 0 < mu <= 1:
             raise ValueError(f"Chen: MU must be in (0, 1], not {mu}")
         self.mu, self.nu, self.margin, self.w_bg, self.focus = mu, nu, margin, w_bg, focus
@@ -102,7 +103,7 @@ class Chen(nn.Module):
         terms = {}
         for pair in pairs:
             soft = self._classification(pair).sum() / pair.normalizer
-            deltas = pair.matched_deltas()
+            deltas = pair.matched_deltas(self.box_shift)
             boxes = direct_regression(*deltas) if self.bbox == "direct" else bounded_regression(*deltas, self.margin)
             terms[f"{pair.name}_cls"] = (1 - self.mu) / self.mu * soft
             terms[f"{pair.name}_reg"] = self.nu * boxes.sum() / pair.normalizer

@@ -67,4 +67,8 @@ class DistributionTransform:
 
     def apply_deltas(self, logits: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Boxes (P, 4) of distributions (P, 4 (n + 1)) at cells (P, 4)."""
-        return self._linear.apply_deltas(integral(logits.unflatten(1, (4, self.reg_max + 1))), cells)
+        return self.decode(integral(logits.unflatten(1, (4, self.reg_max + 1))), cells)
+
+    def decode(self, distances: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Boxes (P, 4) of distances (P, 4) in strides, as :meth:`get_deltas` gives them."""
+        return self._linear.apply_deltas(distances, cells)
