@@ -326,12 +326,12 @@ def test_without_objects_everything_still_has_a_gradient(tiny_model, make_batch)
 
 def test_losses_are_means_over_processes_count(tiny_model, make_batch, monkeypatch):
     """Two processes that each hold the batch have the loss of one; divisors are means, not sums."""
-    from msad.modeling.detectors import gfl
+    from msad.modeling.detectors import dense
 
     batch = make_batch([(64, 96)])
     with EventStorage(0):
         alone = tiny_model("GFL")(batch)
-    monkeypatch.setattr(gfl.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dense.comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
     with EventStorage(0):
         torch.testing.assert_close(tiny_model("GFL")(batch), alone)

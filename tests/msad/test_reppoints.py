@@ -15,7 +15,6 @@ from detectron2.utils.events import EventStorage
 
 from msad import load_config
 from msad.evaluation.cost import count_macs
-from msad.modeling.adapters import adapt
 from msad.modeling.deformable import deform_conv
 from msad.modeling.detectors.candidates import clip_and_drop_empty
 from msad.modeling.detectors.point_sets import (
@@ -229,7 +228,7 @@ def test_box_loss_by_hand(tiny_model):
     logits[0, 0, 1] = 50
     with EventStorage():
         losses = model.losses(
-            cells, logits, points, points, [torch.tensor([0])], [torch.tensor([True])], [gt]
+            [cells], logits, points, points, [torch.tensor([0])], [torch.tensor([True])], [gt]
         )  # fmt: skip
     assert losses["loss_points_refine"].item() == pytest.approx(0.0177557, rel=1e-5)
     assert losses["loss_points_init"].item() == pytest.approx(0.0088778, rel=1e-5)
@@ -389,11 +388,6 @@ def test_number_of_parameters(options, parameters):
         assert count == 36849078 - gn + gn // 2
     else:
         assert count == parameters
-
-
-def test_its_heads_are_not_compared(tiny_model):
-    with pytest.raises(TypeError, match=r"RepPoints cannot be compared: it has no box2box_transform"):
-        adapt(detector(tiny_model)).heads()
 
 
 def test_absent_levels_are_named(tiny_cfg):

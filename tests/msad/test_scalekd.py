@@ -15,14 +15,16 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
 from helpers import make_context
 from test_resume import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
+from torch.utils.flop_counter import FlopCounterMode
 
 from msad import load_config
 from msad.distill.cross_scale import Aggregation, CrossScaleAssistant, CrossScaleAttention
 from msad.distill.losses.chen import direct_regression
 from msad.distill.losses.sdf import SDF, ScaleDecoupled
 from msad.distill.schedules import distillation_factor
+from msad.distill.teachers import FrozenTeacher
 from msad.engine import DistillTrainer
-from msad.engine.build import teacher_entries
+from msad.engine.build import build_distiller, teacher_entries
 
 NAME = "CrossScaleAssistant"
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "ScaleKD").glob("*_S_*.yaml"))
@@ -196,6 +198,105 @@ def test_two_steps(project, teacher_weights, tmp_path, scale, make_batch):
     assert any(not torch.equal(p, before[name]) for name, p in step.assistant.state_dict().items())
 
 
+HEADS = {
+    **dict.fromkeys(("FCOS", "RetinaNet", "GFL", "RepPoints"), ("dense",)),
+    **dict.fromkeys(("FasterRCNN", "MaskRCNN", "KeypointRCNN"), ("rpn", "roi")),
+    **dict.fromkeys(("CascadeRCNN", "CascadeMask"), ("rpn", "roi0", "roi1", "roi2")),
+}
+
+
+@pytest.fixture
+def make_scalekd(tiny_cfg, tiny_model):
+    """``make_scalekd(arch, scale, **options)``: a tiny student and a teacher of the kind, as training builds them."""
+
+    def make(arch, scale=2.0, student_options=(), **options):
+        cfg = tiny_cfg(arch, **{"DISTILL__STUDENT_RESOLUTION": "H", "DISTILL__WARMUP_ITERS": 0, **options})
+        cfg.DISTILL.ASSISTANTS, cfg.DISTILL.LOSSES = SCALEKD["ASSISTANTS"], SCALEKD["LOSSES"]
+        teacher = FrozenTeacher(tiny_model(arch, seed=1), scale=scale)
+        return build_distiller(cfg, tiny_model(arch, **dict(student_options)), [teacher]).train()
+
+    return make
+
+
+@pytest.mark.parametrize("arch", HEADS)
+def test_every_detector(make_scalekd, make_batch, arch):
+    """Two steps, the second with an image without objects: everything of the student learns, and the assistant does."""
+    distiller = make_scalekd(arch)
+    (step,) = distiller.assistants
+    for iteration, boxes in enumerate(([2, 3], [0, 2])):
+        before = {name: p.clone() for name, p in step.assistant.state_dict().items()}
+        with EventStorage(iteration):
+            losses = distiller(make_batch([(64, 96)] * 2, boxes=boxes))
+        compared = {name.split("/")[-1] for name in losses if f"Chen@{NAME}" in name}
+        assert compared == {f"{head}_{kind}" for head in HEADS[arch] for kind in ("cls", "reg")}
+        assert all(value.isfinite() for value in losses.values())
+        distiller.zero_grad()
+        sum(losses.values()).backward()
+        assert any(not torch.equal(p, before[name]) for name, p in step.assistant.state_dict().items())
+    assert [name for name, p in distiller.student.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("arch", ["RepPoints", "CascadeRCNN", "CascadeMask"])
+def test_equal_features_have_equal_predictions(make_scalekd, make_batch, arch):
+    """The student's own features through its heads again: nothing differs, and boxes are coded as targets."""
+    distiller = make_scalekd(arch)
+    distiller.assistants = []
+    with EventStorage(0):
+        context = distiller.observe(make_batch([(64, 96)] * 2))
+    context.sources["itself"] = {name: x.detach() for name, x in context.student.items()}
+    for pair in context.heads("itself"):
+        torch.testing.assert_close(pair.student_logits, pair.teacher_logits)
+        torch.testing.assert_close(pair.student_boxes, pair.teacher_boxes)
+        s, t, target = pair.matched_deltas()
+        image, anchor = pair.positives
+        assert len(image) > 0 and s.requires_grad and not t.requires_grad
+        boxes = pair.decode(target, pair.anchors[anchor])
+        torch.testing.assert_close(boxes, pair.targets[image, anchor], rtol=1e-4, atol=1e-2)
+
+
+def test_neither_trains_the_other(make_scalekd, make_batch):
+    """The assistant's losses leave no gradient in the student, and the student's none in the assistant."""
+    distiller = make_scalekd("RetinaNet")
+    (step,) = distiller.assistants
+    seen, step_optimizer = [], step.optimizer.step
+    step.optimizer.step = lambda *a, **k: (seen.append([p.grad is not None for p in distiller.student.parameters()]),
+                                           step_optimizer(*a, **k))  # fmt: skip
+    with EventStorage(0):
+        losses = distiller(make_batch([(64, 96)] * 2))
+    assert len(seen) == 1 and not any(seen[0]) and all(p.grad is not None for p in step.assistant.parameters())
+    before = [p.grad.clone() for p in step.assistant.parameters()]
+    sum(losses.values()).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(step.assistant.parameters(), before))
+    assert all(p.grad is not None for p in distiller.student.parameters())
+
+
+@pytest.mark.parametrize("arch", ["FCOS", "FasterRCNN"])
+def test_mixed_precision(make_scalekd, make_batch, arch):
+    distiller = make_scalekd(arch)
+    (step,) = distiller.assistants
+    with EventStorage(0), torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = distiller(make_batch([(64, 96)] * 2))
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    parameters = [*distiller.student.parameters(), *distiller.losses.parameters(), *step.assistant.parameters()]
+    trained = [p for p in parameters if p.requires_grad]
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+
+
+def test_inference_costs_what_the_student_costs(make_scalekd, make_batch):
+    """Equal multiply-adds, tensors and detections of the student in a distiller and by itself."""
+    distiller = make_scalekd("FCOS").eval()
+    batch = make_batch([(64, 96)])
+    inside, alone = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with torch.no_grad():
+        with inside:
+            found = distiller(batch)
+        with alone:
+            expected = distiller.student(batch)
+    assert inside.get_total_flops() == alone.get_total_flops() > 0
+    assert torch.equal(found[0]["instances"].scores, expected[0]["instances"].scores)
+
+
 def test_the_head_learns_from_the_assistant_if_asked(project, teacher_weights, tmp_path, make_batch):
     cfg = scalekd(project, teacher_weights, tmp_path)
     cfg.DISTILL.ASSISTANTS = [{**SCALEKD["ASSISTANTS"][0], "HEAD_LEARNS": True}]
@@ -287,10 +388,29 @@ def test_direct_regression_by_hand():
 def test_yaml_files(path):
     cfg = load_config(path)
     (teacher,) = teacher_entries(cfg)
-    assert load_config(teacher["CONFIG"]).MODEL.RESNETS.DEPTH == 101 and cfg.MODEL.RESNETS.DEPTH == 50
-    assert teacher.get("SCALE", 1.0) == (1.0 if "teacher_1x_input" in path.stem else 2.0)
-    weights = {entry["NAME"]: entry["WEIGHT"] for entry in cfg.DISTILL.LOSSES}
-    nu = cfg.DISTILL.LOSSES[1]["NU"]
-    expected = (0.07, 0.5, 0.2) if "rcnn" in path.stem else (0.01, 0.2, 0.05)  # alpha, beta, gamma of eq. (7)
-    assert (weights["SDF"], weights["Chen"], weights["Chen"] * nu) == pytest.approx(expected)
-    assert cfg.DISTILL.ASSISTANTS[0]["RATIO"] == (16 if "rcnn" in path.stem else 8)
+    theirs = load_config(teacher["CONFIG"])
+    low = path.stem.endswith("_S_L_1x")  # Table 4: the teacher's images are twice as large
+    one_x = "retinanet_R_50_S_" in path.stem and not path.stem.startswith("visdrone") and path.stem[-3:] != "_1x"
+    assert (50 if low else 101) == theirs.MODEL.RESNETS.DEPTH
+    assert ("L" if low else "H") == cfg.DISTILL.STUDENT_RESOLUTION
+    expected = 1.0 if low or one_x or "teacher_1x_input" in path.stem else 2.0
+    assert teacher.get("SCALE", 1.0) == expected
+    # The phases are a third and a ninth of the schedule.
+    assert pytest.approx(cfg.SOLVER.MAX_ITER / 3, abs=1) == cfg.DISTILL.START_ITER
+    assert pytest.approx(cfg.SOLVER.MAX_ITER / 9, abs=1) == cfg.DISTILL.FREEZE_BACKBONE_ITERS
+    alpha, beta, gamma = (0.07, 0.5, 0.2) if "rcnn" in path.stem else (0.01, 0.2, 0.05)  # of eq. (7)
+    for entry in cfg.DISTILL.LOSSES:
+        assert entry["WEIGHT"] == (alpha if entry["NAME"] == "SDF" else beta)
+        assert entry.get("NU", gamma / beta) * beta == pytest.approx(gamma)
+    assert {entry.get("RATIO", 8) for entry in cfg.DISTILL.ASSISTANTS} <= {16 if "rcnn" in path.stem else 8}
+
+
+@pytest.mark.parametrize("pixels", [0, 6, 12])
+def test_table_1(pixels):
+    """Chen's losses under the raw teacher; nothing but the place of its boxes differs."""
+    cfg = load_config(CONFIGS[0].parent / f"retinanet_R_50_moved_{pixels}px.yaml")
+    (entry,) = cfg.DISTILL.LOSSES
+    assert entry == {
+        "NAME": "Chen", "SOURCE": "teacher", "BBOX": "direct", "BOX_SHIFT": float(pixels), "WEIGHT": 0.2, "NU": 0.25
+    }  # fmt: skip
+    assert not cfg.DISTILL.ASSISTANTS and cfg.DISTILL.START_ITER == cfg.DISTILL.FREEZE_BACKBONE_ITERS == 0

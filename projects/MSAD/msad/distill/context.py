@@ -19,11 +19,11 @@ class HeadPair:
     """Predictions of student and teacher for R anchors of N images; all boxes are in H pixels.
 
     Anchors are those of a dense detector ("dense": all of the image), of an RPN ("rpn": all, some drawn for the step)
-    or the proposals of the whole batch that the student drew for the step ("roi": N = 1). The student's predictions
-    carry gradients, the teacher's do not.
+    or the proposals of the whole batch that the student drew for the step ("roi": N = 1; "roi0", "roi1", ... for the
+    stages of a cascade). The student's predictions carry gradients, the teacher's do not.
 
     Attributes:
-        name: "dense", "rpn" or "roi".
+        name: "dense", "rpn", "roi" or that of a cascade's stage.
         classes: K; labels are 0..K-1, K for background, -1 for what the step leaves out.
         student_logits, teacher_logits: (N, R, K) of K sigmoids, "roi": (N, R, K + 1) of a softmax, background last.
         student_boxes, teacher_boxes: (N, R, B) raw box predictions; "roi": four for each class, or four.
@@ -56,7 +56,7 @@ class HeadPair:
     @property
     def softmax(self) -> bool:
         """Whether classes exclude each other."""
-        return self.name == "roi"
+        return self.name.startswith("roi")
 
     @cached_property
     def positives(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +89,7 @@ class HeadPair:
             if self.softmax and x.shape[1] > 4:
                 x = x.unflatten(1, (-1, 4))[torch.arange(len(x), device=x.device), kind]
             sides.append(self.coordinates(x))
-        s, t = sides
+        s, t = sides[0], sides[1].detach()  # what a point set says has a learned scale
         if shift:
             t = self.encode(self.anchors[anchor], self.decode(t, self.anchors[anchor]) + shift / math.sqrt(2))
         return s, t, target

@@ -22,6 +22,7 @@ from ..modeling.head_outputs import (
     cell_anchors,
     coordinates,
     decode,
+    prediction_size,
     proposal_targets,
 )
 from ..resolution import shift_names
@@ -66,7 +67,7 @@ def check_heads(student: nn.Module, teacher: nn.Module, shift: int, kinds: tuple
             "classes": (s.classes, t.classes),
             "box encoding": (box_code(s), box_code(t)),
         }
-        if name != ROI:
+        if not name.startswith(ROI):
             scale = float(2**shift)
             rounded = ([(scale * x).tolist() for x in cell_anchors(s)], [x.tolist() for x in cell_anchors(t)])
             if not _nearly_equal(*rounded):
@@ -113,12 +114,15 @@ def pair_heads(
     for name, head in adapt(student).heads().items():
         boxes = []
         args, assigned = record.assigned[name]
-        if name == ROI:
-            boxes = [Boxes(p.proposal_boxes.tensor * scale) for p in assigned]
+        of_regions = name.startswith(ROI)
+        if of_regions:
+            proposals = args[1]
+            boxes = [Boxes(p.proposal_boxes.tensor * scale) for p in proposals]
         with torch.no_grad():
             outputs = record.outputs[name], run_head(name, features, boxes)
-        if name == ROI:
-            anchors, labels, targets = proposal_targets(assigned)
+        outputs = [(output[0], output[head.boxes]) for output in outputs]
+        if of_regions:
+            anchors, labels, targets = proposal_targets(proposals)
             sides = [(logits[None], deltas[None]) for logits, deltas in outputs]
             labels, targets, sizes = labels[None], targets[None], [len(anchors)]
         else:
@@ -127,9 +131,8 @@ def pair_heads(
             if name == RPN:  # 1 object, 0 background, -1 not drawn
                 labels = torch.where(labels < 0, -1, 1 - labels.long())
             sizes = [len(level) for level in args[0]]
-            reg_max = getattr(head.owner.box2box_transform, "reg_max", None)
-            width = 4 if reg_max is None else 4 * (reg_max + 1)
-            sides = [(_rows(o[0], head.classes), _rows(o[1], width)) for o in outputs]
+            width = prediction_size(head.owner.box2box_transform)
+            sides = [(_rows(logits, head.classes), _rows(predictions, width)) for logits, predictions in outputs]
         (s_logits, s_boxes), (t_logits, t_boxes) = sides
         anchors, transform = anchors * scale, head.owner.box2box_transform
         region = None

@@ -27,6 +27,7 @@ from torch import nn
 
 from ..config import detector_architecture
 from ..resolution import level_of
+from .detectors.reppoints import RepPoints
 from .head_outputs import DENSE, ROI, RPN, Head, covered
 
 Features = dict[str, torch.Tensor]
@@ -176,6 +177,15 @@ class DenseAdapter(DetectorAdapter):
             yield
 
 
+class RepPointsAdapter(DenseAdapter):
+    """RepPoints: classes are assigned with the second stage, and the last output are its points."""
+
+    def heads(self) -> dict[str, Head]:
+        detector = self.detector
+        assigned = (detector, detector, "label_refined", self.levels, detector.num_classes)
+        return {DENSE: Head(detector.head, *assigned, boxes=2)}
+
+
 class RCNNAdapter(DetectorAdapter):
     """Subclasses of detectron2's GeneralizedRCNN with a proposal generator."""
 
@@ -204,26 +214,29 @@ class RCNNAdapter(DetectorAdapter):
     def heads(self) -> dict[str, Head]:
         rpn, roi = self.detector.proposal_generator, self.detector.roi_heads
         predictor = getattr(roi, "box_predictor", None)
-        # Cascades have a list of predictors, C4 models no pooler of boxes by itself.
+        # C4 models have no pooler of boxes by itself, and HTC adds to what is pooled.
+        stages = list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
         if (
             not hasattr(rpn, "rpn_head") or not hasattr(roi, "box_pooler")
-            or not hasattr(predictor, "box2box_transform") or getattr(predictor, "use_sigmoid_ce", False)
+            or any(not hasattr(x, "box2box_transform") or getattr(x, "use_sigmoid_ce", False) for x in stages)
+            or getattr(roi, "semantic_head", None) is not None
         ):  # fmt: skip
             raise TypeError(
                 f"the head predictions of a {type(self.detector).__name__} with {type(roi).__name__} cannot be "
-                "compared: only those of dense detectors and of R-CNNs with an RPN and StandardROIHeads (softmax) can"
+                "compared: only those of dense detectors and of R-CNNs and cascades with an RPN and a softmax can"
             )
-        proposals, regions = "label_and_sample_anchors", "label_and_sample_proposals"
-        return {
-            RPN: Head(rpn.rpn_head, rpn, rpn, proposals, list(rpn.in_features), 1),
-            ROI: Head(predictor, predictor, roi, regions, list(roi.box_in_features), roi.num_classes),
-        }
+        levels = list(roi.box_in_features)
+        regions = [Head(stage, stage, stage, "losses", levels, roi.num_classes) for stage in stages]
+        names = [ROI] if stages == [predictor] else [f"{ROI}{k}" for k in range(len(stages))]
+        first = Head(rpn.rpn_head, rpn, rpn, "label_and_sample_anchors", list(rpn.in_features), 1)
+        return {RPN: first, **dict(zip(names, regions))}
 
     def run_head(self, name: str, features: Features, boxes: list[Boxes]) -> tuple:
-        if name != ROI:
+        if name == RPN:
             return super().run_head(name, features, boxes)
         head, roi = self.heads()[name], self.detector.roi_heads
-        return head.module(roi.box_head(roi.box_pooler([features[level] for level in head.levels], boxes)))
+        box_head = roi.box_head if name == ROI else roi.box_head[int(name.removeprefix(ROI))]
+        return head.module(box_head(roi.box_pooler([features[level] for level in head.levels], boxes)))
 
     def head_modules(self) -> list[nn.Module]:
         regions = self.detector.roi_heads.children()
@@ -255,6 +268,7 @@ def adapt(detector: nn.Module) -> DetectorAdapter:
 
 
 adapt.register(DenseDetector, DenseAdapter)
+adapt.register(RepPoints, RepPointsAdapter)
 adapt.register(GeneralizedRCNN, RCNNAdapter)
 
 

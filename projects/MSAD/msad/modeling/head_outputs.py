@@ -1,7 +1,8 @@
 """Record the outputs and targets of a detector's heads while a training step runs.
 
-A dense detector has one head, "dense"; an R-CNN has "rpn" (on anchors) and "roi" (on proposals). No detector is edited:
-outputs are taken by forward hooks and targets by covering the method that assigns them, for the length of a call.
+A dense detector has one head, "dense"; an R-CNN has "rpn" (on anchors) and "roi" (on proposals), a cascade "roi0",
+"roi1", ... in its place. No detector is edited: outputs are taken by forward hooks and targets by covering the method
+that assigns them, for the length of a call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from .detectors.distribution import DistributionTransform, integral
+from .detectors.point_sets import POINTS, PointSetTransform
 
 DENSE, RPN, ROI = "dense", "rpn", "roi"
 
@@ -27,7 +29,8 @@ class Head(NamedTuple):
     Attributes:
         module: its output is (class logits, box predictions, ...).
         owner: has ``box2box_transform`` and, but for "roi", ``anchor_generator``.
-        assigner: the module whose method ``assign`` gives the targets of a step.
+        assigner: the module whose method ``assign`` gives the targets of a step; that of "roi" is called with
+            predictions and proposals that have targets.
         levels: names of the maps it reads.
         classes: without background.
     """
@@ -38,6 +41,7 @@ class Head(NamedTuple):
     assign: str
     levels: list[str]
     classes: int
+    boxes: int = 1  # where box predictions are in the output
 
 
 @contextmanager
@@ -88,15 +92,25 @@ def tap_heads(heads: Mapping[str, Head]) -> Iterator[HeadRecord]:
 def box_code(head: Head) -> tuple:
     """What must be equal for the box predictions of two heads to mean the same."""
     transform = head.owner.box2box_transform
-    details = (getattr(transform, key, None) for key in ("reg_max", "weights", "normalize_by_size"))
+    details = (getattr(transform, key, None) for key in ("reg_max", "weights", "normalize_by_size", "way"))
     return (type(transform).__name__, *(tuple(x) if isinstance(x, (list, tuple)) else x for x in details))
+
+
+def prediction_size(transform: Any) -> int:
+    """Numbers that a dense head predicts for the box of an anchor."""
+    if isinstance(transform, DistributionTransform):
+        return 4 * (transform.reg_max + 1)
+    return 2 * POINTS if isinstance(transform, PointSetTransform) else 4
 
 
 def coordinates(transform: Any, predictions: torch.Tensor) -> torch.Tensor:
     """Box predictions (..., B) -> the 4 numbers a side or delta that ``transform.get_deltas`` gives for a box.
 
-    Distributions become their means, and distances of a linear transform pass the ReLU that decoding has.
+    Distributions become their means, point sets their boxes, and distances of a linear transform pass the ReLU that
+    decoding has.
     """
+    if isinstance(transform, PointSetTransform):
+        return transform.corners(predictions)
     if isinstance(transform, DistributionTransform):
         return integral(predictions.unflatten(-1, (4, -1)))
     return predictions.relu() if isinstance(transform, Box2BoxTransformLinear) else predictions

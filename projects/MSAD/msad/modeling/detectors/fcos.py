@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from .candidates import ClipsBeforeNMS, best_candidates, suppress
+from .dense import dense_arguments
 
 SCORE_RULES = ("sqrt_product", "product_after_threshold")
 BOXES = ("relu_stride", "exp")
@@ -72,38 +75,25 @@ class FCOS(ClipsBeforeNMS, fcos.FCOS):
     @classmethod
     def from_config(cls, cfg) -> dict:
         options = cfg.MODEL.FCOS
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        absent = [name for name in options.IN_FEATURES if name not in shapes]
-        if absent:
-            raise ValueError(f"MODEL.FCOS.IN_FEATURES: {absent} are not made by the backbone, which has {list(shapes)}")
-        head = cls.build_head(
+        head = partial(
+            cls.build_head,
             cfg,
-            input_shape=[shapes[name] for name in options.IN_FEATURES],
             num_classes=options.NUM_CLASSES,
             conv_dims=list(options.CONV_DIMS),
             norm=options.NORM,
             prior_prob=options.PRIOR_PROB,
         )
+        arguments = dense_arguments(cfg, "FCOS", lambda shapes: head(input_shape=shapes))
         # Distances pass a ReLU: without a bias, half of the four outputs start dead, and small networks trained from
         # scratch do not recover.
-        nn.init.constant_(head.bbox_pred.bias, options.PRIOR_DISTANCE)
+        nn.init.constant_(arguments["head"].bbox_pred.bias, options.PRIOR_DISTANCE)
         return {
-            "backbone": backbone,
-            "head": head,
-            "head_in_features": list(options.IN_FEATURES),
-            "num_classes": options.NUM_CLASSES,
+            **arguments,
             "score_rule": options.SCORE_RULE,
             "clip_before_nms": options.CLIP_BEFORE_NMS,
             "center_sampling_radius": options.CENTER_SAMPLING_RADIUS,
             "focal_loss_alpha": options.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": options.FOCAL_LOSS_GAMMA,
-            "test_score_thresh": options.SCORE_THRESH_TEST,
-            "test_topk_candidates": options.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": options.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     @classmethod

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from detectron2.config import configurable
 from detectron2.layers import batched_nms
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torchvision.ops import generalized_box_iou_loss
 
 from . import atss
 from .candidates import ClipsBeforeNMS
+from .dense import cell_generator, dense_arguments, mean_of_processes
 from .distribution import DistributionTransform, distribution_focal_loss, quality_focal_loss
 
 
@@ -89,24 +90,13 @@ class GFL(ClipsBeforeNMS, DenseDetector):
         self.clip_before_nms = clip_before_nms
         self.test_score_thresh, self.test_topk_candidates = test_score_thresh, test_topk_candidates
         self.test_nms_thresh, self.max_detections_per_image = test_nms_thresh, max_detections_per_image
-        strides = [backbone.output_shape()[name].stride for name in head_in_features]
-        self.anchor_generator = DefaultAnchorGenerator(
-            sizes=[[stride] for stride in strides], aspect_ratios=[1.0], strides=strides, offset=offset
-        )
+        self.anchor_generator = cell_generator(backbone, head_in_features, offset)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         options = cfg.MODEL.GFL
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        absent = [name for name in options.IN_FEATURES if name not in shapes]
-        if absent:
-            raise ValueError(f"MODEL.GFL.IN_FEATURES: {absent} are not made by the backbone, which has {list(shapes)}")
         return {
-            "backbone": backbone,
-            "head": cls.build_head(cfg, [shapes[name] for name in options.IN_FEATURES]),
-            "head_in_features": list(options.IN_FEATURES),
-            "num_classes": options.NUM_CLASSES,
+            **dense_arguments(cfg, "GFL", partial(cls.build_head, cfg)),
             "box2box_transform": DistributionTransform(options.REG_MAX),
             "anchor_size": options.ANCHOR_SIZE,
             "atss_topk": options.ATSS_TOPK,
@@ -114,12 +104,6 @@ class GFL(ClipsBeforeNMS, DenseDetector):
             "loss_weights": (options.QFL_WEIGHT, options.DFL_WEIGHT, options.GIOU_WEIGHT),
             "offset": options.OFFSET,
             "clip_before_nms": options.CLIP_BEFORE_NMS,
-            "test_score_thresh": options.SCORE_THRESH_TEST,
-            "test_topk_candidates": options.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": options.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     @classmethod
@@ -214,11 +198,3 @@ class GFL(ClipsBeforeNMS, DenseDetector):
         )
         kept = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
         return found[kept[: self.max_detections_per_image]]
-
-
-def mean_of_processes(x: torch.Tensor) -> torch.Tensor:
-    """``x`` averaged over the processes of a distributed run."""
-    if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(x)
-        x = x / comm.get_world_size()
-    return x

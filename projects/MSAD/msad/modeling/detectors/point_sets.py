@@ -10,6 +10,7 @@ import torch
 from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
+POINTS = 9  # of a set: one for each tap of the deformable convolutions
 # Share of the gradient that reaches the learned scale of the box (RepPoints, Sec. 4.2: it is learned slowly).
 SCALE_GRADIENT = 0.01
 WAYS = ("moment", "minmax", "partial_minmax")
@@ -62,11 +63,27 @@ class PointSetTransform(nn.Module):
 
     def apply_deltas(self, points: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Boxes (..., 4) of points (..., 2 n) at cells (..., 4), squares with the sides of a stride; in float32."""
-        cells = cells.float()
-        middle = (cells[..., :2] + cells[..., 2:]) / 2
-        stride = cells[..., 2:] - cells[..., :2]
-        boxes = points_to_boxes(points.float(), self.way, self.moment_transfer)
-        return boxes * torch.cat([stride, stride], dim=-1) + torch.cat([middle, middle], dim=-1)
+        return self.decode(self.corners(points), cells.float())
+
+    def corners(self, points: torch.Tensor) -> torch.Tensor:
+        """Left, top, right and bottom (..., 4) of points (..., 2 n), in their units."""
+        return points_to_boxes(points.float(), self.way, self.moment_transfer)
+
+    def decode(self, corners: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """Boxes (..., 4) of :meth:`corners` at cells (..., 4)."""
+        middle, stride = _middle_and_stride(cells)
+        return corners * stride + middle
+
+    def get_deltas(self, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """The :meth:`corners` that boxes (..., 4) have at cells (..., 4)."""
+        middle, stride = _middle_and_stride(cells)
+        return (boxes - middle) / stride
+
+
+def _middle_and_stride(cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., 4) each: the centre and the sides of squares (..., 4), twice."""
+    low, high = cells[..., :2], cells[..., 2:]
+    return ((low + high) / 2).tile(2), (high - low).tile(2)
 
 
 def nearest_points(cells: torch.Tensor, boxes: torch.Tensor, scale: float = 4.0, count: int = 1) -> torch.Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
@@ -18,10 +18,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 from ..deformable import deform_conv
 from .candidates import best_candidates, suppress
-from .gfl import mean_of_processes
-from .point_sets import PointSetTransform, base_grid, best_overlaps, inside_image, nearest_points
+from .dense import cell_generator, dense_arguments, mean_of_processes
+from .point_sets import POINTS, PointSetTransform, base_grid, best_overlaps, inside_image, nearest_points
 
-POINTS = 9  # one for each tap of the deformable convolutions
 # Share of the second stage's gradient that moves the first stage's points (Sec. 4.2).
 OFFSET_GRADIENT = 0.1
 BETA = 0.11  # where the smooth L1 loss turns from a square into a line, in units of POINT_SCALE strides
@@ -113,7 +112,7 @@ class RepPoints(DenseDetector):
 
     Points stand at stride (j, i), the corners of the cells, and everything is counted in strides, so levels moved down
     by one (a student in the L frame) need no other setting. Losses are divided by numbers of positives of the batch,
-    averaged over processes. Its heads cannot be compared with those of other detectors: points are no box code.
+    averaged over processes. Its heads can be compared with those of a RepPoints alone: points are no other's box code.
 
     Args:
         backbone: its maps ``head_in_features`` feed the head.
@@ -141,38 +140,23 @@ class RepPoints(DenseDetector):
         self.focal_alpha, self.focal_gamma, self.loss_weights = focal_alpha, focal_gamma, loss_weights
         self.test_score_thresh, self.test_topk_candidates = test_score_thresh, test_topk_candidates
         self.test_nms_thresh, self.max_detections_per_image = test_nms_thresh, max_detections_per_image
-        strides = [backbone.output_shape()[name].stride for name in head_in_features]
-        self.anchor_generator = DefaultAnchorGenerator(
-            sizes=[[stride] for stride in strides], aspect_ratios=[1.0], strides=strides, offset=0.0
-        )
+        self.anchor_generator = cell_generator(backbone, head_in_features, offset=0.0)
+
+    @property
+    def box2box_transform(self) -> PointSetTransform:
+        return self.head.transform
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         options = cfg.MODEL.REPPOINTS
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        absent = [name for name in options.IN_FEATURES if name not in shapes]
-        if absent:
-            raise ValueError(
-                f"MODEL.REPPOINTS.IN_FEATURES: {absent} are not made by the backbone, which has {list(shapes)}"
-            )
         return {
-            "backbone": backbone,
-            "head": RepPointsHead(cfg, [shapes[name] for name in options.IN_FEATURES]),
-            "head_in_features": list(options.IN_FEATURES),
-            "num_classes": options.NUM_CLASSES,
+            **dense_arguments(cfg, "REPPOINTS", partial(RepPointsHead, cfg)),
             "point_scale": options.POINT_SCALE,
             "points_per_object": options.POINTS_PER_OBJECT,
             "iou_thresholds": tuple(options.IOU_THRESHOLDS),
             "focal_alpha": options.FOCAL_LOSS_ALPHA,
             "focal_gamma": options.FOCAL_LOSS_GAMMA,
             "loss_weights": (options.INIT_WEIGHT, options.REFINE_WEIGHT),
-            "test_score_thresh": options.SCORE_THRESH_TEST,
-            "test_topk_candidates": options.TOPK_CANDIDATES_TEST,
-            "test_nms_thresh": options.NMS_THRESH_TEST,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     @torch.no_grad()
@@ -195,6 +179,30 @@ class RepPoints(DenseDetector):
             counted.append(inside)
         return owners, counted
 
+    @torch.no_grad()
+    def label_refined(
+        self, anchors: list[Boxes], boxes: torch.Tensor, counted: list[torch.Tensor], gt_instances: list[Instances]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Assign objects to the R points of all levels, for the classes and the second stage.
+
+        Args:
+            anchors: of each level; their order is that of the points.
+            boxes: (N, R, 4), found in the first stage.
+            counted: see :meth:`label_anchors`.
+
+        Returns:
+            for each image the labels, (R,) int64 (0..K-1 a class, K background, -1 ignored), and the matched boxes
+            (R, 4), which mean something where the label is a class.
+        """
+        background, foreground = self.iou_thresholds
+        labels, matched = [], []
+        for found, inside, gt in zip(boxes, counted, gt_instances):
+            owner = best_overlaps(found, gt.gt_boxes.tensor, foreground, background)
+            classes = torch.cat([gt.gt_classes, gt.gt_classes.new_tensor([-1, self.num_classes])])  # -2, -1 of owners
+            labels.append(torch.where(inside, classes[owner], -1))
+            matched.append(_boxes_of(owner, gt))
+        return labels, matched
+
     def forward_training(
         self, images: ImageList, features: list[torch.Tensor], predictions: list[list[torch.Tensor]],
         gt_instances: list[Instances],
@@ -204,16 +212,16 @@ class RepPoints(DenseDetector):
         owners, counted = self.label_anchors(anchors, gt_instances)
         predictions = self._transpose_dense_predictions(predictions, [self.num_classes, 2 * POINTS, 2 * POINTS])
         logits, first, second = (torch.cat(levels, dim=1).float() for levels in predictions)
-        return self.losses(Boxes.cat(anchors), logits, first, second, owners, counted, gt_instances)
+        return self.losses(anchors, logits, first, second, owners, counted, gt_instances)
 
     def losses(
-        self, cells: Boxes, logits: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
+        self, anchors: list[Boxes], logits: torch.Tensor, first: torch.Tensor, second: torch.Tensor,
         owners: list[torch.Tensor], counted: list[torch.Tensor], gt_instances: list[Instances],
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Weighted losses of a batch.
 
         Args:
-            cells: (R, 4).
+            anchors: of each level, squares with the sides of a stride; R in all.
             logits: (N, R, K) of the classes.
             first, second: (N, R, 18), points of the stages.
             owners, counted: see :meth:`label_anchors`.
@@ -223,43 +231,35 @@ class RepPoints(DenseDetector):
             ``point_scale`` strides), each divided by its stage's number of positives, of which an image has at least
             one.
         """
-        transform = self.head.transform
-        boxes = transform.apply_deltas(first, cells.tensor)
-        with torch.no_grad():
-            background, foreground = self.iou_thresholds
-            refined = [
-                best_overlaps(found, gt.gt_boxes.tensor, foreground, background)
-                for found, gt in zip(boxes, gt_instances)
-            ]
-            refined = torch.where(torch.stack(counted), torch.stack(refined), -2)
-            owners = torch.stack(owners)
-            target_class = torch.zeros_like(logits)
-            for image, gt in enumerate(gt_instances):
-                place = (refined[image] >= 0).nonzero().squeeze(1)
-                target_class[image, place, gt.gt_classes[refined[image, place]]] = 1
-            # At least one for each image, as if each were a batch of its own.
-            positives = [(x >= 0).sum(dim=1).clamp(min=1).sum() for x in (owners, refined)]
-            first_count, second_count = mean_of_processes(torch.stack(positives).float())
-            get_event_storage().put_scalar("num_pos_anchors", (refined >= 0).sum() / len(gt_instances))
+        cells = Boxes.cat(anchors).tensor
+        boxes = [self.box2box_transform.apply_deltas(points, cells) for points in (first, second)]
+        labels, refined = map(torch.stack, self.label_refined(anchors, boxes[0], counted, gt_instances))
+        nearest = torch.stack([_boxes_of(owner, gt) for owner, gt in zip(owners, gt_instances)])
+        positive = torch.stack(owners) >= 0, (labels >= 0) & (labels < self.num_classes)
+        # At least one for each image, as if each were a batch of its own.
+        counts = torch.stack([x.sum(dim=1).clamp(min=1).sum() for x in positive])
+        first_count, second_count = mean_of_processes(counts.float())
+        get_event_storage().put_scalar("num_pos_anchors", positive[1].sum() / len(gt_instances))
 
-        focal = sigmoid_focal_loss(logits, target_class, self.focal_alpha, self.focal_gamma)
-        loss_cls = (focal.sum(dim=2) * (refined > -2)).sum() / second_count
-        again = transform.apply_deltas(second, cells.tensor)
-        terms = {
-            "loss_points_init": self._box_loss(boxes, owners, cells, gt_instances) / first_count,
-            "loss_points_refine": self._box_loss(again, refined, cells, gt_instances) / second_count,
+        target = F.one_hot(labels.clamp(min=0), self.num_classes + 1)[..., :-1].to(logits)
+        focal = sigmoid_focal_loss(logits, target, self.focal_alpha, self.focal_gamma)
+        box_losses = [
+            self._box_loss(found, matched, chosen, cells)
+            for found, matched, chosen in zip(boxes, (nearest, refined), positive)
+        ]
+        return {
+            "loss_cls": (focal.sum(dim=2) * (labels >= 0)).sum() / second_count,
+            "loss_points_init": self.loss_weights[0] * box_losses[0] / first_count,
+            "loss_points_refine": self.loss_weights[1] * box_losses[1] / second_count,
         }
-        return {"loss_cls": loss_cls, **{name: w * x for w, (name, x) in zip(self.loss_weights, terms.items())}}
 
     def _box_loss(
-        self, boxes: torch.Tensor, owners: torch.Tensor, cells: Boxes, gt_instances: list[Instances]
+        self, boxes: torch.Tensor, matched: torch.Tensor, positive: torch.Tensor, cells: torch.Tensor
     ) -> torch.Tensor:
-        """Sum over the positives of boxes (N, R, 4)."""
-        image, place = (owners >= 0).nonzero(as_tuple=True)
-        start = torch.tensor([0] + [len(gt) for gt in gt_instances[:-1]], device=owners.device).cumsum(0)
-        target = Boxes.cat([gt.gt_boxes for gt in gt_instances]).tensor[start[image] + owners[image, place]]
-        unit = self.point_scale * (cells.tensor[place, 2] - cells.tensor[place, 0])[:, None]
-        return F.smooth_l1_loss(boxes[image, place] / unit, target / unit, beta=BETA, reduction="sum")
+        """Sum over the positives (N, R) of boxes (N, R, 4)."""
+        image, place = positive.nonzero(as_tuple=True)
+        unit = self.point_scale * (cells[place, 2] - cells[place, 0])[:, None]
+        return F.smooth_l1_loss(boxes[image, place] / unit, matched[image, place] / unit, beta=BETA, reduction="sum")
 
     def forward_inference(
         self, images: ImageList, features: list[torch.Tensor], predictions: list[list[torch.Tensor]]
@@ -285,3 +285,9 @@ class RepPoints(DenseDetector):
             boxes = Boxes(self.head.transform.apply_deltas(level_points[place], level_cells[place]))
             found.append(Instances(image_size, pred_boxes=boxes, scores=score, pred_classes=label))
         return suppress(Instances.cat(found), self.test_nms_thresh, self.max_detections_per_image)
+
+
+def _boxes_of(owner: torch.Tensor, gt: Instances) -> torch.Tensor:
+    """Boxes (R, 4) of the objects that ``owner`` (R,) numbers; zeros where it is negative."""
+    boxes = torch.cat([gt.gt_boxes.tensor, gt.gt_boxes.tensor.new_zeros(1, 4)])
+    return boxes[owner.clamp(min=-1)]
