@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import shutil
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, create_ddp_model, defaults, launch
 from detectron2.layers import ShapeSpec
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers import make_context
 from test_resume import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
@@ -372,6 +374,49 @@ def test_the_backbone_rests_first_and_every_phase_resumes_exactly(project, teach
         assert resumed == steps[done:]
         for mine, theirs in zip(again[-1], weights[-1]):
             assert_equal_weights(mine, theirs)
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+on_cpu = functools.partial(create_ddp_model, device_ids=None)
+
+
+def gradients(project, weights, folder, batch):
+    """Of student, losses and assistant after a step on ``batch``."""
+    cfg = scalekd(project, {"teacher": weights}, folder, **{"DISTILL.WARMUP_ITERS": 0})
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    torch.manual_seed(3)
+    distiller = DistillTrainer.build_model(cfg).train()
+    # FCOS divides by a running mean of positives of a process.
+    distiller.student.loss_normalizer = 8.0 if comm.get_world_size() > 1 else 16.0
+    model = on_cpu(distiller, broadcast_buffers=False)
+    with EventStorage(0):
+        sum(model(batch).values()).backward()
+    (step,) = distiller.assistants
+    parts = {"student": distiller.student, "losses": distiller.losses, "assistant": step.assistant}
+    named = [(f"{part}.{k}", p.grad) for part, module in parts.items() for k, p in module.named_parameters()]
+    return {name: grad.clone() for name, grad in named if grad is not None}
+
+
+def in_each_process(project, weights, output, batch):
+    torch.set_num_threads(1)
+    defaults.create_ddp_model = on_cpu
+    rank = comm.get_rank()
+    torch.save(gradients(project, weights, output / f"run{rank}", batch[rank : rank + 1]), output / f"{rank}.pth")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
+def test_two_processes_are_one_with_the_joint_batch(project, teacher_weights, tmp_path, make_batch):
+    batch = make_batch([(64, 64)] * 2)
+    batch[1]["instances"] = batch[0]["instances"]  # equal counts of positives, by which each process divides
+    weights = teacher_weights["teacher"]
+    launch(in_each_process, 2, dist_url="auto", args=(project, weights, tmp_path, batch))
+    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
+    joint = gradients(project, weights, tmp_path / "joint", batch)
+    assert first.keys() == joint.keys() and {k.split(".")[0] for k in joint} == {"student", "losses", "assistant"}
+    for name, grad in joint.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], grad, rtol=1e-3, atol=1e-5 * grad.abs().max().item() + 1e-9, msg=name)
 
 
 def test_distillation_begins_late():

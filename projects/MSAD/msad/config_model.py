@@ -133,6 +133,8 @@ def add_model_config(cfg: CN) -> None:
     cfg.MODEL.FCOS.BOXES = "relu_stride"
     # With SCALES: tower that predicts centerness, "reg" or "cls" (the first version).
     cfg.MODEL.FCOS.CENTERNESS_ON = "reg"
+    # With SCALES: the last convolution of each tower is deformable and modulated (mmdetection's dcn_on_last_conv).
+    cfg.MODEL.FCOS.DEFORM_LAST = False
 
     # --- heads of LightRetinaNet, LightFCOS and LightGFL, beside the keys of the detectors without "Light" -----------
     cfg.MODEL.LIGHT_HEAD = CN()

@@ -24,6 +24,10 @@ def _towers(tensors: Tensors, branch: str, target: str) -> list[Rule]:
     return [
         Rule(source + r"conv\.(weight|bias)", lambda m: f"head.{target}.{step * int(m[1])}.{m[2]}"),
         Rule(source + r"gn\.(weight|bias)", lambda m: f"head.{target}.{step * int(m[1]) + 1}.{m[2]}"),
+        Rule(
+            source + r"conv\.conv_offset\.(weight|bias)",
+            lambda m: f"head.{target}.{step * int(m[1])}.conv_offset.{m[2]}",
+        ),
     ]
 
 
@@ -98,6 +102,7 @@ def fcos(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
         "SCALES": True, "BOXES": "relu_stride" if normalised else "exp",
         "CENTERNESS_ON": "reg" if on_reg else "cls", "CLIP_BEFORE_NMS": True, "SCORE_RULE": "product_after_threshold",
         "NMS_THRESH_TEST": 0.6 if normalised else 0.5,
+        "DEFORM_LAST": f"bbox_head.cls_convs.{len(_widths(tensors)) - 1}.conv.conv_offset.weight" in tensors,
     }  # fmt: skip
     return rules, {"MODEL": {"META_ARCHITECTURE": "FCOS", "FCOS": options}}
 

@@ -12,6 +12,7 @@ from fvcore.nn import weight_init
 from torch import nn
 
 from ...resolution import level_of
+from ..deformable import use_torchvision
 
 
 class _ExtraLevels(nn.Module):
@@ -161,7 +162,7 @@ class LevelFPN(Backbone):
 @BACKBONE_REGISTRY.register()
 def build_level_fpn_backbone(cfg, input_shape: ShapeSpec) -> LevelFPN:
     """LevelFPN of MODEL.FPN.LEVELS over the bottom-up network that MODEL.FPN.BOTTOM_UP names."""
-    bottom_up = BACKBONE_REGISTRY.get(cfg.MODEL.FPN.BOTTOM_UP)(cfg, input_shape)
+    bottom_up = use_torchvision(BACKBONE_REGISTRY.get(cfg.MODEL.FPN.BOTTOM_UP)(cfg, input_shape))
     return LevelFPN(bottom_up, **fpn_options(cfg))
 
 

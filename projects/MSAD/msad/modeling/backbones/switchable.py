@@ -121,7 +121,7 @@ class SwitchableAtrousConv(ConvAWS):
         padding, dilation = self.padding[0] * factor, self.dilation[0] * factor
         if offset is None:
             return F.conv2d(x, filters, None, stride, padding, dilation, self.groups)
-        return deform_conv(x, offset, filters, stride, padding, dilation)
+        return deform_conv(x, offset, filters, None, stride, padding, dilation)
 
 
 def standardise_convolutions(network: nn.Module) -> None:

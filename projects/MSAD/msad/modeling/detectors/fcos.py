@@ -11,6 +11,7 @@ from detectron2.modeling.meta_arch import fcos
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
+from ..deformable import ModulatedConv
 from .candidates import ClipsBeforeNMS, best_candidates, suppress
 from .dense import dense_arguments
 
@@ -19,17 +20,24 @@ BOXES = ("relu_stride", "exp")
 
 
 class ScaledFCOSHead(fcos.FCOSHead):
-    """detectron2's head with what it left out of the original: a learned factor a level, exponential distances, and
-    centreness from the tower of the classes.
+    """detectron2's head with what it left out of the original: a learned factor a level, exponential distances,
+    centreness from the tower of the classes, and deformable convolutions at the end of the towers.
 
     Args:
         input_shape, conv_dims, kwargs: of detectron2's FCOSHead.
         boxes: "relu_stride" (a distance is ReLU(scale x) strides) or "exp" (it is exp(scale x) pixels).
         centerness_on: tower that centreness is predicted from: "reg" or "cls".
+        deform_last: the last convolution of each tower is deformable and modulated.
     """
 
-    def __init__(self, *, input_shape: list, conv_dims: list[int], boxes: str, centerness_on: str, **kwargs) -> None:
+    def __init__(
+        self, *, input_shape: list, conv_dims: list[int], boxes: str, centerness_on: str, deform_last: bool = False,
+        **kwargs,
+    ) -> None:  # fmt: skip
         super().__init__(input_shape=input_shape, conv_dims=conv_dims, **kwargs)
+        for tower in (self.cls_subnet, self.bbox_subnet) if deform_last else ():
+            last = max(k for k, layer in enumerate(tower) if isinstance(layer, nn.Conv2d))
+            tower[last] = ModulatedConv(tower[last].in_channels, tower[last].out_channels)
         if boxes not in BOXES:
             raise ValueError(f"MODEL.FCOS.BOXES must be one of {BOXES}, not {boxes!r}")
         if centerness_on not in ("reg", "cls"):
@@ -100,11 +108,14 @@ class FCOS(ClipsBeforeNMS, fcos.FCOS):
     def build_head(cls, cfg, **kwargs) -> nn.Module:
         """The head that goes with these arguments of detectron2's FCOSHead."""
         options = cfg.MODEL.FCOS
-        if not options.SCALES and (options.BOXES, options.CENTERNESS_ON) == ("relu_stride", "reg"):
-            return fcos.FCOSHead(**kwargs)
-        if not options.SCALES:
-            raise ValueError("MODEL.FCOS.BOXES 'exp' and CENTERNESS_ON 'cls' need MODEL.FCOS.SCALES: True")
-        return ScaledFCOSHead(boxes=options.BOXES, centerness_on=options.CENTERNESS_ON, **kwargs)
+        own = {"boxes": options.BOXES, "centerness_on": options.CENTERNESS_ON, "deform_last": options.DEFORM_LAST}
+        if options.SCALES:
+            return ScaledFCOSHead(**own, **kwargs)
+        if tuple(own.values()) != ("relu_stride", "reg", False):
+            raise ValueError(
+                "MODEL.FCOS.BOXES 'exp', CENTERNESS_ON 'cls' and DEFORM_LAST need MODEL.FCOS.SCALES: True"
+            )
+        return fcos.FCOSHead(**kwargs)
 
     def forward_training(self, images, features, predictions, gt_instances):
         """detectron2's losses in float32: its GIoU does not take the half-precision boxes of mixed precision."""
