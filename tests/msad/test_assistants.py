@@ -60,6 +60,21 @@ def cfg(project, teacher_weights, tmp_path):
 
 
 
+@pytest.mark.parametrize(("schedule", "factors"), [("solver", [1 / 3, 5 / 9, 7 / 9, 1.0]), ("constant", [1.0] * 4)])
+def test_learning_rate_follows_the_solver_or_stays(cfg, make_batch, schedule, factors):
+    """Warm-up of three iterations from a third: linear in between, whatever the student's own rate is."""
+    cfg.SOLVER.WARMUP_FACTOR, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS = 1 / 3, 3, ()
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.MAX_ITER = "WarmupMultiStepLR", 6
+    distiller = DistillTrainer.build_model(assisted(cfg, SCHEDULE=schedule)).train()
+    (step,) = distiller.assistants
+    rates = []
+    with EventStorage(0):
+        for _ in factors:
+            rates.append(step.optimizer.param_groups[0]["lr"])
+            distiller(make_batch([(64, 64)] * 2))
+    assert rates == pytest.approx([ENTRY["BASE_LR"] * factor for factor in factors])
+
+
 def test_neither_trains_the_other(cfg, make_batch):
     distiller = DistillTrainer.build_model(cfg).train()
     (step,) = distiller.assistants
