@@ -10,7 +10,7 @@ setup(
     # The command msad finds tools and configs inside the package; a checkout has them at the top, see msad/cli.py.
     package_dir={"": "projects/MSAD", "msad.tools": "tools", "msad.configs": "configs"},
     packages=[*find_packages("projects/MSAD", include=["msad", "msad.*"]), "msad.tools", "msad.configs"],
-    package_data={"msad": ["py.typed"], "msad.configs": ["**/*.yaml"]},
+    package_data={"msad": ["py.typed", "experiments/report.html"], "msad.configs": ["**/*.yaml"]},
     entry_points={"console_scripts": ["msad = msad.cli:main"]},
     python_requires=">=3.10",
     # The engine is left out on purpose: the package index has no detectron2. Install ./lite or the real one.

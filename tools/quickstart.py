@@ -22,6 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -37,8 +38,9 @@ from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name, load_model
 from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs
+from msad.experiments.gallery import write_gallery
 from msad.experiments.jobs import Run, count_cores, device_opts, error_of, make_slots
-from msad.experiments.report import write_report
+from msad.experiments.report import PANELS, write_report
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import QUICK, choose, standard_variants
 from msad.modeling.adapters import num_classes_key
@@ -133,25 +135,32 @@ def describe_data(study: Comparison) -> dict:
     }
 
 
-def draw_panels(study: Comparison, path: Path, count: int = 4, threshold: float = 0.5) -> None:
-    """Ground truth, teacher and the low-resolution models side by side on a few validation images."""
-    seed = study.seeds[0]
-    columns = {"teacher": "teacher (H + L)", "baseline_L": "baseline L", "student_L": "student L"}
-    columns = {name: title for name, title in columns.items() if name in study.finished()}
+def draw_pictures(study: Comparison, panels: int = 4, threshold: float = 0.5) -> None:
+    """Write panels.jpg, ground truth, teacher and low-resolution models side by side on a few validation images, and
+    the gallery of more of them."""
+    seed, finished = study.seeds[0], study.finished()
+    conventional = "baseline_equal_cost" if "baseline_equal_cost" in finished else "baseline_L"
+    roles = {"teacher": "teacher", "conventional": conventional, "student": "student_L"}
     predictors = {}
-    for name in columns:
-        cfg = study.config(Run(name, seed)).clone()
-        cfg.defrost()
-        cfg.MODEL.WEIGHTS = str(study.folder(Run(name, seed)) / "model_final.pth")
-        predictors[name] = DefaultPredictor(cfg)
-    test = study.config(Run(study.finished()[0], seed)).DATASETS.TEST[0]
-    records = DatasetCatalog.get(test)
-    panels = []
-    for record in records[:: max(len(records) // count, 1)][:count]:
+    for role, name in roles.items():
+        if name in finished:
+            cfg = study.config(Run(name, seed)).clone()
+            cfg.defrost()
+            cfg.MODEL.WEIGHTS = str(study.folder(Run(name, seed)) / "model_final.pth")
+            predictors[role] = DefaultPredictor(cfg)
+    test = study.config(Run(finished[0], seed)).DATASETS.TEST[0]
+    records, metadata = DatasetCatalog.get(test), MetadataCatalog.get(test)
+
+    def detect(role: str, image):
+        return predictors[role](image)["instances"]
+
+    rows = []
+    for record in records[:: max(len(records) // panels, 1)][:panels]:
         image = cv2.imread(record["file_name"])
-        found = {title: predictors[name](image)["instances"] for name, title in columns.items()}
-        panels.append(Panel(image[:, :, ::-1], {"ground truth": record, **found}, Path(record["file_name"]).name))
-    save_panels(path, panels, MetadataCatalog.get(test), threshold=threshold)
+        columns = {"ground truth": record, **{roles[role]: detect(role, image) for role in predictors}}
+        rows.append(Panel(image[:, :, ::-1], columns, Path(record["file_name"]).name))
+    save_panels(study.output / PANELS, rows, metadata, threshold=threshold)
+    write_gallery(study.output, records, metadata, {r: (roles[r], partial(detect, r)) for r in predictors})
 
 
 def add_seconds(output: Path, seconds: float) -> float:
@@ -175,7 +184,7 @@ def finish(study: Comparison, begin: float) -> dict:
     cost = measure_costs(models)
     with registered(next(iter(configs.values()))):
         about = describe_data(study)
-        draw_panels(study, study.output / "panels.jpg")
+        draw_pictures(study)
     data = {
         "engine": engine_name(),
         "seconds": add_seconds(study.output, time.time() - begin),

@@ -1,21 +1,28 @@
-"""The report of a comparison: report.html and report.md with tables, a summary, charts, and how to reproduce it."""
+"""The report of a comparison: report.html and report.md with tables, a summary, charts, and how to reproduce it.
+
+The page is report.html beside this module, whose script sorts tables and draws the gallery; it needs no server and no
+network.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import html
+import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ..visualization import IntervalRow, plot_ap_vs_cost, plot_curves, plot_intervals, plot_sweep_lines, variant_styles
+from . import gallery
 from .jobs import format_seconds
 from .judgement import summary
 from .rows import AP, Row, failures, full_resolution, rows_of
-from .style import STYLE
 from .tables import Table, accuracy_table, cost_table, format_table
 
+PANELS = "panels.jpg"
 _ACCURACY = (
     "AP is COCO's average precision (0-100) on the validation images, averaged over IoU 0.50-0.95; APs, APm and APl "
     "are those of small, medium and large objects; mIoU is the mean over classes of the intersection of predicted and "
@@ -48,7 +55,8 @@ def write_report(
             "versions", "command" and "seconds". Anything may be missing.
         title: of the page.
         metric: TASK/METRIC of the charts and the first column.
-        curves: variant -> metrics.json of a run. A ``panels.jpg`` is shown if it is in ``out_dir``.
+        curves: variant -> metrics.json of a run. A ``panels.jpg`` and a gallery (:func:`write_gallery`) are shown if
+            they are in ``out_dir``.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +71,9 @@ def write_report(
     (out_dir / "report.md").write_text(_markdown(**page), encoding="utf-8")
     path = out_dir / "report.html"
     titles = {row.name: row.title for row in rows_of(data)}
-    path.write_text(_html(titles=titles, **page), encoding="utf-8")
+    file = out_dir / gallery.FILE
+    shown = json.loads(file.read_text()) if file.is_file() else None
+    path.write_text(_html(titles=titles, shown=shown, **page), encoding="utf-8")
     return path
 
 
@@ -107,9 +117,9 @@ def draw_charts(data: dict, out_dir: Path, metric: str, curves: Mapping[str, Pat
     if found := {name: file for name, file in curves.items() if file.is_file()}:
         with contextlib.suppress(ValueError):  # runs so short that nothing was logged
             draw("curves.png", "Training curves.", plot_curves, found, styles)
-    if (out_dir / "panels.jpg").is_file():
+    if (out_dir / PANELS).is_file():
         caption = "Validation images with the annotations and the models' predictions; a colour is a class."
-        pictures.append(Picture("panels.jpg", caption))
+        pictures.append(Picture(PANELS, caption))
     return pictures
 
 
@@ -160,7 +170,8 @@ def _markdown(title, facts, summary, tables, failed, pictures, variants, command
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _html(title, facts, summary, tables, failed, pictures, variants, command, titles) -> str:
+def _html(title, facts, summary, tables, failed, pictures, variants, command, titles, shown) -> str:
+    """The page; ``shown`` is the content of a gallery.json, which takes the place of the panels, or None."""
     e = html.escape
     about = "".join(f"<div><dt>{e(name)}</dt><dd>{e(value)}</dd></div>" for name, value in facts.items())
     body = [f'<h1>{e(title)}</h1><dl class="facts">{about}</dl>']
@@ -170,6 +181,9 @@ def _html(title, facts, summary, tables, failed, pictures, variants, command, ti
         body.append(f'<p class="note">{e(note)}</p>')
     if failed:
         body.append(f"<h2>Runs that failed</h2><ul>{''.join(f'<li>{e(line)}</li>' for line in failed)}</ul>")
+    if shown:
+        pictures = [picture for picture in pictures if picture.file != PANELS]
+        body.append(_GALLERY.format(count=len(shown["images"]), least=gallery.LEAST_SCORE))
     figures = "".join(
         f'<figure class="{"wide" if p.file.startswith("panel") else "chart"}">'
         f'<a href="{e(p.file)}"><img src="{e(p.file)}" alt="{e(p.caption)}" loading="lazy"></a>'
@@ -184,23 +198,30 @@ def _html(title, facts, summary, tables, failed, pictures, variants, command, ti
     body.append(f'<h2>The variants</h2><dl class="kinds">{kinds}</dl>')
     if command:
         body.append(f"<h2>How to reproduce</h2><pre>{e(command)}</pre>")
-    newline = "\n"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{e(title)}</title>
-<style>
-{STYLE}</style>
-</head>
-<body>
-<main>
-{newline.join(body)}
-</main>
-</body>
-</html>
-"""
+    page = (Path(__file__).with_name("report.html")).read_text(encoding="utf-8")
+    # A JSON text without "<" cannot end the script that holds it.
+    script = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {"TITLE": e(title), "BODY": "\n".join(body), "GALLERY": script}
+    return re.sub(r"{{(TITLE|BODY|GALLERY)}}", lambda found: parts[found[1]], page)
+
+
+_GALLERY = """<section id="gallery" hidden><h2>Gallery</h2>
+<p class="note">{count} validation images. A detection finds an object of its class from an IoU of 0.5 on; each finds at
+most one, the best score first, and a detection that finds none is false. Detections below a score of {least} are not
+here. A click on an image enlarges it; with one model switched on, its scores are written there.</p>
+<div class="controls">
+<label>Score from <input type="range" id="score" min="{least}" max="1" step="0.01" value="0.5">
+<output id="threshold">0.50</output></label>
+<span class="switches" id="switches"></span>
+<label>Class <select id="class"><option value="">all</option></select></label>
+<label><input type="checkbox" id="missed"> teacher finds, student misses</label>
+</div>
+<div class="scroll counts"><table id="counts"><thead><tr><th scope="col">in all images</th><th scope="col">found</th>
+<th scope="col">missed</th><th scope="col">false</th><th scope="col">recall</th></tr></thead>
+<tbody></tbody></table></div>
+<p class="empty" id="none" hidden>No image has such an object at this score.</p>
+<div class="shots" id="shots"></div>
+</section>"""
 
 
 def _html_table(table: Table, titles: Mapping[str, str]) -> str:
