@@ -14,41 +14,28 @@ command goes on after an interruption.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import os
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
-from tqdm import tqdm
 
 from msad import load_config
 from msad.cli import parse, require_device
 from msad.cli import run as run_command
-from msad.data.fingerprint import file_sha256
-from msad.data.fixed import FixedInputs
 from msad.data.register import register_datasets
-from msad.distill.progressive.cost import PAIRINGS, AdaptationCosts, image_maps
+from msad.distill.progressive.cost import PAIRINGS
 from msad.distill.progressive.least_squares import SGDOptions
 from msad.distill.progressive.order import suggest
 from msad.distill.progressive.table import dump_stages, parse_quality, stages_block
-from msad.distill.teachers import FrozenTeacher
-from msad.engine.build import load_teacher, teacher_entries
+from msad.engine.build import teacher_entries
 from msad.engine.checkpoint import atomic_write
-from msad.engine.provenance import fingerprint, machine
-from msad.engine.setup import load_model
-from msad.resolution import get_resolution
+from msad.engine.provenance import machine
+from msad.experiments.adaptation import STUDENT, finite_costs, measure_adaptation
 from msad.visualization.adaptation import plot_graph, plot_heat_map
-
-STUDENT = "student"
-SAVE_SECONDS = 60
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -72,76 +59,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if (args.images is not None and args.images < 1) or (args.k is not None and args.k < 1) or args.ridge < 0:
         parser.error("--images and --k must be at least 1, --ridge not negative")
     return args
-
-
-def networks_of(cfg: CfgNode, weights: str, entries: list[dict]) -> list[FrozenTeacher]:
-    """The student at its resolution and its teachers at their scales, all frozen."""
-    scale = 0.5 ** get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
-    student = FrozenTeacher(load_model(cfg, weights), name=STUDENT, scale=scale)
-    return [student, *(load_teacher(entry, cfg) for entry in entries)]
-
-
-class Progress:
-    """Sums and the number of images in them, kept in a file from which the same command goes on."""
-
-    def __init__(self, file: Path, of: str, study: AdaptationCosts) -> None:
-        self._file, self._of, self._study = file, of, study
-        self.done = {"train": 0, "val": 0}
-        self._saved = time.monotonic()
-        if file.is_file():
-            kept = torch.load(file, map_location="cpu", weights_only=True)
-            if kept["of"] == of:
-                self.done = kept["done"]
-                study.load_state_dict(kept["study"])
-
-    def count(self, split: str) -> None:
-        """An image was added."""
-        self.done[split] += 1
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self.save()
-
-    def save(self) -> None:
-        with atomic_write(str(self._file)) as stream:
-            torch.save({"of": self._of, "done": self.done, "study": self._study.state_dict()}, stream)
-        self._saved = time.monotonic()
-
-
-def measure(args: argparse.Namespace, cfg: CfgNode, entries: list[dict]) -> tuple[dict, dict]:
-    """Costs as :meth:`AdaptationCosts.result` gives them, and the number of images of each split."""
-    options = [args.images, args.pairing, args.sgd and args.lr, args.seed]
-    used = [[entry, file_sha256(entry["WEIGHTS"]), load_config(entry["CONFIG"]).dump()] for entry in entries]
-    networks = networks_of(cfg, args.weights, entries)
-    sgd = SGDOptions(lr=args.lr) if args.sgd else None
-    study = AdaptationCosts(networks, args.pairing, sgd=sgd, seed=args.seed)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    progress = Progress(output / "progress.pt", fingerprint(cfg, args.weights, used, options), study)
-    size = {"short_side": max(cfg.INPUT.MIN_SIZE_TRAIN), "longest": cfg.INPUT.MAX_SIZE_TRAIN, "seed": args.seed}
-    inputs = {
-        split: [FixedInputs(cfg, name, args.images, **size) for name in names]
-        for split, names in (("train", cfg.DATASETS.TRAIN), ("val", cfg.DATASETS.TEST))
-    }
-    total = {split: sum(map(len, parts)) for split, parts in inputs.items()}
-    try:
-        with tqdm(total=sum(total.values()), initial=sum(progress.done.values()), unit="img", disable=None) as bar:
-            for split, parts in inputs.items():
-                for item in _from(parts, progress.done[split]):
-                    study.add(split, {network.name: image_maps(network, item) for network in networks})
-                    progress.count(split)
-                    bar.update()
-    finally:
-        progress.save()
-    return study.result(args.ridge), total
-
-
-def _from(parts: list[FixedInputs], start: int) -> Iterator[dict]:
-    """Inputs of all parts from position ``start`` on; those before are not read."""
-    places = [(part, index) for part in parts for index in range(len(part))]
-    return (part[index] for part, index in itertools.islice(places, start, None))
-
-
-def _without_nan(costs: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {a: {b: value for b, value in row.items() if math.isfinite(value)} for a, row in costs.items()}
 
 
 def undetermined(levels: dict[str, dict[str, dict[str, dict]]]) -> str:
@@ -187,18 +104,19 @@ def run(args: argparse.Namespace) -> str:
     require_device(cfg.MODEL.DEVICE)
     entries, quality = check(args, cfg)
     register_datasets(cfg)
-    found, images = measure(args, cfg, entries)
-    costs = {key: _without_nan(found[key]) for key in ("costs", "normalized_costs")}
+    output, sgd = Path(args.output), SGDOptions(lr=args.lr) if args.sgd else None
+    options = {"images": args.images, "pairing": args.pairing, "ridge": args.ridge, "sgd": sgd, "seed": args.seed}
+    found, images = measure_adaptation(cfg, args.weights, entries, output, **options)
+    costs = finite_costs(found)
     used = costs["normalized_costs" if args.normalized else "costs"]
     names = [STUDENT, *(entry["NAME"] for entry in entries)]
     order = suggest("algorithm1", used, STUDENT, quality, args.k or len(quality)) if quality else []
     about: dict[str, Any] = {
         "student": STUDENT, "quality": quality, **costs, "levels": found["levels"], "teachers": entries, "order": order,
         "images": images, "short_side": max(cfg.INPUT.MIN_SIZE_TRAIN), "pairing": args.pairing, "seed": args.seed,
-        "fit": {"sgd": SGDOptions(lr=args.lr)._asdict()} if args.sgd else {"ridge": args.ridge},
+        "fit": {"sgd": sgd._asdict()} if sgd else {"ridge": args.ridge},
         **machine(cfg.MODEL.DEVICE), "config": args.config_file, "weights": args.weights,
     }  # fmt: skip
-    output = Path(args.output)
     with atomic_write(str(output / "costs.json"), "w") as stream:
         json.dump(about, stream, indent=1)
     plot_heat_map({"adaptation cost": costs["costs"], "divided by variance": costs["normalized_costs"]}, names,

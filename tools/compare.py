@@ -56,7 +56,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count-teachers", action="store_true", help="that time includes the teachers")
     parser.add_argument("--equal-cost", type=Path, metavar="YAML", help="this detector at the cost of the reference")
     parser.add_argument("--sweep", metavar="KEY=V,V,...", help="one variant a value of a config key")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on the CPU; default: 1")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="runs at a time on the CPU, 0: in this process; default: 1")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
     parser.add_argument("--metric", default="bbox/AP", metavar="TASK/METRIC", help="e.g. segm/AP; default: %(default)s")

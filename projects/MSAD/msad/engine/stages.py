@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from detectron2.utils import comm
 
 from ..config_values import nearest, valid_keys
 from .build import teacher_entries
+from .scaling import set_iterations
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
@@ -57,6 +58,32 @@ def stage_configs(cfg: CfgNode) -> list[CfgNode]:
         config.freeze()
         configs.append(config)
     return configs
+
+
+def total_iterations(cfg: CfgNode) -> int:
+    """Iterations of a run, or of all stages of a curriculum together."""
+    return sum(stage.SOLVER.MAX_ITER for stage in (stage_configs(cfg) if cfg.DISTILL.STAGES else [cfg]))
+
+
+def set_total_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = ()) -> None:
+    """:func:`msad.engine.scaling.set_iterations` that also knows curricula, whose stages keep their shares.
+
+    Args:
+        iterations: of all stages together, as nearly as whole numbers allow.
+        keep: keys of warm-ups that stay as they are.
+    """
+    if iterations is None or not cfg.DISTILL.STAGES:
+        return set_iterations(cfg, iterations, keep)
+    factor, stages = iterations / total_iterations(cfg), []
+    for stage, config in zip(cfg.DISTILL.STAGES, stage_configs(cfg)):
+        config.defrost()
+        set_iterations(config, max(round(config.SOLVER.MAX_ITER * factor), 1), keep)
+        scaled = {
+            "SOLVER": {key: config.SOLVER[key] for key in ("MAX_ITER", "STEPS", "WARMUP_ITERS")},
+            "DISTILL": {"WARMUP_ITERS": config.DISTILL.WARMUP_ITERS},
+        }
+        stages.append({**stage, **{name: {**stage.get(name, {}), **values} for name, values in scaled.items()}})
+    cfg.DISTILL.STAGES = stages
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:

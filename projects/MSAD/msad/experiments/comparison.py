@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from ..config import load_config
 from ..distill.losses.registry import lower_keys
-from ..engine.scaling import scale_to_batch, set_iterations
+from ..engine.scaling import scale_to_batch
+from ..engine.stages import set_total_iterations, total_iterations
 from .costs import scale_inputs, set_equal_cost
 from .jobs import Run, Slot, error_of, run_all
-from .run import check_same, is_finished, read_json, stages_of
+from .run import check_same, is_finished, read_json
 from .variants import Variant, map_teachers, unique_names
 
 TIME_TOLERANCE = 0.05  # a smaller difference in time is within what can be measured
@@ -125,9 +126,7 @@ class Comparison:
             wanted = sum(self._iterations(n) for n in [*self.all_teachers(variant.reference), variant.reference])
         elif variant.budget == "equal_time":
             wanted = self._kept_iterations(run, self.iterations_in_time(run))
-        if wanted is not None and cfg.DISTILL.STAGES:
-            raise ValueError(f"{variant.file} has DISTILL.STAGES: set SOLVER.MAX_ITER of each stage in the yaml")
-        set_iterations(cfg, wanted, keep=self.opts[::2])
+        set_total_iterations(cfg, wanted, keep=self.opts[::2])
         scale_inputs(cfg, self.input_scale)
         if variant.budget == "equal_cost":
             set_equal_cost(cfg, self.config(Run(variant.reference, run.seed)))
@@ -146,8 +145,7 @@ class Comparison:
     def _iterations(self, name: str) -> int:
         variant = self.variants[name]
         fixed = self.teacher_iterations if variant.teacher else self.iterations
-        stages = stages_of(self._load(variant.file, variant.overrides))
-        return fixed or sum(stage.SOLVER.MAX_ITER for stage in stages)
+        return fixed or total_iterations(self._load(variant.file, variant.overrides))
 
     def _step_seconds(self, run: Run) -> float:
         """What a step took in training: of the processors' time, on a GPU of the clock's."""
@@ -177,7 +175,7 @@ class Comparison:
     def _kept_iterations(self, run: Run, wanted: int) -> int:
         """Those of an earlier attempt if they are the same within what can be measured."""
         earlier = self.folder(run) / "config.yaml"
-        kept = load_config(earlier).SOLVER.MAX_ITER if earlier.is_file() else wanted
+        kept = total_iterations(load_config(earlier)) if earlier.is_file() else wanted
         return kept if abs(kept / wanted - 1) <= TIME_TOLERANCE else wanted
 
     def _stands_for(self, run: Run) -> Run:

@@ -1,4 +1,4 @@
-"""Run training jobs that depend on one another, several at a time, each in a process of its own."""
+"""Run training jobs that depend on one another, several at a time, each in a process of its own, or here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from tqdm import tqdm
 
 from ..finding import error_text
-from .run import read_json
+from .run import read_json, train_and_evaluate
 
 COMMAND = (sys.executable, "-m", "msad.experiments.run", "--end-with-stdin")
 
@@ -65,13 +65,15 @@ def device_opts(devices: Sequence[str]) -> list[str]:
 
 
 def make_slots(jobs: int = 1, threads: int = 0, devices: Sequence[str] = ()) -> list[Slot]:
-    """A process a GPU of ``devices`` ("cuda:0", ...), or ``jobs`` on the CPU that share its cores.
+    """A process a GPU of ``devices`` ("cuda:0", ...), or ``jobs`` on the CPU that share its cores; none for no jobs.
 
     Raises:
-        ValueError: a device is neither "cpu" nor "cuda:N", or there are no jobs.
+        ValueError: a device is neither "cpu" nor "cuda:N", or jobs are fewer than none.
     """
-    if jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    if jobs < 0:
+        raise ValueError(f"--jobs must be at least 0, got {jobs}")
+    if jobs == 0 and not devices:
+        return []
     if not devices or list(devices) == ["cpu"]:
         return [Slot(threads or max(1, count_cores() // jobs))] * jobs
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
@@ -101,10 +103,13 @@ def run_all(
 
     Args:
         runs: with all that they need.
+        slots: where processes run; none: all runs are done in this process, one after the other.
         say: is told of every run that ends.
         command: of a process, to which the folder and the threads of the run are added; its standard input is closed
             when this process ends.
     """
+    if not slots:
+        return _run_here(plan, runs, say)
     waiting = {run: plan.needs(run) for run in runs}
     running: dict[subprocess.Popen, tuple[Run, Slot, float]] = {}
     failed: list[Run] = []
@@ -155,6 +160,23 @@ def run_all(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(30)
                 process.kill()
+    return failed
+
+
+def _run_here(plan: Plan, runs: Sequence[Run], say: Callable[[str], None]) -> list[Run]:
+    """:func:`run_all` without processes, whose start would take longer than a very short run."""
+    failed: list[Run] = []
+    for number, run in enumerate(tqdm(runs, unit="run", disable=None), start=1):
+        culprit = next((need for need in plan.needs(run) if need in failed), None)
+        try:
+            if culprit is not None:
+                raise ValueError(f"not run, because what it needs ({culprit}) failed")
+            if plan.prepare(run):
+                say(f"[{number}/{len(runs)}] {run}: {_scores(train_and_evaluate(plan.folder(run)))}")
+        except (AssertionError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            failed.append(run)
+            _note(plan.folder(run), error_text(error))
+            say(f"{run}: FAILED: {error_text(error)}")
     return failed
 
 

@@ -35,7 +35,7 @@ from ..data.register import registered
 from ..engine.checkpoint import atomic_write
 from ..engine.run_folder import has_run
 from ..engine.setup import engine_name, evaluate, evaluate_branches, load_model, prepare
-from ..engine.stages import FINAL, stage_configs, train_stages
+from ..engine.stages import FINAL, stage_configs, total_iterations, train_stages
 from ..engine.trainer import DistillTrainer
 from .variants import map_teachers
 
@@ -113,11 +113,6 @@ def is_finished(cfg: CfgNode, say=print) -> bool:
     return False
 
 
-def stages_of(cfg: CfgNode) -> list[CfgNode]:
-    """The configs of the stages of ``cfg``; of an ordinary run its own."""
-    return stage_configs(cfg) if cfg.DISTILL.STAGES else [cfg]
-
-
 def check_same(cfg: CfgNode) -> None:
     """ValueError if the OUTPUT_DIR of ``cfg`` holds a run of another config or engine."""
     before = _before(Path(cfg.OUTPUT_DIR))
@@ -154,7 +149,7 @@ def train_and_evaluate(folder: Path) -> dict:
         prepare(cfg)
         if cfg.DISTILL.STAGES:
             train_stages(cfg, True, train)
-            shutil.copy(Path(stages_of(cfg)[-1].OUTPUT_DIR) / FINAL, folder / FINAL)
+            shutil.copy(Path(stage_configs(cfg)[-1].OUTPUT_DIR) / FINAL, folder / FINAL)
         else:
             train(cfg)
         model = load_model(cfg, str(folder / FINAL))
@@ -163,8 +158,7 @@ def train_and_evaluate(folder: Path) -> dict:
         else:
             results = {folder.name: evaluate(cfg, model)}
         clock = read_json(folder / "clock.json")
-        iterations = sum(stage.SOLVER.MAX_ITER for stage in stages_of(cfg))
-        result = {"iterations": iterations, "warmup": cfg.SOLVER.WARMUP_ITERS, **clock, "results": results}
+        result = {"iterations": total_iterations(cfg), "warmup": cfg.SOLVER.WARMUP_ITERS, **clock, "results": results}
         with atomic_write(str(folder / "result.json"), "w") as file:
             json.dump(result, file, indent=1)
     return result

@@ -1,0 +1,124 @@
+"""Adaptation costs between a trained student and its teachers, measured on their data, with resume."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from tqdm import tqdm
+
+from ..config import load_config
+from ..data.fingerprint import file_sha256
+from ..data.fixed import FixedInputs
+from ..distill.progressive.cost import PAIRINGS, AdaptationCosts, image_maps
+from ..distill.progressive.least_squares import SGDOptions
+from ..distill.teachers import FrozenTeacher
+from ..engine.build import load_teacher
+from ..engine.checkpoint import atomic_write
+from ..engine.provenance import fingerprint
+from ..engine.setup import load_model
+from ..resolution import get_resolution
+
+STUDENT = "student"
+SAVE_SECONDS = 60
+
+
+def networks_of(cfg: CfgNode, weights: str, entries: list[dict]) -> list[FrozenTeacher]:
+    """The student at its resolution and its teachers at their scales, all frozen."""
+    scale = 0.5 ** get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
+    student = FrozenTeacher(load_model(cfg, weights), name=STUDENT, scale=scale)
+    return [student, *(load_teacher(entry, cfg) for entry in entries)]
+
+
+class Progress:
+    """Sums and the number of images in them, kept in a file from which the same measurement goes on."""
+
+    def __init__(self, file: Path, of: str, study: AdaptationCosts) -> None:
+        self._file, self._of, self._study = file, of, study
+        self.done = {"train": 0, "val": 0}
+        self._saved = time.monotonic()
+        if file.is_file():
+            kept = torch.load(file, map_location="cpu", weights_only=True)
+            if kept["of"] == of:
+                self.done = kept["done"]
+                study.load_state_dict(kept["study"])
+
+    def count(self, split: str) -> None:
+        """An image was added."""
+        self.done[split] += 1
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        with atomic_write(str(self._file)) as stream:
+            torch.save({"of": self._of, "done": self.done, "study": self._study.state_dict()}, stream)
+        self._saved = time.monotonic()
+
+
+def measure_adaptation(
+    cfg: CfgNode,
+    weights: str,
+    entries: list[dict],
+    output: Path,
+    *,
+    images: int | None = None,
+    pairing: str = PAIRINGS[0],
+    ridge: float = 1e-6,
+    sgd: SGDOptions | None = None,
+    seed: int = 0,
+) -> tuple[dict, dict[str, int]]:
+    """Fit linear maps between all networks on DATASETS.TRAIN and judge them on DATASETS.TEST, both registered.
+
+    Args:
+        weights: checkpoint of the student that ``cfg`` describes.
+        entries: teachers, of :func:`msad.engine.build.teacher_entries`, without means.
+        output: folder in which progress is kept.
+        images: of each data set, drawn at random; None: all.
+        pairing, ridge, sgd: see :class:`AdaptationCosts` and its ``result``.
+        seed: of the drawn images and of the maps that SGD begins with.
+
+    Returns:
+        costs as :meth:`AdaptationCosts.result` gives them, the student being called "student", and the number of
+        images of each split.
+    """
+    options = [images, pairing, sgd is not None and sgd.lr, seed]
+    used = [[entry, file_sha256(entry["WEIGHTS"]), load_config(entry["CONFIG"]).dump()] for entry in entries]
+    networks = networks_of(cfg, weights, entries)
+    study = AdaptationCosts(networks, pairing, sgd=sgd, seed=seed)
+    output.mkdir(parents=True, exist_ok=True)
+    progress = Progress(output / "progress.pt", fingerprint(cfg, weights, used, options), study)
+    size = {"short_side": max(cfg.INPUT.MIN_SIZE_TRAIN), "longest": cfg.INPUT.MAX_SIZE_TRAIN, "seed": seed}
+    inputs = {
+        split: [FixedInputs(cfg, name, images, **size) for name in names]
+        for split, names in (("train", cfg.DATASETS.TRAIN), ("val", cfg.DATASETS.TEST))
+    }
+    total = {split: sum(map(len, parts)) for split, parts in inputs.items()}
+    try:
+        with tqdm(total=sum(total.values()), initial=sum(progress.done.values()), unit="img", disable=None) as bar:
+            for split, parts in inputs.items():
+                for item in _from(parts, progress.done[split]):
+                    study.add(split, {network.name: image_maps(network, item) for network in networks})
+                    progress.count(split)
+                    bar.update()
+    finally:
+        progress.save()
+    return study.result(ridge), total
+
+
+def _from(parts: list[FixedInputs], start: int) -> Iterator[dict]:
+    """Inputs of all parts from position ``start`` on; those before are not read."""
+    places = [(part, index) for part in parts for index in range(len(part))]
+    return (part[index] for part, index in itertools.islice(places, start, None))
+
+
+def finite_costs(found: dict) -> dict[str, dict[str, dict[str, float]]]:
+    """"costs" and "normalized_costs" of :meth:`AdaptationCosts.result`, without those that are not finite."""
+    return {
+        key: {a: {b: value for b, value in row.items() if math.isfinite(value)} for a, row in found[key].items()}
+        for key in ("costs", "normalized_costs")
+    }
