@@ -6,9 +6,9 @@
 
 fits a linear map between the features of every pair of networks (the student of the yaml, trained, and all of its
 DISTILL.TEACHERS) on images of DATASETS.TRAIN and reports its error on those of DATASETS.TEST. Writes DIR/costs.json,
-DIR/costs.png (all pairs), DIR/graph.png, and with --quality (the teachers' AP) DIR/stages.yaml, the DISTILL.STAGES of
-Algorithm 1; tools/order_teachers.py compares it with other rules. Each image goes once through each network. The same
-command goes on after an interruption.
+DIR/costs.png (all pairs), DIR/graph.png, and with --quality (the teachers' AP) DIR/stages.yaml, the curriculum of
+Algorithm 1, which train_net.py --config-file runs as it is, from the student of --weights; tools/order_teachers.py
+compares it with other rules. Each image goes once through each network. The same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from tabulate import tabulate
 from msad import load_config
 from msad.cli import parse, require_device
 from msad.cli import run as run_command
+from msad.config import find_config
 from msad.data.register import register_datasets
 from msad.distill.progressive.cost import PAIRINGS
 from msad.distill.progressive.least_squares import SGDOptions
 from msad.distill.progressive.order import suggest
-from msad.distill.progressive.table import dump_stages, parse_quality, stages_block
+from msad.distill.progressive.table import curriculum, dump_stages, parse_quality, stages_block
 from msad.engine.build import teacher_entries
 from msad.engine.checkpoint import atomic_write
 from msad.engine.provenance import machine
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> str:
         "student": STUDENT, "quality": quality, **costs, "levels": found["levels"], "teachers": entries, "order": order,
         "images": images, "short_side": max(cfg.INPUT.MIN_SIZE_TRAIN), "pairing": args.pairing, "seed": args.seed,
         "fit": {"sgd": sgd._asdict()} if sgd else {"ridge": args.ridge},
-        **machine(cfg.MODEL.DEVICE), "config": args.config_file, "weights": args.weights,
+        **machine(cfg.MODEL.DEVICE), "config": find_config(args.config_file), "weights": args.weights,
     }  # fmt: skip
     with atomic_write(str(output / "costs.json"), "w") as stream:
         json.dump(about, stream, indent=1)
@@ -130,7 +131,9 @@ def run(args: argparse.Namespace) -> str:
     if not order:
         hint = f"tools/order_teachers.py {output}/costs.json --quality NAME=AP ... puts the teachers in order"
         return f"{table}\n\n{output}: {', '.join(written)}\n{hint}"
-    block = dump_stages(stages_block(order, entries))
+    stages = curriculum(stages_block(order, entries), find_config(args.config_file), args.weights,
+                        f"{cfg.OUTPUT_DIR}_progressive", args.output)  # fmt: skip
+    block = dump_stages(stages)
     (output / "stages.yaml").write_text(block)
     written.append("stages.yaml")
     return f"{table}\n\nalgorithm1: {' -> '.join([STUDENT, *order])}\n\n{block}\n{output}: {', '.join(written)}"

@@ -33,15 +33,8 @@ from msad.data.register import register_datasets
 from msad.engine.checkpoint import atomic_write
 from msad.engine.provenance import fingerprint, machine
 from msad.engine.setup import load_model
-from msad.evaluation.flatness import (
-    DISTANCES,
-    DetectionLoss,
-    fixed_batches,
-    loss_along,
-    moved,
-    random_direction,
-    sharpness,
-)
+from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
+from msad.evaluation.flatness import DISTANCES, loss_along, moved, random_direction, sharpness
 from msad.modeling.ignored_regions import IgnoredRegions
 from msad.visualization.flatness import plot_lines, plot_surfaces
 

@@ -5,9 +5,9 @@
     tools/order_teachers.py costs.yaml --k 3 --rule max --output configs/my_stages.yaml
     tools/order_teachers.py costs.json --quality swin_t=42.7 swin_s=48.2
 
-prints the order that each rule suggests for 1 to k teachers and the DISTILL.STAGES block of the chosen one, which
-train_net.py runs stage by stage. COSTS is the JSON of tools/adaptation_cost.py or a table typed in yaml with the keys
-student, quality and costs (see msad/distill/progressive/table.py).
+prints the order that each rule suggests for 1 to k teachers, and the DISTILL.STAGES of the chosen one. COSTS is the
+JSON of tools/adaptation_cost.py, from which a whole config for train_net.py is made, or a table typed in yaml with the
+keys student, quality and costs (see msad/distill/progressive/table.py), which gives the block for a yaml of yours.
 
 Rules: algorithm1 (Algorithm 1 of MTPD: backwards from the best teacher, default), sum and max (shortest path from the
 student to the best teacher), forward (always the nearest unused teacher).
@@ -16,18 +16,21 @@ student to the best teacher), forward (always the nearest unused teacher).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
-from msad.cli import refuse_overwriting
+from msad import load_config
+from msad.cli import parse, refuse_overwriting
 from msad.cli import run as run_command
 from msad.distill.progressive.order import RULES, path_costs, suggest
-from msad.distill.progressive.table import CostTable, dump_stages, parse_quality, read_costs, stages_block
+from msad.distill.progressive.table import CostTable, curriculum, dump_stages, parse_quality, read_costs, stages_block
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="order_teachers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,7 +42,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quality", nargs="+", default=[], metavar="NAME=AP", help="performance of the teachers")
     parser.add_argument("--max-iter", type=int, metavar="N", help="iterations of a stage (default: the yaml's)")
     parser.add_argument("--output", metavar="FILE", help="yaml file for the DISTILL.STAGES block")
-    return parser.parse_args(argv)
+    args = parse(parser, argv)
+    if args.opts:
+        parser.error(f"{args.opts[0]}: no config is read here; overrides belong to train_net.py")
+    return args
 
 
 def compare_rules(table: CostTable, costs: dict, longest: int, exactly: bool) -> str:
@@ -60,7 +66,12 @@ def run(args: argparse.Namespace) -> str:
     costs = table.normalized_costs if args.normalized else table.costs
     longest = len(table.quality) if args.k is None else args.k
     order = suggest(args.rule, costs, table.student, table.quality, longest, exactly=not args.at_most)
-    block = dump_stages(stages_block(order, table.teachers, args.max_iter))
+    stages = stages_block(order, table.teachers, args.max_iter)
+    if table.config and "TEACHERS" in stages["DISTILL"]:
+        folder = os.path.dirname(args.output or "")
+        output_dir = f"{load_config(table.config).OUTPUT_DIR}_progressive"
+        stages = curriculum(stages, table.config, table.weights, output_dir, folder)
+    block = dump_stages(stages)
     if args.output:
         refuse_overwriting([args.output], [args.costs])
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +80,8 @@ def run(args: argparse.Namespace) -> str:
     return f"{compared}\n\n{args.rule}: {table.student} -> {' -> '.join(order)}\n\n{block}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     return run_command("order_teachers.py", lambda: print(run(args), end=""))
 
 

@@ -9,7 +9,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from msad.evaluation.flatness import DetectionLoss, loss_along, moved, random_direction, sharpness
+from msad.evaluation.detection_loss import DetectionLoss
+from msad.evaluation.flatness import loss_along, moved, random_direction, sharpness
 
 
 def net():

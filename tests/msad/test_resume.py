@@ -166,14 +166,14 @@ class Kill(HookBase):
 
     def after_train(self):
         with open(output, "w") as file:
-            json.dump(trace[0].steps, file)
+            json.dump(trace[-1].steps, file)
 
 trace = []
 build_hooks = DistillTrainer.build_hooks
 
 def with_trace(self):
     trace.append(Trace(self))
-    return build_hooks(self) + [trace[0], Kill()]
+    return build_hooks(self) + [trace[-1], Kill()]
 
 DistillTrainer.build_hooks = with_trace
 runpy.run_path(sys.argv[0], run_name="__main__")

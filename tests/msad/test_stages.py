@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from test_resume import SAVED, assert_equal_weights, config
+from test_resume import CHILD, SAVED, TOOL, assert_equal_weights, config
 
 from msad.engine import DistillTrainer, stages
 from msad.engine.run_folder import check_folder, has_run
 from msad.engine.setup import train
+from msad.engine.stage_summary import stage_table
+from msad.visualization.stages import Stage, stages_figure
 
 STAGES = [
     {"TEACHERS": ["small"], "SOLVER": {"MAX_ITER": 4}},
@@ -24,7 +31,6 @@ def curriculum(project, teacher_weights, folder, **options):
     cfg.DISTILL.TEACHERS = [{**teacher, "NAME": name} for name in ("small", "large")]
     cfg.DISTILL.STAGES = STAGES
     return cfg
-
 
 
 def saved(folder, name="model_final.pth"):
@@ -56,7 +62,8 @@ def test_wrong_stages_are_named(project, teacher_weights, tmp_path, stage, error
         stages.stage_configs(cfg)
 
 
-def test_a_curriculum_interrupted_in_its_second_stage(project, teacher_weights, tmp_path, monkeypatch):
+def test_a_curriculum_killed_in_its_second_stage(project, teacher_weights, tmp_path, monkeypatch):
+    """By SIGKILL, in a process of its own, after stage 2 has saved its first checkpoint."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(curriculum(project, teacher_weights, whole))
     assert all((whole / stage / "inference").is_dir() for stage in ("stage1", "stage2")), "each is evaluated"
@@ -66,11 +73,18 @@ def test_a_curriculum_interrupted_in_its_second_stage(project, teacher_weights, 
     assert first["model"].keys() == second["model"].keys()
     assert second["iteration"] == 5 and first["iteration"] == 3, "each stage counts for itself"
 
-    shutil.copytree(whole / "stage1", killed / "stage1")
-    (killed / "stage2").mkdir()
-    name = f"model_{SAVED - 1:07d}.pth"
-    shutil.copy(whole / "stage2" / name, killed / "stage2" / name)
-    (killed / "stage2" / "last_checkpoint").write_text(name)
+    cfg = curriculum(project, teacher_weights, tmp_path / "unused")
+    lists = {key: str([dict(entry) for entry in cfg.DISTILL[key]]) for key in ("TEACHERS", "STAGES")}
+    line = [TOOL, "--config-file", project / "student.yaml", "--resume", "OUTPUT_DIR", killed]
+    line += ["DISTILL.TEACHERS", lists["TEACHERS"], "DISTILL.STAGES", lists["STAGES"]]
+    code, last = CHILD.format(tests=str(Path(__file__).parent)), SAVED + 1  # which only stage 2 reaches
+    command = [sys.executable, "-c", code, last, tmp_path / "trace.json", *line]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (killed / "stage2" / "last_checkpoint").read_text() == f"model_{SAVED - 1:07d}.pth"
+    assert_equal_weights(saved(killed / "stage1")["model"], first["model"])
+
     in_memory, load = [], DistillTrainer.build_model.__func__
 
     def build(cls, cfg):
@@ -83,6 +97,127 @@ def test_a_curriculum_interrupted_in_its_second_stage(project, teacher_weights, 
     again = saved(killed / "stage2")
     assert_equal_weights(again["model"], second["model"])
     assert_equal_weights(again["distill_losses"], second["distill_losses"])
+    expected, momentum = (run["trainer"]["_trainer"]["optimizer"]["state"] for run in (second, again))
+    assert expected.keys() == momentum.keys() and len(expected) > 10
+    for parameter, state in expected.items():
+        assert_equal_weights(momentum[parameter], state)
+    # The table and the curve are of both stages, whichever process trained them.
+    for folder in (whole, killed):
+        rows = (folder / "stages.md").read_text().replace(" ", "").splitlines()[2:]
+        assert [row.split("|")[1:4] for row in rows] == [["1", "small", "4"], ["2", "large", "6"]]
+        assert (folder / "stages.png").stat().st_size > 5000
+
+
+def test_a_stage_holds_its_own_teachers_alone_and_changes_none(project, teacher_weights, tmp_path, monkeypatch):
+    alive, seen, build, original = [], [], DistillTrainer.build_model.__func__, DistillTrainer.train
+
+    def built(cls, cfg):
+        seen.append([ref() is not None for ref in alive])
+        model = build(cls, cfg)
+        alive.extend(weakref.ref(teacher.model) for teacher in model.teachers)
+        return model
+
+    def trained(self):
+        before = {k: v.clone() for k, v in self.distiller.teacher.model.state_dict().items()}
+        result = original(self)
+        assert_equal_weights(self.distiller.teacher.model.state_dict(), before)
+        return result
+
+    monkeypatch.setattr(DistillTrainer, "build_model", classmethod(built))
+    monkeypatch.setattr(DistillTrainer, "train", trained)
+    content = Path(teacher_weights["teacher"]).read_bytes()
+    cfg = curriculum(project, teacher_weights, tmp_path)
+    cfg.DISTILL.STAGES = [{**stage, "SOLVER": {"MAX_ITER": 2}} for stage in STAGES]
+    train(cfg)
+    assert seen == [[], [False]], "the teacher of stage 1 is gone before that of stage 2 is loaded"
+    assert Path(teacher_weights["teacher"]).read_bytes() == content
+
+
+LOSSES = [{"NAME": "FitNet", "WEIGHT": 0.5, "ADAPTATION": "always"}, {"NAME": "CWD"}, {"NAME": "FGD"}, {"NAME": "MGD"}]
+
+
+def test_every_loss_and_what_it_trains_is_new_in_each_stage(project, teacher_weights, tmp_path, monkeypatch):
+    starts, original = [], DistillTrainer.train
+
+    def started(self):
+        starts.append({k: v.clone() for k, v in self.distiller.losses.state_dict().items()})
+        return original(self)
+
+    monkeypatch.setattr(DistillTrainer, "train", started)
+    cfg = curriculum(project, teacher_weights, tmp_path, **{"DATASETS.TEST": [], "DISTILL.WARMUP_ITERS": 0})
+    losses = [*LOSSES, LOSSES[-1]]
+    cfg.DISTILL.STAGES = [
+        {"TEACHERS": [("small", "large")[i % 2]], "DISTILL": {"LOSSES": [loss]}, "SOLVER": {"MAX_ITER": 2}}
+        for i, loss in enumerate(losses)
+    ]
+    train(cfg)
+    ends = [saved(tmp_path / f"stage{i}").get("distill_losses", {}) for i in range(1, 6)]
+    kinds = [{key.split(".")[1] for key in end} - {"loss"} or {key.split(".")[2] for key in end} for end in ends]
+    assert kinds[0] == {"adaptation"} and not ends[1] and "generators" not in kinds[2] and ends[2]
+    assert kinds[3] == kinds[4] == {"generators"}
+    moved = [key for key in ends[3] if not torch.equal(ends[3][key], starts[3][key])]
+    assert moved, "MGD's generators have learned in stage 4"
+    assert_equal_weights(starts[4], starts[3])
+
+
+def test_a_curriculum_begins_with_an_off_the_shelf_student(project, teacher_weights, tmp_path, monkeypatch):
+    starts, original = [], DistillTrainer.train
+
+    def started(self):
+        starts.append({k: v.clone() for k, v in self.checkpointer.model.state_dict().items()})
+        return original(self)
+
+    shelf = tmp_path / "shelf"
+    train(config(project, teacher_weights, "student", shelf, **{"DISTILL.TEACHERS": [], "DISTILL.LOSSES": []}))
+    monkeypatch.setattr(DistillTrainer, "train", started)
+    options = {"MODEL.WEIGHTS": str(shelf / "model_final.pth"), "DISTILL.INIT_STUDENT": "none", "SOLVER.MAX_ITER": 1}
+    cfg = curriculum(project, teacher_weights, tmp_path / "run", **options)
+    cfg.DISTILL.STAGES = [{**stage, "SOLVER": {"MAX_ITER": 1}} for stage in STAGES]
+    train(cfg)
+    assert_equal_weights(starts[0], saved(shelf)["model"])
+    assert_equal_weights(starts[1], saved(tmp_path / "run" / "stage1")["model"])
+
+
+def test_stages_without_a_teacher_and_with_all_of_them(project, teacher_weights, tmp_path):
+    """Longer training with the learning rate restarted, and both teachers at once."""
+    cfg = curriculum(project, teacher_weights, tmp_path)
+    cfg.DISTILL.STAGES = [{"TEACHERS": [], "DISTILL": {"LOSSES": []}}, {"SOLVER": {"MAX_ITER": 2}}]
+    alone, both = stages.stage_configs(cfg)
+    assert not alone.DISTILL.TEACHERS and [t["NAME"] for t in both.DISTILL.TEACHERS] == ["small", "large"]
+    assert stages.total_iterations(cfg) == 6 + 2
+
+
+def test_iterations_are_shared_out_over_stages(project, teacher_weights, tmp_path):
+    cfg = curriculum(project, teacher_weights, tmp_path, **{"SOLVER.STEPS": [4], "DISTILL.WARMUP_ITERS": 2})
+    assert stages.total_iterations(cfg) == 10
+    stages.set_total_iterations(cfg, 40)
+    first, second = stages.stage_configs(cfg)
+    assert [c.SOLVER.MAX_ITER for c in (first, second)] == [16, 24]
+    assert [c.SOLVER.STEPS for c in (first, second)] == [(16,), (16,)]
+    assert [e["NAME"] for e in second.DISTILL.LOSSES] == ["FitNet"], "other overrides stay"
+    assert first.SOLVER.WARMUP_ITERS == 3 and first.DISTILL.WARMUP_ITERS == 2, "longer runs keep their warm-ups"
+    stages.set_total_iterations(cfg, 20)
+    assert [c.SOLVER.MAX_ITER for c in stages.stage_configs(cfg)] == [8, 12]
+    assert stages.stage_configs(cfg)[0].SOLVER.WARMUP_ITERS == 2
+    stages.set_total_iterations(cfg, None)
+    assert stages.total_iterations(cfg) == 20
+
+
+def test_the_table_has_the_losses_without_distillation():
+    step = {"loss_cls": 1.0, "loss_box": 0.5, "loss_distill/FitNet": 7.0, "total_loss": 8.5}
+    end = {"iteration": 4, "bbox/AP": 12.5, "validation/L_detect": 0.75}
+    found = [
+        Stage(1, "small", 4, [{"iteration": 1, **step, "bbox/AP": 3.0}, {"iteration": 3, **step}, end]),
+        Stage(2, "no teacher", 6, [{"iteration": 5, "loss_cls": 0.25, "total_loss": 0.25}]),
+    ]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in stage_table(found).splitlines()]
+    assert rows[0] == ["stage", "teachers", "iterations", "bbox/AP", "training L_detect", "validation L_detect"]
+    assert rows[2:] == [["1", "small", "4", "12.50", "1.5000", "0.7500"], ["2", "no teacher", "6", "-", "0.2500", "-"]]
+    assert [list(x) for x in found[0].curve("/AP")] == [[2, 4], [3.0, 12.5]], "the last evaluation is of iteration 4"
+    above, below = stages_figure(found).axes
+    assert list(above.lines[0].get_xdata()) == [2, 4] and list(above.lines[1].get_xdata()) == [4, 4], "where it ends"
+    drawn = [list(line.get_xdata()) for line in below.lines]
+    assert drawn[0] == [2, 4] and [4 + 6] in drawn, "stages follow one another"
 
 
 def test_the_folder_of_a_curriculum_is_a_used_one(project, teacher_weights, tmp_path):

@@ -135,6 +135,9 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.DISTILL.ANALYSIS_PERIOD = 0
 
     # --- evaluation and speed ------------------------------------------------------------------------------------
+    # Images of each test set on which every evaluation also computes the detection losses by themselves, without
+    # distillation, as "validation/L_detect". 0: it does not.
+    cfg.TEST.LOSS_IMAGES = 0
     # "SGD" (detectron2's) or "AdamW", which trains small networks from scratch in far fewer iterations.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # LR_SCHEDULER_NAME WarmupPolyLR: exponent of the fall from BASE_LR over MAX_ITER.

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 
+from .low_res import to_low_res
 from .regions import RegionMapper
 
 
@@ -21,19 +22,21 @@ class FixedInputs:
         images: how many at most, drawn at random by ``seed``; None: all.
         short_side: of the input in pixels.
         longest: the most that the long side may be.
+        low_res: read the files of LOW_RES_IMAGES.
 
     Raises:
         ValueError: the data set has no image (with annotations).
     """
 
     def __init__(
-        self, cfg: CfgNode, dataset: str, images: int | None, *, short_side: int, longest: int, seed: int = 0
-    ) -> None:
+        self, cfg: CfgNode, dataset: str, images: int | None, *, short_side: int, longest: int, seed: int = 0,
+        low_res: bool = False,
+    ) -> None:  # fmt: skip
         dicts = get_detection_dataset_dicts([dataset], filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         if not dicts:
             raise ValueError(f"data set {dataset!r} has no image with annotations")
         chosen = sorted(np.random.default_rng(seed).permutation(len(dicts))[:images].tolist())
-        self._dicts = [dicts[index] for index in chosen]
+        self._dicts = [to_low_res(dicts[index]) if low_res else dicts[index] for index in chosen]
         resize = T.ResizeShortestEdge([short_side] * 2, longest)
         self._mapper = RegionMapper(DatasetMapper(cfg, True, augmentations=[resize]))
 

@@ -66,7 +66,8 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
         FileNotFoundError: CONFIG or WEIGHTS does not exist.
     """
     cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", student.MODEL.DEVICE])
-    reverse = other_channel_order(student, cfg)
+    first = next(iter(teacher_entries(student)), entry)
+    reverse = other_channel_order(student, cfg, initialises=first.get("NAME") == entry.get("NAME", first.get("NAME")))
     model = build_model(cfg)
     try:
         CheckedCheckpointer(model).load_all(entry["WEIGHTS"], entry["CONFIG"])
@@ -81,8 +82,11 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
     )
 
 
-def other_channel_order(student: CfgNode, teacher: CfgNode) -> bool:
+def other_channel_order(student: CfgNode, teacher: CfgNode, initialises: bool = True) -> bool:
     """Whether the teacher needs the student's images with RGB and BGR exchanged.
+
+    Args:
+        initialises: whether it is the first teacher, from which the student starts.
 
     Raises:
         ValueError: INPUT.FORMAT differ otherwise, or the student starts from weights of the other order.
@@ -92,7 +96,7 @@ def other_channel_order(student: CfgNode, teacher: CfgNode) -> bool:
         return False
     if {ours, theirs} != {"RGB", "BGR"}:
         raise ValueError(f"INPUT.FORMAT is {ours} for the student and {theirs} for the teacher; images are the same")
-    if student.DISTILL.INIT_STUDENT == "full":
+    if initialises and student.DISTILL.INIT_STUDENT == "full":
         raise ValueError(
             f"INPUT.FORMAT is {ours} for the student and {theirs} for the teacher, whose whole network "
             "DISTILL.INIT_STUDENT full copies: take neck_and_head or none, or one INPUT.FORMAT for both"

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from ..config_values import nearest, valid_keys
 from .build import teacher_entries
 from .scaling import set_iterations
+from .stage_summary import write_summary
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
@@ -105,7 +106,8 @@ def finished(cfg: CfgNode) -> bool:
 def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], Any]) -> Any:
     """Train one stage after the other; with ``resume`` finished ones are skipped and an interrupted one continues.
 
-    Only one stage's teachers are in memory at a time.
+    Only one stage's teachers are in memory at a time. After each stage, OUTPUT_DIR has a table and a curve over all
+    stages so far, see :mod:`msad.engine.stage_summary`.
 
     Args:
         train: config, whether to resume -> the results of an ordinary run.
@@ -124,6 +126,8 @@ def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], An
             os.makedirs(config.OUTPUT_DIR, exist_ok=True)
         comm.synchronize()
         results = train(config, resume)
+        if comm.is_main_process():
+            write_summary(cfg.OUTPUT_DIR, configs)
         comm.synchronize()  # the next stage reads what the main process has just written
         gc.collect()
         if torch.cuda.is_available():

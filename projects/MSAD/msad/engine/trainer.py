@@ -20,6 +20,7 @@ from ..data.low_res import build_test_loader
 from ..distill.distiller import Distiller
 from ..distill.init import init_student
 from ..distill.schedules import paper_weights
+from ..evaluation.detection_loss import validation_loss
 from ..evaluation.evaluators import build_evaluator
 from ..modeling.features import freeze_unused_levels
 from ..modeling.ignored_regions import IgnoredRegions
@@ -124,6 +125,20 @@ class DistillTrainer(DefaultTrainer):
         own = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", branch, own).rstrip(os.sep)
         return build_evaluator(cfg, dataset_name, output_folder or folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        """detectron2's evaluation; with TEST.LOSS_IMAGES the results have {"validation": {"L_detect": ...}}, too."""
+        results = super().test(cfg, model, evaluators)
+        if cfg.TEST.LOSS_IMAGES:
+            model = getattr(model, "module", model)
+            detector = model.student if isinstance(model, Distiller) else model
+            for name in cfg.DATASETS.TEST:  # in every process: losses may average over them
+                loss = validation_loss(cfg, detector, name)
+                if comm.is_main_process():
+                    of_set = results[name] if len(cfg.DATASETS.TEST) > 1 else results
+                    of_set["validation"] = {"L_detect": loss}
+        return results
 
     def build_hooks(self) -> list:
         """detectron2's hooks, writing the student alone, and ours."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import torch
 from tqdm import tqdm
 
 from ..finding import error_text
@@ -31,10 +32,11 @@ class Run(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where one process runs: its CPU threads, and the GPU that it sees ("" for none or all)."""
+    """Where one process runs: its CPU threads (0: torch's choice), and the GPU that it sees ("" for none or all)."""
 
     threads: int = 0
     gpu: str = ""
+    here: bool = False  # no process is started, runs are done in this one
 
 
 class Plan(Protocol):
@@ -65,15 +67,15 @@ def device_opts(devices: Sequence[str]) -> list[str]:
 
 
 def make_slots(jobs: int = 1, threads: int = 0, devices: Sequence[str] = ()) -> list[Slot]:
-    """A process a GPU of ``devices`` ("cuda:0", ...), or ``jobs`` on the CPU that share its cores; none for no jobs.
+    """A process a GPU of ``devices`` ("cuda:0", ...), or ``jobs`` on the CPU that share its cores; 0: here.
 
     Raises:
-        ValueError: a device is neither "cpu" nor "cuda:N", or jobs are fewer than none.
+        ValueError: a device is neither "cpu" nor "cuda:N", or jobs are negative.
     """
     if jobs < 0:
         raise ValueError(f"--jobs must be at least 0, got {jobs}")
-    if jobs == 0 and not devices:
-        return []
+    if jobs == 0:
+        return [Slot(threads, here=True)]
     if not devices or list(devices) == ["cpu"]:
         return [Slot(threads or max(1, count_cores() // jobs))] * jobs
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
@@ -103,13 +105,13 @@ def run_all(
 
     Args:
         runs: with all that they need.
-        slots: where processes run; none: all runs are done in this process, one after the other.
+        slots: where processes run; one that is here: all runs are done in this process, one after the other.
         say: is told of every run that ends.
         command: of a process, to which the folder and the threads of the run are added; its standard input is closed
             when this process ends.
     """
-    if not slots:
-        return _run_here(plan, runs, say)
+    if any(slot.here for slot in slots):
+        return _run_here(plan, runs, slots[0].threads, say)
     waiting = {run: plan.needs(run) for run in runs}
     running: dict[subprocess.Popen, tuple[Run, Slot, float]] = {}
     failed: list[Run] = []
@@ -163,8 +165,10 @@ def run_all(
     return failed
 
 
-def _run_here(plan: Plan, runs: Sequence[Run], say: Callable[[str], None]) -> list[Run]:
+def _run_here(plan: Plan, runs: Sequence[Run], threads: int, say: Callable[[str], None]) -> list[Run]:
     """:func:`run_all` without processes, whose start would take longer than a very short run."""
+    if threads:
+        torch.set_num_threads(threads)
     failed: list[Run] = []
     for number, run in enumerate(tqdm(runs, unit="run", disable=None), start=1):
         culprit = next((need for need in plan.needs(run) if need in failed), None)

@@ -110,11 +110,12 @@ class OrderStudy:
         folder, cfg = self.output / f"seed{seed}" / "adaptation", self.curriculum(seed)
         register_datasets(cfg)
         teachers = [dict(entry) for entry in cfg.DISTILL.TEACHERS]
-        student = self.networks.folder(Run(STUDENT, seed)) / "model_final.pth"
-        found, _ = measure_adaptation(cfg, str(student), teachers, folder)
+        weights = str(self.networks.folder(Run(STUDENT, seed)) / "model_final.pth")
+        found, _ = measure_adaptation(cfg, weights, teachers, folder)
         costs = finite_costs(found)
+        about = {"student": STUDENT, "config": str(self.config), "weights": weights, "teachers": teachers}
         with atomic_write(str(folder / "costs.json"), "w") as file:
-            json.dump({"student": STUDENT, "quality": quality, **costs, "teachers": teachers}, file, indent=1)
+            json.dump({**about, "quality": quality, **costs}, file, indent=1)
         return costs
 
     def collect(self, metric: str = AP) -> dict:

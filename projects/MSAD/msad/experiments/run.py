@@ -138,16 +138,17 @@ def train_and_evaluate(folder: Path) -> dict:
     """
     cfg = load_config(folder / "config.yaml")
     cfg.freeze()
+    is_curriculum = bool(cfg.DISTILL.STAGES)
 
     def train(cfg: CfgNode, resume: bool = True) -> None:
-        trainer = _Trainer(cfg, _Clock(folder / "clock.json"))
+        trainer = _Trainer(cfg, _Clock(folder / "clock.json"), evaluates=is_curriculum)
         trainer.resume_or_load(resume=resume)
         if trainer.start_iter < trainer.max_iter:
             trainer.train()
 
     with exclusive_lock(folder), log_to(folder / "log.txt"):
         prepare(cfg)
-        if cfg.DISTILL.STAGES:
+        if is_curriculum:
             train_stages(cfg, True, train)
             shutil.copy(Path(stage_configs(cfg)[-1].OUTPUT_DIR) / FINAL, folder / FINAL)
         else:
@@ -177,15 +178,19 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 
 class _Trainer(DistillTrainer):
-    """Measures time; leaves the evaluation after training to the run, which evaluates every branch of a teacher."""
+    """Measures time; leaves the evaluation after training to the run, which evaluates every branch of a teacher.
 
-    def __init__(self, cfg: CfgNode, clock: _Clock) -> None:
-        self._clock = clock
+    Args:
+        evaluates: whether it evaluates at the end all the same, as stages of a curriculum do.
+    """
+
+    def __init__(self, cfg: CfgNode, clock: _Clock, evaluates: bool) -> None:
+        self._clock, self._evaluates = clock, evaluates
         super().__init__(cfg)
 
     def build_hooks(self) -> list:
-        final = self.cfg.TEST.EVAL_PERIOD == 0
-        hooks = [hook for hook in super().build_hooks() if not (final and isinstance(hook, EvalHook))]
+        left_out = self.cfg.TEST.EVAL_PERIOD == 0 and not self._evaluates
+        hooks = [hook for hook in super().build_hooks() if not (left_out and isinstance(hook, EvalHook))]
         return [self._clock, *hooks]  # the first: what other hooks do after a step is not training
 
 

@@ -32,6 +32,7 @@ class CostTable:
         costs: C(from, to).
         normalized_costs: the same divided by the variance of "to" (1 - R^2); empty if not measured.
         teachers: DISTILL.TEACHERS entries of the teachers; empty if not known.
+        config, weights: yaml and checkpoint of the student; "" if not known.
     """
 
     student: str
@@ -39,6 +40,8 @@ class CostTable:
     costs: Costs
     normalized_costs: Costs = field(default_factory=dict)
     teachers: list[dict] = field(default_factory=list)
+    config: str = ""
+    weights: str = ""
 
 
 def read_costs(path: str | os.PathLike, quality: Mapping[str, float] | None = None) -> CostTable:
@@ -80,6 +83,8 @@ def read_costs(path: str | os.PathLike, quality: Mapping[str, float] | None = No
         costs=costs,
         normalized_costs=_numbers_of_pairs(content.get("normalized_costs") or {}, f"{path}: normalized_costs"),
         teachers=list(content.get("teachers") or []),
+        config=content.get("config") or "",
+        weights=content.get("weights") or "",
     )
 
 
@@ -121,34 +126,52 @@ def stages_block(
 ) -> dict[str, Any]:
     """The DISTILL block of a curriculum: one stage a teacher.
 
-    Only the first stage initialises the student from its teacher (DISTILL.INIT_STUDENT of the yaml); later ones start
-    from the student of the stage before.
-
     Args:
         order: names of the teachers, first stage first.
         teachers: DISTILL.TEACHERS entries; those of the order are repeated in the block.
         max_iter: iterations of each stage; None leaves SOLVER.MAX_ITER of the yaml.
     """
-    stages: list[dict[str, Any]] = []
-    for number, name in enumerate(order):
-        stage: dict[str, Any] = {"TEACHERS": [name]}
-        if number:
-            stage["DISTILL"] = {"INIT_STUDENT": "none"}
-        if max_iter is not None:
-            stage["SOLVER"] = {"MAX_ITER": max_iter}
-        stages.append(stage)
+    solver = {} if max_iter is None else {"SOLVER": {"MAX_ITER": max_iter}}
+    block: dict[str, Any] = {"STAGES": [{"TEACHERS": [name], **solver} for name in order]}
     entries = {entry.get("NAME"): dict(entry) for entry in teachers}
-    block: dict[str, Any] = {"STAGES": stages}
     if all(name in entries for name in order):
         block = {"TEACHERS": [entries[name] for name in order], **block}
     return {"DISTILL": block}
 
 
-def dump_stages(block: dict[str, Any]) -> str:
-    """``block`` as yaml, a line a teacher and a stage."""
-    lines = ["DISTILL:"]
-    for key, entries in block["DISTILL"].items():
-        lines.append(f"  {key}:")
-        for entry in entries:
-            lines.append(f"    - {yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=1000).strip()}")
+def curriculum(block: Mapping[str, Any], config: str, weights: str, output_dir: str, folder: str) -> dict[str, Any]:
+    """A whole config of :func:`stages_block`, which begins with the off-the-shelf student.
+
+    Args:
+        config, weights: yaml and checkpoint of that student.
+        output_dir: OUTPUT_DIR of the curriculum.
+        folder: of the file that is to be written, to which paths of files become relative.
+    """
+
+    def beside(path: str) -> str:
+        return os.path.relpath(path, folder or ".") if os.path.isfile(path) else path
+
+    distill = {"INIT_STUDENT": "none", **block["DISTILL"]}
+    distill["TEACHERS"] = [
+        {key: beside(value) if key in ("CONFIG", "WEIGHTS") else value for key, value in entry.items()}
+        for entry in distill["TEACHERS"]
+    ]
+    start = {"_BASE_": beside(config), "MODEL": {"WEIGHTS": beside(weights)}, "OUTPUT_DIR": output_dir}
+    return {**start, "DISTILL": distill}
+
+
+def dump_stages(block: Mapping[str, Any]) -> str:
+    """A block or config of this module as yaml, a line a teacher and a stage."""
+    lines = [_flow({key: value}) for key, value in block.items() if key != "DISTILL"]
+    lines.append("DISTILL:")
+    for key, value in block["DISTILL"].items():
+        if isinstance(value, list):
+            lines += [f"  {key}:", *(f"    - {_flow(entry, True)}" for entry in value)]
+        else:
+            lines.append(f"  {_flow({key: value})}")
     return "\n".join(lines) + "\n"
+
+
+def _flow(value: Mapping[str, Any], braces: bool = False) -> str:
+    text = yaml.safe_dump(dict(value), default_flow_style=braces or None, sort_keys=False, width=1000)
+    return text.strip()

@@ -41,10 +41,10 @@ def check_classes(student: Sequence[str] | None, teacher: Sequence[str] | None, 
 
 
 @check("pixels")
-def check_pixels(cfg: CfgNode, teacher: CfgNode) -> Generator:
-    """Channel order, and mean and standard deviation of pixels."""
+def check_pixels(cfg: CfgNode, teacher: CfgNode, initialises: bool = True) -> Generator:
+    """Channel order, and mean and standard deviation of pixels; the student starts from a teacher that initialises."""
     try:
-        if other_channel_order(cfg, teacher):
+        if other_channel_order(cfg, teacher, initialises):
             formats = f"{cfg.INPUT.FORMAT} for the student, {teacher.INPUT.FORMAT} for the teacher"
             yield Finding(OK, "channel order", f"{formats}, which gets the channels reversed")
     except ValueError as error:

@@ -74,7 +74,7 @@ def preflight_checks(
     two_stage = isinstance(student, GeneralizedRCNN)
     return {
         "classes": lambda: check_training_sets(cfg, config),
-        "pixels": lambda: check_pixels(cfg, config),
+        "pixels": lambda: check_pixels(cfg, config, first),
         "sizes": lambda: check_sizes(cfg, config, resolution) if whole else [],
         "levels": lambda: (
             check_levels(student_shapes(student, resolution), teacher.shapes(), matches)
