@@ -89,6 +89,21 @@ def test_a_ridge_settles_dead_channels():
     assert dead["costs"]["a"]["b"] == pytest.approx(alive["costs"]["a"]["b"], rel=1e-6)
 
 
+def test_the_ridge_is_numpys_and_leaves_the_bias_alone():
+    """lstsq of rows to which a penalty row is added for each weight: sqrt(ridge * sum over channels / channels)."""
+    maps, targets, ridge = images(0), [m + 50 for m in images(1, channels=2)], 0.3
+    x, y = (np.concatenate([m.flatten(1).T.double().numpy() for m in found]) for found in (maps, targets))
+    penalty = np.sqrt(ridge * (x**2).sum(axis=0).mean()) * np.eye(5, 6)
+    design = np.vstack([np.column_stack([x, np.ones(len(x))]), penalty])
+    weight = np.linalg.lstsq(design, np.vstack([y, np.zeros((5, 2))]), rcond=None)[0]
+    sums = FeatureSums(5, 2)
+    for features, target in zip(maps, targets):
+        sums.add(with_ones(features), target.flatten(1).T)
+    np.testing.assert_allclose(sums.solve(ridge).numpy(), weight, rtol=1e-9, atol=1e-12)
+    # However large it is, the mean of the target is free: what is left is its variance.
+    assert sums.error(sums.solve(1e12)) == pytest.approx(sums.variance(), rel=1e-6)
+
+
 def test_a_constant_target_has_no_normalized_cost():
     found = costs_between(images(0), [torch.full((2, 12, 9), 3.0)] * 3)
     assert found["costs"]["a"]["b"] == pytest.approx(0, abs=1e-9)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from msad.experiments.jobs import Run, Slot, device_opts, error_of, make_slots, run_all
 
@@ -87,6 +88,24 @@ def test_a_failure_stays_alone_and_a_crash_is_not_taken_for_an_earlier_error(tmp
     assert error_of(tmp_path / "third") == "third is wrong" and not (tmp_path / "second/pid").exists()
 
 
+def test_without_processes_runs_are_done_here(tmp_path, monkeypatch):
+    def train(folder):
+        if folder.name == "first":
+            raise KeyError("no such thing")
+        assert torch.get_num_threads() == 1
+        (folder / "result.json").write_text("{}")
+        return {"seconds": 1.0, "results": {"x": {"bbox": {"AP": 12.34}}}}
+
+    monkeypatch.setattr("msad.experiments.jobs.train_and_evaluate", train)
+    lines, plan = [], Script(tmp_path, first="work", second="work", third="work")
+    assert run_all(plan, [FIRST, SECOND, THIRD], [Slot(1, here=True)], lines.append) == [FIRST, SECOND]
+    assert [error_of(tmp_path / name) for name in ("first", "second", "third")] == [
+        "no such thing", "not run, because what it needs (first, seed 0) failed", None
+    ]  # fmt: skip
+    assert lines[-1] == "[3/3] third, seed 0: AP x 12.3 (1 s)"
+    assert plan.prepared == [FIRST, THIRD]
+
+
 def test_what_is_needed_comes_first_and_finished_runs_are_kept(tmp_path):
     plan = Script(tmp_path, first="work", second="work", third="finished")
     assert run_all(plan, [SECOND, THIRD, FIRST], [Slot(1)] * 2, lambda _: None, plan.command) == []
@@ -125,7 +144,8 @@ def test_slots(monkeypatch):
     assert make_slots(devices=["cuda:1"]) == [Slot(0, "7")]
     with pytest.raises(ValueError, match="cuda:2"):
         make_slots(devices=["cuda:2"])
-    with pytest.raises(ValueError, match="--jobs must be at least 1"):
-        make_slots(0)
+    assert make_slots(0, 2) == [Slot(2, here=True)]
+    with pytest.raises(ValueError, match="--jobs must be at least 0"):
+        make_slots(-1)
     assert device_opts([]) == [] and device_opts(["cpu"]) == ["MODEL.DEVICE", "cpu"]
     assert device_opts(["cuda:0", "cuda:1"]) == ["MODEL.DEVICE", "cuda"]

@@ -178,7 +178,7 @@ def test_bad_tables_are_named(tmp_path, text, message):
     assert "bad.yaml" in str(caught.value)
 
 
-def test_stages_initialise_the_student_once():
+def test_one_stage_a_teacher():
     teachers = [{"NAME": "IV", "CONFIG": "iv.yaml"}, {"NAME": "III", "CONFIG": "iii.yaml"}]
     block = stages_block(["III", "IV"], teachers, 90)
     assert yaml.safe_load(dump_stages(block)) == block == {
@@ -186,7 +186,7 @@ def test_stages_initialise_the_student_once():
             "TEACHERS": [{"NAME": "III", "CONFIG": "iii.yaml"}, {"NAME": "IV", "CONFIG": "iv.yaml"}],
             "STAGES": [
                 {"TEACHERS": ["III"], "SOLVER": {"MAX_ITER": 90}},
-                {"TEACHERS": ["IV"], "DISTILL": {"INIT_STUDENT": "none"}, "SOLVER": {"MAX_ITER": 90}},
+                {"TEACHERS": ["IV"], "SOLVER": {"MAX_ITER": 90}},
             ],
         }
     }  # fmt: skip

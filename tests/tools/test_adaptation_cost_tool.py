@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from msad import load_config
 from msad.distill.progressive.table import read_costs
-from msad.engine.stages import stage_configs
+from msad.experiments import adaptation
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "adaptation_cost.py"
 
@@ -47,7 +47,7 @@ def call(project, tmp_path, capsys):
 
 
 def test_costs_order_and_stages(call, tmp_path, monkeypatch):
-    maps_of, calls = call.module.image_maps, []
+    maps_of, calls = adaptation.image_maps, []
 
     def interrupted(network, item):
         calls.append(network.name)
@@ -55,7 +55,7 @@ def test_costs_order_and_stages(call, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return maps_of(network, item)
 
-    monkeypatch.setattr(call.module, "image_maps", interrupted)
+    monkeypatch.setattr(adaptation, "image_maps", interrupted)
     quality = ["--quality", "wide=30", "multi=40"]
     status, printed = call(*quality)
     assert status == 130 and "goes on with the other images" in printed.err
@@ -72,16 +72,42 @@ def test_costs_order_and_stages(call, tmp_path, monkeypatch):
     stages = yaml.safe_load((call.out / "stages.yaml").read_text())["DISTILL"]
     assert found["order"][-1] == "multi" and [s["TEACHERS"][0] for s in stages["STAGES"]] == found["order"]
     assert [entry["NAME"] for entry in stages["TEACHERS"]] == found["order"]
-    # Stages run as they are, on top of the student's yaml.
-    (tmp_path / "curriculum.yaml").write_text(f"_BASE_: all.yaml\n{(call.out / 'stages.yaml').read_text()}")
-    configs = stage_configs(load_config(tmp_path / "curriculum.yaml"))
-    assert [[entry["NAME"] for entry in c.DISTILL.TEACHERS] for c in configs] == [[name] for name in found["order"]]
     assert read_costs(call.out / "costs.json").teachers == found["teachers"]
 
     # Without the interruption the numbers are the same.
     (call.out / "progress.pt").unlink()
     assert call(*quality)[0] == 0
     assert json.loads((call.out / "costs.json").read_text())["costs"] == found["costs"]
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", SCRIPT.with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("by", ["adaptation_cost", "order_teachers"])
+def test_train_net_runs_the_suggested_stages_as_they_are(call, tmp_path, monkeypatch, by):
+    monkeypatch.chdir(tmp_path)  # where OUTPUT_DIR is
+    config = yaml.safe_load((tmp_path / "all.yaml").read_text())
+    config["DISTILL"] |= {"LOSSES": [{"NAME": "FitNet", "MATCH": "by_index"}], "INIT_STUDENT": "full"}
+    config |= {"OUTPUT_DIR": "runs/student", "SOLVER": {"MAX_ITER": 1}, "DATASETS": {"TEST": ["tiny_val"]}}
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump(config))
+    assert call("--quality", "wide=40", "multi=30")[0] == 0
+    file = call.out / "stages.yaml"
+    if by == "order_teachers":
+        file = tmp_path / "else" / "where.yaml"
+        line = [call.out / "costs.json", "--rule", "sum", "--output", file]
+        assert tool("order_teachers").main(list(map(str, line))) == 0
+    order = [stage["TEACHERS"] for stage in yaml.safe_load(file.read_text())["DISTILL"]["STAGES"]]
+    assert tool("train_net").main(["--config-file", str(file)]) == 0
+    runs = tmp_path / "runs" / "student_progressive"
+    rows = (runs / "stages.md").read_text().replace(" ", "").splitlines()[2:]
+    assert [row.split("|")[2:4] for row in rows] == [[*teachers, "1"] for teachers in order] and order[-1] == ["wide"]
+    # It began with the trained student, and not with what the yaml's INIT_STUDENT would have copied from a teacher.
+    first = load_config(runs / "config.yaml")
+    assert first.DISTILL.INIT_STUDENT == "none" and Path(first.MODEL.WEIGHTS).samefile(tmp_path / "student.pth")
 
 
 def test_a_network_adapts_to_itself_at_no_cost(call, tmp_path):

@@ -162,16 +162,16 @@ def curriculum(block: Mapping[str, Any], config: str, weights: str, output_dir: 
 
 def dump_stages(block: Mapping[str, Any]) -> str:
     """A block or config of this module as yaml, a line a teacher and a stage."""
-    lines = [_flow({key: value}) for key, value in block.items() if key != "DISTILL"]
+    lines = [f"{key}: {_on_one_line(value)}" for key, value in block.items() if key != "DISTILL"]
     lines.append("DISTILL:")
     for key, value in block["DISTILL"].items():
         if isinstance(value, list):
-            lines += [f"  {key}:", *(f"    - {_flow(entry, True)}" for entry in value)]
+            lines += [f"  {key}:", *(f"    - {_on_one_line(entry)}" for entry in value)]
         else:
-            lines.append(f"  {_flow({key: value})}")
+            lines.append(f"  {key}: {_on_one_line(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _flow(value: Mapping[str, Any], braces: bool = False) -> str:
-    text = yaml.safe_dump(dict(value), default_flow_style=braces or None, sort_keys=False, width=1000)
-    return text.strip()
+def _on_one_line(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+    return text.removesuffix("...\n").strip()  # with which a scalar ends

@@ -1,0 +1,100 @@
+"""tools/compare_orders.py: every order of two teachers, with shared stages, continued after an interruption."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from msad.distill.progressive.order import all_orders
+from msad.experiments import jobs
+from msad.experiments.orders import order_study
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "compare_orders.py"
+
+
+@pytest.fixture
+def call(project, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("compare_orders_tool", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("shelf", "one", "two"):
+        channels = 40 if name == "two" else 32
+        text = f"_BASE_: {project}/fcos.yaml\nSOLVER: {{MAX_ITER: 1}}\nMODEL: {{FPN: {{OUT_CHANNELS: {channels}}}}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    teachers = [{"NAME": name, "CONFIG": f"{name}.yaml", "WEIGHTS": "not_trained_yet.pth"} for name in ("one", "two")]
+    distill = {"TEACHERS": teachers, "LOSSES": [{"NAME": "FitNet"}], "STUDENT_RESOLUTION": "H", "WARMUP_ITERS": 0}
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"_BASE_": "shelf.yaml", "DISTILL": distill}))
+
+    def run(*args):
+        line = [tmp_path / "pool.yaml", "--student", tmp_path / "shelf.yaml", "--seeds", 3, "--jobs", 0, *args]
+        return module.main([*map(str, line), "--output", str(tmp_path / "out")]), capsys.readouterr()
+
+    run.out = tmp_path / "out"
+    return run
+
+
+def test_all_orders_share_their_beginnings_and_resume(call, monkeypatch):
+    done, train = [], jobs.train_and_evaluate
+
+    def interrupted(folder):
+        done.append(folder.name)
+        if done.count("one-two") == 1 and folder.name == "one-two":
+            raise KeyboardInterrupt
+        return train(folder)
+
+    monkeypatch.setattr(jobs, "train_and_evaluate", interrupted)
+    status, printed = call()
+    assert status == 130 and "goes on" in printed.err
+    status, printed = call()
+    assert status == 0, printed.out + printed.err
+    networks, stages = ["shelf", "one", "two"], ["one", "two", "one-two", "two-one"]
+    assert sorted(done) == sorted(["student", *networks[1:], *stages, "one-two"]), "each once, but the interrupted one"
+
+    def weights(name):
+        return torch.load(call.out / "seed3" / name / "model_final.pth", weights_only=True)["model"]
+
+    # A second stage begins with the student of the first: one iteration of a tiny learning rate apart.
+    starts = {name: yaml.safe_load((call.out / "seed3/orders" / name / "config.yaml").read_text()) for name in stages}
+    assert starts["one-two"]["MODEL"]["WEIGHTS"].endswith("seed3/orders/one/model_final.pth")
+    assert starts["one"]["MODEL"]["WEIGHTS"].endswith("seed3/student/model_final.pth")
+    assert [t["NAME"] for t in starts["one-two"]["DISTILL"]["TEACHERS"]] == ["two"]
+    assert weights("orders/one-two").keys() == weights("student").keys()
+    found = json.loads((call.out / "orders.json").read_text())["seeds"]["3"]
+    assert [order for order, _ in found["orders"]] == [["one"], ["two"], ["one", "two"], ["two", "one"]]
+    assert {(e["k"], e["of"]) for e in found["rules"]} == {(1, 2), (2, 4)}
+    assert all(1 <= e["rank"] <= e["of"] for e in found["rules"])
+    assert all(found["costs"][a][b] > 0 for a, b in itertools.permutations(("student", "one", "two"), 2))
+    assert "algorithm1" in printed.out and "orders.png" in printed.out
+    assert all((call.out / f).stat().st_size > 5000 for f in ("orders.png", "costs_seed3.png", "graph_seed3.png"))
+    # Nothing is trained again, and the costs of the study are a file for tools/order_teachers.py.
+    done.clear()
+    assert call("--report-only")[0] == 0 and not done
+    assert (call.out / "seed3" / "adaptation" / "costs.json").is_file()
+
+
+def test_pools_that_cannot_be_ordered(call, tmp_path):
+    pool = yaml.safe_load((tmp_path / "pool.yaml").read_text())
+    teachers = pool["DISTILL"]["TEACHERS"]
+    mean = {"NAME": "both", "MEAN_OF": ["one", "two"]}
+    for entries, words in (
+        (teachers[:1], "orders need two teachers or more"),
+        ([*teachers, mean], "both is a mean of teachers"),
+        ([dict(teachers[0], NAME="a-b"), teachers[1]], "the teacher's name 'a-b' cannot be used here"),
+    ):
+        pool["DISTILL"]["TEACHERS"] = entries
+        (tmp_path / "pool.yaml").write_text(yaml.safe_dump(pool))
+        status, printed = call()
+        assert status == 2 and words in printed.err and printed.err.count("\n") == 1
+
+
+def test_all_orders_of_a_study_come_after_their_beginnings(call, tmp_path):
+    study = order_study(tmp_path / "pool.yaml", tmp_path / "shelf.yaml", tmp_path / "x", [0, 1])
+    runs = study.runs()
+    assert len(runs) == 2 * len(all_orders(["one", "two"], 2)) == 8
+    assert all(runs.index(need) < runs.index(run) for run in runs for need in study.needs(run))
