@@ -25,6 +25,26 @@ NARROW = {
         "RESNETS": {"DEPTH": 50, "RES2_OUT_CHANNELS": 16, "WIDTH_PER_GROUP": 4, "NORM": "FrozenBN"},
     }
 }
+FEATURES = ["res2", "res3", "res4", "res5"]
+WITHOUT_C1 = {"MODEL": {"RESNETS": {"OUT_FEATURES": FEATURES}, "FPN": {"IN_FEATURES": FEATURES}}}
+DCN = {
+    "MODEL": {
+        "BACKBONE": {"FREEZE_AT": 0},
+        "FPN": {"BOTTOM_UP": "build_resnet_backbone", "IN_FEATURES": FEATURES},
+        "RESNETS": {
+            **NARROW["MODEL"]["RESNETS"], "OUT_FEATURES": FEATURES, "DEFORM_MODULATED": True,
+            "DEFORM_ON_PER_STAGE": [False, True, True, True],
+        },
+    }
+}  # fmt: skip
+SWIN = {
+    "MODEL": {
+        "FPN": {"BOTTOM_UP": "build_swin_backbone", "IN_FEATURES": ["p0", "p1", "p2", "p3"]},
+        "SWIN": {
+            "EMBED_DIM": 8, "DEPTHS": [1, 1, 2, 1], "NUM_HEADS": [1, 2, 2, 2], "WINDOW_SIZE": 4, "DROP_PATH_RATE": 0.0,
+        },
+    }
+}  # fmt: skip
 FROZEN = {"MODEL": {"RESNETS": {"NORM": "FrozenBN"}}}
 SEMANTIC = {"MODEL": {"META_ARCHITECTURE": "HTC", "HTC": {"SEMANTIC_ON": True, "SEMANTIC_CLASSES": 5}}}
 DETECTORS = {
@@ -33,18 +53,16 @@ DETECTORS = {
     "CascadeMask": ("CascadeMask", FROZEN),
     "HTC": ("HTC", FROZEN),
     "HTC_semantic": ("HTC", merged(FROZEN, SEMANTIC)),
-    "DetectoRS": ("HTC", NARROW),
+    "DetectoRS": ("HTC", merged(WITHOUT_C1, NARROW)),
+    "Swin": ("MaskRCNN", SWIN),
+    "DCNv2": ("MaskRCNN", DCN),
 }
 
 
 def config(project: Path, folder: Path, name: str):
     arch, keys = DETECTORS[name]
     finest = 2 if name == "RepPoints_L" or arch != "RepPoints" else 3
-    base = model_keys(arch, finest)
-    if name == "DetectoRS":  # its networks have no map of stride 2
-        features = ["res2", "res3", "res4", "res5"]
-        base = merged(base, {"MODEL": {"RESNETS": {"OUT_FEATURES": features}, "FPN": {"IN_FEATURES": features}}})
-    return write(project, folder, name, merged(base, keys))
+    return write(project, folder, name, merged(model_keys(arch, finest), keys))
 
 
 def images() -> list[dict]:

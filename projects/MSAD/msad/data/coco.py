@@ -24,6 +24,7 @@ KEYS = {
     "JSON": PATH,
     "IMAGES": PATH,
     "LOW_RES_IMAGES": PATH.optional(),
+    "STUFF": PATH.optional(),
     "CLASSES": NAMES.optional(),
     "KEYPOINT_FLIP_PAIRS": Key(
         lambda v: isinstance(v, (list, tuple)) and all(is_names(p) and len(p) == 2 for p in v),
@@ -48,6 +49,8 @@ def coco(name: str, entry: dict[str, Any]) -> None:
 
     - ``JSON``, ``IMAGES``: annotation file, image folder.
     - ``LOW_RES_IMAGES``: folder of the student's own images, with the names of those in ``IMAGES``.
+    - ``STUFF``: folder of label maps of things and stuff, PNG files with the names of the images, which HTC's semantic
+      branch is trained on: values 0, 1, ... are its classes (COCO's ``stuffthingmaps``: 0 to 182), 255 is ignored.
     - ``CLASSES``: category names by ascending category id. Known before the file is read, and compared with it.
     - ``KEYPOINT_FLIP_PAIRS``: pairs of keypoint names that change places in a mirrored image. Without it the category
       records of the file say so (``flip_pairs``), else names that differ in their side (left, right; l, r) are paired.
@@ -69,7 +72,7 @@ def _load(entry: dict[str, Any]) -> list[dict]:
         ValueError: the file is not what COCO's format says; names file and record.
     """
     name = entry["NAME"]
-    for key in ("JSON", "IMAGES", "LOW_RES_IMAGES"):
+    for key in ("JSON", "IMAGES", "LOW_RES_IMAGES", "STUFF"):
         kind, exists = ("file", PathManager.isfile) if key == "JSON" else ("folder", PathManager.isdir)
         if key in entry and not exists(entry[key]):
             raise FileNotFoundError(f"data set {name!r}: DATASETS.REGISTER: {key}: no such {kind}: {entry[key]}")
@@ -193,7 +196,16 @@ def _records(entry: dict[str, Any], content: dict[str, Any], contiguous: dict[in
         }
         if "LOW_RES_IMAGES" in entry:
             record["low_res_file_name"] = os.path.join(entry["LOW_RES_IMAGES"], image["file_name"])
+        if "STUFF" in entry:
+            record["sem_seg_file_name"] = os.path.join(entry["STUFF"], os.path.splitext(image["file_name"])[0] + ".png")
         records.append(record)
+    maps = [record["sem_seg_file_name"] for record in records] if "STUFF" in entry else []
+    missing = [path for path in maps if not PathManager.isfile(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"data set {entry['NAME']!r}: DATASETS.REGISTER: STUFF: {len(missing)} of {len(maps)} label maps are "
+            f"missing, the first is {missing[0]}"
+        )
     return records
 
 
