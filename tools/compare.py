@@ -34,7 +34,8 @@ from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import device_opts, make_slots
-from msad.experiments.report import write_report
+from msad.experiments.panels import draw_panels, load_predictors
+from msad.experiments.report import PANELS, write_report
 from msad.experiments.rows import check_metric, failures, rows_of
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import Variant, at_equal_time, equal_cost, sweep, unique_names
@@ -61,6 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
     parser.add_argument("--metric", default="bbox/AP", metavar="TASK/METRIC", help="e.g. segm/AP; default: %(default)s")
+    parser.add_argument("--panels", nargs="+", default=[], metavar="NAME",
+                        help="also draw validation images with what these variants find")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is finished")
     return parser
 
@@ -88,8 +91,12 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
     if args.equal_cost:
         variants |= equal_cost(args.equal_cost, reference)
     opts = [*args.opts, *device_opts(args.devices)]
-    return Comparison(variants, args.output, opts, tuple(dict.fromkeys(args.seeds)), args.iterations,
+    made = Comparison(variants, args.output, opts, tuple(dict.fromkeys(args.seeds)), args.iterations,
                       args.teacher_iterations, args.teacher_weights, reference)  # fmt: skip
+    for name in args.panels:
+        if name not in made.variants:
+            raise ValueError(f"--panels {name} is none of the variants {', '.join(made.variants)}")
+    return made
 
 
 def report(comparison: Comparison, metric: str) -> dict:
@@ -112,6 +119,8 @@ def work(args: argparse.Namespace) -> int:
     """Train and report; status 1 if a run failed."""
     comparison = make_comparison(args)
     failed = [] if args.report_only else comparison.run(make_slots(args.jobs, args.threads, args.devices))
+    if args.panels and comparison.finished():
+        draw_panels(comparison, args.output / PANELS, load_predictors(comparison, args.panels))
     data = report(comparison, args.metric)
     print(format_tables(data, args.metric) if rows_of(data) else "No run has finished yet.")
     for line in failures(data):

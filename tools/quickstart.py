@@ -25,10 +25,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import cv2
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor
 
 from msad import cli, load_config
 from msad.data.layouts import LAYOUTS, read_contents, register_entries
@@ -40,11 +38,11 @@ from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs
 from msad.experiments.gallery import write_gallery
 from msad.experiments.jobs import Run, count_cores, device_opts, error_of, make_slots
+from msad.experiments.panels import draw_panels, load_predictors
 from msad.experiments.report import PANELS, write_report
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import QUICK, choose, standard_variants
 from msad.modeling.adapters import num_classes_key
-from msad.visualization import Panel, save_panels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TITLE = "Low-resolution detection by distillation"
@@ -135,32 +133,21 @@ def describe_data(study: Comparison) -> dict:
     }
 
 
-def draw_pictures(study: Comparison, panels: int = 4, threshold: float = 0.5) -> None:
+def draw_pictures(study: Comparison) -> None:
     """Write panels.jpg, ground truth, teacher and low-resolution models side by side on a few validation images, and
     the gallery of more of them."""
-    seed, finished = study.seeds[0], study.finished()
+    finished = study.finished()
     conventional = "baseline_equal_cost" if "baseline_equal_cost" in finished else "baseline_L"
     roles = {"teacher": "teacher", "conventional": conventional, "student": "student_L"}
-    predictors = {}
-    for role, name in roles.items():
-        if name in finished:
-            cfg = study.config(Run(name, seed)).clone()
-            cfg.defrost()
-            cfg.MODEL.WEIGHTS = str(study.folder(Run(name, seed)) / "model_final.pth")
-            predictors[role] = DefaultPredictor(cfg)
-    test = study.config(Run(finished[0], seed)).DATASETS.TEST[0]
-    records, metadata = DatasetCatalog.get(test), MetadataCatalog.get(test)
+    predictors = load_predictors(study, roles.values())
+    draw_panels(study, study.output / PANELS, predictors)
+    test = study.config(Run(finished[0], study.seeds[0])).DATASETS.TEST[0]
 
-    def detect(role: str, image):
-        return predictors[role](image)["instances"]
+    def detect(name: str, image):
+        return predictors[name](image)["instances"]
 
-    rows = []
-    for record in records[:: max(len(records) // panels, 1)][:panels]:
-        image = cv2.imread(record["file_name"])
-        columns = {"ground truth": record, **{roles[role]: detect(role, image) for role in predictors}}
-        rows.append(Panel(image[:, :, ::-1], columns, Path(record["file_name"]).name))
-    save_panels(study.output / PANELS, rows, metadata, threshold=threshold)
-    write_gallery(study.output, records, metadata, {r: (roles[r], partial(detect, r)) for r in predictors})
+    columns = {role: (name, partial(detect, name)) for role, name in roles.items() if name in predictors}
+    write_gallery(study.output, DatasetCatalog.get(test), MetadataCatalog.get(test), columns)
 
 
 def add_seconds(output: Path, seconds: float) -> float:

@@ -4,7 +4,13 @@ import importlib.util
 import json
 from pathlib import Path
 
+import cv2
 import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+
+from msad import load_config
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare.py"
 
@@ -53,6 +59,37 @@ def test_a_sweep_and_the_conventional_detector_of_equal_cost(call, project, tmp_
     swept = ["student_WEIGHT_0.06", "student_WEIGHT_6.0"]
     assert list(data["variants"]) == ["fcos", *swept, "baseline_equal_cost", "teacher"]
     assert data["variants"]["student_WEIGHT_6.0"]["losses"][0]["weight"] == 6.0
+
+
+def test_segmentors_have_their_metric_and_panels(call, project, tmp_path):
+    """The ground truth beside what an (untrained) segmentor says of every pixel."""
+    psp = SCRIPT.parents[1] / "configs" / "Segmentation" / "pspnet_R_18_voc.yaml"
+    sets = {"TYPE": "coco_sem_seg", "IMAGES": str(project / "data" / "images")}
+    entries = [{"NAME": f"seg_{s}", "JSON": str(project / "data" / f"annotations_{s}.json"), **sets}
+               for s in ("train", "val")]  # fmt: skip
+    config = {
+        "_BASE_": str(psp), "DATASETS": {"REGISTER": entries, "TRAIN": ["seg_train"], "TEST": ["seg_val"]},
+        "MODEL": {
+            "DEVICE": "cpu", "RESNETS": {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 8, "NORM": "BN"},
+            "SEM_SEG_HEAD": {"NUM_CLASSES": 7, "CONVS_DIM": 8, "NORM": "BN"},
+        },
+    }  # fmt: skip
+    (tmp_path / "psp.yaml").write_text(yaml.safe_dump(config))
+    folder = tmp_path / "out" / "seed0" / "psp"
+    folder.mkdir(parents=True)
+    torch.save({"model": build_model(load_config(tmp_path / "psp.yaml")).state_dict()}, folder / "model_final.pth")
+    metrics = {"mIoU": 40.0, "IoU-background": 80.0, "IoU-disc": 20.0, "ACC-disc": 30.0}
+    clock = {"iterations": 6, "warmup": 0, "seconds": 3.0, "cpu_seconds": 3.0, "steps": 6}
+    (folder / "result.json").write_text(json.dumps({**clock, "results": {"psp": {"sem_seg": metrics}}}))
+    options = ["--seeds", 0, "--report-only", "--output", tmp_path / "out"]
+    status, printed = call(tmp_path / "psp.yaml", *options, "--metric", "sem_seg/mIoU", "--panels", "psp")
+    assert status == 0 and "IoU background" in printed.out and "ACC" not in printed.out
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "panels.jpg" in report and "a few mIoU" in report
+    page = cv2.imread(str(tmp_path / "out" / "panels.jpg"))
+    assert page.shape[1] == 2 * 488 + 8 and page.shape[0] > 2 * 480
+    status, printed = call(tmp_path / "psp.yaml", *options, "--panels", "teacher")
+    assert status == 2 and "--panels teacher is none of the variants psp" in printed.err
 
 
 def test_bad_command_lines_are_one_sentence(call, project, tmp_path):

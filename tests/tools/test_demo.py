@@ -8,12 +8,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeTransform
 from detectron2.modeling import build_model
+from pycocotools import mask as rle
 
 from msad import load_config
 from msad.data import make_dataset, register_entries
-from msad.visualization import draw_objects
+from msad.data.register import register_datasets
+from msad.visualization import draw_objects, predictions
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "demo.py"
 DETECTOR = """
@@ -104,7 +107,7 @@ def test_the_threshold_decides_what_is_drawn(demo, world, tmp_path):
     assert call(demo, world, "--input", image, "--output", tmp_path / "a.png", threshold="0.999") == 0
     rgb = cv2.imread(str(image))[:, :, ::-1]
     found = {"height": 96, "width": 128, "annotations": []}
-    plain = draw_objects(rgb, found, demo.MetadataCatalog.get("unnamed classes"))
+    plain = draw_objects(rgb, found, MetadataCatalog.get("unnamed classes"))
     assert np.array_equal(cv2.imread(str(tmp_path / "a.png"))[:, :, ::-1], plain)
 
 
@@ -249,11 +252,11 @@ def test_class_names(demo, world, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     entries = register_entries(world / "data", f"demo_{tmp_path.name}")
     known = load_config(world / "student.yaml", ["DATASETS.REGISTER", entries, "DATASETS.TEST", (entries[1]["NAME"],)])
-    demo.register_datasets(known)
+    register_datasets(known)
     assert demo.class_metadata(known, None).thing_classes[:2] == ["disc", "ring"]
     gone = [{"NAME": f"gone_{tmp_path.name}", "JSON": str(tmp_path / "no.json"), "IMAGES": str(tmp_path)}]
     unknown = load_config(world / "student.yaml", ["DATASETS.REGISTER", gone, "DATASETS.TEST", (gone[0]["NAME"],)])
-    demo.register_datasets(unknown)
+    register_datasets(unknown)
     assert demo.class_metadata(unknown, None).get("thing_classes") is None
     assert "no.json" in capsys.readouterr().err
 
@@ -340,7 +343,7 @@ def test_json_of_the_detections(demo, world, tmp_path):
     records = json.loads(out.read_text())
     assert len(records) == 3 + 7 and [r.get("frame") for r in records[2:5]] == [None, 0, 1]
     predictor = demo.load_predictor(str(world / "student.yaml"), str(world / "student.pth"), "cpu", [])
-    found = demo.predictions(predictor(cv2.imread(records[0]["file"]))["instances"]).above(0)
+    found = predictions(predictor(cv2.imread(records[0]["file"]))["instances"]).above(0)
     assert (records[0]["width"], records[0]["height"]) == (128, 96) and len(found) == 4
     expected = zip(found.boxes, found.scores, found.classes)
     for entry, ((x0, y0, x1, y1), score, index) in zip(records[0]["detections"], expected):
@@ -371,7 +374,93 @@ def test_boxes_of_one_pixel_can_be_seen(demo):
     image = np.zeros((480, 640, 3), np.uint8)
     record = {"height": 480, "width": 640, "annotations": [
         {"bbox": [300.0, 200.0, 1.0, 1.0], "bbox_mode": 1, "category_id": 0, "iscrowd": 0}]}  # fmt: skip
-    drawn = draw_objects(image, record, demo.MetadataCatalog.get("unnamed classes"), labels=False)
+    drawn = draw_objects(image, record, MetadataCatalog.get("unnamed classes"), labels=False)
     marks = np.argwhere(drawn.max(axis=2) > 80)
     assert (marks.max(axis=0) - marks.min(axis=0) >= 5).all()
     assert np.abs(marks.mean(axis=0) - (200.5, 300.5)).max() < 1.5
+
+
+SEGMENTOR = """
+_BASE_: %s
+MODEL:
+  DEVICE: cpu
+  RESNETS: {STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 8, NORM: BN}
+  SEM_SEG_HEAD: {CONVS_DIM: 8, NUM_CLASSES: 7, NORM: BN}
+DATASETS: {REGISTER: [], TRAIN: [], TEST: []}
+INPUT: {MIN_SIZE_TEST: 96, MAX_SIZE_TEST: 160}
+"""
+
+
+@pytest.fixture(scope="module")
+def segments(world):
+    """A segmentor of the scenes' shapes and one at half resolution, and a folder of label maps."""
+    psp = SCRIPT.parents[1] / "configs" / "Segmentation" / "pspnet_R_18_voc.yaml"
+    (world / "segmentor.yaml").write_text(SEGMENTOR % psp)
+    (world / "segmentor_L.yaml").write_text("_BASE_: segmentor.yaml\nINPUT: {MIN_SIZE_TEST: 48, MAX_SIZE_TEST: 80}\n")
+    for seed, name in enumerate(("segmentor", "segmentor_L")):
+        torch.manual_seed(seed)
+        model = build_model(load_config(world / f"{name}.yaml"))
+        torch.nn.init.normal_(model.sem_seg_head.predictor[1].weight)
+        torch.save({"model": model.state_dict()}, world / f"{name}.pth")
+    (world / "labels").mkdir()
+    for number in range(3):
+        labels = np.full((96, 128), 255, np.uint8)
+        labels[:, 64:] = number
+        cv2.imwrite(str(world / "labels" / f"val_00000{number}.png"), labels)
+    return world
+
+
+def test_segmentors_beside_label_maps(demo, segments, tmp_path):
+    teacher = ["--teacher-config", segments / "segmentor.yaml", "--teacher-weights", segments / "segmentor.pth"]
+    image, out = segments / "data" / "images" / "val_000001.jpg", tmp_path / "found.json"
+    arguments = [*teacher, "--input", image, "--output", tmp_path, "--json", out]
+    assert call(demo, segments, *arguments, "--ground-truth", segments / "labels", model="segmentor_L") == 0
+    page = cv2.imread(str(tmp_path / "val_000001.jpg"))[:, :, ::-1].astype(int)
+    assert page.shape[1] == 3 * 488 + 8
+    plain = cv2.resize(cv2.imread(str(image)), (480, 360), interpolation=cv2.INTER_CUBIC)[:, :, ::-1].astype(int)
+    shown = page[40:400, 8:488]
+    # Ignored pixels are the photograph's own, the others have the colour of class 1.
+    assert np.abs(shown[:, :230] - plain[:, :230]).mean() < 4
+    colour = np.array([0x3F, 0xB8, 0xFF])
+    assert np.abs(shown[:, 250:] - (0.45 * plain[:, 250:] + 0.55 * colour)).mean() < 4
+    predictor = demo.load_predictor(str(segments / "segmentor_L.yaml"), str(segments / "segmentor_L.pth"), "cpu", [])
+    labels = predictor(cv2.imread(str(image)))["sem_seg"].argmax(dim=0).numpy()
+    assert labels.shape == (96, 128)
+    (record,) = json.loads(out.read_text())
+    assert {d["category_id"]: d["pixels"] for d in record["detections"]} == dict(
+        zip(*map(np.ndarray.tolist, np.unique(labels, return_counts=True)))
+    )
+    for found in record["detections"]:
+        assert np.array_equal(rle.decode(found["segmentation"]).astype(bool), labels == found["category_id"])
+
+
+def test_a_segmentor_beside_the_masks_of_annotations(demo, segments, tmp_path):
+    annotations = segments / "data" / "annotations_val.json"
+    arguments = ["--input", segments / "data" / "images", "--output", tmp_path, "--ground-truth", annotations]
+    assert call(demo, segments, *arguments, model="segmentor") == 0
+    assert len(list(tmp_path.iterdir())) == 3
+    truth = demo.GroundTruth(str(annotations), True)
+    assert truth.metadata.stuff_classes[:3] == ["background", "disc", "ring"]
+    record = truth.find(segments / "data" / "images" / "val_000002.jpg")
+    found = {a["category_id"] for a in json.loads(annotations.read_text())["annotations"] if a["image_id"] == 3}
+    assert set(cv2.imread(record["sem_seg_file_name"], cv2.IMREAD_UNCHANGED).ravel().tolist()) == {0, *found}
+
+
+def test_a_segmentor_on_a_video(demo, segments, tmp_path):
+    assert call(demo, segments, "--input", segments / "drive.mp4", "--output", tmp_path, model="segmentor") == 0
+    found, _ = frames(tmp_path / "drive.mp4")
+    assert len(found) == 7 and found[0].shape == (536, 640, 3)
+
+
+def test_what_does_not_fit_a_segmentor_is_said(demo, segments, tmp_path, capsys):
+    image = segments / "data" / "images" / "val_000000.jpg"
+    options = ["--input", image, "--output", tmp_path / "out", "--ground-truth", segments / "labels"]
+    assert call(demo, segments, *options) == 2
+    assert "folder of label maps, but the model is no segmentor" in capsys.readouterr().err
+    teacher = ["--teacher-config", segments / "teacher.yaml", "--teacher-weights", segments / "teacher.pth"]
+    assert call(demo, segments, *options, *teacher, model="segmentor") == 2
+    assert "a segmentor and a detector" in capsys.readouterr().err
+    cv2.imwrite(str(tmp_path / "val_000000.jpg"), np.zeros((50, 70, 3), np.uint8))
+    options[1] = tmp_path / "val_000000.jpg"
+    assert call(demo, segments, *options, model="segmentor") == 1
+    assert "it has 70x50 pixels, but its annotations are for 128x96" in capsys.readouterr().err

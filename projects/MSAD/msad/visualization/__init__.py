@@ -2,15 +2,18 @@
 
 from .colours import variant_styles
 from .intervals import IntervalRow, plot_ap_vs_cost, plot_intervals
-from .objects import Objects, ground_truth, predictions
+from .label_maps import LabelMap
+from .objects import Objects, as_content, ground_truth, predictions
 from .panels import Panel, draw_objects, save_panels
 from .plots import plot_curves
 from .weights import plot_sweep_lines
 
 __all__ = [
     "IntervalRow",
+    "LabelMap",
     "Objects",
     "Panel",
+    "as_content",
     "draw_objects",
     "ground_truth",
     "plot_ap_vs_cost",

@@ -11,6 +11,7 @@ from detectron2.structures import BoxMode, Instances
 from pycocotools import mask as rle
 
 from ..data.coco_annotations import bitmap
+from .label_maps import LabelMap
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Objects:
         )
 
 
+# What a picture may be asked to show: also Instances, a dataset dict, or what a model says of one image.
+Content = Objects | LabelMap | Instances | dict
+
+
 def ground_truth(record: dict) -> Objects:
     """The annotations of a detectron2 dataset dict; crowd regions, which nothing is scored on, are left out."""
     annotations = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
@@ -77,12 +82,14 @@ def predictions(instances: Instances) -> Objects:
     )
 
 
-def as_json(objects: Objects, names: Sequence[str] = ()) -> list[dict]:
+def as_json(objects: Objects | LabelMap, names: Sequence[str] = ()) -> list[dict]:
     """Detections as json holds them: COCO's bbox [x, y, width, height], score, category_id from 0, category.
 
-    ``names`` are those of the classes. Masks are COCO's compressed run lengths under "segmentation", keypoints
-    [x, y, score, ...]; all in the pixels of the image.
+    Of a label map see :meth:`LabelMap.as_json`. ``names`` are those of the classes. Masks are COCO's compressed run
+    lengths under "segmentation", keypoints [x, y, score, ...]; all in the pixels of the image.
     """
+    if isinstance(objects, LabelMap):
+        return objects.as_json(names)
     found = []
     for i, (x0, y0, x1, y1) in enumerate(objects.boxes.tolist()):
         index = int(objects.classes[i])
@@ -125,8 +132,16 @@ def resized(objects: Objects, sx: float, sy: float, size: tuple[int, int]) -> Ob
     )
 
 
-def as_objects(source: Objects | Instances | dict) -> Objects:
-    """Objects as they are, those of a dataset dict or of a model's Instances."""
-    if isinstance(source, Objects):
+def as_content(source: Content) -> Objects | LabelMap:
+    """Objects and label maps as they are, and what is in a model's output or in a dataset dict."""
+    if isinstance(source, (Objects, LabelMap)):
         return source
-    return ground_truth(source) if isinstance(source, dict) else predictions(source)
+    if isinstance(source, Instances):
+        return predictions(source)
+    if "instances" in source:
+        return predictions(source["instances"])
+    if "sem_seg" in source:
+        return LabelMap.of_scores(source["sem_seg"])
+    if "sem_seg_file_name" in source and "annotations" not in source:
+        return LabelMap.read(source["sem_seg_file_name"])
+    return ground_truth(source)

@@ -9,13 +9,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 from detectron2.data.catalog import Metadata
-from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .colours import FAINT, GREY, INK, class_colour
-from .objects import Objects, as_objects, resized
+from .label_maps import LabelMap
+from .objects import Content, Objects, as_content, resized
 
 _DPI = 100
 _GAP = 8  # pixels between the cells of a panel
@@ -26,16 +26,16 @@ _LINE = _FONT_SIZE * _DPI / 72 * 1.5  # pixels from one label to the next
 
 @dataclass(frozen=True)
 class Panel:
-    """One row: an RGB uint8 image (H, W, 3) and, by column title, dataset dicts, Instances or Objects of it."""
+    """One row: an RGB uint8 image (H, W, 3) and, by column title, what there is to show of it."""
 
     image: np.ndarray
-    columns: Mapping[str, Objects | Instances | dict] = field(default_factory=dict)
+    columns: Mapping[str, Content] = field(default_factory=dict)
     caption: str = ""
 
 
 def draw_objects(
     image: np.ndarray,
-    objects: Objects | Instances | dict,
+    objects: Content,
     metadata: Metadata,
     *,
     threshold: float = 0.7,
@@ -43,12 +43,13 @@ def draw_objects(
     labels: bool | None = None,
     colours: Mapping[int, tuple[float, float, float]] | None = None,
 ) -> np.ndarray:
-    """Draw boxes, masks and keypoints, whichever there are, with detectron2's Visualizer.
+    """Draw boxes, masks and keypoints, whichever there are, with detectron2's Visualizer; or the classes of all pixels.
 
     Args:
         image: RGB uint8 (H, W, 3).
         objects: in the pixels of ``image``; those that have a score are shown from ``threshold`` on.
-        metadata: ``thing_classes`` name the classes, otherwise their indices do; keypoint names and rules are used.
+        metadata: ``thing_classes``, or ``stuff_classes``, name the classes, otherwise their indices do; keypoint names
+            and rules are used.
         width: of the picture. Default: the image's own, enlarged if the short side is below 480 pixels, because text
             and lines do not fit into less. The image is enlarged before anything is drawn.
         labels: write class and score; default: unless there are so many objects that labels would hide them.
@@ -57,7 +58,7 @@ def draw_objects(
     Returns:
         RGB uint8 picture.
     """
-    objects = as_objects(objects).above(threshold)
+    objects = as_content(objects).above(threshold)
     height, own_width = image.shape[:2]
     if width is None:
         width = round(own_width * max(1.0, 480 / min(height, own_width)))
@@ -65,7 +66,12 @@ def draw_objects(
     if size != (height, own_width):
         enlarging = width > own_width
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC if enlarging else cv2.INTER_AREA)
-        objects = resized(objects, width / own_width, size[0] / height, size)
+        if isinstance(objects, Objects):
+            objects = resized(objects, width / own_width, size[0] / height, size)
+        else:
+            objects = objects.resized(size)
+    if isinstance(objects, LabelMap):
+        return objects.paint(image, colours or {c: class_colour(c) for c in objects.classes.tolist()})
     canvas = Visualizer(np.ascontiguousarray(image), metadata)
     if len(objects):
         chosen = [colours[c] if colours else class_colour(c) for c in objects.classes.tolist()]
@@ -122,7 +128,7 @@ def _draw_labels(
 
 def class_name(metadata: Metadata, index: int) -> str:
     """Name of a class, or its index where no name is known."""
-    names = metadata.get("thing_classes") or ()
+    names = metadata.get("thing_classes") or metadata.get("stuff_classes") or ()
     return names[index] if index < len(names) else str(index)
 
 
@@ -153,7 +159,7 @@ def panels_figure(panels: list[Panel], metadata: Metadata, *, threshold: float =
     titles = list(dict.fromkeys(title for panel in panels for title in panel.columns))
     if not titles:
         raise ValueError("nothing to draw: no panel has a column")
-    rows = [{t: as_objects(o).above(threshold) for t, o in panel.columns.items()} for panel in panels]
+    rows = [{t: as_content(o).above(threshold) for t, o in panel.columns.items()} for panel in panels]
     shown = sorted({c for row in rows for objects in row.values() for c in objects.classes.tolist()})
     # Of many classes few are shown; by rank they get colours that are easier to tell apart.
     colours = {c: class_colour(rank if max(shown) >= 8 else c) for rank, c in enumerate(shown)}
@@ -195,12 +201,13 @@ def _compose(titles, panels, rows, cells, legend, threshold, cell_width) -> Figu
             picture = row[title]
             page[y : y + picture.shape[0], x : x + cell_width] = picture
             below = y + picture.shape[0] + caption_height / 2
-            text(x + cell_width, below, _count(len(found[title])), ha="right", color=GREY)
+            text(x + cell_width, below, count_text(found[title]), ha="right", color=GREY)
             if column == 0 and panel.caption:
                 text(x, below, _shorten(panel.caption, cell_width), ha="left", color=GREY)
         y += row_height + caption_height + _GAP
-    note = f"Predictions with a score of {threshold:g} or more."
-    text(_GAP, height - legend_height + 10, note, color=GREY)
+    if any(isinstance(content, Objects) for found in rows for content in found.values()):
+        note = f"Predictions with a score of {threshold:g} or more."
+        text(_GAP, height - legend_height + 10, note, color=GREY)
     if handles:
         figure.legend(
             handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(0, 0, 1, 1), fontsize=10, frameon=False,
@@ -220,8 +227,10 @@ def _legend(colours: Mapping[str, tuple], width: int) -> tuple[list[Line2D], int
     return handles, max(1, min(len(handles), int(width / (60 + 9.0 * longest))))
 
 
-def _count(number: int) -> str:
-    return f"{number} object" if number == 1 else f"{number} objects"
+def count_text(content: Objects | LabelMap) -> str:
+    """How much is shown: "3 objects", or of a label map "3 classes"."""
+    one, several = ("class", "classes") if isinstance(content, LabelMap) else ("object", "objects")
+    return f"{len(content)} {one if len(content) == 1 else several}"
 
 
 def _shorten(caption: str, width: int) -> str:

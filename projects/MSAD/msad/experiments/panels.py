@@ -1,0 +1,57 @@
+"""Validation images with what the models of a comparison find in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+
+from ..data.register import registered
+from ..data.sem_seg import is_segmentation
+from ..visualization import LabelMap, Panel, save_panels
+from .comparison import Comparison
+from .jobs import Run
+
+Predictor = Callable[[np.ndarray], dict[str, Any]]
+
+
+def load_predictors(study: Comparison, names: Iterable[str]) -> dict[str, DefaultPredictor]:
+    """Of those of ``names`` that are finished variants, trained with the study's first seed, by name."""
+    predictors = {}
+    for name in names:
+        if name in study.finished():
+            run = Run(name, study.seeds[0])
+            cfg = study.config(run).clone()
+            cfg.defrost()
+            cfg.MODEL.WEIGHTS = str(study.folder(run) / "model_final.pth")
+            predictors[name] = DefaultPredictor(cfg)
+    return predictors
+
+
+def draw_panels(
+    study: Comparison, path: Path, predictors: Mapping[str, Predictor], count: int = 4, threshold: float = 0.5
+) -> None:
+    """Write a picture: a row an image, the ground truth and then a column a model.
+
+    Args:
+        predictors: by title: BGR image -> {"instances"} or {"sem_seg"}.
+        count: of images, at equal distances in the data set that the first finished variant is tested on.
+        threshold: least score of the detections that are shown.
+    """
+    cfg = study.config(Run(study.finished()[0], study.seeds[0]))
+    with registered(cfg):
+        records, metadata = DatasetCatalog.get(cfg.DATASETS.TEST[0]), MetadataCatalog.get(cfg.DATASETS.TEST[0])
+        panels = []
+        for record in records[:: max(len(records) // count, 1)][:count]:
+            image = cv2.imread(record["file_name"])
+            truth = record
+            if is_segmentation(records):
+                truth = LabelMap.read(record["sem_seg_file_name"], metadata.ignore_label)
+            columns = {"ground truth": truth, **{title: predict(image) for title, predict in predictors.items()}}
+            panels.append(Panel(image[:, :, ::-1], columns, Path(record["file_name"]).name))
+        save_panels(path, panels, metadata, threshold=threshold)
