@@ -16,8 +16,10 @@ from pycocotools import mask as rle
 from msad.data.synthetic import make_dataset
 from msad.visualization import (
     IntervalRow,
+    LabelMap,
     Objects,
     Panel,
+    as_content,
     draw_objects,
     ground_truth,
     plot_ap_vs_cost,
@@ -188,6 +190,42 @@ def test_classes_without_a_name_are_shown_by_index():
         [Panel(BLACK, {"only": instances([[1, 1, 9, 9], [9, 9, 30, 30]], [7, 2], [0.9, 0.9])})], NAMES, cell_width=200
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plus", "7"]
+
+
+# --- label maps ---------------------------------------------------------------------------------------------------------
+
+
+def test_label_maps_paint_classes_and_leave_what_is_ignored():
+    image = np.full((2, 4, 3), 100, np.uint8)
+    content = LabelMap(np.array([[0, 0, 1, 255], [0, 0, 1, 255]], np.uint8))
+    assert content.classes.tolist() == [0, 1] and len(content) == 2 and content.above(0.9) is content
+    drawn = draw_objects(image, content, NAMES, width=4, colours={0: (1.0, 0.0, 0.0), 1: (0.0, 1.0, 0.0)})
+    assert drawn[:, 0].tolist() == [[185, 45, 45]] * 2  # 45 % of the photograph, 55 % of the colour
+    assert drawn[:, 2].tolist() == [[45, 185, 45]] * 2 and drawn[:, 3].tolist() == [[100] * 3] * 2
+    large = content.resized((4, 8)).labels
+    assert large.tolist() == np.repeat(np.repeat(content.labels, 2, axis=0), 2, axis=1).tolist()
+
+
+def test_what_models_and_data_sets_give_is_told_apart(tmp_path):
+    cv2.imwrite(str(tmp_path / "labels.png"), np.array([[3, 255]], np.uint8))
+    read = as_content({"file_name": "a.jpg", "sem_seg_file_name": str(tmp_path / "labels.png")})
+    assert read.classes.tolist() == [3] and as_content(read) is read
+    best = as_content({"sem_seg": torch.tensor([[[0.0, 2.0]], [[1.0, 1.0]]])})
+    assert best.labels.tolist() == [[1, 0]]
+    found = instances([[1, 2, 3, 4]], [1], [0.5])
+    assert as_content({"instances": found}).scores.tolist() == as_content(found).scores.tolist() == [0.5]
+    assert best.as_json(["ground"]) == [
+        {"category_id": 0, "category": "ground", "pixels": 1, "segmentation": {"size": [1, 2], "counts": "11"}},
+        {"category_id": 1, "category": "1", "pixels": 1, "segmentation": {"size": [1, 2], "counts": "011"}},
+    ]
+
+
+def test_panels_of_label_maps_count_classes_and_name_them(tmp_path):
+    names = Metadata(name="segments", stuff_classes=["ground", "disc"])
+    content = LabelMap(np.eye(60, 80, dtype=np.uint8))
+    figure = panels_figure([Panel(np.zeros((60, 80, 3), np.uint8), {"labels": content})], names, cell_width=240)
+    texts = [text for text, _ in texts_of(figure)]
+    assert "2 classes" in texts and {"ground", "disc"} <= set(texts) and not any("score" in text for text in texts)
 
 
 # --- panels -----------------------------------------------------------------------------------------------------------
