@@ -192,7 +192,7 @@ def test_classes_without_a_name_are_shown_by_index():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plus", "7"]
 
 
-# --- label maps ---------------------------------------------------------------------------------------------------------
+# --- label maps -----------------------------------------------------------------------------------------------------
 
 
 def test_label_maps_paint_classes_and_leave_what_is_ignored():
