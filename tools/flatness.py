@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -26,12 +25,10 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from msad import load_config
-from msad.cli import model_names, parse, require_device
+from msad.cli import load_models, parse
 from msad.cli import run as run_command
-from msad.data.register import register_datasets
 from msad.engine.checkpoint import atomic_write
-from msad.engine.provenance import fingerprint, machine
+from msad.engine.provenance import fingerprint, write_report
 from msad.engine.setup import load_model
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.evaluation.flatness import DISTANCES, loss_along, moved, random_direction, sharpness
@@ -129,27 +126,17 @@ def _finite(value: float) -> float | None:
 
 
 def run(args: argparse.Namespace) -> str:
-    names = model_names(args.model)
-    configs = [load_config(config, args.opts) for config, _ in args.model]
-    for cfg, (_, weights) in zip(configs, args.model):
-        if not os.path.isfile(weights):
-            raise FileNotFoundError(f"no checkpoint {weights}")
-        require_device(cfg.MODEL.DEVICE)
-        register_datasets(cfg)
+    loaded = load_models(args.model, args.opts)
+    first = next(cfg for cfg, _ in loaded.values())
+    for cfg, _ in loaded.values():
         for key in ("TRAIN", "TEST"):
-            if len(cfg.DATASETS[key]) != 1 or cfg.DATASETS[key] != configs[0].DATASETS[key]:
+            if len(cfg.DATASETS[key]) != 1 or cfg.DATASETS[key] != first.DATASETS[key]:
                 raise ValueError(f"all models need one and the same DATASETS.{key}, got {list(cfg.DATASETS[key])}")
-    models = {name: explore(args, cfg, weights, name) for name, cfg, (_, weights) in zip(names, configs, args.model)}
+    models = {name: explore(args, cfg, weights, name) for name, (cfg, weights) in loaded.items()}
     output = Path(args.output)
-    options = ("images", "batch_size", "directions", "seed")
-    about = {
-        **machine(configs[0].MODEL.DEVICE),
-        **{option: getattr(args, option) for option in options},
-        "datasets": {key: configs[0].DATASETS[key][0] for key in ("TRAIN", "TEST")},
-        "weights": {name: weights for name, (_, weights) in zip(names, args.model)},
-    }
-    with atomic_write(str(output / "flatness.json"), "w") as stream:
-        json.dump({**about, "models": models}, stream, indent=1)
+    options = {option: getattr(args, option) for option in ("images", "batch_size", "directions", "seed")}
+    datasets = {key: first.DATASETS[key][0] for key in ("TRAIN", "TEST")}
+    write_report(output / "flatness.json", models, loaded, **options, datasets=datasets)
     written = ["flatness.json", "flatness.png"]
     plot_lines(models, output / "flatness.png")
     if args.surface:

@@ -25,13 +25,11 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from tqdm import tqdm
 
-from msad import load_config
-from msad.cli import model_names, parse, require_device
+from msad.cli import load_models, parse
 from msad.cli import run as run_command
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
-from msad.data.register import register_datasets
 from msad.engine.checkpoint import atomic_write
-from msad.engine.provenance import fingerprint, machine
+from msad.engine.provenance import fingerprint, write_report
 from msad.engine.setup import load_model
 from msad.evaluation import streaming
 from msad.evaluation.coco_stats import box_stats
@@ -182,33 +180,25 @@ def _finite(stats: dict[str, float]) -> dict[str, float | None]:
 
 
 def run(args: argparse.Namespace) -> str:
-    names = model_names(args.model)
-    configs = [load_config(config, args.opts) for config, _ in args.model]
-    for cfg, (_, weights) in zip(configs, args.model):
-        if not os.path.isfile(weights):
-            raise FileNotFoundError(f"no checkpoint {weights}")
-        require_device(cfg.MODEL.DEVICE)
-        register_datasets(cfg)
-        if cfg.DATASETS.TEST != configs[0].DATASETS.TEST:
-            raise ValueError("the models name different DATASETS.TEST; override it for all of them")
-    videos = Videos(configs[0], args.fps)
+    loaded = load_models(args.model, args.opts)
+    first = next(cfg for cfg, _ in loaded.values())
+    if any(cfg.DATASETS.TEST != first.DATASETS.TEST for cfg, _ in loaded.values()):
+        raise ValueError("the models name different DATASETS.TEST; override it for all of them")
+    videos = Videos(first, args.fps)
     models: dict[str, list[dict]] = {}
-    for name, cfg, (_, weights) in zip(names, configs, args.model):
+    for name, (cfg, weights) in loaded.items():
         for side in args.sizes or [cfg.INPUT.MIN_SIZE_TEST]:
             entry = evaluate_model(args, videos, at_size(cfg, side), weights, f"{name}_{side}")
             models.setdefault(name, []).append(entry)
     options = ("schedule", "real_time", "stride", "eta", "runtime_ms", "performance")
     about = {
-        **machine(configs[0].MODEL.DEVICE),
         "dataset": videos.name,
         "sequences": {sequence.name: len(sequence.image_ids) for sequence in videos.sequences},
         "fps": sorted({sequence.fps for sequence in videos.sequences}),
         **{option: getattr(args, option) for option in options},
-        "weights": {name: weights for name, (_, weights) in zip(names, args.model)},
     }
     output = Path(args.output)
-    with atomic_write(str(output / "streaming.json"), "w") as stream:
-        json.dump({**about, "models": models}, stream, indent=1)
+    write_report(output / "streaming.json", models, loaded, **about)
     title = f"{videos.name}, {args.schedule}" + (", in real time" if args.real_time else "")
     plot_streaming(models, output / "streaming.png", about["fps"][-1], title)
     rows = [

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import yaml
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 
-from .config import add_msad_config, nearest, valid_keys
+from .config import add_msad_config, load_config, nearest, valid_keys
 from .finding import error_text
 
 # What bad input raises; anything else is a defect of the program and keeps its traceback.
@@ -129,6 +129,29 @@ def model_names(models: Sequence[Sequence[str]]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError(f"two --model have the same name: {', '.join(names)}")
     return names
+
+
+def load_models(models: Sequence[Sequence[str]], opts: Sequence[str]) -> dict[str, tuple[CfgNode, str]]:
+    """name -> config and weights of each (yaml, weights) of a command line, with their data sets registered.
+
+    Args:
+        opts: KEY VALUE overrides of all of them.
+
+    Raises:
+        FileNotFoundError: no such yaml file or checkpoint.
+        ValueError, KeyError: two of one name, a wrong config, or a device that this machine does not have.
+    """
+    from .data.register import register_datasets
+
+    found = {}
+    for name, (config, weights) in zip(model_names(models), models):
+        cfg = load_config(config, opts)
+        if not os.path.isfile(weights):
+            raise FileNotFoundError(f"no checkpoint {weights}")
+        require_device(cfg.MODEL.DEVICE)
+        register_datasets(cfg)
+        found[name] = cfg, weights
+    return found
 
 
 def require_device(device: str) -> None:

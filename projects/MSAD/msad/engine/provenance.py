@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 
 from ..data.fingerprint import dataset_fingerprint, file_sha256
+from .checkpoint import atomic_write
 from .setup import engine_name
 
 
@@ -31,3 +34,19 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
     }
+
+
+def write_report(
+    file: Path, results: dict[str, Any], models: Mapping[str, tuple[CfgNode, str]], **about: Any
+) -> None:
+    """Write what was measured of several models, with the machine and their weights, as JSON.
+
+    Args:
+        results: name of the model -> its numbers.
+        models: name -> config and weights; all on one device.
+        about: what else the numbers depend on.
+    """
+    device = next(cfg for cfg, _ in models.values()).MODEL.DEVICE
+    weights = {name: weights for name, (_, weights) in models.items()}
+    with atomic_write(str(file), "w") as stream:
+        json.dump({**machine(device), **about, "weights": weights, "models": results}, stream, indent=1)
