@@ -33,7 +33,7 @@ A name, option, value or level that does not exist is an error that says which a
 | `NAME` | | a registered loss |
 | `WEIGHT` | the loss's | factor on all of its terms |
 | `SOURCE` | every teacher that is in no mean | name or names of teachers, means or assistants |
-| `TAP` | `neck` | where features are read; `bottom_up`: the backbone's stages |
+| `TAP` | `neck` | where features are read; `bottom_up`: the backbone's stages; of segmentors also `decoder`, `scores` |
 | `LEVELS` | all that have a partner | names of the teacher's levels (neck: H frame) |
 | `MATCH` | `by_stride` | levels of equal grid; `by_index`: the i-th of both sides, the student's resized |
 | `ADAPTATION` | `auto` | 1x1 convolution on the student's features: `auto` (where channels differ), `always`, `none` |

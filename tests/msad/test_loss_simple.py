@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 from helpers import between, evaluate, make_context
 
 from msad.distill.losses.cwd import channel_kl
-from msad.distill.losses.mgd import mask_cells
+from msad.distill.losses.mgd import mask_locations
 from msad.distill.losses.pkd import unit_deviation
 
 
@@ -181,13 +181,13 @@ def test_mgd_equals_numpy(ratio):
 def test_mgd_masks():
     """Cells are hidden in all channels at once, a fraction of them, without rescaling the others; anew every time."""
     x = torch.rand(2, 4, 64, 64) + 1
-    masked = mask_cells(x, 0.65)
+    masked = mask_locations(x, 0.65)
     hidden = masked == 0
     assert torch.equal(hidden.any(1), hidden.all(1)) and torch.equal(masked[~hidden], x[~hidden])
     assert hidden.float().mean().item() == pytest.approx(0.65, abs=0.02)
-    assert not torch.equal(mask_cells(x, 0.65), masked)
+    assert not torch.equal(mask_locations(x, 0.65), masked)
     assert not torch.equal(hidden[0], hidden[1])
-    assert torch.equal(mask_cells(x, 0.0), x) and mask_cells(x, 1.0).abs().max() == 0
+    assert torch.equal(mask_locations(x, 0.0), x) and mask_locations(x, 1.0).abs().max() == 0
 
 
 def test_mgd_default_weight_and_range():

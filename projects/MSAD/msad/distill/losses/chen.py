@@ -29,8 +29,8 @@ def soft_binary_cross_entropy(s: torch.Tensor, t: torch.Tensor, w_bg: float = 1.
 
     Args:
         s, t: logits (..., K).
-        focus: exponent of a factor |sigmoid(s) - sigmoid(t)|, which gives cells on which the two agree no weight, as
-            focal loss does for hard labels.
+        focus: exponent of a factor |sigmoid(s) - sigmoid(t)|, which gives locations on which the two agree no weight,
+            as focal loss does for hard labels.
 
     Returns:
         (...), summed over classes.

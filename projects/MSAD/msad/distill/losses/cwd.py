@@ -12,9 +12,9 @@ from .shared import at_least_float32
 
 
 def channel_kl(s: torch.Tensor, t: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
-    """tau^2 / (N C) sum of KL(softmax(t / tau) || softmax(s / tau)), softmax over the cells of each channel.
+    """tau^2 / (N C) sum of KL(softmax(t / tau) || softmax(s / tau)), softmax over the locations of each channel.
 
-    ``s`` and ``t``: (N, C, h, w). Cells of the padding take part.
+    ``s`` and ``t``: (N, C, h, w). Locations of the padding take part.
     """
     log_s, log_t = ((at_least_float32(x).flatten(2) / tau).log_softmax(dim=2) for x in (s, t))
     return tau**2 * F.kl_div(log_s, log_t, reduction="sum", log_target=True) / (s.shape[0] * s.shape[1])

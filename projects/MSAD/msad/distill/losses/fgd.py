@@ -13,11 +13,11 @@ from .shared import at_least_float32, attention, rasterize_max
 def focal_masks(
     boxes: torch.Tensor, image: torch.Tensor, stride: int, size: tuple[int, int], num_images: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights of cells in objects and outside of them (FGD, eq. 4 to 6).
+    """Weights of locations in objects and outside of them (FGD, eq. 4 to 6).
 
-    A box takes the cells from floor(low / stride) to ceil(high / stride), both included, and gives each the weight 1 /
-    their number, so that objects of all sizes count alike; where boxes overlap the smaller one counts. Cells of an
-    image outside all boxes have equal weights that sum to 1.
+    A box takes the locations from floor(low / stride) to ceil(high / stride), both included, and gives each the weight
+    1 / their number, so that objects of all sizes count alike; where boxes overlap the smaller one counts. Locations of
+    an image outside all boxes have equal weights that sum to 1.
 
     Args:
         boxes: (K, 4) x0 y0 x1 y1 in H pixels.
@@ -32,8 +32,8 @@ def focal_masks(
     low, high = (boxes[:, :2] / stride).floor(), (boxes[:, 2:] / stride).ceil()
 
     def covered(axis: int, length: int) -> torch.Tensor:
-        cells = torch.arange(length, device=boxes.device)
-        return (cells >= low[:, axis, None]) & (cells <= high[:, axis, None])
+        locations = torch.arange(length, device=boxes.device)
+        return (locations >= low[:, axis, None]) & (locations <= high[:, axis, None])
 
     weight = 1 / (high - low + 1).prod(dim=1)
     foreground = rasterize_max(covered(1, size[0]), covered(0, size[1]), image, weight, num_images)
@@ -53,15 +53,15 @@ def focal_loss(
     (space_s, channels_s), (space_t, channels_t) = attention(s, temperature), attention(t, temperature)
     with torch.autocast(s.device.type, enabled=False):  # which would take float16 for what sums up squares
         weighted = torch.bmm(channels_t[:, None], difference.square().flatten(2))
-    per_cell = space_t * weighted.view(space_t.shape)
+    per_location = space_t * weighted.view(space_t.shape)
     gap = (space_s - space_t).abs().sum() + (channels_s - channels_t).abs().sum()
-    return tuple(term / len(s) for term in (*((mask * per_cell).sum() for mask in masks), gap))
+    return tuple(term / len(s) for term in (*((mask * per_location).sum() for mask in masks), gap))
 
 
 class GlobalContext(nn.Module):
-    """GcBlock: a bottleneck of the map averaged over cells with learned softmax weights.
+    """GcBlock: a bottleneck of the map averaged over locations with learned softmax weights.
 
-    (N, C, h, w) -> (N, C), what the block adds to every cell. Begins as zero.
+    (N, C, h, w) -> (N, C), what the block adds to every location. Begins as zero.
     """
 
     def __init__(self, channels: int) -> None:
@@ -75,9 +75,9 @@ class GlobalContext(nn.Module):
         nn.init.zeros_(self.transform[-1].bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        cells = x.flatten(2)
-        weights = torch.matmul(self.where.weight, cells).softmax(dim=2)  # (N, 1, h w)
-        return self.transform(torch.matmul(cells, weights.transpose(1, 2).to(cells.dtype)).squeeze(2))
+        locations = x.flatten(2)
+        weights = torch.matmul(self.where.weight, locations).softmax(dim=2)  # (N, 1, h w)
+        return self.transform(torch.matmul(locations, weights.transpose(1, 2).to(locations.dtype)).squeeze(2))
 
 
 @DISTILL_LOSS_REGISTRY.register()

@@ -16,9 +16,9 @@ REDUCTIONS = ("mean", "sum")
 def hint_loss(
     s: torch.Tensor, t: torch.Tensor, mask: torch.Tensor | None = None, reduction: str = "mean"
 ) -> torch.Tensor:
-    """Squared difference of (N, C, h, w) maps in the cells of ``mask`` (N, h, w), 1 or 0; None: everywhere.
+    """Squared difference of (N, C, h, w) maps in the locations of ``mask`` (N, h, w), 1 or 0; None: everywhere.
 
-    "mean" is over the elements of all selected cells of the batch, and 0 without any; "sum" is divided by N.
+    "mean" is over the elements of all selected locations of the batch, and 0 without any; "sum" is divided by N.
     """
     s, t = at_least_float32(s), at_least_float32(t)
     if mask is None:
@@ -33,10 +33,10 @@ class FitNet(nn.Module):
 
     FitNets state no normalisation; the mean over elements is the reading under which progressive distillation's
     weights (0.5 to 0.8) make sense. Batches: "mean" and "sum" both are means over images, but for GT_ONLY with
-    "mean", which is over the cells of the batch.
+    "mean", which is over the locations of the batch.
 
     Args:
-        gt_only: compare cells with their centre in a ground truth box only.
+        gt_only: compare locations with their centre in a ground truth box only.
         reduction: "mean" over elements, or "sum" divided by the number of images.
     """
 

@@ -14,10 +14,10 @@ SUBSAMPLE = (8, 4, 2, 2, 2)  # of the non-local module's keys and values, finest
 
 
 class NonLocal(nn.Module):
-    """Dot-product non-local block: x plus what every cell gathers from all cells. Begins as the identity.
+    """Dot-product non-local block: x plus what every location gathers from all locations. Begins as the identity.
 
-    Without a softmax, ``(q k^T) v = q (k^T v)``: the cost is linear in the number of cells. The products are made in
-    float32 under mixed precision.
+    Without a softmax, ``(q k^T) v = q (k^T v)``: the cost is linear in the number of locations. The products are made
+    in float32 under mixed precision.
 
     Args:
         channels: C of the map.

@@ -11,8 +11,8 @@ from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
 
-def mask_cells(x: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Set each cell of (N, C, h, w), all channels together, to 0 with probability ``ratio``; the rest stays as it is.
+def mask_locations(x: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Set each location of (N, C, h, w), all channels together, to 0 with probability ``ratio``; the rest stays.
 
     Drawn on the device of ``x`` from torch's generator, so a resumed run draws the same masks.
     """
@@ -29,13 +29,13 @@ def generator(channels: int) -> nn.Sequential:
 
 @DISTILL_LOSS_REGISTRY.register()
 class MGD(nn.Module):
-    """Sum over levels of |G(mask(F_s)) - F_t|^2 / N, over masked and visible cells alike.
+    """Sum over levels of |G(mask(F_s)) - F_t|^2 / N, over masked and visible locations alike.
 
-    A sum over channels and cells and a mean over images: WEIGHT depends on the size of the maps. The generators G, one
-    a level, are trained with the student.
+    A sum over channels and locations and a mean over images: WEIGHT depends on the size of the maps. The generators G,
+    one a level, are trained with the student.
 
     Args:
-        mask_ratio: fraction of the cells that are hidden; two-stage detectors: 0.45.
+        mask_ratio: fraction of the locations that are hidden; two-stage detectors: 0.45.
     """
 
     default_weight = 2e-5  # one-stage detectors
@@ -53,7 +53,7 @@ class MGD(nn.Module):
     ) -> dict[str, torch.Tensor]:
         total = 0.0
         for name, s in student.items():
-            made = self.generators[name](mask_cells(s, self.mask_ratio))
+            made = self.generators[name](mask_locations(s, self.mask_ratio))
             made, t = at_least_float32(made), at_least_float32(teacher[name])
             total = total + F.mse_loss(made, t, reduction="sum") / len(s)
         return {"l2": total}

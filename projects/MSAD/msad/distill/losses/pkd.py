@@ -26,8 +26,9 @@ def unit_deviation(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 class PKD(nn.Module):
     """Sum over levels of half the mean squared difference of standardised maps.
 
-    It is (1 - r) (n - 1) / n with r the mean over channels of Pearson's correlation over n = N h w cells. Statistics
-    are those of the batch (of a process): images contribute together, and the loss does not grow with their number.
+    It is (1 - r) (n - 1) / n with r the mean over channels of Pearson's correlation over n = N h w locations.
+    Statistics are those of the batch (of a process): images contribute together, and the loss does not grow with their
+    number.
     """
 
     default_weight = 10.0  # dense detectors, first four levels

@@ -15,7 +15,7 @@ from ..context import DistillContext
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
-# What is one vector: the whole map of an image, all channels of a cell, or all cells of a channel.
+# What is one vector: the whole map of an image, all channels of a location, or all locations of a channel.
 UNITS = {"layer": (1, 2, 3), "pixel": (1,), "location": (1,), "channel": (2, 3)}
 
 
@@ -77,8 +77,8 @@ class Angular(_SumOverLevels):
     """2 (1 - cos) between raw features.
 
     Args:
-        unit: what is one vector: "layer" (an image's whole map), "pixel" or "location" (the channels of a cell),
-            "channel" (the cells of a channel).
+        unit: what is one vector: "layer" (an image's whole map), "pixel" or "location" (the channels of a location),
+            "channel" (the locations of a channel).
     """
 
     def __init__(self, levels: list[str], unit: str = "layer") -> None:

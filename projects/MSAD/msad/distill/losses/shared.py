@@ -17,7 +17,7 @@ def attention(x: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.
         x: (N, C, h, w).
 
     Returns:
-        spatial: (N, h, w), h w softmax over the cells of mean_c |x| / T; sums to h w in each image.
+        spatial: (N, h, w), h w softmax over the locations of mean_c |x| / T; sums to h w in each image.
         channel: (N, C), C softmax over the channels of mean_hw |x| / T; sums to C.
     """
     n, c, h, w = x.shape
@@ -52,12 +52,12 @@ def rasterize_max(
 def locations_in_boxes(
     boxes: torch.Tensor, image: torch.Tensor, stride: int, size: tuple[int, int], num_images: int
 ) -> torch.Tensor:
-    """Cells whose centre lies inside a box of their image.
+    """Locations whose centre lies inside a box of their image.
 
     Args:
         boxes: (K, 4) x0 y0 x1 y1 in H pixels.
         image: (K,) index of the box's image.
-        stride: of the grid in H pixels; the centre of cell i is at (i + 0.5) stride.
+        stride: of the grid in H pixels; the centre of location i is at (i + 0.5) stride.
         size: (h, w) of the grid.
 
     Returns:
