@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from msad import load_config
-from msad.modeling.segmentation.psp_head import grid_means
+from msad.modeling.segmentation.head import grid_means
 
 pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
@@ -40,6 +40,14 @@ def psp_cfg():
     return cfg
 
 
+def uper_cfg():
+    cfg = psp_cfg()
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.RES5_DILATION, cfg.MODEL.RESNETS.RES4_DILATION = 1, 1
+    cfg.MODEL.SEM_SEG_HEAD.update(NAME="UPerHead", IN_FEATURES=["res3", "res4", "res5"])
+    return cfg
+
+
 def fpn_cfg():
     cfg = load_config("")
     cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
@@ -53,7 +61,7 @@ def fpn_cfg():
     return cfg
 
 
-@pytest.fixture(params=[psp_cfg, fpn_cfg], ids=["PSPHead", "SemSegFPNHead"])
+@pytest.fixture(params=[psp_cfg, uper_cfg, fpn_cfg], ids=["PSPHead", "UPerHead", "SemSegFPNHead"])
 def segmentor(request):
     cfg = request.param()
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = "cpu", "", 3

@@ -10,13 +10,18 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY, build_backbone, build_model, build_sem_seg_head
 from detectron2.structures import ImageList
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from msad import load_config
+from msad.distill.teachers import FrozenTeacher
+from msad.engine.build import build_distiller
 from msad.engine.solver import build_lr_scheduler
 from msad.modeling.adapters import adapt, num_classes_key
 from msad.modeling.backbones.dilated import stage_dilations
-from msad.modeling.segmentation.psp_head import PSPHead, PyramidPooling
+from msad.modeling.segmentation.head import PyramidPooling
+from msad.modeling.segmentation.psp_head import PSPHead
+from msad.modeling.segmentation.uper_head import UPerHead
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "Segmentation"
 
@@ -168,6 +173,65 @@ class TestPSPHead:
             PSPHead({"res5": ShapeSpec(channels=4, stride=8)}, num_classes=3, channels=8, norm="")
         with pytest.raises(ValueError, match="COMMON_STRIDE is 16, but res5 has 8"):
             self.head(common_stride=16)
+
+
+class TestUPerHead:
+    """Three maps of strides 4, 8 and 16."""
+
+    def head(self, width=1, **options):
+        shapes = {f"p{i}": ShapeSpec(channels=width * (i + 1), stride=4 * 2**i) for i in range(3)}
+        defaults = {"num_classes": 3, "channels": 2 * width, "norm": "", "dropout": 0.0}
+        return UPerHead(shapes, **{**defaults, **options})
+
+    def test_by_hand(self):
+        """Convolutions that add their channels at each place, of maps x, 1 and 2, with the mean as the only pooling."""
+        shapes = {f"p{i}": ShapeSpec(channels=1, stride=4 * 2**i) for i in range(3)}
+        head = UPerHead(shapes, num_classes=3, channels=1, pool_scales=(1,), norm="", aux_weight=0.0)
+        for conv in (m for m in head.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.zeros_(conv.weight)
+            conv.weight.data[..., conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = 1.0
+        head.bottleneck.weight.data *= torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1, 1)
+        x = torch.rand(1, 1, 4, 8)
+        features = {"p0": x, "p1": torch.ones(1, 1, 2, 4), "p2": torch.full((1, 1, 1, 2), 2.0)}
+        # The top is 2 + 2; the next level 1 + 4, the finest x + 5; fused they are x + 5, ten 5 and a hundred 4.
+        torch.testing.assert_close(head.decode(features), x + 5 + 50 + 400)
+
+    def test_losses_and_scores(self):
+        head = self.head(width=4)
+        sizes = {"p0": (16, 24), "p1": (8, 12), "p2": (4, 6)}
+        features = {n: torch.randn(2, 4 * (i + 1), *size) for i, (n, size) in enumerate(sizes.items())}
+        losses = head(features, torch.randint(0, 3, (2, 64, 96)))[1]
+        assert list(losses) == ["loss_sem_seg", "loss_sem_seg_aux"]
+        assert head.auxiliary[0].in_channels == 8  # of the map before the last
+        sum(losses.values()).backward()
+        assert [name for name, p in head.named_parameters() if p.grad is None] == []
+        assert head.eval()(features)[0].shape == (2, 3, 64, 96)
+
+    def test_wrong_maps_are_named(self):
+        with pytest.raises(ValueError, match="COMMON_STRIDE is 8, but p0 has 4"):
+            self.head(common_stride=8)
+        shapes = {"p1": ShapeSpec(channels=2, stride=8), "p0": ShapeSpec(channels=2, stride=4)}
+        with pytest.raises(ValueError, match=r"\['p1', 'p0'\] \(strides \[8, 4\]\): UPerHead reads two maps or more"):
+            UPerHead(shapes, num_classes=3, channels=2, common_stride=8)
+
+    def test_swin_under_swin(self):
+        """The paper's pair in small: a student of another width, compared at its stages and at the decoder."""
+        cfg = load_config(CONFIGS / "upernet_Swin-T_CAD_voc.yaml")
+        cfg.MODEL.DEVICE, cfg.DISTILL.WARMUP_ITERS = "cpu", 0
+        models = []
+        for width in (8, 4):
+            tiny = {"DEPTHS": [1, 1, 1, 1], "NUM_HEADS": [1, 2, 2, 4], "WINDOW_SIZE": 2, "DROP_PATH_RATE": 0.0}
+            cfg.MODEL.SWIN.update(EMBED_DIM=width, **tiny)
+            cfg.MODEL.SEM_SEG_HEAD.update(NORM="BN", NUM_CLASSES=3, CONVS_DIM=8)
+            models.append(build_model(cfg))
+        distiller = build_distiller(cfg, models[1], [FrozenTeacher(models[0])])
+        item = {"image": torch.rand(3, 64, 96) * 255, "sem_seg": torch.randint(0, 3, (64, 96))}
+        with EventStorage(0):
+            losses = distiller([item, item])
+        assert {"loss_distill/CAD", "loss_distill/CAD_2", "loss_sem_seg", "loss_sem_seg_aux"} == set(losses)
+        sum(losses.values()).backward()
+        unused = [name for name, p in models[1].named_parameters() if p.grad is None]
+        assert unused == []
 
 
 class TestPolySchedule:

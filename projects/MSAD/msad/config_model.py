@@ -85,7 +85,7 @@ def add_model_config(cfg: CN) -> None:
     # Normalisation of these convolutions; MODEL.FPN.NORM does not reach them, as in detectron2.
     cfg.MODEL.FPN.TOP_NORM = ""
 
-    # --- PSPHead (MODEL.SEM_SEG_HEAD.NAME), beside detectron2's keys of MODEL.SEM_SEG_HEAD ------------------------
+    # --- PSPHead, UPerHead (MODEL.SEM_SEG_HEAD.NAME), beside detectron2's keys of MODEL.SEM_SEG_HEAD --------------
     # Sides of the grids of the pyramid pooling.
     cfg.MODEL.SEM_SEG_HEAD.POOL_SCALES = [1, 2, 3, 6]
     # Weight of the auxiliary classifier's loss, relative to the other; 0: there is none.

@@ -5,89 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
-from fvcore.nn.weight_init import c2_msra_fill
-from torch import nn
 
-Features = dict[str, torch.Tensor]
-
-
-def _conv(in_channels: int, out_channels: int, kernel: int, norm: str) -> Conv2d:
-    """Convolution, normalisation and ReLU that keep the size."""
-    conv = Conv2d(
-        in_channels, out_channels, kernel, padding=kernel // 2, bias=not norm, norm=get_norm(norm, out_channels),
-        activation=F.relu,
-    )  # fmt: skip
-    c2_msra_fill(conv)
-    return conv
-
-
-def _classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequential:
-    conv = nn.Conv2d(channels, num_classes, 1)
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
-    return nn.Sequential(nn.Dropout2d(dropout), conv)
-
-
-def grid_means(x: torch.Tensor, side: int) -> torch.Tensor:
-    """What ``F.adaptive_avg_pool2d(x, side)`` gives, in operations that ONNX has for maps of any size."""
-
-    def shares(length: int) -> torch.Tensor:
-        """(side, length): what each line of the map contributes to each line of the grid."""
-        lines, cells = torch.arange(length, device=x.device), torch.arange(side, device=x.device)[:, None]
-        first = torch.div(cells * length, side, rounding_mode="floor")
-        last = torch.div((cells + 1) * length + side - 1, side, rounding_mode="floor")
-        inside = ((lines >= first) & (lines < last)).to(x.dtype)
-        return inside / inside.sum(dim=1, keepdim=True)
-
-    return torch.matmul(torch.matmul(shares(x.shape[2]), x), shares(x.shape[3]).t())
-
-
-class PyramidPooling(nn.Module):
-    """A map beside its averages over grids of several sizes, each through a 1x1 convolution: PSPNet, Sec. 3.2.
-
-    Args:
-        in_channels: C of the map.
-        channels: D of each of the averages.
-        scales: sides of the grids.
-        norm: normalisation of the convolutions, "" for none. Batch norms need two values, so training with a grid of
-            side 1 takes at least two images (a process, unless the norm is synchronised).
-    """
-
-    def __init__(self, in_channels: int, channels: int, scales: Sequence[int], norm: str) -> None:
-        super().__init__()
-        self.scales = tuple(scales)
-        self.convs = nn.ModuleList(_conv(in_channels, channels, 1, norm) for _ in scales)
-        self.out_channels = in_channels + channels * len(self.scales)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, h, w) -> (N, C + D scales, h, w)."""
-        means = grid_means if torch.jit.is_tracing() else F.adaptive_avg_pool2d
-        pooled = [conv(means(x, scale)) for scale, conv in zip(self.scales, self.convs)]
-        size = x.shape[2:]
-        return torch.cat([x, *(F.interpolate(y, size, mode="bilinear", align_corners=False) for y in pooled)], dim=1)
+from .head import DecoderHead, Features, PyramidPooling, conv_norm_relu
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
-class PSPHead(nn.Module):
-    """PSPNet's decoder with detectron2's interface of heads for semantic segmentation.
-
-    The output of ``bottleneck`` is the decoder's feature map, which distillation reads (Raw features, WACV 2024).
+class PSPHead(DecoderHead):
+    """PSPNet's decoder: the last map beside its averages over grids, through a 3x3 convolution.
 
     Args:
         input_shape: name -> channels and stride of the two maps, the auxiliary classifier's first (C4, C5), or of C5
             alone. The last has ``common_stride``.
         num_classes: K.
-        channels: of the decoder's map and of each pooled one; the auxiliary classifier has half of them.
+        channels: of the decoder's map and of each pooled one.
         pool_scales: see :class:`PyramidPooling`.
-        common_stride: pixels of the input per element of the decoder's map.
         norm: normalisation of all convolutions.
-        dropout: part of the channels that is dropped before each classifier.
-        loss_weight, aux_weight: factor of the losses, and of the auxiliary one relative to the other.
-        ignore_value: label without loss.
+        common_stride, dropout, loss_weight, aux_weight, ignore_value: see :class:`DecoderHead`.
     """
 
     @configurable
@@ -105,86 +41,20 @@ class PSPHead(nn.Module):
         aux_weight: float = 0.4,
         ignore_value: int = 255,
     ) -> None:
-        super().__init__()
-        self.in_features = list(input_shape)
+        super().__init__(list(input_shape), common_stride, loss_weight, aux_weight, ignore_value)
         if not 1 <= len(self.in_features) <= 2 or (aux_weight and len(self.in_features) == 1):
             raise ValueError(
                 f"MODEL.SEM_SEG_HEAD.IN_FEATURES {self.in_features}: PSPHead reads two maps, the auxiliary "
                 "classifier's and the last, or with AUX_WEIGHT 0 the last alone"
             )
-        last = input_shape[self.in_features[-1]]
+        first, last = self.in_features[0], input_shape[self.in_features[-1]]
         if last.stride != common_stride:
             raise ValueError(
                 f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {common_stride}, but {self.in_features[-1]} has {last.stride}"
             )
-        self.common_stride, self.ignore_value = common_stride, ignore_value
-        self.loss_weight, self.aux_weight = loss_weight, aux_weight
         self.pooling = PyramidPooling(last.channels, channels, pool_scales, norm)
-        self.bottleneck = _conv(self.pooling.out_channels, channels, 3, norm)
-        self.predictor = _classifier(channels, num_classes, dropout)
-        if aux_weight:
-            width = input_shape[self.in_features[0]].channels
-            self.auxiliary = nn.Sequential(
-                _conv(width, channels // 2, 3, norm), _classifier(channels // 2, num_classes, dropout)
-            )
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        node = cfg.MODEL.SEM_SEG_HEAD
-        missing = [name for name in node.IN_FEATURES if name not in input_shape]
-        if missing:
-            raise ValueError(f"MODEL.SEM_SEG_HEAD.IN_FEATURES: {missing} are not made; there are {list(input_shape)}")
-        return {
-            "input_shape": {name: input_shape[name] for name in node.IN_FEATURES},
-            "num_classes": node.NUM_CLASSES,
-            "channels": node.CONVS_DIM,
-            "pool_scales": node.POOL_SCALES,
-            "common_stride": node.COMMON_STRIDE,
-            "norm": node.NORM,
-            "dropout": node.DROPOUT,
-            "loss_weight": node.LOSS_WEIGHT,
-            "aux_weight": node.AUX_WEIGHT,
-            "ignore_value": node.IGNORE_VALUE,
-        }
+        self.bottleneck = conv_norm_relu(self.pooling.out_channels, channels, 3, norm)
+        self.add_classifiers(channels, num_classes, norm, dropout, (first, input_shape[first].channels))
 
     def decode(self, features: Features) -> torch.Tensor:
-        """The decoder's map (N, channels, h, w) of the backbone's maps."""
         return self.bottleneck(self.pooling(features[self.in_features[-1]]))
-
-    def layers(self, features: Features) -> torch.Tensor:
-        """Class scores (N, K, h, w) on the grid of the decoder's map."""
-        return self.predictor(self.decode(features))
-
-    def losses(self, features: Features, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Cross entropies, means over the pixels that are not ignored, in float32.
-
-        Args:
-            targets: (N, H, W), labels on the grid of the input.
-        """
-        losses = {"loss_sem_seg": self._loss(self.layers(features), targets) * self.loss_weight}
-        if self.aux_weight:
-            scores = self.auxiliary(features[self.in_features[0]])
-            losses["loss_sem_seg_aux"] = self._loss(scores, targets) * self.loss_weight * self.aux_weight
-        return losses
-
-    def _loss(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        scores = F.interpolate(scores.float(), targets.shape[-2:], mode="bilinear", align_corners=False)
-        total = F.cross_entropy(scores, targets, ignore_index=self.ignore_value, reduction="sum")
-        # A batch without any label gives 0, not NaN.
-        return total / (targets != self.ignore_value).sum().clamp(min=1)
-
-    def forward(
-        self, features: Features, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """
-        Args:
-            features: maps (N, C, H / stride, W / stride) by name.
-            targets: labels (N, H, W), for training.
-
-        Returns:
-            In training (None, losses), else (scores (N, K, H, W), {}).
-        """
-        if self.training:
-            return None, self.losses(features, targets)
-        scores = self.layers(features)
-        return F.interpolate(scores, scale_factor=self.common_stride, mode="bilinear", align_corners=False), {}
