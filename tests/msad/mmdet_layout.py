@@ -68,12 +68,13 @@ def norm(name: str, channels: int, batch: bool = True) -> Shapes:
 
 
 def resnet(
-    prefix: str = "backbone.", groups: int = 1, width: int = 64, offsets: int = 0, sac: bool = False, rfp: bool = False
-) -> Shapes:
-    """ResNet-50; ``offsets`` are the numbers that each deformable convolution of the last three stages predicts."""
+    prefix: str = "backbone.", groups: int = 1, width: int = 64, offsets: int = 0, deformed: int = 1, sac: bool = False,
+    rfp: bool = False, blocks: tuple[int, ...] = BLOCKS,
+) -> Shapes:  # fmt: skip
+    """ResNet; in the stages from ``deformed``, each deformable convolution predicts ``offsets`` numbers."""
     shapes = conv(f"{prefix}conv1", BASE, 3, 7, False, sac) | norm(f"{prefix}bn1", BASE)
     into = BASE
-    for stage, count in enumerate(BLOCKS):
+    for stage, count in enumerate(blocks):
         plain = BASE * 2**stage
         inner, out = plain * width // 64 * groups, 4 * plain
         if groups > 1:
@@ -84,7 +85,7 @@ def resnet(
             shapes |= conv(f"{block}conv1", inner, into, 1, False, sac) | norm(f"{block}bn1", inner)
             shapes |= conv(f"{block}conv2", inner, inner // groups, 3, False, sac) | norm(f"{block}bn2", inner)
             shapes |= conv(f"{block}conv3", out, inner, 1, False, sac) | norm(f"{block}bn3", out)
-            if offsets and stage > 0:
+            if offsets and stage >= deformed:
                 shapes |= conv(f"{block}conv2.conv_offset", offsets, inner, 3)
             if switched:
                 shapes[f"{block}conv2.weight_diff"] = (inner, inner, 3, 3)
@@ -100,7 +101,8 @@ def resnet(
     return shapes
 
 
-def swin() -> Shapes:
+def swin(finest: int = 0) -> Shapes:
+    """Swin Transformer whose maps from the stage ``finest`` are read, each through a norm of its own."""
     width, shapes = SWIN["embed"], {}
     shapes |= conv("backbone.patch_embed.projection", width, 3, 4) | norm("backbone.patch_embed.norm", width, False)
     for stage, (heads, depth) in enumerate(zip(SWIN["heads"], SWIN["depths"])):
@@ -113,7 +115,7 @@ def swin() -> Shapes:
             shapes |= linear(f"{block}attn.w_msa.proj", width, width)
             shapes |= linear(f"{block}ffn.layers.0.0", 4 * width, width)
             shapes |= linear(f"{block}ffn.layers.1", width, 4 * width)
-        shapes |= norm(f"backbone.norm{stage}", width, False)
+        shapes |= norm(f"backbone.norm{stage}", width, False) if stage >= finest else {}
         if stage < 3:
             shapes |= norm(f"backbone.stages.{stage}.downsample.norm", 4 * width, False)
             shapes[f"backbone.stages.{stage}.downsample.reduction.weight"] = (2 * width, 4 * width)
@@ -134,12 +136,14 @@ def fpn(sources: list[int], extra: int = 0, gn: bool = False, extra_from: int = 
     return shapes
 
 
-def towers(count: int, gn: bool, bias: bool) -> Shapes:
+def towers(count: int, gn: bool, bias: bool, deform_last: bool = False) -> Shapes:
     shapes: Shapes = {}
     for k in range(count):
         for branch in ("cls_convs", "reg_convs"):
             shapes |= conv(f"bbox_head.{branch}.{k}.conv", C, C, 3, bias)
             shapes |= norm(f"bbox_head.{branch}.{k}.gn", C, False) if gn else {}
+            if deform_last and k == count - 1:
+                shapes |= conv(f"bbox_head.{branch}.{k}.conv.conv_offset", 27, C, 3)
     return shapes
 
 
@@ -184,55 +188,62 @@ def rfp() -> Shapes:
     return shapes | conv("neck.rfp_weight", 1, C, 1)
 
 
-RES = [4 * BASE * 2**k for k in range(4)]
-DENSE = RES[1:]
 ONE, THREE = [""], [".0", ".1", ".2"]
 CAFFE = "mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False; style='caffe'"
 DETECTRON = CAFFE.replace("103.53, 116.28, 123.675", "102.9801, 115.9465, 122.7717")
 RGB = "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True; style='pytorch'"
+RESNEXT = {"groups": 2, "width": 8}
+# By the name behind the "+" of a case; none is ResNet-50. Deformable are the last three stages, or two ("_c45").
+BODIES = {
+    "": {}, "r101": {"blocks": (3, 4, 23, 3)}, "x": RESNEXT, "dcn1": {"offsets": 18}, "dcn2": {"offsets": 54},
+    "dcn2_one": {"offsets": 27},  # one group of channels, the others two
+    "x_dcn": {**RESNEXT, "offsets": 18}, "x_dcn_c45": {**RESNEXT, "offsets": 18, "deformed": 2}, "sac": {"sac": True},
+}  # fmt: skip
 
 
 def layout(case: str) -> tuple[Shapes, str]:
-    """Names and shapes of a detector, and what its config says."""
-    retinanet = (
-        fpn(DENSE, 2, extra_from=RES[3]) | towers(4, False, True)
-        | conv("bbox_head.retina_cls", 9 * CLASSES, C, 3) | conv("bbox_head.retina_reg", 36, C, 3)
-    )  # fmt: skip
+    """Names and shapes of a detector, "HEAD" or "HEAD+BODY", and what its config says."""
+    head, _, body = case.partition("+")
+    widths = [12, 24, 48, 96] if body == "swin" else [4 * BASE * 2**k for k in range(4)]
+    dense, last = widths[1:], widths[-1]
+    reads = 1 if head.split("_")[0] in ("retinanet", "fcos", "gfl", "reppoints") else 0
+    recursive = rfp() if head.startswith("detectors") else {}
+    backbone = swin(reads) if body == "swin" else resnet(**BODIES["sac" if recursive else body])
+    retinanet = conv("bbox_head.retina_cls", 9 * CLASSES, C, 3) | conv("bbox_head.retina_reg", 36, C, 3)
     fcos = (
-        resnet() | fpn(DENSE, 2, extra_from=C) | scales() | conv("bbox_head.conv_cls", CLASSES, C, 3)
+        fpn(dense, 2, extra_from=C) | scales() | conv("bbox_head.conv_cls", CLASSES, C, 3)
         | conv("bbox_head.conv_reg", 4, C, 3) | conv("bbox_head.conv_centerness", 1, C, 3)
     )  # fmt: skip
-    two_stage = fpn(RES) | box_heads(ONE, True)
-    cascade = fpn(RES) | box_heads(THREE, False)
-    detectors = {
-        "retinanet": lambda: (resnet() | retinanet, RGB),
-        "retinanet_x": lambda: (resnet(groups=2, width=8) | retinanet, RGB),
+    two_stage = fpn(widths) | box_heads(ONE, True)
+    cascade = fpn(widths) | box_heads(THREE, False) | recursive
+    heads = {
+        "retinanet": lambda: (fpn(dense, 2, extra_from=last) | towers(4, False, True) | retinanet, RGB),
         "fcos": lambda: (fcos | towers(4, True, False), DETECTRON),
         "fcos_normbbox": lambda: (fcos | towers(4, True, True), CAFFE),
+        "fcos_deform": lambda: (fcos | towers(4, True, True, deform_last=True), CAFFE),
         "gfl": lambda: (
-            resnet() | fpn(DENSE, 2, extra_from=C) | towers(4, True, False) | scales()
+            fpn(dense, 2, extra_from=C) | towers(4, True, False) | scales()
             | conv("bbox_head.gfl_cls", CLASSES, C, 3) | conv("bbox_head.gfl_reg", 68, C, 3)
             | {"bbox_head.integral.project": (17,)}, RGB,
         ),
         "reppoints": lambda: (
-            resnet() | fpn(DENSE, 2, True, RES[3]) | towers(3, True, False) | {"bbox_head.moment_transfer": (2,)}
+            fpn(dense, 2, True, last) | towers(3, True, False) | {"bbox_head.moment_transfer": (2,)}
             | conv("bbox_head.reppoints_cls_conv", C, C, 3, False) | conv("bbox_head.reppoints_cls_out", CLASSES, C, 1)
             | conv("bbox_head.reppoints_pts_init_conv", C, C, 3) | conv("bbox_head.reppoints_pts_init_out", 18, C, 1)
             | conv("bbox_head.reppoints_pts_refine_conv", C, C, 3, False)
             | conv("bbox_head.reppoints_pts_refine_out", 18, C, 1), RGB,
         ),
-        "faster_dcn2": lambda: (resnet(offsets=54) | two_stage, RGB),
-        "mask_dcn1": lambda: (resnet(offsets=18) | two_stage | mask_heads(ONE), RGB),
-        "mask_swin": lambda: (
-            swin() | fpn([12, 24, 48, 96]) | box_heads(ONE, True) | mask_heads(ONE), RGB,
-        ),
-        "cascade": lambda: (resnet() | cascade, RGB),
-        "cascade_mask": lambda: (resnet() | cascade | mask_heads(THREE), RGB),
-        "htc": lambda: (resnet() | cascade | mask_heads(THREE, True) | semantic(), RGB),
-        "htc_without": lambda: (resnet() | cascade | mask_heads(THREE, True), RGB),
-        "detectors_htc": lambda: (resnet(sac=True) | cascade | rfp() | mask_heads(THREE, True) | semantic(), RGB),
+        "faster": lambda: (two_stage, RGB),
+        "mask": lambda: (two_stage | mask_heads(ONE), RGB),
+        "cascade": lambda: (cascade, RGB),
+        "cascade_mask": lambda: (cascade | mask_heads(THREE), RGB),
+        "htc": lambda: (cascade | mask_heads(THREE, True) | semantic(), RGB),
+        "htc_without": lambda: (cascade | mask_heads(THREE, True), RGB),
+        "detectors_htc": lambda: (cascade | mask_heads(THREE, True) | semantic(), RGB),
+        "detectors_cascade": lambda: (cascade, RGB),
     }  # fmt: skip
-    return detectors[case]()
+    shapes, text = heads[head]()
+    return backbone | shapes, text
 
 
 @functools.cache
