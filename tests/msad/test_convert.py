@@ -224,6 +224,24 @@ def test_order_of_anchors_by_hand():
     assert anchor_order(18)[:4].tolist() == [0, 1, 6, 7]  # rows of an anchor stay together
 
 
+def test_anchors_of_a_location():
+    """Those of stride 8 in mmdetection's order: the first is 22.6 x 11.3 to each side, the second 2^(1/3) of it."""
+    model = build_model(load_config("", _flat(convert(checkpoint("retinanet")).config)))
+    anchors = next(iter(model.anchor_generator.cell_anchors))[anchor_order(9).argsort()]
+    first = torch.tensor([-22.627, -11.314, 22.627, 11.314])
+    torch.testing.assert_close(anchors[0], first, rtol=0, atol=1e-3)
+    torch.testing.assert_close(anchors[1], 2 ** (1 / 3) * first, rtol=0, atol=2e-3)
+    torch.testing.assert_close(anchors[3], torch.tensor([-16.0, -16, 16, 16]))
+
+
+def _flat(config, prefix=""):
+    pairs = ["MODEL.DEVICE", "cpu"] if not prefix else []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        pairs += _flat(value, f"{name}.") if isinstance(value, dict) else [name, value]
+    return pairs
+
+
 def test_order_of_merged_patches_by_hand():
     """Weights 0..7 of the official order are 0, 4, 2, 6, 1, 5, 3, 7 in mmdetection."""
     there = torch.tensor([0, 4, 2, 6, 1, 5, 3, 7])

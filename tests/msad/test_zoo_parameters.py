@@ -10,7 +10,7 @@ from pathlib import Path
 import detectron2
 import pytest
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 
 from msad import load_config
 
@@ -41,3 +41,31 @@ def test_numbers_of_parameters(file, options, parameters):
     with torch.device("cpu" if real_swin else "meta"):  # the real detectron2's Swin cannot be built on "meta"
         model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    "file, parameters",
+    [
+        ("mask_rcnn_R_50", 3344384), ("retinanet_R_50", 7997440), ("fcos_R_50_caffe", 3868672), ("gfl_R_50", 3868672),
+        ("reppoints_R_50", 7999488), ("detectors_htc_R_50", 42971170),
+    ],
+)  # fmt: skip
+def test_necks(file, parameters):
+    cfg = load_config(TEACHERS / f"{file}.yaml", ["MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.NORM", "BN"])
+    with torch.device("meta"):
+        backbone = build_backbone(cfg)
+    of_all, of_body = (sum(p.numel() for p in module.parameters()) for module in (backbone, backbone.bottom_up))
+    assert of_all - of_body == parameters
+
+
+@pytest.mark.parametrize(
+    "file, parameters",
+    [
+        ("mask_rcnn_R_50", 23508032), ("mask_rcnn_R_50_DCN", 24088874), ("mask_rcnn_R_50_DCNv2", 24379295),
+        ("retinanet_X_101_32x4d", 42128704), ("retinanet_X_101_64x4d", 81406272),
+    ],
+)
+def test_networks(file, parameters):
+    cfg = load_config(TEACHERS / f"{file}.yaml", ["MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.NORM", "BN"])
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_backbone(cfg).bottom_up.parameters()) == parameters
