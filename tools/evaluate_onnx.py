@@ -17,7 +17,6 @@ import sys
 from detectron2.utils.logger import setup_logger
 
 from msad import cli, load_config
-from msad.export.evaluate import evaluate_exported
 from msad.export.onnx import require
 
 
@@ -30,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         require("onnxruntime")
+        from msad.export.evaluate import evaluate_exported
+
         setup_logger()
         print(json.dumps(evaluate_exported(load_config(args.config_file, args.opts), args.model, args.threads)))
 

@@ -7,9 +7,10 @@ writes exported/model.pth, which holds the model's weights and nothing else, and
 keys that plain detectron2 knows; exported/msad.yaml has ours, if the model needs any. The last line printed says what
 builds the model from them: plain detectron2, a file of docs/ without this package, or this package.
 
-With --format onnx: exported/model.onnx, which goes from pixels to detections, and exported/run.py, which runs it on
-images and videos without torch and detectron2 (see docs/SHIPPING.md). --int8 also writes exported/model_int8.onnx,
-with 8-bit weights and activations, whose ranges are those on the images of --calibration.
+With --format onnx (pip install 'msad[onnx]'): exported/model.onnx, which goes from pixels to detections, and
+exported/run.py, which runs it on images and videos without torch and detectron2 (see docs/SHIPPING.md). --int8 also
+writes exported/model_int8.onnx, with 8-bit weights and activations, whose ranges are those on the images of
+--calibration. --format torchscript writes the same graph as exported/model.torchscript.
 """
 
 import argparse
@@ -18,10 +19,10 @@ import sys
 
 from msad import cli, load_config
 from msad.export import export
-from msad.export.onnx import export_onnx
-from msad.export.quantize import find_images, quantize
+from msad.export.onnx import export_onnx, require
+from msad.export.torchscript import export_torchscript
 
-FORMATS = {"detectron2": export, "onnx": export_onnx}
+FORMATS = {"detectron2": export, "onnx": export_onnx, "torchscript": export_torchscript}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         if bool(args.calibration) != args.int8 or (args.int8 and args.format != "onnx"):
             raise ValueError("--int8 needs --format onnx and --calibration DIR, and --calibration needs --int8")
-        images = find_images(args.calibration) if args.int8 else []
+        images = []
+        if args.int8:
+            require("onnx", "onnxruntime")
+            from msad.export.quantize import find_images, quantize
+
+            images = find_images(args.calibration)
         for used in (args.config_file, args.weights):
             cli.refuse_overwriting([args.output], [os.path.dirname(used) or "."])
         print(FORMATS[args.format](load_config(args.config_file, args.opts), args.weights, args.output))

@@ -17,19 +17,18 @@ import json
 import sys
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from msad import cli, load_config
 from msad.engine.setup import engine_name, prepare
 from msad.evaluation.sweep import at_size
 from msad.export.onnx import require
-from msad.export.pareto import Candidate, measure
-from msad.export.quantize import find_images
 from msad.visualization.pareto import plot_pareto
 
 
-def candidate(name: str, config_file: str, weights: str, opts: list[str]) -> Candidate:
-    """A model of the command line; ValueError if its size or data cannot be used."""
+def candidate(name: str, config_file: str, weights: str, opts: list[str]) -> tuple[str, CfgNode, str]:
+    """Name, config and checkpoint of a model of the command line; ValueError if its size or data cannot be used."""
     cfg = load_config(config_file, opts)
     label, at, side = name.rpartition("@")
     if at:
@@ -38,7 +37,7 @@ def candidate(name: str, config_file: str, weights: str, opts: list[str]) -> Can
         cfg, name = at_size(cfg, int(side)), f"{label}_{side}"
     if len(cfg.DATASETS.TEST) != 1:
         raise ValueError(f"{config_file}: needs one data set in DATASETS.TEST, has {list(cfg.DATASETS.TEST)}")
-    return Candidate(name, cfg, weights)
+    return name, cfg, weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,9 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         require("onnx", "onnxruntime")
+        from msad.export.pareto import Candidate, measure
+        from msad.export.quantize import find_images
+
         if min(*args.threads, args.images, args.rounds) < 1:
             raise ValueError("--threads, --images and --rounds must be positive")
-        models = [candidate(*model, args.opts) for model in args.model]
+        models = [Candidate(*candidate(*model, args.opts)) for model in args.model]
         names = [model.name for model in models]
         if len(set(names)) < len(names):
             raise ValueError(f"--model: names must differ, got {', '.join(names)}")

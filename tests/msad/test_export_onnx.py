@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -26,6 +27,7 @@ pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
 
 from msad.export import onnx as exporter
 from msad.export.runner import Detector, to_size
+from msad.export.torchscript import METADATA, script
 
 SIZES = [(64, 64), (64, 100), (90, 64), (33, 47), (128, 64), (200, 75), (75, 200), (57, 160), (250, 250), (96, 96)]
 SIDES = (64, 96)  # short, longest
@@ -140,21 +142,47 @@ def test_onnxruntime_finds_what_the_model_finds(kind, tiny_cfg, tiny_model, tmp_
             assert_same(to_size(one, small.shape, image.shape), instances)
 
 
-def test_openvino_reads_the_file(tiny_cfg, tiny_model, tmp_path):
+def graph_and_cfg(arch, tiny_cfg, tiny_model, threshold):
+    levels = range(3, 7) if arch.endswith("RCNN") else range(3, 6)
+    model = tiny_model(arch, levels)
+    set_threshold(model, threshold)
+    return detection_graph(model), tiny_cfg(arch, levels)
+
+
+# One image, several, and one without detections.
+BATCHES = [(64, 64)], [(96, 70), (50, 100)], [(40, 60)]
+
+
+@pytest.mark.parametrize(("arch", "threshold"), [("GFL", 0.01), ("KeypointRCNN", 0.2), ("FCOS", 0.99)])
+def test_openvino_reads_the_file(arch, threshold, tiny_cfg, tiny_model, tmp_path):
     openvino = pytest.importorskip("openvino", reason="pip install 'msad[openvino]'")
-    model = tiny_model("GFL", range(3, 6))
-    set_threshold(model, 0.01)
-    graph = detection_graph(model)
-    (tmp_path / "model.onnx").write_bytes(exporter.trace(graph, exporter.describe(tiny_cfg("GFL"), graph, {})))
+    graph, cfg = graph_and_cfg(arch, tiny_cfg, tiny_model, threshold)
+    (tmp_path / "model.onnx").write_bytes(exporter.trace(graph, exporter.describe(cfg, graph, {})))
     compiled = openvino.compile_model(tmp_path / "model.onnx", "CPU")
-    for sizes in ([(64, 64)], [(96, 70), (50, 100)]):
+    for sizes in BATCHES:
         images, sizes = exporter.example_images(sizes, seed=3)
         with torch.no_grad():
             wanted = graph(images, sizes)
         found = compiled({"images": images.numpy(), "sizes": sizes.numpy()})
-        assert len(wanted[0]) > 5
+        assert len(wanted[0]) == 0 if arch == "FCOS" else len(wanted[0]) > 5
         for number, values in enumerate(wanted):
             torch.testing.assert_close(torch.from_numpy(found[number]), values, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["FCOS", "RetinaNet", "GFL", "FasterRCNN", "MaskRCNN", "KeypointRCNN"])
+def test_torchscript_finds_what_the_graph_finds(arch, tiny_cfg, tiny_model):
+    graph, cfg = graph_and_cfg(arch, tiny_cfg, tiny_model, 0.02)
+    extra = {METADATA: ""}
+    content = io.BytesIO(script(graph, exporter.describe(cfg, graph, {})))
+    loaded = torch.jit.load(content, _extra_files=extra)
+    assert json.loads(extra[METADATA])["detector"] == type(graph.detector).__name__
+    for sizes in BATCHES:
+        images, sizes = exporter.example_images(sizes, seed=3)
+        with torch.no_grad():
+            wanted, found = graph(images, sizes), loaded(images, sizes)
+        assert len(wanted[0]) > 1
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
 def test_a_wrong_graph_is_refused(tiny_cfg, tiny_model):

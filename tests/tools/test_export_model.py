@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -82,8 +83,49 @@ def test_exports_to_onnx(project, tmp_path, export):
     assert code == 2 and "trained.pth is not a checkpoint of this config: 2 tensors" in error
 
 
-def test_says_what_onnx_needs(project, tmp_path, export, monkeypatch):
+def test_exports_to_torchscript(project, tmp_path, export):
+    file = project / "stock_student.yaml"
+    torch.manual_seed(0)
+    weights = build_model(load_config(file)).state_dict()
+    weights["head.cls_score.weight"] *= 100
+    torch.save({"model": weights}, tmp_path / "trained.pth")
+    arguments = ["--config-file", file, "--weights", tmp_path / "trained.pth", "--output", tmp_path / "out"]
+    code, said, _ = export(*arguments, "--format", "torchscript")
+    assert code == 0 and said.startswith(f"torch.jit.load('{tmp_path}/out/model.torchscript'), after")
+    extra = {"msad.json": ""}
+    model = torch.jit.load(tmp_path / "out" / "model.torchscript", _extra_files=extra)
+    about = json.loads(extra["msad.json"])
+    assert about["detector"] == "RetinaNet" and len(about["classes"]) == 6
+    assert len(model(torch.zeros(1, 64, 96, 3, dtype=torch.uint8), torch.tensor([[64, 96]]))) == 4
+
+
+@pytest.fixture
+def without_onnxruntime(monkeypatch):
+    """As if it were not installed, and nothing had been imported that asks for it."""
+    for name in [name for name in sys.modules if name.startswith("msad.export")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, _, error = export("--config-file", project / "student.yaml", "--weights", "w.pth", "--output", tmp_path,
-                            "--format", "onnx")  # fmt: skip
-    assert code == 2 and "onnxruntime is not installed: pip install 'msad[onnx]'" in error
+
+
+def test_plain_files_need_no_onnxruntime(project, tmp_path, export, without_onnxruntime):
+    file = project / "stock_student.yaml"
+    torch.save({"model": build_model(load_config(file)).state_dict()}, tmp_path / "trained.pth")
+    arguments = ["--config-file", file, "--weights", tmp_path / "trained.pth", "--output", tmp_path / "out"]
+    assert export(*arguments)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export_model.py", "--config-file", "{}", "--weights", "w.pth", "--output", "o", "--format", "onnx"],
+        ["evaluate_onnx.py", "model.onnx", "--config-file", "{}"],
+        ["pareto.py", "--model", "a", "{}", "w.pth", "--output", "o"],
+    ],
+)
+def test_says_what_onnx_needs(project, arguments, monkeypatch, capsys, without_onnxruntime):
+    pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
+    script = str(SCRIPT.with_name(arguments[0]))
+    monkeypatch.setattr(sys, "argv", [script, *(a.format(project / "student.yaml") for a in arguments[1:])])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script, run_name="__main__")
+    assert stop.value.code == 2 and "onnxruntime is not installed: pip install 'msad[onnx]'" in capsys.readouterr().err

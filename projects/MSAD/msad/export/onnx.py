@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from ..engine.checkpoint import atomic_write
-from . import runner
 from .graph import DetectionGraph, detection_graph
 from .names import dataset_names, read_names
 from .plain import load_by_itself
@@ -55,19 +55,25 @@ def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
         RuntimeError: onnxruntime finds something else than the model.
     """
     require("onnx", "onnxruntime")
+    graph, about = described_graph(cfg, weights)
+    content = trace(graph, about)
+    check(content, graph.detector)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with atomic_write(str(output / "model.onnx")) as file:
+        file.write(content)
+    shutil.copyfile(Path(__file__).with_name("runner.py"), output / RUNNER)
+    return f"python {output / RUNNER} {output / 'model.onnx'} --input PATH --output DIR runs this model."
+
+
+def described_graph(cfg: CfgNode, weights: str) -> tuple[DetectionGraph, dict[str, Any]]:
+    """The graph of a trained model, and what :func:`describe` says of it; errors as of :func:`export_onnx`."""
     cfg, model = load_by_itself(cfg, weights)
     try:
         graph = detection_graph(model)
     except TypeError as error:
         raise ValueError(str(error)) from None
-    content = trace(graph, describe(cfg, graph, dataset_names(cfg) or read_names(weights)))
-    check(content, model)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(output / "model.onnx")) as file:
-        file.write(content)
-    shutil.copyfile(runner.__file__, output / RUNNER)
-    return f"python {output / RUNNER} {output / 'model.onnx'} --input PATH --output DIR runs this model."
+    return graph, describe(cfg, graph, dataset_names(cfg) or read_names(weights))
 
 
 def require(*names: str) -> None:
@@ -137,12 +143,18 @@ def example_images(sizes: list[tuple[int, int]], seed: int = 0) -> tuple[Tensor,
 
 
 def check(content: bytes, detector: nn.Module) -> None:
-    """RuntimeError if onnxruntime finds something else than the model itself in random images of three sizes."""
+    """:func:`verify` of an ONNX file in onnxruntime."""
     import onnxruntime
 
-    images, sizes = example_images([(150, 100), (70, 130), (97, 64)], seed=1)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    values = session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()})
+    verify(lambda images, sizes: session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()}), detector)
+
+
+def verify(run: Callable[[Tensor, Tensor], list[np.ndarray]], detector: nn.Module) -> None:
+    """RuntimeError if an exported graph, ``run``, finds something else than the model itself in random images of three
+    sizes. ``run`` takes images and sizes as :class:`DetectionGraph` does, and gives its outputs as arrays."""
+    images, sizes = example_images([(150, 100), (70, 130), (97, 64)], seed=1)
+    values = run(images, sizes)
     inputs = [{"image": x[:h, :w].permute(2, 0, 1)} for x, (h, w) in zip(images, sizes.tolist())]
     with torch.no_grad():
         outputs = detector(inputs)
@@ -157,7 +169,7 @@ def check(content: bytes, detector: nn.Module) -> None:
     shares = [matched(a, b) for a, b in ((found, wanted), (wanted, found))]
     if min(shares) < LEAST_MATCHED:
         raise RuntimeError(
-            f"onnxruntime finds {len(found[0])} objects in random images where the model finds {len(wanted[0])}; "
+            f"the file finds {len(found[0])} objects in random images where the model finds {len(wanted[0])}; "
             f"{100 * min(shares):.0f} % are the same. The exported graph is wrong"
         )
 
