@@ -42,7 +42,8 @@ def export_torchscript(cfg: CfgNode, weights: str, output: str | os.PathLike) ->
 
 def script(graph: DetectionGraph, about: dict[str, Any]) -> bytes:
     """The TorchScript file of ``graph``."""
-    with torch.no_grad(), warnings.catch_warnings():
+    graph.requires_grad_(False)  # nor does the file ask for gradients
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as for ONNX: decisions that a trace freezes; and that TorchScript is old
         traced = torch.jit.trace(graph, example_images([(128, 160), (96, 120)]), check_trace=False)
         file = io.BytesIO()
