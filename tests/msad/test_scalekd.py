@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers import make_context
 from test_resume import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from msad import load_config
@@ -178,6 +179,32 @@ def test_plain_attention_and_wrong_options():
         CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, heads=3)
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("multiscale", [True, False])
+def test_no_scores_of_all_pairs_are_stored(multiscale):
+    """Neither forward nor backward, and not by plain attention either: 64 x 48 queries have as many keys there."""
+    student = {f"p{i}": torch.randn(1, 16, 64 >> i, 48 >> i, requires_grad=True) for i in range(3)}
+    named = dict(zip(("p3", "p4", "p5"), student.values()))
+    assistant = CrossScaleAssistant(shapes(3, 16), {"t": shapes(3, 16)}, heads=4, multiscale=multiscale)
+    with Largest() as largest:
+        context = make_context([], student=named, sources={"t": {k: x.detach() for k, x in named.items()}})
+        sum(x.square().sum() for x in assistant.features(context).values()).backward()
+    assert largest.elements < 64 * 48 * 200 < (64 * 48) ** 2
+
+
 # --- together ---------------------------------------------------------------------------------------------------------
 
 
@@ -211,9 +238,9 @@ HEADS = {
 def make_scalekd(tiny_cfg, tiny_model):
     """``make_scalekd(arch, scale, **options)``: a tiny student and a teacher of the kind, as training builds them."""
 
-    def make(arch, scale=2.0, student_options=(), **options):
+    def make(arch, scale=2.0, student_options=(), assistant=SCALEKD["ASSISTANTS"][0], losses=None, **options):
         cfg = tiny_cfg(arch, **{"DISTILL__STUDENT_RESOLUTION": "H", "DISTILL__WARMUP_ITERS": 0, **options})
-        cfg.DISTILL.ASSISTANTS, cfg.DISTILL.LOSSES = SCALEKD["ASSISTANTS"], SCALEKD["LOSSES"]
+        cfg.DISTILL.ASSISTANTS, cfg.DISTILL.LOSSES = [assistant], losses or SCALEKD["LOSSES"]
         teacher = FrozenTeacher(tiny_model(arch, seed=1), scale=scale)
         return build_distiller(cfg, tiny_model(arch, **dict(student_options)), [teacher]).train()
 
@@ -254,6 +281,17 @@ def test_equal_features_have_equal_predictions(make_scalekd, make_batch, arch):
         assert len(image) > 0 and s.requires_grad and not t.requires_grad
         boxes = pair.decode(target, pair.anchors[anchor])
         torch.testing.assert_close(boxes, pair.targets[image, anchor], rtol=1e-4, atol=1e-2)
+
+
+def test_localization_distillation_from_the_assistant(make_scalekd, make_batch):
+    """LD in the place of Chen's losses, on a detector whose box sides are distributions."""
+    distiller = make_scalekd("GFL", losses=[{"NAME": "LD", "SOURCE": NAME}])
+    with EventStorage(0):
+        losses = distiller(make_batch([(64, 96)] * 2))
+    terms = [value for name, value in losses.items() if name.startswith(f"loss_distill/LD@{NAME}")]
+    assert terms and all(value.isfinite() for value in terms) and sum(terms) > 0
+    sum(terms).backward()
+    assert all(p.grad is not None for p in distiller.student.backbone.parameters())
 
 
 def test_neither_trains_the_other(make_scalekd, make_batch):
@@ -297,6 +335,25 @@ def test_inference_costs_what_the_student_costs(make_scalekd, make_batch):
             expected = distiller.student(batch)
     assert inside.get_total_flops() == alone.get_total_flops() > 0
     assert torch.equal(found[0]["instances"].scores, expected[0]["instances"].scores)
+
+
+@pytest.mark.parametrize(
+    ("arch", "match", "first"),
+    [("FCOS", "by_index", 3), ("FCOS", "by_stride", 2), ("MaskRCNN", "by_index", 2), ("KeypointRCNN", "by_index", 2)],
+)
+def test_students_at_half_the_input(make_scalekd, make_batch, arch, match, first):
+    """Table 4's students with stock levels, and those whose levels are moved down by one, under a teacher at H."""
+    entry = {**SCALEKD["ASSISTANTS"][0], "MATCH": match}
+    levels = {"levels": range(first, first + 5)}
+    distiller = make_scalekd(arch, 1.0, levels, DISTILL__STUDENT_RESOLUTION="L", assistant=entry)
+    (step,) = distiller.assistants
+    strides = {pair.strides[0] / pair.strides[1] for pair in step.assistant.pairs}
+    assert len(step.assistant.pairs) == 5 and strides == ({2.0} if match == "by_index" else {1.0})
+    with EventStorage(0):
+        losses = distiller(make_batch([(96, 128)] * 2))
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert all(p.grad is not None for p in distiller.student.parameters())
 
 
 def test_the_head_learns_from_the_assistant_if_asked(project, teacher_weights, tmp_path, make_batch):
