@@ -36,6 +36,7 @@ from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name, load_model
 from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs
+from msad.experiments.data_facts import describe_data
 from msad.experiments.gallery import write_gallery
 from msad.experiments.jobs import Run, count_cores, device_opts, error_of, make_slots
 from msad.experiments.panels import draw_panels, load_predictors
@@ -120,19 +121,6 @@ def make_study(args: argparse.Namespace) -> Comparison:
                       reference=reference, input_scale=scale)  # fmt: skip
 
 
-def describe_data(study: Comparison) -> dict:
-    """Name and counts of the data that the study used."""
-    cfg = study.config(Run(study.finished()[0], study.seeds[0]))
-    train, val = (DatasetCatalog.get(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
-    return {
-        "name": cfg.DATASETS.TRAIN[0].removeprefix("data_").removesuffix("_train"),
-        "images_train": len(train),
-        "images_val": len(val),
-        "instances_train": sum(len(d["annotations"]) for d in train),
-        "classes": list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes),
-    }
-
-
 def draw_pictures(study: Comparison) -> None:
     """Write panels.jpg, ground truth, teacher and low-resolution models side by side on a few validation images, and
     the gallery of more of them."""
@@ -170,7 +158,7 @@ def finish(study: Comparison, begin: float) -> dict:
     models = {n: (cfg, load_model(cfg, str(study.folder(runs[n]) / "model_final.pth"))) for n, cfg in configs.items()}
     cost = measure_costs(models)
     with registered(next(iter(configs.values()))):
-        about = describe_data(study)
+        about = describe_data(next(iter(configs.values())))
         draw_pictures(study)
     data = {
         "engine": engine_name(),

@@ -75,7 +75,9 @@ def test_yolo_boxes_and_what_is_left_out(tmp_path, caplog):
         "broken.png cannot be read",
     ):
         assert sum(expected in line for line in said) == 1, (expected, said)
-    assert len(said) == 8 and all(line in caplog.text for line in said)
+    assert len(said) == 8
+    assert register_entries(root, "boxes")[0]["IMAGES"] == str(splits["train"].images)
+    assert all(line in caplog.text for line in said)
     assert read(splits, "val")[1] == []
 
     stamp = splits["train"].json.stat().st_mtime_ns

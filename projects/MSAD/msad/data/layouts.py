@@ -43,7 +43,7 @@ def find_splits(folder: Path, converted: Path | None = None) -> dict[str, Split]
     Args:
         folder: or the data.yaml of YOLO.
         converted: where annotations of other formats than COCO's are written to; default: the user's cache, nothing is
-            written beside the data. What is left out or changed is logged as warnings and comes with the splits.
+            written beside the data.
 
     Raises:
         FileNotFoundError: there is no such folder, or it is in none of the layouts; names what is missing and LAYOUTS.
@@ -85,8 +85,6 @@ def _convert(parts: dict[str, tuple[Path, CocoBuilder]], source: Path, converted
             part.write_text(text)
             os.replace(part, file)
         splits[split] = Split(file, images, builder.findings())
-        for finding in splits[split].changes:
-            logger.warning("%s", finding)
     return splits
 
 
@@ -109,10 +107,15 @@ def _complete(folder: Path, splits: dict[str, Split]) -> dict[str, Split]:
 def register_entries(folder: Path, prefix: str) -> list[dict]:
     """The entries of DATASETS.REGISTER for ``{prefix}_train`` and ``{prefix}_val`` of a folder in one of LAYOUTS.
 
+    What conversion from another format than COCO's left out or changed is logged as warnings.
+
     Raises:
         FileNotFoundError, ValueError: see :func:`find_splits`.
     """
-    return entries_of(find_splits(folder), prefix)
+    splits = find_splits(folder)
+    for finding in (finding for split in splits.values() for finding in split.changes):
+        logger.warning("%s", finding)
+    return entries_of(splits, prefix)
 
 
 def entries_of(splits: dict[str, Split], prefix: str) -> list[dict]:

@@ -1,0 +1,18 @@
+"""What a report says of the data of a comparison."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+
+def describe_data(cfg: CfgNode) -> dict:
+    """Name and counts of the registered data sets of a config."""
+    train, val = (DatasetCatalog.get(names[0]) for names in (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST))
+    return {
+        "name": cfg.DATASETS.TRAIN[0].removeprefix("data_").removesuffix("_train"),
+        "images_train": len(train),
+        "images_val": len(val),
+        "instances_train": sum(len(d["annotations"]) for d in train),
+        "classes": list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes),
+    }
