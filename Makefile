@@ -2,10 +2,14 @@
 #   D2    the engine: ./lite (default), a path to a detectron2 checkout, or a pip requirement such as
 #         git+https://github.com/facebookresearch/detectron2.git
 #   VENV  where the environment lives; one environment holds one engine
+#   EXTRAS  of this package, see setup.py
+#   TORCH_INDEX  address of torch's own index of CPU-only builds, for Linux, where the ordinary ones bring CUDA along
 #   ARGS  passed on, e.g. make demo ARGS="--data DIR", make test ARGS="-m slow"
 PYTHON ?= python3
 VENV ?= .venv
 D2 ?= ./lite
+EXTRAS ?= test,fast-eval
+TORCH_INDEX ?=
 ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -31,7 +35,8 @@ $(BASE): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt setuptools wheel
-	$(PIP) install -q -c constraints.txt -e '.[test,fast-eval]'
+	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt --index-url '$(TORCH_INDEX)' torch torchvision)
+	$(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	rm -f $(VENV)/.engine-*
 	touch $@
 

@@ -35,7 +35,7 @@ from msad.distill.init import init_student
 from msad.engine.build import load_teacher
 from msad.engine.preflight import preflight
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
-from msad.export.plain import split_config
+from msad.export.plain import foreign_parts, plain_file, split_config
 from msad.finding import ERROR, WARNING
 from msad.modeling.adapters import num_classes_key
 from msad.modeling.student_config import student_config
@@ -135,7 +135,17 @@ def check(folder: Path) -> list[str]:
         lines.append(f"{name}: {parameters:.1f} M parameters, {macs[name]:.4g} GMACs for {height} x {width} pixels")
     boxes = " (without masks and keypoints)" if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON else ""
     ratio = macs["student"] / macs["teacher"]
-    return [*lines, f"the student costs {ratio:.2f} of its teacher's multiply-adds{boxes}"]
+    return [*lines, f"the student costs {ratio:.2f} of its teacher's multiply-adds{boxes}", built_by(cfg)]
+
+
+def built_by(cfg: CfgNode) -> str:
+    """What will build the student once it is exported."""
+    foreign = foreign_parts(cfg)
+    if not foreign:
+        return "exported, the student is a plain detectron2 model: its yaml alone builds it"
+    if plain := plain_file(cfg):
+        return f"exported, the student is built by plain detectron2 and {plain}, without msad"
+    return f"exported, the student needs import msad, for {', '.join(foreign)}; on detectron2's ResNets it would not"
 
 
 def main(argv: list[str] | None = None) -> int:

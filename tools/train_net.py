@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 from msad import cli, load_config
+from msad.data.checks import check_test_sets
 from msad.engine.first_screen import quiet_console
 from msad.engine.run_folder import check_folder, check_inputs, has_run, set_aside
 from msad.engine.setup import evaluate, load_model, prepare, start_process, train
@@ -49,6 +50,7 @@ def work(args: argparse.Namespace) -> dict | None:
     for note in notes:
         logging.getLogger("msad").warning(note)
     if args.eval_only:
+        check_test_sets(cfg)
         return evaluate(cfg, load_model(cfg))
     if comm.is_main_process():
         if not resumed:

@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 
 from msad import load_config
 from msad.engine.setup import prepare, train
+from msad.export.plain import foreign_parts
 from msad.modeling.student_config import student_config
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,22 @@ def needed(config):
     """Maps of the bottom-up network that its levels are made of; others cost nothing and do not matter."""
     maps = ["c1", "res2", "res3", "res4", "res5"]
     return maps[int(config.MODEL.FPN.LEVELS[0][1]) - 1 :] if config.MODEL.FPN.LEVELS else maps[1:]
+
+
+def test_a_retinanet_on_a_stock_backbone_gets_a_plain_student(tool):
+    """The teacher's neck is ours, the student's detectron2's own, with the tensors of ours."""
+    student = student_config(load_config("MSAD/retinanet_R_50_T_1x.yaml", ["MODEL.DEVICE", "meta"]), "L")
+    assert student.MODEL.BACKBONE.NAME == "build_retinanet_resnet_fpn_backbone" and foreign_parts(student) == []
+    assert "plain detectron2 model: its yaml alone" in tool.built_by(student)
+    ours = student.clone()
+    ours.MODEL.BACKBONE.NAME, ours.MODEL.FPN.BOTTOM_UP = "build_level_fpn_backbone", "build_resnet_backbone"
+    ours.MODEL.FPN.LEVELS = ["p2", "p3", "p4", "p5", "p6"]
+    with torch.device("meta"):
+        shapes = [{k: v.shape for k, v in build_model(cfg).state_dict().items()} for cfg in (ours, student)]
+    assert len(shapes[0]) > 300 and shapes[0].items() <= shapes[1].items()
+    for name, said in (("MSAD/fcos_R_50_T_1x", "plain_fcos.py, without msad"),
+                       ("effnet/retinanet_T_1x", "needs import msad, for MODEL.BACKBONE.NAME")):  # fmt: skip
+        assert said in tool.built_by(student_config(load_config(f"{name}.yaml"), "L"))
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn_R_50_FPN_1x", "mask_rcnn_R_50_FPN_3x", "keypoint_rcnn_R_50_FPN_1x"])

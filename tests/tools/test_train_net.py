@@ -101,6 +101,17 @@ def test_evaluation_alone_needs_weights(train_net, tmp_path):
         train_net("fcos", "--eval-only", "OUTPUT_DIR", tmp_path)
 
 
+def test_evaluation_alone_checks_its_data(train_net, project, teacher_weights, tmp_path):
+    content = json.loads((project / "data/annotations_val.json").read_text())
+    content["images"][0]["file_name"] = "absent.png"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    entry = {"NAME": "absent_val", "JSON": str(tmp_path / "val.json"), "IMAGES": str(project / "data/images")}
+    with pytest.raises(ValueError, match=r"absent\.png does not exist"):
+        train_net("teacher", "--eval-only", "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", teacher_weights["teacher"],
+                  "DATASETS.REGISTER", f"[{entry}]", "DATASETS.TEST", "('absent_val',)",
+                  "DATASETS.TRAIN", "('not_on_this_machine',)")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -93,6 +93,20 @@ def load_train_dicts(cfg: CfgNode, images: bool = True) -> list[dict]:
     return loaded
 
 
+def check_test_sets(cfg: CfgNode) -> None:
+    """Look at DATASETS.TEST alone, before an evaluation; all that is found is logged.
+
+    Raises:
+        ValueError: there is an error in the data, or they do not fit the config; the message has all errors.
+    """
+    alone = cfg.clone()
+    alone.defrost()
+    alone.DATASETS.TRAIN = ()
+    findings = shared_findings(check_data(alone, images=comm.is_main_process())[1])
+    log_findings(findings)
+    raise_errors(findings)
+
+
 def shared_findings(findings: list[Finding]) -> list[Finding]:
     """The findings of all processes, each once, so that all of them stop or none does."""
     return list(dict.fromkeys(finding for part in comm.all_gather(findings) for finding in part))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
-from ..config import detector_architecture
+from ..config import add_msad_config, detector_architecture
 from ..resolution import downsampled_size, get_resolution, level_of
 
 # Detectors, and the keys that name the levels that they read.
@@ -32,7 +32,8 @@ BOTTOM_UPS = {
 }
 MAPS = ("c1", "res2", "res3", "res4", "res5")
 # detectron2's pyramids on its ResNet, and how they make P6.
-STOCK = {"build_retinanet_resnet_fpn_backbone": "conv", "build_resnet_fpn_backbone": "maxpool"}
+STOCK_RETINANET = "build_retinanet_resnet_fpn_backbone"
+STOCK = {STOCK_RETINANET: "conv", "build_resnet_fpn_backbone": "maxpool"}
 
 
 def student_config(teacher: CfgNode, resolution: str) -> CfgNode:
@@ -73,6 +74,8 @@ def student_config(teacher: CfgNode, resolution: str) -> CfgNode:
     for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
         cfg.INPUT[key] = downsampled_size((cfg.INPUT[key],) * 2, shift)[0]
     _make_levels(cfg, sorted(levels))
+    if detector == "RetinaNet":
+        _take_stock_neck(cfg, sorted(levels))
     cfg.DISTILL.STUDENT_RESOLUTION = resolution
     return cfg
 
@@ -91,6 +94,19 @@ def _moved(key: str, names: Iterable[str], shift: int) -> list[int]:
             "a map finer than p1; choose a higher resolution"
         )
     return levels
+
+
+def _take_stock_neck(cfg: CfgNode, levels: list[int]) -> None:
+    """Let detectron2's own builder make the neck where it makes the same, so that plain detectron2 knows the student.
+
+    That is RetinaNet's on detectron2's ResNet from P2 on; other detectors read other levels than a builder makes.
+    """
+    neck, known = cfg.MODEL.FPN, add_msad_config(get_cfg()).MODEL.FPN
+    same = all(neck[key] == known[key] for key in ("TOP_SOURCE", "TOP_RELU", "TOP_NORM", "TOP_BLOCK"))
+    resnet = neck.BOTTOM_UP in ("build_resnet_backbone", "build_resnet_c1_backbone")
+    if cfg.MODEL.BACKBONE.NAME == "build_level_fpn_backbone" and same and resnet and 2 <= levels[0] <= levels[-1] <= 7:
+        cfg.MODEL.BACKBONE.NAME, neck.BOTTOM_UP, neck.LEVELS = STOCK_RETINANET, known.BOTTOM_UP, known.LEVELS
+        cfg.MODEL.RESNETS.OUT_FEATURES = neck.IN_FEATURES = list(MAPS[levels[0] - 1 :]) if levels[0] < 5 else ["res5"]
 
 
 def _make_levels(cfg: CfgNode, levels: list[int]) -> None:

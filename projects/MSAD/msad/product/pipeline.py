@@ -220,8 +220,7 @@ class Project:
         choice = choose_backbone(self.choices.backbone)
         given = self.choices.checkpoint
         start = given or (cfg.MODEL.WEIGHTS or self.configs.get(TEACHER, self.configs.get(BASELINE, cfg)).MODEL.WEIGHTS)
-        known = start and start.removesuffix("?matching_heuristics=True") == choice.weights.split("?")[0]
-        licence = choice.licence if known or not start else "not known here; that of this file"
+        licence = (choice.licence or "none used") if start == choice.weights else "not known here; that of this file"
         files = [("detectron2/", said["detectron2"])]
         files.append(("onnx/", said["onnx"]) if said["onnx"] else ("onnx/", f"not written: {said['no_onnx']}"))
         facts = {

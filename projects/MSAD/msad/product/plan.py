@@ -68,8 +68,8 @@ def measure(configs: Mapping[str, CfgNode], steps: int = STEPS) -> dict[str, Mea
     out: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, cfg in configs.items():
-            parts = [_measure(part, Path(folder), f"{name}{number}", steps) for number, part in
-                     enumerate(stages_of(_frozen(cfg)))]  # fmt: skip
+            stages = enumerate(stages_of(_frozen(cfg)))
+            parts = [_measure(part, Path(folder), f"{name}{number}", steps, number == 0) for number, part in stages]
             total = sum(part.iterations for part in parts)
             step = sum(part.iterations * part.step for part in parts) / total
             out[name] = parts[-1]._replace(iterations=total, step=step, checkpoints=sum(p.checkpoints for p in parts))
@@ -84,7 +84,7 @@ def _frozen(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _measure(cfg: CfgNode, folder: Path, name: str, steps: int) -> Measured:
+def _measure(cfg: CfgNode, folder: Path, name: str, steps: int, first: bool) -> Measured:
     iterations, period = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD
     cfg = cfg.clone()
     cfg.defrost()
@@ -93,7 +93,7 @@ def _measure(cfg: CfgNode, folder: Path, name: str, steps: int) -> Measured:
     cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, steps // 2)
     cfg.DISTILL.START_ITER, cfg.DISTILL.WARMUP_ITERS = 0, 1  # a step with all of its losses
     map_teachers(cfg, lambda entry: _measured_teacher(entry, folder))
-    if name[-1] != "0":  # the student of an earlier stage, which has not been trained
+    if not first:  # the student of an earlier stage, which has not been trained
         cfg.MODEL.WEIGHTS = ""
     cfg.freeze()
     Path(cfg.OUTPUT_DIR).mkdir(parents=True)

