@@ -27,9 +27,9 @@ import torch
 from msad import cli
 from msad.data.layouts import LAYOUTS
 from msad.product.backbones import BACKBONES
+from msad.product.choices import DETECTORS, METHODS, SCALES
 from msad.product.pipeline import distill
 from msad.product.plan import Plan
-from msad.product.recipe import DETECTORS, METHODS, SCALES
 
 
 def make_parser() -> argparse.ArgumentParser:

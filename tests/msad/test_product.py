@@ -12,8 +12,10 @@ from msad.config import find_config
 from msad.product import backbones
 from msad.product.advice import describe, finest_anchor, measure_objects, native_side, recommend, shares_below, sides_at
 from msad.product.card import model_card, read_licences
+from msad.product.choices import METHODS, Choices
+from msad.product.methods import BUILDERS
 from msad.product.plan import Measured, Plan
-from msad.product.recipe import Choices, make_configs, write_configs
+from msad.product.recipe import make_configs, write_configs
 from msad.product.steps import kept
 
 ENTRIES = [{"NAME": f"own_{split}", "JSON": f"/data/{split}.json", "IMAGES": "/data"} for split in ("train", "val")]
@@ -113,6 +115,7 @@ def test_rcnn_configs(make):
 
 
 def test_other_methods(make):
+    assert tuple(BUILDERS) == METHODS
     scalekd = make(method="scalekd", iterations=90)
     assert list(scalekd) == ["baseline_H", "student"] and scalekd["student"].DISTILL.START_ITER == 30
     progressive = make(method="progressive", iterations=90)

@@ -16,7 +16,7 @@ import pytest
 import msad
 from msad import load_config
 from msad.data.synthetic import make_dataset
-from msad.product import pipeline
+from msad.product import results
 
 ROOT = Path(__file__).parents[2]
 TINY = {"backbone": "tiny", "iterations": 2, "short_side": 64, "threads": 1, "opts": ("SOLVER.IMS_PER_BATCH", "2")}
@@ -57,7 +57,7 @@ def test_interrupted_after_every_step(data, tmp_path, monkeypatch):
 
     # Trained, and stopped before the report.
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "measure_costs", stop)
+        patch.setattr(results, "measure_costs", stop)
         with pytest.raises(KeyboardInterrupt):
             call()
     assert len(asked) == 2 and asked[0].runs == asked[1].runs  # measured once
@@ -66,7 +66,7 @@ def test_interrupted_after_every_step(data, tmp_path, monkeypatch):
 
     # Reported, and stopped in the export.
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "export_onnx", stop)
+        patch.setattr(results, "export_onnx", stop)
         with pytest.raises(KeyboardInterrupt):
             call()
     stamps["panels"] = (out / "report/panels.jpg").stat().st_mtime_ns
@@ -96,7 +96,7 @@ def test_interrupted_after_every_step(data, tmp_path, monkeypatch):
     assert result.weights.stat().st_mtime_ns == exported
     result.weights.unlink()  # what is gone is made again
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "export_onnx", lambda *args: (_ for _ in ()).throw(ValueError("no such form")))
+        patch.setattr(results, "export_onnx", lambda *args: (_ for _ in ()).throw(ValueError("no such form")))
         again = call()
     assert again.weights.is_file() and again.onnx is None and "no such form" in again.card.read_text()
     assert runs["student_L"].stat().st_mtime_ns == stamps["student_L"]

@@ -18,9 +18,10 @@ from detectron2.modeling import build_model
 
 from ..data.register import registered
 from ..engine.provenance import machine
+from ..engine.stages import stage_configs
 from ..engine.trainer import DistillTrainer
 from ..experiments.jobs import format_seconds
-from ..experiments.run import log_to, stages_of
+from ..experiments.run import log_to
 from ..experiments.variants import map_teachers
 from .steps import kept
 
@@ -68,7 +69,7 @@ def measure(configs: Mapping[str, CfgNode], steps: int = STEPS) -> dict[str, Mea
     out: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, cfg in configs.items():
-            stages = enumerate(stages_of(_frozen(cfg)))
+            stages = enumerate(stage_configs(cfg) if cfg.DISTILL.STAGES else [cfg])
             parts = [_measure(part, Path(folder), f"{name}{number}", steps, number == 0) for number, part in stages]
             total = sum(part.iterations for part in parts)
             step = sum(part.iterations * part.step for part in parts) / total
@@ -76,12 +77,6 @@ def measure(configs: Mapping[str, CfgNode], steps: int = STEPS) -> dict[str, Mea
             if (Path(folder) / f"{name}0" / "model_final.pth").is_file():
                 shutil.move(Path(folder) / f"{name}0", Path(folder) / name)
     return out
-
-
-def _frozen(cfg: CfgNode) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.freeze()
-    return cfg
 
 
 def _measure(cfg: CfgNode, folder: Path, name: str, steps: int, first: bool) -> Measured:

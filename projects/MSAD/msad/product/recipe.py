@@ -1,10 +1,8 @@
-"""The configs of teacher and student for a data set: detector, backbone, sizes, classes, schedule and method."""
+"""The configs of teacher and student for a data set: detector, backbone, sizes, classes and schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -14,75 +12,14 @@ from ..config import add_msad_config, load_config
 from ..engine.scaling import set_iterations
 from ..export.plain import split_config
 from ..modeling.adapters import num_classes_key
-from ..modeling.student_config import LEVEL_KEYS, student_config
+from ..modeling.student_config import LEVEL_KEYS
 from .advice import Objects, finest_anchor, longest_side
-from .backbones import choose_backbone, require_weights
+from .backbones import choose_backbone
+from .choices import Choices
+from .methods import BASELINE, BUILDERS, STUDENT, Configs
 
-DETECTORS = ("fcos", "retinanet", "faster_rcnn", "mask_rcnn", "keypoint_rcnn")
-SCALES = {"1/2": "L", "1/4": "EL"}
 # Passes over the training images, and the least number of iterations: small sets need more passes.
 EPOCHS, LEAST_ITERATIONS = 24, 1500
-STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline_H"
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a user chooses; see ``msad distill --help``.
-
-    Attributes:
-        detector, backbone: of teacher and student; not used with ``checkpoint``, whose own they are.
-        scale, method: keys of SCALES and METHODS.
-        checkpoint, config: a trained detectron2 model that teaches.
-        short_side: of H in pixels; None: as recommended for the data.
-        iterations: of every training; None: EPOCHS.
-        controls: also train what the student is to be compared with.
-        opts: KEY, VALUE, ... overrides of every config.
-    """
-
-    detector: str = "fcos"
-    backbone: str = "efficientnet_lite0"
-    scale: str = "1/2"
-    method: str = "msad"
-    checkpoint: str = ""
-    config: str = ""
-    short_side: int | None = None
-    iterations: int | None = None
-    controls: bool = False
-    opts: tuple = field(default=())
-
-    def check(self) -> None:
-        """ValueError or FileNotFoundError if the choices do not go together."""
-        for name, value, known in (("detector", self.detector, DETECTORS), ("scale", self.scale, SCALES),
-                                   ("method", self.method, METHODS)):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"--{name} {value}: not known; choose from {', '.join(known)}")
-        for name in ("short_side", "iterations"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if bool(self.checkpoint) != bool(self.config):
-            raise ValueError("--from CHECKPOINT and --config YAML belong together: weights and what they are of")
-        if self.checkpoint and not Path(self.checkpoint).is_file():
-            raise FileNotFoundError(f"--from: no such file: {self.checkpoint}")
-        if self.checkpoint and self.method == "progressive":
-            raise ValueError("--method progressive trains its two teachers; with --from use msad, scalekd or none")
-        choice = choose_backbone(self.backbone)
-        if not self.checkpoint:
-            given = "MODEL.WEIGHTS" in self.opts[::2]
-            require_weights(self.backbone, given)
-            if self.method == "progressive":
-                if not choice.larger:
-                    raise ValueError(f"--method progressive: there is no larger backbone than {self.backbone}")
-                require_weights(choice.larger, given)
-        if self.scale == "1/4" and "rcnn" in self.detector and not self.checkpoint:
-            raise ValueError(f"--scale 1/4: a {self.detector} reads P2 at H, and no network makes a map 4 times finer; "
-                             "choose --scale 1/2, or --detector fcos or retinanet")  # fmt: skip
-
-    @property
-    def resolution(self) -> str:
-        return SCALES[self.scale]
-
-
-# --- the detector at H ------------------------------------------------------------------------------------------------
 
 
 def detector_config(choices: Choices, entries: list[dict], content: dict, objects: Objects, short: int) -> CfgNode:
@@ -188,85 +125,6 @@ def given_config(choices: Choices, entries: list[dict], content: dict) -> CfgNod
     return _override(cfg, choices)
 
 
-# --- methods ----------------------------------------------------------------------------------------------------------
-
-Configs = dict[str, CfgNode]
-
-
-def _entry(file: str, choices: Choices, name: str = "teacher") -> dict:
-    """Of DISTILL.TEACHERS; the weights of a teacher that is still to be trained are set when it is."""
-    weights = str(Path(choices.checkpoint).resolve()) if choices.checkpoint else f"{file}.pth"
-    return {"NAME": name, "CONFIG": f"{file}.yaml", "WEIGHTS": weights}
-
-
-def _student(base: CfgNode, choices: Choices, teachers: list[dict], losses: list[dict]) -> CfgNode:
-    cfg = student_config(base, choices.resolution)
-    cfg.DISTILL.TEACHERS, cfg.DISTILL.LOSSES = teachers, losses
-    cfg.DISTILL.WARMUP_ITERS = min(50, max(cfg.SOLVER.MAX_ITER // 10, 1))
-    return cfg
-
-
-def _msad(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
-    """Sun et al., CVPR 2021: a multi-resolution teacher and aligned features; a given teacher is taken as it is."""
-    if choices.checkpoint:
-        student = _student(base, choices, [_entry(BASELINE, choices)], [{"NAME": "AlignedL1"}])
-        # The scale of a given teacher's features is unknown, so the weight is found by gradients.
-        student.DISTILL.BALANCE.RATIO = 0.5
-        student.DISTILL.BALANCE.ITERS = min(student.DISTILL.BALANCE.ITERS, max(student.SOLVER.MAX_ITER // 10, 1))
-        return {BASELINE: base, STUDENT: student}
-    student = _student(base, choices, [_entry(TEACHER, choices)], [{"NAME": "AlignedL1", "WEIGHT": 0.3}])
-    student.DISTILL.DECAY_FROM, student.DISTILL.DECAY_TO = 0.3, 0.8
-    several = base.clone()
-    several.MSAD.DETECTOR = base.MODEL.META_ARCHITECTURE
-    several.MODEL.META_ARCHITECTURE = "MultiScaleTeacher"
-    several.MSAD.RESOLUTIONS = ["H", "L"] if choices.resolution == "L" else ["H", "L", "EL"]
-    return {TEACHER: several, STUDENT: student}
-
-
-def _scalekd(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
-    """Zhu et al., CVPR 2023: the teacher sees the image at twice the student's size or more."""
-    two_stage = len(LEVEL_KEYS[base.MODEL.META_ARCHITECTURE]) == 2
-    sdf, beta, nu = (0.07, 0.5, 0.4) if two_stage else (0.01, 0.2, 0.25)
-    losses = [
-        {"NAME": "SDF", "SOURCE": "teacher", "TAP": "bottom_up", "MATCH": "by_index", "LEVELS": ["res5"],
-         "WEIGHT": sdf},
-        {"NAME": "Chen", "SOURCE": "CrossScaleAssistant", "BBOX": "direct", "WEIGHT": beta, "NU": nu},
-    ]  # fmt: skip
-    student = _student(base, choices, [_entry(BASELINE, choices)], losses)
-    student.DISTILL.ASSISTANTS = [{
-        "NAME": "CrossScaleAssistant", "OPTIMIZER": "Adam", "BASE_LR": 3.0e-4, "WEIGHT_DECAY": 1.0e-4,
-        "SCHEDULE": "constant", "RATIO": 16 if two_stage else 8, "MATCH": "by_stride",
-    }]  # fmt: skip
-    student.DISTILL.START_ITER = student.SOLVER.MAX_ITER // 3  # as 30k of 90k
-    return {BASELINE: base, STUDENT: student}
-
-
-def _progressive(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
-    """Cao et al., ICML 2023: a teacher near to the student first, then a stronger one, half of the time each."""
-    names = {"near": BASELINE, "far": "teacher_far"}
-    entries = [_entry(file, choices, name) for name, file in names.items()]
-    student = _student(base, choices, entries, [{"NAME": "AlignedL1", "WEIGHT": 0.3}])
-    half = max(student.SOLVER.MAX_ITER // 2, 1)
-    student.DISTILL.STAGES = [{"TEACHERS": [name], "SOLVER": {"MAX_ITER": half}} for name in names]
-    return {BASELINE: base, "teacher_far": larger(), STUDENT: student}
-
-
-def _none(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
-    """The student's architecture without distillation; a given model is only where it starts."""
-    if not choices.checkpoint:
-        student = student_config(base, choices.resolution)
-        student.INPUT.MIN_SIZE_TRAIN = (student.INPUT.MIN_SIZE_TEST,)
-        student.INPUT.MAX_SIZE_TRAIN = student.INPUT.MAX_SIZE_TEST
-        student.MODEL.WEIGHTS = base.MODEL.WEIGHTS
-        return {STUDENT: student}
-    return {BASELINE: base, STUDENT: _student(base, choices, [_entry(BASELINE, choices)], [])}
-
-
-METHODS: dict[str, Callable[[CfgNode, Choices, Callable[[], CfgNode]], Configs]] = {
-    "msad": _msad, "scalekd": _scalekd, "progressive": _progressive, "none": _none,
-}  # fmt: skip
-
-
 def make_configs(choices: Choices, entries: list[dict], content: dict, objects: Objects, short: int) -> Configs:
     """The configs of all that is trained, by name; the student is the last of those that are not controls.
 
@@ -280,7 +138,7 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
     else:
         base = detector_config(choices, *data)
     larger = choose_backbone(choices.backbone).larger
-    configs = METHODS[choices.method](base, choices, lambda: _detector(choices, larger, *data))
+    configs = BUILDERS[choices.method](base, choices, lambda: _detector(choices, larger, *data))
     if choices.controls:
         low = base.clone()
         for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):

@@ -1,0 +1,88 @@
+"""What each method trains: the configs of its teachers and of the student, from that of the detector at H."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from ..modeling.student_config import LEVEL_KEYS, student_config
+from .choices import Choices
+
+STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline_H"
+Configs = dict[str, CfgNode]
+
+
+def _entry(file: str, choices: Choices, name: str = "teacher") -> dict:
+    """Of DISTILL.TEACHERS; the weights of a teacher that is still to be trained are set when it is."""
+    weights = str(Path(choices.checkpoint).resolve()) if choices.checkpoint else f"{file}.pth"
+    return {"NAME": name, "CONFIG": f"{file}.yaml", "WEIGHTS": weights}
+
+
+def _student(base: CfgNode, choices: Choices, teachers: list[dict], losses: list[dict]) -> CfgNode:
+    cfg = student_config(base, choices.resolution)
+    cfg.DISTILL.TEACHERS, cfg.DISTILL.LOSSES = teachers, losses
+    cfg.DISTILL.WARMUP_ITERS = min(50, max(cfg.SOLVER.MAX_ITER // 10, 1))
+    return cfg
+
+
+def _msad(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
+    """Sun et al., CVPR 2021: a multi-resolution teacher and aligned features; a given teacher is taken as it is."""
+    if choices.checkpoint:
+        student = _student(base, choices, [_entry(BASELINE, choices)], [{"NAME": "AlignedL1"}])
+        # The scale of a given teacher's features is unknown, so the weight is found by gradients.
+        student.DISTILL.BALANCE.RATIO = 0.5
+        student.DISTILL.BALANCE.ITERS = min(student.DISTILL.BALANCE.ITERS, max(student.SOLVER.MAX_ITER // 10, 1))
+        return {BASELINE: base, STUDENT: student}
+    student = _student(base, choices, [_entry(TEACHER, choices)], [{"NAME": "AlignedL1", "WEIGHT": 0.3}])
+    student.DISTILL.DECAY_FROM, student.DISTILL.DECAY_TO = 0.3, 0.8
+    several = base.clone()
+    several.MSAD.DETECTOR = base.MODEL.META_ARCHITECTURE
+    several.MODEL.META_ARCHITECTURE = "MultiScaleTeacher"
+    several.MSAD.RESOLUTIONS = ["H", "L"] if choices.resolution == "L" else ["H", "L", "EL"]
+    return {TEACHER: several, STUDENT: student}
+
+
+def _scalekd(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
+    """Zhu et al., CVPR 2023: the teacher sees the image at twice the student's size or more."""
+    two_stage = len(LEVEL_KEYS[base.MODEL.META_ARCHITECTURE]) == 2
+    sdf, beta, nu = (0.07, 0.5, 0.4) if two_stage else (0.01, 0.2, 0.25)
+    losses = [
+        {"NAME": "SDF", "SOURCE": "teacher", "TAP": "bottom_up", "MATCH": "by_index", "LEVELS": ["res5"],
+         "WEIGHT": sdf},
+        {"NAME": "Chen", "SOURCE": "CrossScaleAssistant", "BBOX": "direct", "WEIGHT": beta, "NU": nu},
+    ]  # fmt: skip
+    student = _student(base, choices, [_entry(BASELINE, choices)], losses)
+    student.DISTILL.ASSISTANTS = [{
+        "NAME": "CrossScaleAssistant", "OPTIMIZER": "Adam", "BASE_LR": 3.0e-4, "WEIGHT_DECAY": 1.0e-4,
+        "SCHEDULE": "constant", "RATIO": 16 if two_stage else 8, "MATCH": "by_stride",
+    }]  # fmt: skip
+    student.DISTILL.START_ITER = student.SOLVER.MAX_ITER // 3  # as 30k of 90k
+    return {BASELINE: base, STUDENT: student}
+
+
+def _progressive(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
+    """Cao et al., ICML 2023: a teacher near to the student first, then a stronger one, half of the time each."""
+    names = {"near": BASELINE, "far": "teacher_far"}
+    entries = [_entry(file, choices, name) for name, file in names.items()]
+    student = _student(base, choices, entries, [{"NAME": "AlignedL1", "WEIGHT": 0.3}])
+    half = max(student.SOLVER.MAX_ITER // 2, 1)
+    student.DISTILL.STAGES = [{"TEACHERS": [name], "SOLVER": {"MAX_ITER": half}} for name in names]
+    return {BASELINE: base, "teacher_far": larger(), STUDENT: student}
+
+
+def _none(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
+    """The student's architecture without distillation; a given model is only where it starts."""
+    if not choices.checkpoint:
+        student = student_config(base, choices.resolution)
+        student.INPUT.MIN_SIZE_TRAIN = (student.INPUT.MIN_SIZE_TEST,)
+        student.INPUT.MAX_SIZE_TRAIN = student.INPUT.MAX_SIZE_TEST
+        student.MODEL.WEIGHTS = base.MODEL.WEIGHTS
+        return {STUDENT: student}
+    return {BASELINE: base, STUDENT: _student(base, choices, [_entry(BASELINE, choices)], [])}
+
+
+BUILDERS: dict[str, Callable[[CfgNode, Choices, Callable[[], CfgNode]], Configs]] = {
+    "msad": _msad, "scalekd": _scalekd, "progressive": _progressive, "none": _none,
+}  # fmt: skip

@@ -1,0 +1,116 @@
+"""One call of ``msad distill``: its data, configs, comparison and folders."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from ..config import load_config
+from ..data.checks import check_data
+from ..data.layouts import entries_of, find_splits, read_contents
+from ..data.register import registered
+from ..data.tally import raise_errors
+from ..experiments.comparison import Comparison
+from ..experiments.jobs import Run, device_opts
+from ..experiments.variants import Variant, equal_cost
+from ..finding import WARNING
+from .advice import describe, measure_objects, recommend
+from .plan import Plan, measured_once
+from .recipe import BASELINE, STUDENT, Choices, make_configs, write_configs
+
+FINAL = "model_final.pth"
+
+
+class Project:
+    """The configs and the comparison of one call; raises what is wrong with data and choices before anything runs."""
+
+    def __init__(self, data: Path, output: Path, choices: Choices, seed: int, devices: Sequence[str]) -> None:
+        choices.check()
+        if output.resolve() in (data.resolve(), *data.resolve().parents):
+            raise ValueError(f"--output {output} would write into the data: choose another folder")
+        self.output, self.choices, self.seed = output, choices, seed
+        self.student = f"student_{choices.resolution}"
+        splits = find_splits(data, output / "data")
+        self.changes = [str(finding) for split in splits.values() for finding in split.changes]
+        # No data set of the engine's own is called so, whatever the folder's name is.
+        self.entries = entries_of(splits, f"data_{data.resolve().stem}")
+        content = read_contents(self.entries)
+        names = tuple((entry["NAME"],) for entry in self.entries)
+        sets = CfgNode({"DATASETS": {"REGISTER": self.entries, "TRAIN": names[0], "TEST": names[1]}})
+        with registered(sets):
+            train, val = (DatasetCatalog.get(entry["NAME"]) for entry in self.entries)
+            self.objects = measure_objects(train, content["classes"])
+        self.test_images = len(val)
+        short = choices.short_side or (load_config(choices.config).INPUT.MIN_SIZE_TEST if choices.config else
+                                       recommend(self.objects))  # fmt: skip
+        self.configs = make_configs(choices, self.entries, content, self.objects, short)
+        device = device_opts(devices) or ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
+        for cfg in self.configs.values():
+            if "MODEL.DEVICE" not in choices.opts[::2]:
+                cfg.MODEL.DEVICE = device[1]
+        self.short = self.configs[STUDENT].INPUT.MIN_SIZE_TEST * self.divisor
+        self.warnings = self._check()
+        self.files = write_configs(self.configs, output / "configs")
+        self.study = Comparison(self._variants(), output / "runs", [], (seed,), teacher_weights=choices.checkpoint)
+
+    @property
+    def divisor(self) -> int:
+        """H over the student's input."""
+        return int(self.choices.scale[2:])
+
+    def _check(self) -> list[str]:
+        """Look at data and image files; ValueError with all errors, returns the warnings."""
+        with registered(self.configs[STUDENT]):
+            findings = check_data(self.configs[STUDENT])[1]
+        raise_errors(findings)
+        return [str(finding) for finding in findings if finding.level == WARNING]
+
+    def _variants(self) -> dict[str, Variant]:
+        student = Variant(self.files[STUDENT], title=f"student ({self.choices.method})")
+        variants = {self.student: student}
+        if self.choices.controls:
+            no_kd = ("DISTILL.LOSSES", [], "DISTILL.ASSISTANTS", [])
+            if self.configs[STUDENT].DISTILL.LOSSES:
+                variants[f"{self.student}_no_kd"] = Variant(self.files[STUDENT], no_kd, title="student, not distilled")
+            for name, title in ((BASELINE, "full resolution"), ("baseline_L", "the student's input, stock levels")):
+                if name != BASELINE or not self.choices.checkpoint:
+                    variants[name] = Variant(self.files[name], title=title)
+            if not self.choices.checkpoint:
+                variants |= equal_cost(self.files[BASELINE], self.student)
+        return variants
+
+    def config(self, name: str) -> CfgNode:
+        return self.study.config(Run(name, self.seed))
+
+    def weights(self, name: str) -> Path:
+        return self.study.folder(Run(name, self.seed)) / FINAL
+
+    def pending(self) -> list[Run]:
+        return [run for run in self.study.runs() if self.study.result(run) is None]
+
+    def plan(self, steps: int) -> Plan:
+        """Measure a few steps of every training; what is finished is not counted."""
+        of = {variant: v.file.stem for variant, v in self.study.variants.items()}
+        configs = {name: load_config(file) for name, file in self.files.items() if name in of.values()}
+        measured = measured_once(configs, self.output / "measured.json", steps)
+        data = describe(self.objects, self.short, self.divisor)
+        data += [f"warning: {text}" for text in self.warnings]
+        runs = {run.name: measured[of[run.name]] for run in self.pending()}
+        return Plan(data, self.changes, runs, self.test_images, shutil.disk_usage(self.output).free)
+
+    def given(self) -> CfgNode:
+        cfg = load_config(self.files[BASELINE], ["OUTPUT_DIR", str(self.output / "given")])
+        cfg.freeze()
+        return cfg
+
+    def models(self) -> dict[str, tuple[CfgNode, Path]]:
+        """name -> (config, weights) of all that is finished, and of the user's own model."""
+        found = {name: (self.config(name), self.weights(name)) for name in self.study.finished()}
+        if self.choices.checkpoint:
+            found[BASELINE] = self.given(), Path(self.choices.checkpoint)
+        return found

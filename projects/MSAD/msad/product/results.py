@@ -1,0 +1,155 @@
+"""What is made of finished trainings: report, exports, model card."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
+
+from .. import __version__
+from ..data.register import registered
+from ..engine.provenance import fingerprint, machine
+from ..engine.setup import engine_name, evaluate, load_model
+from ..experiments.costs import measure_costs
+from ..experiments.data_facts import describe_data
+from ..experiments.gallery import write_gallery
+from ..experiments.jobs import Run
+from ..experiments.panels import draw_panels
+from ..experiments.report import PANELS, write_report
+from ..experiments.run import log_to
+from ..export import export
+from ..export.onnx import export_onnx
+from .backbones import choose_backbone
+from .card import model_card, read_licences
+from .project import Project
+from .recipe import BASELINE, TEACHER
+from .steps import kept
+
+
+def _given_results(project: Project) -> dict[str, dict]:
+    """{task: {metric: value}} of the user's own model, under BASELINE; {} without one."""
+    if not project.choices.checkpoint:
+        return {}
+    cfg = project.given()
+    folder = project.output / "given"
+
+    def make() -> dict:
+        folder.mkdir(parents=True, exist_ok=True)
+        with registered(cfg), log_to(folder / "log.txt"):
+            return evaluate(cfg, load_model(cfg))
+
+    return {BASELINE: kept(folder / "result.json", fingerprint(cfg, project.choices.checkpoint), make)}
+
+
+def all_metrics(data: dict, first: str) -> dict[str, dict]:
+    """{model: {task: {metric: value}}} of a report's data, ``first`` first."""
+    found = {name: result for run in data["runs"] for name, result in run.get("results", {}).items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: name != first)}
+
+
+def report(project: Project) -> dict:
+    """Measure costs, draw pictures, write the report; returns its data."""
+    folder = project.output / "report"
+    data = {
+        "command": " ".join(sys.argv), "engine": engine_name(), "versions": {"torch": torch.__version__,
+        "python": sys.version.split()[0]}, **project.study.collect(),
+    }  # fmt: skip
+    for name, result in _given_results(project).items():
+        data["runs"].append({"variant": name, "seed": project.seed, "results": {name: result}})
+        data["variants"][name] = {"file": project.choices.checkpoint, "title": "the given model", "teacher": False}
+
+    def make() -> dict:
+        models = project.models()
+        cost = measure_costs({name: (cfg, load_model(cfg, str(file))) for name, (cfg, file) in models.items()})
+        _draw(project, models, folder)
+        with registered(project.config(project.student)):
+            return {"cost": cost, "data": describe_data(project.config(project.student))}
+
+    key = [data["runs"], data["variants"], engine_name()]
+    data |= kept(folder / "made.json", key, make, [folder / PANELS])
+    curves = {name: project.study.folder(Run(name, project.seed)) / "metrics.json" for name in project.study.finished()}
+    write_report(data, folder, "A low-resolution detector by distillation", curves=curves)
+    return data
+
+
+def _draw(project: Project, models: dict[str, tuple[CfgNode, Path]], folder: Path) -> None:
+    """Panels and the gallery, of teacher, conventional detector and student, as far as they are there."""
+    teacher = next((name for name in (TEACHER, BASELINE) if name in models), "")
+    roles = {"teacher": teacher, "conventional": "baseline_L", "student": project.student}
+    predictors = {}
+    for role, name in roles.items():
+        if name in models:
+            cfg = models[name][0].clone()
+            cfg.defrost()
+            cfg.MODEL.WEIGHTS = str(models[name][1])
+            predictors[role] = DefaultPredictor(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_panels(project.study, folder / PANELS, predictors)
+
+    def detect(role: str, image: np.ndarray) -> Instances:
+        return predictors[role](image)["instances"]
+
+    columns = {role: (roles[role], partial(detect, role)) for role in predictors}
+    test = project.config(project.student).DATASETS.TEST[0]
+    with registered(project.config(project.student)):
+        write_gallery(folder, DatasetCatalog.get(test), MetadataCatalog.get(test), columns)
+
+
+def export_student(project: Project) -> dict[str, str]:
+    """Write the student for detectron2 and as ONNX; returns what each says of itself, "" for no ONNX."""
+    cfg, weights = project.config(project.student), project.weights(project.student)
+    folder = project.output / "student"
+
+    def make() -> dict[str, str]:
+        said = {"detectron2": export(cfg, str(weights), folder / "detectron2"), "onnx": "", "no_onnx": ""}
+        try:
+            said["onnx"] = export_onnx(cfg, str(weights), folder / "onnx")
+        except ValueError as error:  # packages that are not there, or a detector that has no such form
+            said["no_onnx"] = str(error)
+        return said
+
+    packages = [name for name in ("onnx", "onnxruntime") if find_spec(name)]
+    key = [fingerprint(cfg, weights), engine_name(), __version__, torch.__version__, packages]
+    return kept(folder / "made.json", key, make, [folder / "detectron2" / "model.pth"])
+
+
+def write_card(project: Project, data: dict, said: dict[str, str]) -> Path:
+    """Write README.md of the student."""
+    cfg, student = project.config(project.student), project.output / "student"
+    metrics = all_metrics(data, project.student)
+    choice = choose_backbone(project.choices.backbone)
+    given = project.choices.checkpoint
+    first = project.configs.get(TEACHER) or project.configs.get(BASELINE) or cfg  # whose features the student begins with
+    start = given or cfg.MODEL.WEIGHTS or first.MODEL.WEIGHTS
+    licence = (choice.licence or "none used") if start == choice.weights else "not known here; that of this file"
+    files = [("detectron2/", said["detectron2"])]
+    files.append(("onnx/", said["onnx"]) if said["onnx"] else ("onnx/", f"not written: {said['no_onnx']}"))
+    facts = {
+        "title": f"{data['data']['name']}: a detector at {project.choices.scale} of the resolution",
+        "detector": "the given model's architecture" if given else project.choices.detector,
+        "backbone": "its own backbone" if given else project.choices.backbone,
+        "method": project.choices.method, "scale": project.choices.scale,
+        "teacher": f"Teacher: {given}." if given else "",
+        "data": {
+            "name": data["data"]["name"], "train": data["data"]["images_train"], "val": data["data"]["images_val"],
+            "objects": project.objects.per_class, "licences": read_licences(project.entries[0]["JSON"]),
+        },
+        "sizes": {"H": project.short, "student": cfg.INPUT.MIN_SIZE_TEST},
+        "results": metrics, "cost": data["cost"],
+        "weights": {"start": start or "random numbers", "licence": licence},
+        "files": files,
+        "made_with": [f"msad {__version__}, {engine_name()}, torch {torch.__version__}",
+                      f"machine: {machine(cfg.MODEL.DEVICE)['device']}, {torch.get_num_threads()} threads",
+                      f"`{data['command']}`"],
+    }  # fmt: skip
+    path = student / "README.md"
+    path.write_text(model_card(facts), encoding="utf-8")
+    return path
