@@ -127,7 +127,7 @@ def write_card(project: Project, data: dict, said: dict[str, str]) -> Path:
     metrics = all_metrics(data, project.student)
     choice = choose_backbone(project.choices.backbone)
     given = project.choices.checkpoint
-    first = project.configs.get(TEACHER) or project.configs.get(BASELINE) or cfg  # whose features the student begins with
+    first = project.configs.get(TEACHER) or project.configs.get(BASELINE) or cfg  # from which the student starts
     start = given or cfg.MODEL.WEIGHTS or first.MODEL.WEIGHTS
     licence = (choice.licence or "none used") if start == choice.weights else "not known here; that of this file"
     files = [("detectron2/", said["detectron2"])]
