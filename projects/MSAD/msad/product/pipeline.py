@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..experiments.jobs import error_of, make_slots
+from .choices import Choices
 from .plan import STEPS, Plan
 from .project import Project
-from .recipe import Choices
 from .results import all_metrics, export_student, report, write_card
 
 

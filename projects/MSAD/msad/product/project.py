@@ -20,8 +20,10 @@ from ..experiments.jobs import Run, device_opts
 from ..experiments.variants import Variant, equal_cost
 from ..finding import WARNING
 from .advice import describe, measure_objects, recommend
+from .choices import Choices
+from .methods import BASELINE, STUDENT
 from .plan import Plan, measured_once
-from .recipe import BASELINE, STUDENT, Choices, make_configs, write_configs
+from .recipe import make_configs, write_configs
 
 FINAL = "model_final.pth"
 

@@ -29,8 +29,8 @@ from ..export import export
 from ..export.onnx import export_onnx
 from .backbones import choose_backbone
 from .card import model_card, read_licences
+from .methods import BASELINE, TEACHER
 from .project import Project
-from .recipe import BASELINE, TEACHER
 from .steps import kept
 
 
