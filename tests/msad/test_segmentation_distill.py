@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from msad import load_config
+from msad.distill.context import DistillContext
 from msad.distill.teachers import FrozenTeacher
 from msad.engine.build import build_distiller
 from msad.engine.hooks import FeatureAnalysis
@@ -117,6 +118,37 @@ def test_student_at_half_resolution():
     assert {"loss_distill/LAD", "loss_distill/CWD", "loss_sem_seg"} <= set(found)
     sum(found.values()).backward()
     assert [n for n, p in student.named_parameters() if p.grad is None] == []
+
+
+def test_grids_of_both_resolutions_are_aligned():
+    """Where scores are linear in the place in the image, those of the student at L are the teacher's at H.
+
+    The middle of each location of stride 8 lies in H pixels at 4, 12, ... in the teacher and at 8, 24, ... in the
+    student, whose map is resized to the former.
+    """
+    model, *_ = distiller([{"NAME": "NaiveL2", "TAP": "scores", "MATCH": "by_index"}], "L")
+
+    def places(stride, h, w):
+        y, x = (torch.arange(n) * stride + stride / 2 for n in (h, w))
+        return (0.5 * y[:, None] + 0.25 * x).expand(1, 3, h, w)
+
+    taps = {"scores": {"student": {"scores": places(16.0, 4, 6)}, "teacher": {"scores": places(8.0, 9, 12)}}}
+    student, teacher = model.losses[0]._on_one_grid(DistillContext([], taps=taps))
+    s, t = student["scores"], teacher["scores"]
+    assert s.shape == t.shape == (1, 3, 8, 12)  # what the teacher padded beyond the student is cut off
+    torch.testing.assert_close(s[..., 1:-1, 1:-1], t[..., 1:-1, 1:-1])  # beyond the outermost middles there is no line
+
+
+def test_losses_under_mixed_precision():
+    entries = [{"NAME": "LAD", "TAP": "decoder"}, {"NAME": "CWD", "TAP": "scores"}, {"NAME": "CAD", "TAP": "bottom_up"}]
+    model, student, _ = distiller(entries)
+    wanted = step(model, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = step(model, batch())
+    for name, value in found.items():
+        assert value.dtype == torch.float32 and value.item() == pytest.approx(wanted[name].item(), rel=0.1), name
+    sum(found.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters())
 
 
 def test_analysis_sees_what_the_loss_compares(tmp_path):

@@ -259,15 +259,31 @@ def test_wrong_number_of_classes_is_said_before_training(project):
         build_train_loader(cfg, seed=0)
 
 
-def test_a_segmentor_trains_resumes_and_is_evaluated(project):
+@pytest.fixture
+def run(project):
+    """``run(*arguments, config=)``: tools/train_net.py."""
     spec = importlib.util.spec_from_file_location("train_net", SCRIPT)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
 
-    def run(*arguments, config="psp.yaml"):
+    def call(*arguments, config="psp.yaml"):
         argv = ["--config-file", str(project / config), *map(str, arguments)]
         return tool.work(cli.parse(default_argument_parser(), argv))
 
+    return call
+
+
+def test_mixed_precision(project, run):
+    try:
+        run("SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 2)
+    except AssertionError as error:
+        assert "CUDA" in str(error)  # an engine whose AMP needs a GPU says so
+        return
+    state = torch.load(project / "output" / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.isfinite(value).all() and value.dtype != torch.bfloat16 for value in state.values())
+
+
+def test_a_segmentor_trains_resumes_and_is_evaluated(project, run):
     final = project / "output" / "model_final.pth"
 
     def weights():
