@@ -129,6 +129,24 @@ def test_other_methods(make):
     assert alone["baseline_L"].MODEL.FCOS.IN_FEATURES == ["p3", "p4", "p5"]
 
 
+def test_a_given_model_teaches_as_it_is(make, tmp_path):
+    yaml, weights = tmp_path / "mine.yaml", tmp_path / "mine.pth"
+    weights.touch()
+    base = find_config("product/fcos.yaml")
+    yaml.write_text(f"_BASE_: {base}\nMODEL: {{FCOS: {{NUM_CLASSES: 2}}}}\nSOLVER: {{BASE_LR: 0.125}}\n")
+    given = {"checkpoint": str(weights), "config": str(yaml)}
+    configs = make(iterations=60, **given)
+    student = configs["student"]
+    assert list(configs) == ["baseline_H", "student"] and student.DISTILL.BALANCE.RATIO == 0.5
+    assert student.DISTILL.TEACHERS[0]["WEIGHTS"] == configs["baseline_H"].MODEL.WEIGHTS == str(weights)
+    assert (student.INPUT.MIN_SIZE_TEST, student.SOLVER.BASE_LR, student.SOLVER.MAX_ITER) == (128, 0.125, 60)
+    assert make(method="none", **given)["student"].DISTILL.LOSSES == []
+    with pytest.raises(ValueError, match="the model has 2 classes, the data have 3"):
+        make(content={"classes": ["a", "b", "c"], "masks": False, "keypoints": 0}, **given)
+    with pytest.raises(ValueError, match="with --from use msad, scalekd or none"):
+        make(method="progressive", **given)
+
+
 @pytest.mark.parametrize(
     ("choices", "said"),
     [

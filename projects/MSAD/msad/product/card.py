@@ -38,7 +38,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"# {facts['title']}", "",
         f"{facts['detector']} on {facts['backbone']}, for images with a short side of {sizes['student']} px: "
         f"{facts['scale']} of the {sizes['H']} px of the full-resolution model. Method: {facts['method']}. "
-        f"{facts['teacher']}", "",
+        f"{facts['teacher']}".rstrip(), "",
         "## Accuracy", "",
         f"On the {data['val']} validation images of {data['name']}. APs, APm and APl are those of objects of less than "
         "32², of 32² to 96², and of more than 96² pixels of the files.", "",

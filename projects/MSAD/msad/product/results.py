@@ -130,8 +130,9 @@ def write_card(project: Project, data: dict, said: dict[str, str]) -> Path:
     first = project.configs.get(TEACHER) or project.configs.get(BASELINE) or cfg  # from which the student starts
     start = given or cfg.MODEL.WEIGHTS or first.MODEL.WEIGHTS
     licence = (choice.licence or "none used") if start == choice.weights else "not known here; that of this file"
-    files = [("detectron2/", said["detectron2"])]
-    files.append(("onnx/", said["onnx"]) if said["onnx"] else ("onnx/", f"not written: {said['no_onnx']}"))
+    # The folder of the card may be moved: paths are relative to it.
+    texts = [said["detectron2"], said["onnx"] or f"not written: {said['no_onnx']}"]
+    files = [(name, text.replace(f"{student}/", "")) for name, text in zip(("detectron2/", "onnx/"), texts)]
     facts = {
         "title": f"{data['data']['name']}: a detector at {project.choices.scale} of the resolution",
         "detector": "the given model's architecture" if given else project.choices.detector,
