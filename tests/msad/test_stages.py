@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from test_resume import CHILD, SAVED, TOOL, assert_equal_weights, config
 
+from msad import load_config
+from msad.distill.losses.fitnet import FitNet
 from msad.engine import DistillTrainer, stages
 from msad.engine.run_folder import check_folder, has_run
 from msad.engine.setup import train
@@ -23,6 +26,7 @@ STAGES = [
     {"TEACHERS": ["small"], "SOLVER": {"MAX_ITER": 4}},
     {"TEACHERS": ["large"], "DISTILL": {"LOSSES": [{"NAME": "FitNet", "ADAPTATION": "always"}]}},
 ]
+LEVELS = ["p3", "p4", "p5"]
 
 
 def curriculum(project, teacher_weights, folder, **options):
@@ -176,6 +180,33 @@ def test_a_curriculum_begins_with_an_off_the_shelf_student(project, teacher_weig
     train(cfg)
     assert_equal_weights(starts[0], saved(shelf)["model"])
     assert_equal_weights(starts[1], saved(tmp_path / "run" / "stage1")["model"])
+
+
+def test_a_student_at_a_quarter_under_teachers_of_growing_input(project, teacher_weights, tmp_path, monkeypatch):
+    """Table 13: levels are paired by index, and the student's maps are upsampled to those of each teacher."""
+    grids, evaluate = [], FitNet.forward
+
+    def forward(self, student, teacher, context):
+        shapes = {name: features.shape[-2:] for name, features in context.student.items()}
+        grids.append([(tuple(t.shape[-2:]), tuple(ours)) for t, ours in zip(teacher.values(), shapes.values())])
+        assert all(s.shape == teacher[name].shape for name, s in student.items())
+        return evaluate(self, student, teacher, context)
+
+    monkeypatch.setattr(FitNet, "forward", forward)
+    options = {"DISTILL.STUDENT_RESOLUTION": "EL", "INPUT.MIN_SIZE_TEST": 16, "INPUT.MAX_SIZE_TEST": 16}
+    options |= {"MODEL.FPN.LEVELS": LEVELS, "MODEL.FCOS.IN_FEATURES": LEVELS, "DISTILL.WARMUP_ITERS": 0}
+    options |= {"DISTILL.INIT_STUDENT": "none", "SOLVER.MAX_ITER": 1}
+    cfg = curriculum(project, teacher_weights, tmp_path, **options)
+    plain = {"CONFIG": str(project / "fcos.yaml"), "WEIGHTS": str(tmp_path / "fcos.pth")}
+    torch.manual_seed(0)
+    torch.save({"model": build_model(load_config(plain["CONFIG"])).state_dict()}, plain["WEIGHTS"])
+    cfg.DISTILL.TEACHERS = [{"NAME": str(scale), "SCALE": scale, **plain} for scale in (0.5, 0.75, 1.0)]
+    cfg.DISTILL.LOSSES = [{"NAME": "FitNet", "WEIGHT": 0.5, "MATCH": "by_index"}]
+    cfg.DISTILL.STAGES = [{"TEACHERS": [name]} for name in ("0.5", "0.75", "1.0")]
+    train(cfg)
+    # The finest levels, of stride 8 in each input, padding included: the student's is a quarter of the image.
+    assert [of_stage[0] for of_stage in grids] == [((4 * k, 4 * k), (4, 4)) for k in (2, 3, 4)]
+    assert (tmp_path / "stage3" / "model_final.pth").is_file()
 
 
 def test_stages_without_a_teacher_and_with_all_of_them(project, teacher_weights, tmp_path):
