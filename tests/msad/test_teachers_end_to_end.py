@@ -15,6 +15,7 @@ from test_detectors_distributed import DCN, NARROW, SWIN, WITHOUT_C1, images
 from test_every_detector import BOX_AND_MASK, losses_of, merged, model_keys, run, write
 from test_resume import assert_equal_weights
 
+from msad.data.fingerprint import dataset_fingerprint
 from msad.distill.distiller import student_shapes
 from msad.engine.setup import evaluate, load_model
 
@@ -98,9 +99,11 @@ def test_missing_maps_are_named(project, tmp_path):
     write(project, tmp_path, "plain", model_keys("HTC", 2))
     entry = stuff_maps(project, tmp_path / "stuff")
     gone = min((tmp_path / "stuff").glob("*.png"))
-    gone.unlink()
     cfg = write(project, tmp_path, "htc", merged(model_keys("HTC", 2), {"DATASETS": {"REGISTER": [
-        {**entry, "NAME": "incomplete"}], "TRAIN": ["incomplete"]}}))  # fmt: skip
+        {**entry, "NAME": "incomplete"}], "TRAIN": ["incomplete"], "TEST": []}}))  # fmt: skip
+    complete = dataset_fingerprint(cfg)["incomplete"]
+    gone.unlink()
+    assert {key for key, value in dataset_fingerprint(cfg)["incomplete"].items() if value != complete[key]} == {"stuff"}
     with pytest.raises(FileNotFoundError, match=rf"'incomplete'.*STUFF: 1 of 6 label maps are missing.*{gone.name}"):
         DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
 

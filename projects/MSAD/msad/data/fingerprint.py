@@ -21,8 +21,9 @@ def dataset_fingerprint(cfg: CfgNode) -> dict[str, dict[str, str]]:
 
     Returns:
         name -> {"annotations": sha256 of the annotation file, "images": sha256 of the images' names and sizes in
-        bytes}; "low_res_images" likewise where the entry has LOW_RES_IMAGES. A file that is not there is "missing",
-        and a data set that no entry or engine declares is {"annotations": "unknown"}. Images are not opened.
+        bytes}; "low_res_images" and "stuff" likewise where the entry has LOW_RES_IMAGES and STUFF. A file that is not
+        there is "missing", and a data set that no entry or engine declares is {"annotations": "unknown"}. Images are
+        not opened.
     """
     register_datasets(cfg)
     return {name: _fingerprint(name) for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))}
@@ -43,6 +44,8 @@ def _fingerprint(name: str) -> dict[str, str]:
     out = {"annotations": annotations, "images": _listing(root or "", images)}
     if entry.get("LOW_RES_IMAGES"):
         out["low_res_images"] = _listing(entry["LOW_RES_IMAGES"], images)
+    if entry.get("STUFF"):
+        out["stuff"] = _listing(entry["STUFF"], (os.path.splitext(name)[0] + ".png" for name in images))
     return out
 
 
