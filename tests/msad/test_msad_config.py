@@ -34,7 +34,7 @@ def test_adds_keys_and_changes_none_of_detectron2():
     before, after = keys(get_cfg()), keys(load_config(""))
     assert {key: after[key] for key in before} == before
     sections = {key.split(".")[0] for key in set(after) - set(before)}
-    assert sections == {"DATASETS", "DISTILL", "INPUT", "MODEL", "MSAD", "SOLVER"}
+    assert sections == {"DATASETS", "DISTILL", "INPUT", "MODEL", "MSAD", "SOLVER", "TEST"}
 
 
 def test_defaults_are_fresh_every_time():
