@@ -59,8 +59,8 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.MSAD.FUSION.REDUCTION = 16
     # Pool the gate's input over the image without its padding. False: as in the released code.
     cfg.MSAD.FUSION.MASK_PADDING = True
-    # Scale the gate's input to a root mean square of 1, which keeps large maps (pretrained backbones with frozen
-    # statistics) from saturating it. Not in the paper.
+    # Scale the gate's input to a root mean square of 1, which keeps it from ending with all weight on one branch where
+    # maps are large (pretrained backbones with frozen statistics). Not in the paper.
     cfg.MSAD.FUSION.NORMALIZE = False
 
     # --- multi-scale fusion students (MODEL.META_ARCHITECTURE: FusionStudent) -------------------------------------

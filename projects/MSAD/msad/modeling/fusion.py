@@ -24,8 +24,8 @@ class CrossFeatureLevelFusion(nn.Module):
         mask_padding: pool over the image only and not over its padding, so that an image's gate does not depend
             on the sizes of the others in its batch (the released code pools over everything).
         normalize: divide the pooled vector by its root mean square, so that the gate depends on directions alone
-            (not in the paper). Necks whose maps are large, as over a backbone with frozen statistics, saturate the
-            gate from its first iteration on: one branch gets weight 1, and the gate no gradient.
+            (not in the paper). Large maps, as over a pretrained backbone with frozen statistics, make the gate
+            steep: it ends with all of the weight on one branch, and without a gradient.
     """
 
     def __init__(
