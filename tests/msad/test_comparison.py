@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from msad import load_config
+from msad.engine.stages import stage_configs
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import Run, Slot, error_of
 from msad.experiments.run import exclusive_lock, is_finished, train_and_evaluate
@@ -215,8 +216,8 @@ def test_a_curriculum_is_one_run(files, project, tmp_path):
     assert result["iterations"] == result["steps"] == 3 and set(result["results"]) == {"staged"}
     last, folder = (comparison.folder(Run("staged", 0)) / sub for sub in ("stage2", ""))
     assert (last / "model_final.pth").read_bytes() == (folder / "model_final.pth").read_bytes()
-    with pytest.raises(ValueError, match=r"staged\.yaml has DISTILL\.STAGES"):
-        Comparison(staged, tmp_path, SMALL, iterations=2).config(Run("staged", 0))
+    scaled = Comparison(staged, tmp_path, SMALL, iterations=30).config(Run("staged", 0))
+    assert [stage.SOLVER.MAX_ITER for stage in stage_configs(scaled)] == [10, 20], "stages keep their shares"
 
 
 def test_changed_data_are_another_run(project, tmp_path):
