@@ -64,11 +64,17 @@ def test_yaml_then_overrides(tmp_path):
 def test_every_config_of_the_repository_loads(path):
     cfg = load_config(str(path))
     for teacher in cfg.DISTILL.TEACHERS:
+        if "MEAN_OF" in teacher:
+            continue
         assert Path(teacher["CONFIG"]).is_file()
         assert load_config(teacher["CONFIG"]).MODEL.META_ARCHITECTURE
 
 
-@pytest.mark.parametrize("path", [p for p in YAMLS if p.stem.endswith("_3x")], ids=lambda p: p.stem)
+# Not the controls of curricula, which train a finished student on.
+LONG = [p for p in YAMLS if p.stem.endswith("_3x") and "longer" not in p.stem]
+
+
+@pytest.mark.parametrize("path", LONG, ids=lambda p: p.stem)
 def test_long_schedules_see_three_times_the_images(path):
     """Of the 1x schedule: 90,000 iterations of 16 images; steps in the last 60,000 and 20,000, as detectron2's 3x."""
     solver = load_config(path).SOLVER

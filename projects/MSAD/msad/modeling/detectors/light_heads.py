@@ -101,7 +101,8 @@ class LightGFLHead(LightHead, GFLHead):
 
 
 def _options(cfg) -> dict:
-    return {key.lower(): value for key, value in cfg.MODEL.LIGHT_HEAD.items()}
+    keys = cfg.MODEL.LIGHT_HEAD
+    return {"separable": keys.SEPARABLE, "shared": keys.SHARED, "finest_width": keys.FINEST_WIDTH}
 
 
 @META_ARCH_REGISTRY.register()
