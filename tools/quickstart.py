@@ -43,6 +43,7 @@ from msad.experiments.panels import draw_panels, load_predictors
 from msad.experiments.report import PANELS, write_report
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import QUICK, choose, standard_variants
+from msad.export import export
 from msad.modeling.adapters import num_classes_key
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -176,6 +177,15 @@ def finish(study: Comparison, begin: float) -> dict:
     return data
 
 
+def export_student(study: Comparison) -> str:
+    """Write the student of the first seed as files that need no teacher; what builds it, or "" if there is none."""
+    run = Run("student_L", study.seeds[0])
+    if study.result(run) is None:
+        return ""
+    sentence = export(study.config(run), str(study.folder(run) / "model_final.pth"), study.output / "student_L")
+    return f"\n\nStudent: {study.output / 'student_L'}. {sentence}"
+
+
 def work(args: argparse.Namespace) -> int:
     """Train, evaluate and report; status 1 if a run failed."""
     begin = time.time()
@@ -189,7 +199,8 @@ def work(args: argparse.Namespace) -> int:
         raise
     if study.finished():
         data = finish(study, begin)
-        print(f"{format_tables(data)}\n\n{data['seconds']:.0f} s in all. Report: {args.output / 'report.html'}")
+        print(f"{format_tables(data)}\n\n{data['seconds']:.0f} s in all. Report: {args.output / 'report.html'}"
+              f"{export_student(study)}")  # fmt: skip
     for run in failed:
         log = study.folder(run) / "log.txt"
         print(f"error: {run}: {error_of(study.folder(run))}{f'; see {log}' if log.is_file() else ''}", file=sys.stderr)

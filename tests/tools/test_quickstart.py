@@ -39,7 +39,8 @@ def test_from_scenes_to_report(quickstart, tmp_path, capsys):
     assert macs["teacher_L"] == pytest.approx(macs["student_L"], rel=1e-6)
     assert macs["teacher_fused"] > macs["teacher_H"] > macs["student_L"] > macs["baseline_L"]
     assert macs["baseline_equal_cost"] == pytest.approx(macs["student_L"], rel=0.1)
-    for file in ("report.html", "report.md", "panels.jpg", "gallery.json", "gallery/000.jpg", "results.png"):
+    for file in ("report.html", "report.md", "panels.jpg", "gallery.json", "gallery/000.jpg", "results.png",
+                 "student_L/config.yaml", "student_L/model.pth"):  # fmt: skip
         assert (tmp_path / file).stat().st_size > 0
     assert "baseline_equal_cost" in capsys.readouterr().out
 
