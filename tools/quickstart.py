@@ -182,7 +182,9 @@ def export_student(study: Comparison) -> str:
     run = Run("student_L", study.seeds[0])
     if study.result(run) is None:
         return ""
-    sentence = export(study.config(run), str(study.folder(run) / "model_final.pth"), study.output / "student_L")
+    cfg = study.config(run)
+    with registered(cfg):  # whose names the export asks for
+        sentence = export(cfg, str(study.folder(run) / "model_final.pth"), study.output / "student_L")
     return f"\n\nStudent: {study.output / 'student_L'}. {sentence}"
 
 
