@@ -33,9 +33,9 @@ from msad.distill.progressive.least_squares import SGDOptions
 from msad.distill.progressive.order import suggest
 from msad.distill.progressive.table import curriculum, dump_stages, parse_quality, stages_block
 from msad.engine.build import teacher_entries
-from msad.engine.checkpoint import atomic_write
 from msad.engine.provenance import machine
 from msad.experiments.adaptation import STUDENT, finite_costs, measure_adaptation
+from msad.files import atomic_write
 from msad.visualization.adaptation import plot_graph, plot_heat_map
 
 
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> str:
         "fit": {"sgd": sgd._asdict()} if sgd else {"ridge": args.ridge},
         **machine(cfg.MODEL.DEVICE), "config": find_config(args.config_file), "weights": args.weights,
     }  # fmt: skip
-    with atomic_write(str(output / "costs.json"), "w") as stream:
+    with atomic_write(output / "costs.json", "w") as stream:
         json.dump(about, stream, indent=1)
     plot_heat_map({"adaptation cost": costs["costs"], "divided by variance": costs["normalized_costs"]}, names,
                   output / "costs.png")  # fmt: skip

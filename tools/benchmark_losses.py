@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from msad import cli
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
-from msad.engine.checkpoint import atomic_write
 from msad.engine.provenance import machine
 from msad.evaluation.loss_cost import Setting, loss_costs
+from msad.files import atomic_write
 
 EXAMPLES = """
 examples:

@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 
 from msad import cli
-from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import device_opts, make_slots
@@ -39,6 +38,7 @@ from msad.experiments.report import PANELS, write_report
 from msad.experiments.rows import check_metric, failures, rows_of
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import Variant, at_equal_time, equal_cost, sweep, unique_names
+from msad.files import atomic_write
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -109,7 +109,7 @@ def report(comparison: Comparison, metric: str) -> dict:
     }
     check_metric(rows_of(data), metric)
     comparison.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(comparison.output / "report.json"), "w") as file:
+    with atomic_write(comparison.output / "report.json", "w") as file:
         json.dump(data, file, indent=1)
     write_report(data, comparison.output, "Comparison", metric)
     return data

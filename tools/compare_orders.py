@@ -22,12 +22,12 @@ from pathlib import Path
 from tabulate import tabulate
 
 from msad import cli
-from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name
 from msad.experiments.adaptation import STUDENT
 from msad.experiments.jobs import device_opts, error_of, make_slots, run_all
 from msad.experiments.orders import OrderStudy, mean_ranks, order_study
 from msad.experiments.rows import AP
+from msad.files import atomic_write
 from msad.visualization.adaptation import plot_graph, plot_heat_map
 from msad.visualization.orders import plot_orders
 
@@ -57,7 +57,7 @@ def report(study: OrderStudy, metric: str) -> str:
     """Write what is known; returns the tables."""
     data = {"command": " ".join(["python", *sys.argv]), "engine": engine_name(), **study.collect(metric)}
     study.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(study.output / "orders.json"), "w") as file:
+    with atomic_write(study.output / "orders.json", "w") as file:
         json.dump(data, file, indent=1)
     names, best, written = [STUDENT, *study.teachers], [], ["orders.json"]
     for seed, found in data["seeds"].items():

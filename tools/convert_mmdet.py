@@ -19,7 +19,7 @@ from msad import cli
 from msad.convert import convert
 from msad.convert.files import read_checkpoint
 from msad.convert.mmdet import PIXELS, STYLES
-from msad.engine.checkpoint import atomic_write
+from msad.files import atomic_write
 
 
 def run(checkpoint: str, output: str, pixels: str = "", style: str = "", prefix: str | None = None) -> str:

@@ -17,8 +17,8 @@ import torch
 from detectron2.modeling import build_backbone
 
 from msad import cli, load_config
-from msad.engine.checkpoint import atomic_write
 from msad.engine.slimmable import PIXEL_MEAN, PIXEL_STD, from_slimmable
+from msad.files import atomic_write
 
 
 def convert(weights: str, config_file: str, output: str = "", opts: tuple = ()) -> str:

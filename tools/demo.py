@@ -18,8 +18,8 @@ from tqdm import tqdm
 from msad import cli
 from msad.data.low_res import LowResOnly
 from msad.data.media import Unreadable, choose_outputs, find_inputs, is_video, open_video, read_picture
-from msad.engine.checkpoint import atomic_write
 from msad.engine.predictor import GroundTruth, class_metadata, is_segmentor, load_predictor
+from msad.files import atomic_write
 from msad.visualization import LabelMap, Objects, Panel, as_content, draw_objects, save_panels
 from msad.visualization.objects import as_json
 from msad.visualization.video import VideoWriter, draw_frame

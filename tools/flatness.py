@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from msad.cli import load_models, parse
 from msad.cli import run as run_command
-from msad.engine.checkpoint import atomic_write
 from msad.engine.provenance import fingerprint, write_report
 from msad.engine.setup import load_model
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.evaluation.flatness import DISTANCES, loss_along, moved, random_direction, sharpness
+from msad.files import atomic_write
 from msad.modeling.ignored_regions import IgnoredRegions
 from msad.visualization.flatness import plot_lines, plot_surfaces
 
@@ -65,7 +65,7 @@ class Record:
     def keep(self, key: str, value: object) -> None:
         self.values[key] = value
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(str(self._file), "w") as stream:
+        with atomic_write(self._file, "w") as stream:
             json.dump(self.values, stream)
 
 

@@ -32,7 +32,6 @@ from msad import cli, load_config
 from msad.data.layouts import LAYOUTS, read_contents, register_entries
 from msad.data.register import registered
 from msad.data.synthetic import make_dataset
-from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name, load_model
 from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs
@@ -44,6 +43,7 @@ from msad.experiments.report import PANELS, write_report
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import QUICK, choose, standard_variants
 from msad.export import export
+from msad.files import atomic_write
 from msad.modeling.adapters import num_classes_key
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -170,7 +170,7 @@ def finish(study: Comparison, begin: float) -> dict:
         **study.collect(),
         "cost": cost,
     }
-    with atomic_write(str(study.output / "report.json"), "w") as file:
+    with atomic_write(study.output / "report.json", "w") as file:
         json.dump(data, file, indent=1)
     curves = {name: study.folder(run) / "metrics.json" for name, run in runs.items()}
     write_report(data, study.output, TITLE, curves=curves)

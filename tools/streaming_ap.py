@@ -28,13 +28,13 @@ from tqdm import tqdm
 from msad.cli import load_models, parse
 from msad.cli import run as run_command
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
-from msad.engine.checkpoint import atomic_write
 from msad.engine.provenance import fingerprint, write_report
 from msad.engine.setup import load_model
 from msad.evaluation import streaming
 from msad.evaluation.coco_stats import box_stats
 from msad.evaluation.streaming_detector import FrameDetector, categories_of, detect_frames, play_sequences
 from msad.evaluation.sweep import at_size
+from msad.files import atomic_write
 from msad.modeling.adapters import num_classes_key
 from msad.visualization.streaming import plot_streaming
 
@@ -109,7 +109,7 @@ def measured(cfg: CfgNode, weights: str, videos: Videos, folder: Path, title: st
 
 def _keep(file: Path, content: dict) -> dict:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(file), "w") as stream:
+    with atomic_write(file, "w") as stream:
         json.dump(content, stream)
     return content
 

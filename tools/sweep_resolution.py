@@ -30,11 +30,11 @@ from tqdm import tqdm
 from msad import cli, load_config
 from msad.data import dataset_fingerprint
 from msad.engine import DistillTrainer
-from msad.engine.checkpoint import atomic_write
 from msad.engine.setup import engine_name, load_model, prepare
 from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
 from msad.experiments.costs import measure_costs
 from msad.experiments.run import log_to
+from msad.files import atomic_write
 from msad.visualization.sweep import plot_sweep
 
 
@@ -108,7 +108,7 @@ def earlier(file: Path, about: dict) -> list[dict]:
 
 
 def save(file: Path, about: dict, sizes: list[dict]) -> None:
-    with atomic_write(str(file), "w") as stream:
+    with atomic_write(file, "w") as stream:
         json.dump({**about, "sizes": sizes}, stream, indent=1)
         stream.write("\n")
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
+from ..files import atomic_write
+
 
 def cache_file(name: str) -> Path:
     """The path of a file in ``$XDG_CACHE_HOME/msad`` (default: ``~/.cache/msad``); the folder is made."""
@@ -35,12 +37,10 @@ def read_cache(name: str) -> Any:
 
 
 def write_cache(name: str, content: Any) -> Path:
-    """Write JSON; the file is whole or absent, also where several processes write it."""
+    """Write JSON."""
     path = cache_file(name)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
+    with atomic_write(path, "w", shared=True) as file:
         json.dump(content, file)
-    os.replace(temporary, path)
     return path
 
 

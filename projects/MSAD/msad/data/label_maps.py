@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..files import atomic_write
 from .cache import cache_file
 
 
 def cached_label_map(key: str, make: Callable[[], np.ndarray]) -> str:
     """Path of a PNG whose pixels are numbers of classes; it is made once.
-
-    The file is whole or absent, also where several processes write it.
 
     Args:
         key: what the map depends on, as a text.
@@ -27,9 +25,8 @@ def cached_label_map(key: str, make: Callable[[], np.ndarray]) -> str:
     path = cache_file("label_maps") / digest[:2] / f"{digest}.png"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        with atomic_write(path, shared=True) as file:
             Image.fromarray(make()).save(file, "PNG")
-        os.replace(file.name, path)
     return str(path)
 
 

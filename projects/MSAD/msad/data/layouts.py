@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..files import atomic_write
 from ..finding import Finding
 from .cache import cache_file
 from .converted import CocoBuilder
@@ -81,9 +81,8 @@ def _convert(parts: dict[str, tuple[Path, CocoBuilder]], source: Path, converted
         text = json.dumps(builder.content())
         if not file.is_file() or file.read_text() != text:
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(text)
-            os.replace(part, file)
+            with atomic_write(file, "w", shared=True) as stream:
+                stream.write(text)
         splits[split] = Split(file, images, builder.findings())
     return splits
 

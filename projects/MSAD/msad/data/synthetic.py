@@ -7,13 +7,13 @@ in a data set that is drawn in seconds on any machine.
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from ..files import atomic_write
 from . import shapes
 from .scenes import draw_scene
 
@@ -145,7 +145,5 @@ def _read_json(path: Path):
 
 
 def _write_json(path: Path, content) -> None:
-    """Write through a temporary name, so that the file is either absent or whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    with atomic_write(path, "w") as file:
+        json.dump(content, file)

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-
-@contextmanager
-def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
-    """Write a local file under a temporary name that becomes ``path`` at the end, unless the block raises."""
-    temporary = f"{path}.tmp"
-    with open(temporary, mode) as file:
-        yield file
-    os.replace(temporary, path)
+from ..files import atomic_write
 
 
 def part_of(name: str) -> str:

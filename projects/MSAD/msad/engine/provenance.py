@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..data.fingerprint import dataset_fingerprint, file_sha256
-from .checkpoint import atomic_write
+from ..files import atomic_write
 from .setup import engine_name
 
 
@@ -48,5 +48,5 @@ def write_report(
     """
     device = next(cfg for cfg, _ in models.values()).MODEL.DEVICE
     weights = {name: weights for name, (_, weights) in models.items()}
-    with atomic_write(str(file), "w") as stream:
+    with atomic_write(file, "w") as stream:
         json.dump({**machine(device), **about, "weights": weights, "models": results}, stream, indent=1)

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 from ..config import add_msad_config, load_config
 from ..config_values import valid_keys
 from ..data.fingerprint import dataset_fingerprint, file_sha256
-from .checkpoint import atomic_write
+from ..files import atomic_write
 
 logger = logging.getLogger(__name__)
 RECORD = "inputs.json"
@@ -183,7 +183,7 @@ def check_inputs(cfg: CfgNode, resumed: bool) -> None:
                 raise ValueError(_another(cfg, f"data set {name}", parts))
             if parts:
                 logger.warning("Data set %s has changed since the run began: %s", name, parts)
-    with atomic_write(str(file), "w") as stream:
+    with atomic_write(file, "w") as stream:
         json.dump(inputs, stream, indent=1)
 
 

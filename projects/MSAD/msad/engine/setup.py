@@ -18,8 +18,9 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..data.register import register_datasets
+from ..files import atomic_write
 from ..modeling.teacher import MultiScaleTeacher
-from .checkpoint import CheckedCheckpointer, atomic_write
+from .checkpoint import CheckedCheckpointer
 from .first_screen import TimeEstimate, first_screen, quiet_console
 from .stages import train_stages
 from .trainer import DistillTrainer

@@ -11,9 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from ..files import atomic_write
 from ..visualization.plots import read_metrics
 from ..visualization.stages import Stage, plot_stages
-from .checkpoint import atomic_write
 from .scaling import scale_to_batch, scale_to_processes
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def write_summary(folder: str, configs: Sequence[CfgNode]) -> None:
     if not stages:
         return
     table = stage_table(stages)
-    with atomic_write(str(Path(folder) / TABLE), "w") as file:
+    with atomic_write(Path(folder) / TABLE, "w") as file:
         file.write(f"{table}\n")
     plot_stages(stages, Path(folder) / CURVE)
     logger.info("Stages so far, also in %s with %s:\n%s", Path(folder) / TABLE, CURVE, table)

@@ -19,9 +19,9 @@ from ..distill.progressive.cost import PAIRINGS, AdaptationCosts, image_maps
 from ..distill.progressive.least_squares import SGDOptions
 from ..distill.teachers import FrozenTeacher
 from ..engine.build import load_teacher
-from ..engine.checkpoint import atomic_write
 from ..engine.provenance import fingerprint
 from ..engine.setup import load_model
+from ..files import atomic_write
 from ..resolution import get_resolution
 
 STUDENT = "student"
@@ -55,7 +55,7 @@ class Progress:
             self.save()
 
     def save(self) -> None:
-        with atomic_write(str(self._file)) as stream:
+        with atomic_write(self._file) as stream:
             torch.save({"of": self._of, "done": self.done, "study": self._study.state_dict()}, stream)
         self._saved = time.monotonic()
 

@@ -12,7 +12,7 @@ import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 
-from ..engine.checkpoint import atomic_write
+from ..files import atomic_write
 from ..visualization.objects import Objects, ground_truth, predictions
 
 GROUND_TRUTH = "ground truth"
@@ -62,7 +62,7 @@ def write_gallery(
         "sources": [{"role": role, "name": models[role][0] if role in models else role} for role in roles],
         "images": images,
     }  # fmt: skip
-    with atomic_write(str(out_dir / FILE), "w") as file:
+    with atomic_write(out_dir / FILE, "w") as file:
         json.dump(data, file, separators=(",", ":"))
     return out_dir / FILE
 

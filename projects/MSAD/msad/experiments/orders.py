@@ -20,7 +20,7 @@ from ..config import load_config
 from ..data.register import register_datasets
 from ..distill.progressive.order import RULES, all_orders, rank, suggest
 from ..engine.build import teacher_entries
-from ..engine.checkpoint import atomic_write
+from ..files import atomic_write
 from .adaptation import STUDENT, finite_costs, measure_adaptation
 from .comparison import Comparison
 from .jobs import Run
@@ -114,7 +114,7 @@ class OrderStudy:
         found, _ = measure_adaptation(cfg, weights, teachers, folder)
         costs = finite_costs(found)
         about = {"student": STUDENT, "config": str(self.config), "weights": weights, "teachers": teachers}
-        with atomic_write(str(folder / "costs.json"), "w") as file:
+        with atomic_write(folder / "costs.json", "w") as file:
             json.dump({**about, "quality": quality, **costs}, file, indent=1)
         return costs
 

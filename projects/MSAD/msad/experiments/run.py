@@ -32,11 +32,11 @@ from .. import __version__
 from ..config import load_config
 from ..data.fingerprint import dataset_fingerprint, file_sha256
 from ..data.register import registered
-from ..engine.checkpoint import atomic_write
 from ..engine.run_folder import has_run
 from ..engine.setup import engine_name, evaluate, evaluate_branches, load_model, prepare
 from ..engine.stages import FINAL, stage_configs, total_iterations, train_stages
 from ..engine.trainer import DistillTrainer
+from ..files import atomic_write
 from .variants import map_teachers
 
 
@@ -160,7 +160,7 @@ def train_and_evaluate(folder: Path) -> dict:
             results = {folder.name: evaluate(cfg, model)}
         clock = read_json(folder / "clock.json")
         result = {"iterations": total_iterations(cfg), "warmup": cfg.SOLVER.WARMUP_ITERS, **clock, "results": results}
-        with atomic_write(str(folder / "result.json"), "w") as file:
+        with atomic_write(folder / "result.json", "w") as file:
             json.dump(result, file, indent=1)
     return result
 
@@ -210,7 +210,7 @@ class _Clock(HookBase):
         self.spent["steps"] += 1
         done = self.trainer.iter + 1
         if done % 20 == 0 or done == self.trainer.max_iter:
-            with atomic_write(str(self.file), "w") as file:
+            with atomic_write(self.file, "w") as file:
                 json.dump({key: round(value, 1) for key, value in self.spent.items()}, file)
 
 

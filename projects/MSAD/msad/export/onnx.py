@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from ..engine.checkpoint import atomic_write
+from ..files import atomic_write
 from .graph import DetectionGraph, detection_graph
 from .names import dataset_names, read_names
 from .plain import load_by_itself
@@ -60,7 +60,7 @@ def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     check(content, graph.detector)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(output / "model.onnx")) as file:
+    with atomic_write(output / "model.onnx") as file:
         file.write(content)
     shutil.copyfile(Path(__file__).with_name("runner.py"), output / RUNNER)
     return f"python {output / RUNNER} {output / 'model.onnx'} --input PATH --output DIR runs this model."

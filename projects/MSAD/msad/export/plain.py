@@ -16,7 +16,8 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ..config import add_msad_config, detector_architecture
-from ..engine.checkpoint import CheckedCheckpointer, atomic_write
+from ..engine.checkpoint import CheckedCheckpointer
+from ..files import atomic_write
 from ..modeling.detectors.mask_code import IN_CHECKPOINT
 from ..resolution import downsampled_size, get_resolution, level_of
 from .names import FILE, dataset_names, write_names
@@ -168,7 +169,7 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
         raise ValueError(f"{weights} would be overwritten: choose another output than {output}")
     names = dataset_names(cfg)
     output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(files["model.pth"])) as file:
+    with atomic_write(files["model.pth"]) as file:
         torch.save({"model": model.state_dict()}, file)
     known, own = split_config(cfg, get_cfg())
     known.pop("OUTPUT_DIR", None)  # the training's, into which nobody should write

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from ..engine.checkpoint import atomic_write
+from ..files import atomic_write
 from .graph import DetectionGraph
 from .onnx import described_graph, example_images, verify
 
@@ -35,7 +35,7 @@ def export_torchscript(cfg: CfgNode, weights: str, output: str | os.PathLike) ->
     verify(lambda images, sizes: [x.numpy() for x in loaded(images, sizes)], graph.detector)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(output / FILE)) as file:
+    with atomic_write(output / FILE) as file:
         file.write(content)
     return f"torch.jit.load({str(output / FILE)!r}), after 'import torchvision', gives a function of images and sizes."
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..engine.checkpoint import atomic_write
 from ..experiments.run import read_json
+from ..files import atomic_write
 
 
 def kept(file: Path, key: Any, make: Callable[[], Any], files: Iterable[Path] = ()) -> Any:
@@ -29,6 +29,6 @@ def kept(file: Path, key: Any, make: Callable[[], Any], files: Iterable[Path] = 
         return before["result"]
     result = make()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(str(file), "w") as stream:
+    with atomic_write(file, "w") as stream:
         json.dump({"key": digest, "result": result}, stream, indent=1)
     return result

@@ -1,0 +1,27 @@
+"""Files that are whole or absent, whatever interrupts the writing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "wb", shared: bool = False) -> Iterator[IO]:
+    """Write a local file under a temporary name that becomes ``path`` at the end; nothing is left if the block raises.
+
+    Args:
+        shared: several processes may write the file; the last to end counts. Else what a killed process left of it is
+            overwritten by the next.
+    """
+    temporary = f"{os.fspath(path)}{f'.{os.getpid()}' if shared else ''}.tmp"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
