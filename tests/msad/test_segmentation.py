@@ -180,13 +180,13 @@ class TestUPerHead:
 
     def head(self, width=1, **options):
         shapes = {f"p{i}": ShapeSpec(channels=width * (i + 1), stride=4 * 2**i) for i in range(3)}
-        defaults = {"num_classes": 3, "channels": 2 * width, "norm": "", "dropout": 0.0}
+        defaults = {"num_classes": 3, "channels": 2 * width, "common_stride": 4, "norm": "", "dropout": 0.0}
         return UPerHead(shapes, **{**defaults, **options})
 
     def test_by_hand(self):
         """Convolutions that add their channels at each place, of maps x, 1 and 2, with the mean as the only pooling."""
         shapes = {f"p{i}": ShapeSpec(channels=1, stride=4 * 2**i) for i in range(3)}
-        head = UPerHead(shapes, num_classes=3, channels=1, pool_scales=(1,), norm="", aux_weight=0.0)
+        head = UPerHead(shapes, num_classes=3, channels=1, pool_scales=(1,), common_stride=4, norm="", aux_weight=0.0)
         for conv in (m for m in head.modules() if isinstance(m, nn.Conv2d)):
             nn.init.zeros_(conv.weight)
             conv.weight.data[..., conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = 1.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
@@ -73,41 +73,64 @@ class PyramidPooling(nn.Module):
 class DecoderHead(nn.Module):
     """detectron2's interface of heads for semantic segmentation around a decoder.
 
-    A subclass makes the decoder, whose last module is called ``bottleneck`` (distillation reads its output: Raw
-    features, WACV 2024), calls :meth:`add_classifiers` and has a method ``decode``.
+    A subclass has :meth:`make_decoder` and :meth:`decode`. Distillation reads the output of ``bottleneck``, the last
+    module of the decoder (Raw features, WACV 2024).
 
     Args:
-        in_features: names of the maps that are read.
+        input_shape: name -> channels and stride of the maps that are read.
+        num_classes: K.
+        channels: D of the decoder's map; the auxiliary classifier's convolution has half of them.
+        pool_scales: see :class:`PyramidPooling`.
         common_stride: pixels of the input per element of the decoder's map.
-        loss_weight, aux_weight: factor of the losses, and of the auxiliary one relative to the other.
+        norm: normalisation of all convolutions.
+        dropout: part of the channels that is dropped before each classifier.
+        loss_weight, aux_weight: factor of the losses, and of the auxiliary one relative to the other; 0: there is none.
         ignore_value: label without loss.
     """
 
+    @configurable
     def __init__(
-        self, in_features: Sequence[str], common_stride: int, loss_weight: float, aux_weight: float, ignore_value: int
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        num_classes: int,
+        channels: int,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        common_stride: int = 8,
+        norm: str = "SyncBN",
+        dropout: float = 0.1,
+        loss_weight: float = 1.0,
+        aux_weight: float = 0.4,
+        ignore_value: int = 255,
     ) -> None:
         super().__init__()
-        self.in_features = list(in_features)
+        self.in_features = list(input_shape)
         self.common_stride, self.ignore_value = common_stride, ignore_value
         self.loss_weight, self.aux_weight = loss_weight, aux_weight
-
-    def add_classifiers(
-        self, channels: int, num_classes: int, norm: str, dropout: float, auxiliary: tuple[str, int]
-    ) -> None:
-        """Make the classifier of the decoder's map (N, channels, h, w), and the auxiliary one if it has a weight.
-
-        Args:
-            num_classes: K.
-            norm: normalisation of the auxiliary classifier's convolution, which has half of the channels.
-            dropout: part of the channels that is dropped before each classifier.
-            auxiliary: name and channels of the map that the auxiliary classifier reads.
-        """
+        decoded, self.aux_feature = self.make_decoder(input_shape, channels, pool_scales, norm)
+        if input_shape[decoded].stride != common_stride:
+            raise ValueError(
+                f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {common_stride}, but {decoded} has {input_shape[decoded].stride}"
+            )
         self.predictor = _classifier(channels, num_classes, dropout)
-        self.aux_feature, width = auxiliary
-        if self.aux_weight:
+        if aux_weight:
+            width = input_shape[self.aux_feature].channels
             self.auxiliary = nn.Sequential(
                 conv_norm_relu(width, channels // 2, 3, norm), _classifier(channels // 2, num_classes, dropout)
             )
+
+    def make_decoder(
+        self, shapes: dict[str, ShapeSpec], channels: int, pool_scales: Sequence[int], norm: str
+    ) -> tuple[str, str]:
+        """Make the decoder's modules, the last one as ``bottleneck``.
+
+        Returns:
+            names of the map on whose grid the decoder's is, and of the map that the auxiliary classifier reads.
+
+        Raises:
+            ValueError: the decoder cannot read these maps.
+        """
+        raise NotImplementedError
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:

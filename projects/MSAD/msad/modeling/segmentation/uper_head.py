@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
@@ -26,48 +25,25 @@ class UPerHead(DecoderHead):
     level gets what is above it added, then, but for the top, a 3x3 convolution. All levels, resized to the finest, are
     fused by ``bottleneck``. The auxiliary classifier reads the map before the last.
 
-    Args:
-        input_shape: name -> channels and stride of at least two maps, finest first; the finest has ``common_stride``.
-        num_classes: K.
-        channels: of every level, of the decoder's map and of each pooled one.
-        pool_scales: see :class:`PyramidPooling`.
-        norm: normalisation of all convolutions.
-        common_stride, dropout, loss_weight, aux_weight, ignore_value: see :class:`DecoderHead`.
+    It reads two maps or more, finest first.
     """
 
-    @configurable
-    def __init__(
-        self,
-        input_shape: dict[str, ShapeSpec],
-        *,
-        num_classes: int,
-        channels: int,
-        pool_scales: Sequence[int] = (1, 2, 3, 6),
-        common_stride: int = 4,
-        norm: str = "SyncBN",
-        dropout: float = 0.1,
-        loss_weight: float = 1.0,
-        aux_weight: float = 0.4,
-        ignore_value: int = 255,
-    ) -> None:
-        super().__init__(list(input_shape), common_stride, loss_weight, aux_weight, ignore_value)
-        strides = [shape.stride for shape in input_shape.values()]
+    def make_decoder(
+        self, shapes: dict[str, ShapeSpec], channels: int, pool_scales: Sequence[int], norm: str
+    ) -> tuple[str, str]:
+        strides = [shape.stride for shape in shapes.values()]
         if len(strides) < 2 or strides != sorted(strides):
             raise ValueError(
                 f"MODEL.SEM_SEG_HEAD.IN_FEATURES {self.in_features} (strides {strides}): UPerHead reads two maps or "
                 "more, finest first"
             )
-        if strides[0] != common_stride:
-            raise ValueError(
-                f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {common_stride}, but {self.in_features[0]} has {strides[0]}"
-            )
-        *finer, last = input_shape.values()
+        *finer, last = shapes.values()
         self.pooling = PyramidPooling(last.channels, channels, pool_scales, norm)
         self.top = conv_norm_relu(self.pooling.out_channels, channels, 3, norm)
         self.laterals = nn.ModuleList(conv_norm_relu(shape.channels, channels, 1, norm) for shape in finer)
         self.outputs = nn.ModuleList(conv_norm_relu(channels, channels, 3, norm) for _ in finer)
         self.bottleneck = conv_norm_relu(channels * len(strides), channels, 3, norm)
-        self.add_classifiers(channels, num_classes, norm, dropout, (self.in_features[-2], finer[-1].channels))
+        return self.in_features[0], self.in_features[-2]
 
     def decode(self, features: Features) -> torch.Tensor:
         *finer, last = (features[name] for name in self.in_features)
