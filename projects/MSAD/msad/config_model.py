@@ -113,7 +113,7 @@ def add_model_config(cfg: CN) -> None:
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
     # Focal loss: weight of the foreground, background gets 1 - alpha.
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
-    # Focal loss: exponent that plays down easy cells.
+    # Focal loss: exponent that plays down easy locations.
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
     # On sqrt(class score * centerness).
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.05
@@ -167,13 +167,13 @@ def add_model_config(cfg: CN) -> None:
     cfg.MODEL.GFL.NORM = "GN"
     # Initial score of every class (bias of the classification layer).
     cfg.MODEL.GFL.PRIOR_PROB = 0.01
-    # Largest distance from a cell to a box side, in strides; a side is a distribution over REG_MAX + 1 bins.
+    # Largest distance from a location to a box side, in strides; a side is a distribution over REG_MAX + 1 bins.
     cfg.MODEL.GFL.REG_MAX = 16
     # Sides of the anchors that ATSS assigns, in strides.
     cfg.MODEL.GFL.ANCHOR_SIZE = 8.0
     # ATSS: candidates a box takes from each level.
     cfg.MODEL.GFL.ATSS_TOPK = 9
-    # Quality focal loss: exponent that plays down easy cells.
+    # Quality focal loss: exponent that plays down easy locations.
     cfg.MODEL.GFL.QFL_BETA = 2.0
     # Weight of the quality focal loss.
     cfg.MODEL.GFL.QFL_WEIGHT = 1.0
@@ -190,7 +190,7 @@ def add_model_config(cfg: CN) -> None:
 
     # Cut candidates to the image before NMS, as mmdetection does; detectron2 cuts the detections.
     cfg.MODEL.GFL.CLIP_BEFORE_NMS = False
-    # Where in a cell its centre lies, in strides. Weights of mmdetection: 0.
+    # Where in a square of one stride its centre lies, in strides. Weights of mmdetection: 0.
     cfg.MODEL.GFL.OFFSET = 0.5
 
     # --- RepPoints -----------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def add_model_config(cfg: CN) -> None:
     cfg.MODEL.REPPOINTS.IOU_THRESHOLDS = [0.4, 0.5]
     # Focal loss: weight of the foreground, background gets 1 - alpha.
     cfg.MODEL.REPPOINTS.FOCAL_LOSS_ALPHA = 0.25
-    # Focal loss: exponent that plays down easy cells.
+    # Focal loss: exponent that plays down easy locations.
     cfg.MODEL.REPPOINTS.FOCAL_LOSS_GAMMA = 2.0
     # Weight of the first stage's box loss.
     cfg.MODEL.REPPOINTS.INIT_WEIGHT = 0.5

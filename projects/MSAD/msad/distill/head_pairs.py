@@ -89,7 +89,7 @@ def _nearly_equal(a: list, b: list, tolerance: float = 0.01) -> bool:
 
 def _rows(levels: list[torch.Tensor], width: int) -> torch.Tensor:
     """(N, A width, h, w) of each level -> (N, R, width) in the order of detectron2's anchors."""
-    if all(x.shape[1] == width for x in levels):  # one anchor a cell: one copy instead of two
+    if all(x.shape[1] == width for x in levels):  # one anchor a location: one copy instead of two
         return torch.cat([x.flatten(2) for x in levels], dim=2).transpose(1, 2)
     return torch.cat([permute_to_N_HWA_K(x, width) for x in levels], dim=1)
 
@@ -137,9 +137,9 @@ def pair_heads(
         anchors, transform = anchors * scale, head.owner.box2box_transform
         region = None
         if hasattr(student, "atss_topk"):
-            cells = list(anchors.split(sizes))
+            locations = list(anchors.split(sizes))
             region = partial(
-                atss.valuable_region, cells, len(labels), topk=student.atss_topk, size=student.anchor_size
+                atss.valuable_region, locations, len(labels), topk=student.atss_topk, size=student.anchor_size
             )
         pairs.append(
             HeadPair(

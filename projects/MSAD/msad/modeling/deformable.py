@@ -18,13 +18,13 @@ def deform_conv(
 ) -> torch.Tensor:  # fmt: skip
     """Convolve ``x`` with sampling points that are moved by ``offset``; bilinear, zeros outside of the map.
 
-    torchvision's operator has no half precision on a CPU, and positions in half precision are off by whole cells on
+    torchvision's operator has no half precision on a CPU, and positions in half precision are off by whole locations on
     large maps; so it always runs in float32.
 
     Args:
         x: (N, C, H, W).
-        offset: (N, 2 k k G, H', W') in cells of ``x``: for each of G groups of channels (dy, dx) of each of the k x k
-            taps, row by row.
+        offset: (N, 2 k k G, H', W') in locations of ``x``: for each of G groups of channels (dy, dx) of each of the
+            k x k taps, row by row.
         weight: (C', C / groups, k, k).
         bias: (C',).
         stride, padding, dilation: a number or two.

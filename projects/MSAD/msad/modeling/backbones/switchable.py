@@ -70,7 +70,7 @@ class ConvAWS(Conv2d):
 class SwitchableAtrousConv(ConvAWS):
     """A 3x3 convolution that is a mixture of two, of different dilation, and sees a global context (Sec. 3.3).
 
-    Starts as the convolution that it is made of. Needs maps of at least 3 x 3 cells.
+    Starts as the convolution that it is made of. Needs maps of at least 3 x 3 locations.
 
     Args:
         deform: both convolutions are deformable.
@@ -101,8 +101,8 @@ class SwitchableAtrousConv(ConvAWS):
         """(N, C, H, W) -> (N, O, H', W')."""
         if min(x.shape[-2:]) < 3:
             raise ValueError(
-                f"a switchable atrous convolution needs maps of at least 3 x 3 cells, not {tuple(x.shape[-2:])}: the "
-                "sides of images must be over 64 pixels at stride 32"
+                f"a switchable atrous convolution needs maps of at least 3 x 3 locations, not {tuple(x.shape[-2:])}: "
+                "the sides of images must be over 64 pixels at stride 32"
             )
         x = x + self.pre_context(x.mean(dim=(2, 3), keepdim=True))
         around = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel_size=5, stride=1)

@@ -1,6 +1,6 @@
 """Box sides as distributions over distances, and the losses that go with them (Generalized Focal Loss, NeurIPS 2020).
 
-A side is predicted as n + 1 logits; bin i stands for a distance of i strides from the centre of the cell, and the
+A side is predicted as n + 1 logits; bin i stands for a distance of i strides from the centre of the location, and the
 distance is the mean of their softmax.
 """
 
@@ -58,17 +58,17 @@ class DistributionTransform:
         self.reg_max = reg_max
         self._linear = Box2BoxTransformLinear(normalize_by_size=True)
 
-    def get_deltas(self, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Distances from the centres of cells (P, 4) to left, top, right and bottom of boxes (P, 4), in strides.
+    def get_deltas(self, locations: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Distances from the centres of locations (P, 4) to left, top, right and bottom of boxes (P, 4), in strides.
 
         Limited to what the bins can express: (P, 4) in [0, n - 0.1].
         """
-        return self._linear.get_deltas(cells, boxes).clamp(min=0, max=self.reg_max - 0.1)
+        return self._linear.get_deltas(locations, boxes).clamp(min=0, max=self.reg_max - 0.1)
 
-    def apply_deltas(self, logits: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Boxes (P, 4) of distributions (P, 4 (n + 1)) at cells (P, 4)."""
-        return self.decode(integral(logits.unflatten(1, (4, self.reg_max + 1))), cells)
+    def apply_deltas(self, logits: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
+        """Boxes (P, 4) of distributions (P, 4 (n + 1)) at locations (P, 4)."""
+        return self.decode(integral(logits.unflatten(1, (4, self.reg_max + 1))), locations)
 
-    def decode(self, distances: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    def decode(self, distances: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
         """Boxes (P, 4) of distances (P, 4) in strides, as :meth:`get_deltas` gives them."""
-        return self._linear.apply_deltas(distances, cells)
+        return self._linear.apply_deltas(distances, locations)

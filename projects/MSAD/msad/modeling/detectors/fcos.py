@@ -129,19 +129,19 @@ class FCOS(ClipsBeforeNMS, fcos.FCOS):
         if self.score_rule == "sqrt_product":
             return super().forward_inference(images, features, predictions)
         levels = self._transpose_dense_predictions(predictions, [self.num_classes, 4, 1])
-        cells = [level.tensor for level in self.anchor_generator(features)]
+        locations = [level.tensor for level in self.anchor_generator(features)]
         return [
-            self._detect(cells, *([x[i] for x in output] for output in levels), size)
+            self._detect(locations, *([x[i] for x in output] for output in levels), size)
             for i, size in enumerate(images.image_sizes)
         ]
 
     def _detect(
-        self, cells: list[torch.Tensor], logits: list[torch.Tensor], deltas: list[torch.Tensor],
+        self, locations: list[torch.Tensor], logits: list[torch.Tensor], deltas: list[torch.Tensor],
         centerness: list[torch.Tensor], image_size: tuple[int, int],
     ) -> Instances:  # fmt: skip
-        """Detections of one image from (R_l, K), (R_l, 4) and (R_l, 1) of each level's cells (R_l, 4)."""
+        """Detections of one image from (R_l, K), (R_l, 4) and (R_l, 1) of each level's locations (R_l, 4)."""
         found = []
-        for level, c, d, q in zip(cells, logits, deltas, centerness):
+        for level, c, d, q in zip(locations, logits, deltas, centerness):
             score, place, label = best_candidates(c.sigmoid(), self.test_score_thresh, self.test_topk_candidates)
             boxes = Boxes(self.box2box_transform.apply_deltas(d[place].float(), level[place]))
             score = score * q[place, 0].sigmoid()

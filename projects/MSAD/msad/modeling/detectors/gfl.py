@@ -23,7 +23,7 @@ from .distribution import DistributionTransform, distribution_focal_loss, qualit
 
 
 class GFLHead(RetinaNetHead):
-    """RetinaNet's two towers; one anchor a cell, 4 (REG_MAX + 1) box logits, scaled by a learned factor a level."""
+    """RetinaNet's two towers; one anchor a location, 4 (REG_MAX + 1) box logits, scaled by a learned factor a level."""
 
     @configurable
     def __init__(self, *, input_shape: list, conv_dims: list[int], reg_max: int, **kwargs) -> None:
@@ -69,7 +69,7 @@ class GFL(ClipsBeforeNMS, DenseDetector):
         atss_topk: candidates a level and box.
         qfl_beta: exponent of QFL.
         loss_weights: of QFL, DFL and GIoU.
-        offset: where in a cell its centre lies, in strides; 0 in mmdetection's weights.
+        offset: where in a location its centre lies, in strides; 0 in mmdetection's weights.
         clip_before_nms: see :class:`ClipsBeforeNMS`.
         test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as in detectron2's FCOS.
     """
@@ -115,18 +115,18 @@ class GFL(ClipsBeforeNMS, DenseDetector):
     def label_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Assign ground truth to the R cells of all levels.
+        """Assign ground truth to the R locations of all levels.
 
         Returns:
             for each image the labels, (R,) int64 (0..K-1 a class, K background), and the matched boxes (R, 4), zeros
             where the label is background.
         """
-        cells = [level.tensor for level in anchors]
-        device = cells[0].device
+        locations = [level.tensor for level in anchors]
+        device = locations[0].device
         boxes = torch.cat([gt.gt_boxes.tensor for gt in gt_instances])
         counts = torch.tensor([len(gt) for gt in gt_instances])
         image = torch.arange(len(counts)).repeat_interleave(counts).to(device, non_blocking=True)
-        matched = atss.assign(cells, boxes, image, len(counts), self.atss_topk, self.anchor_size)
+        matched = atss.assign(locations, boxes, image, len(counts), self.atss_topk, self.anchor_size)
         classes = torch.cat([gt.gt_classes for gt in gt_instances])
         classes = torch.cat([classes, classes.new_full((1,), self.num_classes)])
         boxes = torch.cat([boxes, boxes.new_zeros(1, 4)])
@@ -143,31 +143,31 @@ class GFL(ClipsBeforeNMS, DenseDetector):
         return self.losses(Boxes.cat(anchors), logits, sides, torch.stack(labels), torch.stack(boxes))
 
     def losses(
-        self, cells: Boxes, logits: torch.Tensor, sides: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor
+        self, locations: Boxes, logits: torch.Tensor, sides: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Weighted losses of a batch.
 
         Args:
-            cells: (R, 4).
+            locations: (R, 4).
             logits: (N, K, R) of the classes.
             sides: (N, 4 (n + 1), R), logits of the distances.
             labels, boxes: (N, R), (N, R, 4), see :meth:`label_anchors`.
 
         Returns:
-            "loss_gfl_qfl": over all cells, the quality of a positive being the IoU of its predicted box, divided by
+            "loss_gfl_qfl": over all locations, the quality of a positive being the IoU of its predicted box, divided by
             the number of positives; "loss_gfl_dfl" (mean of the four sides) and "loss_gfl_giou": means over
             positives, weighted by their largest class scores.
         """
         image, place = (labels != self.num_classes).nonzero(as_tuple=True)
-        target, cell = boxes[image, place], cells.tensor[place]
+        target, location = boxes[image, place], locations.tensor[place]
         chosen = sides[image, :, place]
-        predicted = self.box2box_transform.apply_deltas(chosen, cell)
+        predicted = self.box2box_transform.apply_deltas(chosen, location)
         weight = logits.detach()[image, :, place].sigmoid().amax(dim=1)
 
         quality = torch.zeros_like(logits)
         quality[image, labels[image, place], place] = matched_pairwise_iou(Boxes(predicted.detach()), Boxes(target))
         qfl = quality_focal_loss(logits, quality, self.qfl_beta).sum()
-        distances = self.box2box_transform.get_deltas(cell, target)
+        distances = self.box2box_transform.get_deltas(location, target)
         dfl = distribution_focal_loss(chosen.unflatten(1, (4, -1)), distances).mean(dim=1)
         giou = generalized_box_iou_loss(predicted, target)
 

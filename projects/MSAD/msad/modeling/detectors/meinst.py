@@ -1,4 +1,4 @@
-"""MEInst (Zhang et al., CVPR 2020): FCOS that also predicts, at every cell, a code of the mask inside the box."""
+"""MEInst (Zhang et al., CVPR 2020): FCOS that also predicts, at every location, a code of the mask inside the box."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MEInst(FCOS):
     - The code is a PCA of 28 x 28 masks inside their boxes, whitened (see :class:`MaskCode`), 60 numbers by default.
     - The mask tower has the box tower's shape; its last layer starts at the mean mask.
     - The loss is the squared distance of the decoded masks, which is a weighted squared distance of the codes; its unit
-      is the mean squared distance of a training mask to the mean mask. It is summed over the positive cells of FCOS
+      is the mean squared distance of a training mask to the mean mask. It is summed over the positive locations of FCOS
       and divided by the same running number of positives as FCOS's own losses.
     - Targets are cut from the ground truth mask by the ground truth box, detections are pasted into predicted boxes.
 
@@ -81,7 +81,7 @@ class MEInst(FCOS):
 
         Returns:
             for each image labels (R,) and boxes (R, 4) as FCOS gives them, and rows (R,) in the codes (M, D) of the M
-            instances of the batch, which are the fourth value; rows of background cells mean nothing.
+            instances of the batch, which are the fourth value; rows of background locations mean nothing.
         """
         for instances in gt_instances:
             if len(instances) and not instances.has("gt_masks"):
@@ -89,7 +89,7 @@ class MEInst(FCOS):
         numbered, start = [], 0
         for instances in gt_instances:
             count = len(instances)
-            # FCOS copies classes to the cells: with a class of its own for each instance, it says which one it took.
+            # FCOS copies classes to the locations: a class of its own for each instance says which one it took.
             own = -1 - torch.arange(start, start + count, device=instances.gt_boxes.device)
             numbered.append(Instances(instances.image_size, gt_boxes=instances.gt_boxes, gt_classes=own))
             start += count
@@ -131,18 +131,18 @@ class MEInst(FCOS):
         """Detections with ``pred_masks`` (N, 1, s, s) inside their boxes, which detectron2 pastes into the image."""
         dims = [self.num_classes, 4, 1, self.mask_code.dim]
         logits, deltas, centerness, codes = self._transpose_dense_predictions(predictions, dims)
-        cells = self.anchor_generator(features)
+        locations = self.anchor_generator(features)
         scores = [(c.sigmoid() * q.sigmoid()).sqrt() for c, q in zip(logits, centerness)]
         return [
-            self._detect(cells, [s[i] for s in scores], [d[i] for d in deltas], [k[i] for k in codes], size)
+            self._detect(locations, [s[i] for s in scores], [d[i] for d in deltas], [k[i] for k in codes], size)
             for i, size in enumerate(images.image_sizes)
         ]
 
     def _detect(
-        self, cells: list[Boxes], scores: list[torch.Tensor], deltas: list[torch.Tensor], codes: list[torch.Tensor],
+        self, locations: list[Boxes], scores: list[torch.Tensor], deltas: list[torch.Tensor], codes: list[torch.Tensor],
         image_size: tuple[int, int],
     ) -> Instances:  # fmt: skip
-        """FCOS's candidates and suppression for one image; detectron2's own do not tell from which cell a box came."""
+        """FCOS's candidates and suppression for one image; detectron2's own do not tell where a box came from."""
         best, places, first = [], [], 0
         for level in scores:
             value, place = level.flatten().topk(min(self.test_topk_candidates, level.numel()))
@@ -151,10 +151,11 @@ class MEInst(FCOS):
             first += level.numel()
         score, place = torch.cat(best), torch.cat(places)
         above = (score > self.test_score_thresh).nonzero().squeeze(1)
-        score, cell, label = score[above], place[above] // self.num_classes, place[above] % self.num_classes
-        boxes = self.box2box_transform.apply_deltas(torch.cat(deltas)[cell].float(), Boxes.cat(cells).tensor[cell])
+        score, location, label = score[above], place[above] // self.num_classes, place[above] % self.num_classes
+        squares = Boxes.cat(locations).tensor[location]
+        boxes = self.box2box_transform.apply_deltas(torch.cat(deltas)[location].float(), squares)
         kept = batched_nms(boxes, score, label, self.test_nms_thresh)[: self.max_detections_per_image]
-        masks = self.mask_code.decode(torch.cat(codes)[cell[kept]])
+        masks = self.mask_code.decode(torch.cat(codes)[location[kept]])
         return Instances(
             image_size, pred_boxes=Boxes(boxes[kept]), scores=score[kept], pred_classes=label[kept],
             pred_masks=masks[:, None],

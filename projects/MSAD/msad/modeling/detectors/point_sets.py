@@ -1,6 +1,6 @@
 """Boxes as sets of points (RepPoints, ICCV 2019): from points to boxes, and which point stands for which object.
 
-Points are given in units of the stride, relative to a cell's centre, as (y1, x1, y2, x2, ...): the order in which a
+Points are given in units of the stride, relative to a location's centre, as (y1, x1, y2, x2, ...): the order in which a
 deformable convolution takes its offsets.
 """
 
@@ -61,32 +61,32 @@ class PointSetTransform(nn.Module):
         self.way = way
         self.moment_transfer = nn.Parameter(torch.zeros(2)) if way == "moment" else None
 
-    def apply_deltas(self, points: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Boxes (..., 4) of points (..., 2 n) at cells (..., 4), squares with the sides of a stride; in float32."""
-        return self.decode(self.corners(points), cells.float())
+    def apply_deltas(self, points: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
+        """Boxes (..., 4) of points (..., 2 n) at locations (..., 4), squares with the sides of a stride; in float32."""
+        return self.decode(self.corners(points), locations.float())
 
     def corners(self, points: torch.Tensor) -> torch.Tensor:
         """Left, top, right and bottom (..., 4) of points (..., 2 n), in their units."""
         return points_to_boxes(points.float(), self.way, self.moment_transfer)
 
-    def decode(self, corners: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Boxes (..., 4) of :meth:`corners` at cells (..., 4)."""
-        middle, stride = _middle_and_stride(cells)
+    def decode(self, corners: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
+        """Boxes (..., 4) of :meth:`corners` at locations (..., 4)."""
+        middle, stride = _middle_and_stride(locations)
         return corners * stride + middle
 
-    def get_deltas(self, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """The :meth:`corners` that boxes (..., 4) have at cells (..., 4)."""
-        middle, stride = _middle_and_stride(cells)
+    def get_deltas(self, locations: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """The :meth:`corners` that boxes (..., 4) have at locations (..., 4)."""
+        middle, stride = _middle_and_stride(locations)
         return (boxes - middle) / stride
 
 
-def _middle_and_stride(cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _middle_and_stride(locations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., 4) each: the centre and the sides of squares (..., 4), twice."""
-    low, high = cells[..., :2], cells[..., 2:]
+    low, high = locations[..., :2], locations[..., 2:]
     return ((low + high) / 2).tile(2), (high - low).tile(2)
 
 
-def nearest_points(cells: torch.Tensor, boxes: torch.Tensor, scale: float = 4.0, count: int = 1) -> torch.Tensor:
+def nearest_points(locations: torch.Tensor, boxes: torch.Tensor, scale: float = 4.0, count: int = 1) -> torch.Tensor:
     """Objects of the first stage: each takes the ``count`` points nearest to its centre on the level of its size.
 
     The level's stride is sqrt(w h) / ``scale`` rounded down to a power of two (of the logarithm towards zero), within
@@ -94,26 +94,26 @@ def nearest_points(cells: torch.Tensor, boxes: torch.Tensor, scale: float = 4.0,
     object may end without one. Distances are counted in the object's sides.
 
     Args:
-        cells: (R, 4) of all levels, squares with the sides of a stride.
+        locations: (R, 4) of all levels, squares with the sides of a stride.
         boxes: (M, 4).
 
     Returns:
         (R,) int64: index of the object, -1 where there is none.
     """
     if len(boxes) == 0:
-        return torch.full((len(cells),), -1, dtype=torch.int64, device=cells.device)
-    strides = (cells[:, 2] - cells[:, 0]).log2().round().long()
+        return torch.full((len(locations),), -1, dtype=torch.int64, device=locations.device)
+    strides = (locations[:, 2] - locations[:, 0]).log2().round().long()
     sides = boxes[:, 2:] - boxes[:, :2]
     # The least positive number: a box without area goes to the finest level and claims points of its place alone.
     sides = sides.clamp(min=torch.finfo(sides.dtype).tiny)
     level = ((sides / scale).log2().sum(dim=1) / 2).trunc().long().clamp(strides.min(), strides.max())
-    middle = (cells[:, :2] + cells[:, 2:]) / 2
+    middle = (locations[:, :2] + locations[:, 2:]) / 2
     away = ((middle[None] - (boxes[:, None, :2] + boxes[:, None, 2:]) / 2) / sides[:, None]).norm(dim=2)
     away = away.masked_fill(strides[None] != level[:, None], float("inf"))
-    chosen = away.topk(min(count, len(cells)), dim=1, largest=False)
+    chosen = away.topk(min(count, len(locations)), dim=1, largest=False)
     claim = torch.full_like(away, float("inf")).scatter_(1, chosen.indices, chosen.values)
     nearest = claim.amin(dim=0)
-    number = torch.arange(len(boxes), device=cells.device)[:, None]
+    number = torch.arange(len(boxes), device=locations.device)[:, None]
     owner = torch.where(claim == nearest, number, len(boxes)).amin(dim=0)
     return torch.where(nearest.isinf(), -1, owner)
 
@@ -144,8 +144,8 @@ def best_overlaps(found: torch.Tensor, boxes: torch.Tensor, foreground: float, b
     return torch.where(last >= 0, last, owner)
 
 
-def inside_image(cells: torch.Tensor, image_size: tuple[int, int], divisibility: int) -> torch.Tensor:
+def inside_image(locations: torch.Tensor, image_size: tuple[int, int], divisibility: int) -> torch.Tensor:
     """Which points (R,) lie in the image of ``image_size`` (h, w) completed to multiples of ``divisibility``."""
     height, width = (-(-side // divisibility) * divisibility for side in image_size)
-    middle = (cells[:, :2] + cells[:, 2:]) / 2
+    middle = (locations[:, :2] + locations[:, 2:]) / 2
     return (middle[:, 0] < width) & (middle[:, 1] < height)

@@ -110,7 +110,7 @@ def _tower(channels: int, dims: list[int], norm: str) -> nn.Sequential:
 class RepPoints(DenseDetector):
     """Dense detector that assigns objects twice: to the nearest point, and to the boxes of the first stage's points.
 
-    Points stand at stride (j, i), the corners of the cells, and everything is counted in strides, so levels moved down
+    Points stand at stride (j, i), the corners of the grid, and everything is counted in strides, so levels moved down
     by one (a student in the L frame) need no other setting. Losses are divided by numbers of positives of the batch,
     averaged over processes. Its heads can be compared with those of a RepPoints alone: points are no other's box code.
 
@@ -169,12 +169,12 @@ class RepPoints(DenseDetector):
             for each image the index of the object, (R,) int64, -1 where there is none, and which points count, (R,)
             bool: those inside of the image.
         """
-        cells = Boxes.cat(anchors).tensor
+        locations = Boxes.cat(anchors).tensor
         divisibility = max(self.backbone.size_divisibility, 1)
         owners, counted = [], []
         for gt in gt_instances:
-            inside = inside_image(cells, gt.image_size, divisibility)
-            owner = nearest_points(cells, gt.gt_boxes.tensor, self.point_scale, self.points_per_object)
+            inside = inside_image(locations, gt.image_size, divisibility)
+            owner = nearest_points(locations, gt.gt_boxes.tensor, self.point_scale, self.points_per_object)
             owners.append(torch.where(inside, owner, -1))
             counted.append(inside)
         return owners, counted
@@ -231,8 +231,8 @@ class RepPoints(DenseDetector):
             ``point_scale`` strides), each divided by its stage's number of positives, of which an image has at least
             one.
         """
-        cells = Boxes.cat(anchors).tensor
-        boxes = [self.box2box_transform.apply_deltas(points, cells) for points in (first, second)]
+        locations = Boxes.cat(anchors).tensor
+        boxes = [self.box2box_transform.apply_deltas(points, locations) for points in (first, second)]
         labels, refined = map(torch.stack, self.label_refined(anchors, boxes[0], counted, gt_instances))
         nearest = torch.stack([_boxes_of(owner, gt) for owner, gt in zip(owners, gt_instances)])
         positive = torch.stack(owners) >= 0, (labels >= 0) & (labels < self.num_classes)
@@ -244,7 +244,7 @@ class RepPoints(DenseDetector):
         target = F.one_hot(labels.clamp(min=0), self.num_classes + 1)[..., :-1].to(logits)
         focal = sigmoid_focal_loss(logits, target, self.focal_alpha, self.focal_gamma)
         box_losses = [
-            self._box_loss(found, matched, chosen, cells)
+            self._box_loss(found, matched, chosen, locations)
             for found, matched, chosen in zip(boxes, (nearest, refined), positive)
         ]
         return {
@@ -254,11 +254,11 @@ class RepPoints(DenseDetector):
         }
 
     def _box_loss(
-        self, boxes: torch.Tensor, matched: torch.Tensor, positive: torch.Tensor, cells: torch.Tensor
+        self, boxes: torch.Tensor, matched: torch.Tensor, positive: torch.Tensor, locations: torch.Tensor
     ) -> torch.Tensor:
         """Sum over the positives (N, R) of boxes (N, R, 4)."""
         image, place = positive.nonzero(as_tuple=True)
-        unit = self.point_scale * (cells[place, 2] - cells[place, 0])[:, None]
+        unit = self.point_scale * (locations[place, 2] - locations[place, 0])[:, None]
         return F.smooth_l1_loss(boxes[image, place] / unit, matched[image, place] / unit, beta=BETA, reduction="sum")
 
     def forward_inference(
@@ -268,21 +268,21 @@ class RepPoints(DenseDetector):
         logits, _, points = self._transpose_dense_predictions(
             predictions, [self.num_classes, 2 * POINTS, 2 * POINTS]
         )
-        cells = [level.tensor for level in self.anchor_generator(features)]
+        locations = [level.tensor for level in self.anchor_generator(features)]
         return [
-            self._detect(cells, [x[i].sigmoid() for x in logits], [x[i] for x in points], size)
+            self._detect(locations, [x[i].sigmoid() for x in logits], [x[i] for x in points], size)
             for i, size in enumerate(images.image_sizes)
         ]
 
     def _detect(
-        self, cells: list[torch.Tensor], scores: list[torch.Tensor], points: list[torch.Tensor],
+        self, locations: list[torch.Tensor], scores: list[torch.Tensor], points: list[torch.Tensor],
         image_size: tuple[int, int],
     ) -> Instances:  # fmt: skip
-        """Detections of one image from scores (R_l, K) and points (R_l, 18) of each level's cells (R_l, 4)."""
+        """Detections of one image from scores (R_l, K) and points (R_l, 18) of each level's locations (R_l, 4)."""
         found = []
-        for level_cells, level_scores, level_points in zip(cells, scores, points):
+        for level_locations, level_scores, level_points in zip(locations, scores, points):
             score, place, label = best_candidates(level_scores, self.test_score_thresh, self.test_topk_candidates)
-            boxes = Boxes(self.head.transform.apply_deltas(level_points[place], level_cells[place]))
+            boxes = Boxes(self.head.transform.apply_deltas(level_points[place], level_locations[place]))
             found.append(Instances(image_size, pred_boxes=boxes, scores=score, pred_classes=label))
         return suppress(Instances.cat(found), self.test_nms_thresh, self.max_detections_per_image)
 
