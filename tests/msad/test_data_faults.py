@@ -152,7 +152,7 @@ VALUES = {
     "name is a number": (lambda d: d["categories"][0].update(name=1), "category 1 has name 1, not a text"),
     "no name": (lambda d: d["categories"][0].pop("name"), "category 1 has name None"),
     "no categories": (lambda d: d.update(categories=[], annotations=[]), "the list 'categories' is empty"),
-    "categories null": (lambda d: d.update(categories=None), "it has no list 'categories'"),
+    "categories null": (lambda d: d.update(categories=None), "it has no list 'categories' (it is null)"),
     "annotation is a list": (lambda d: d["annotations"].append([1]), "annotations[6] is [1], not an object"),
     "flat polygon": (lambda d: d["annotations"][0].update(segmentation=[1, 1, 9, 1, 9, 9]),
                      "annotation 1 has segmentation [1, 1, 9, 1, 9, 9]"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from msad.experiments import jobs
 from msad.experiments.jobs import Run, Slot, device_opts, error_of, make_slots, run_all
 
 CHILD = """
@@ -86,6 +87,13 @@ def test_a_failure_stays_alone_and_a_crash_is_not_taken_for_an_earlier_error(tmp
     assert set(failed) == {FIRST, SECOND, THIRD}
     assert error_of(tmp_path / "first") == "its process ended with exit code -9"
     assert error_of(tmp_path / "third") == "third is wrong" and not (tmp_path / "second/pid").exists()
+
+
+def test_a_run_is_reported_by_its_main_metric():
+    results = {"teacher_H": {"bbox": {"AP": 40.12}}, "teacher_L": {"bbox": {"AP": 30.0}, "segm": {"AP": 25.0}}}
+    assert jobs._scores({"seconds": 90.0, "results": results}) == "AP teacher_H 40.1, teacher_L 30.0 (90 s)"
+    assert jobs._scores({"seconds": 1.0, "results": {"x": {"sem_seg": {"mIoU": 41.04}}}}) == "mIoU x 41.0 (1 s)"
+    assert jobs._scores({"seconds": 1.0, "results": {"x": {}}}) == "no score (1 s)"
 
 
 def test_without_processes_runs_are_done_here(tmp_path, monkeypatch):

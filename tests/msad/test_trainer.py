@@ -322,6 +322,15 @@ def test_teacher_of_the_other_channel_order(student):
         load_teacher(entry, student(INPUT__FORMAT="L", DISTILL__INIT_STUDENT="none"))
 
 
+def test_only_the_teacher_that_initialises_needs_the_channel_order(student):
+    first = dict(student().DISTILL.TEACHERS[0], NAME="first")
+    second = dict(first, NAME="second")
+    cfg = student(INPUT__FORMAT="RGB", DISTILL__INIT_STUDENT="full", DISTILL__TEACHERS=[first, second])
+    assert load_teacher(second, cfg).reverse_channels
+    with pytest.raises(ValueError, match=r"INIT_STUDENT full copies"):
+        load_teacher(first, cfg)
+
+
 def test_teacher_checkpoint_must_be_complete(student, project, teacher_weights, tmp_path):
     cfg = student()
     entry = {"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": str(tmp_path / "other.pth")}

@@ -32,8 +32,10 @@ def read_json(path: str) -> dict[str, Any]:
     for section in ("images", "categories", "annotations"):
         absent = section == "annotations" and isinstance(content, dict) and section not in content
         if not absent and not (isinstance(content, dict) and isinstance(content.get(section), list)):
-            kind = type(content).__name__ if not isinstance(content, dict) else "object"
-            raise ValueError(f"{path} is not in COCO format: it has no list {section!r} (its content is a {kind})")
+            found = f"its content is a {type(content).__name__}"
+            if isinstance(content, dict):
+                found = f"it is {json.dumps(content[section])[:40]}" if section in content else "there is no such key"
+            raise ValueError(f"{path} is not in COCO format: it has no list {section!r} ({found})")
         for i, item in enumerate(content.get(section, ())):
             if not isinstance(item, dict):
                 raise ValueError(f"{path} is not in COCO format: {section}[{i}] is {item!r}, not an object")

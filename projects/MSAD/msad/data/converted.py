@@ -1,7 +1,4 @@
-"""Annotations of other formats, gathered into COCO's, with a count of everything that was left out or changed.
-
-No library is used for this: those that read these formats leave out what they do not understand without a word.
-"""
+"""Annotations of other formats, gathered into COCO's, with a count of everything that was left out or changed."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
         FileNotFoundError: CONFIG or WEIGHTS does not exist.
     """
     cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", student.MODEL.DEVICE])
-    first = next(iter(teacher_entries(student)), entry)
-    reverse = other_channel_order(student, cfg, initialises=first.get("NAME") == entry.get("NAME", first.get("NAME")))
+    names = [known["NAME"] for known in teacher_entries(student)]
+    reverse = other_channel_order(student, cfg, initialises=entry.get("NAME") in (None, *names[:1]))
     model = build_model(cfg)
     try:
         CheckedCheckpointer(model).load_all(entry["WEIGHTS"], entry["CONFIG"])

@@ -222,8 +222,12 @@ def _wait(running: dict[subprocess.Popen, tuple], bar: tqdm, plan: Plan) -> list
 
 
 def _scores(result: dict) -> str:
-    scores = ", ".join(f"{name} {v['bbox']['AP']:.1f}" for name, v in result["results"].items() if "bbox" in v)
-    return f"AP {scores or '-'} ({format_seconds(result['seconds'])})"
+    """The main metric of every model of a run, box AP or mIoU of segmentors, and its time."""
+    for task, metric in (("bbox", "AP"), ("sem_seg", "mIoU")):
+        scores = [f"{n} {v[task][metric]:.1f}" for n, v in result["results"].items() if metric in v.get(task, ())]
+        if scores:
+            return f"{metric} {', '.join(scores)} ({format_seconds(result['seconds'])})"
+    return f"no score ({format_seconds(result['seconds'])})"
 
 
 def format_seconds(seconds: float) -> str:
