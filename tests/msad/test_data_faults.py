@@ -440,6 +440,17 @@ def test_corners_of_small_boxes_are_recognised_by_their_masks(data):
     assert "has bbox [5.0, 6.0, 9.0, 11.0] and polygons from [5.0, 6.0, 9.0, 11.0]; boxes are corners" in error
 
 
+def test_boxes_over_the_border_are_named_if_most_are(data):
+    def over(a):
+        a.update(bbox=[-5, -5, 40, 35], area=1400, segmentation=[])
+
+    data.each(over, "train", start=7)
+    assert not any("over the border" in w for w in data.texts(WARNING))
+    data.each(over, "train", start=6)
+    (warning,) = (w for w in data.texts(WARNING) if "over the border" in w)
+    assert "6 of 12 annotations" in warning
+
+
 def test_boxes_without_use_are_counted(data):
     data.splits["train"]["annotations"][0]["bbox"] = [5, 5, 0, 4]
     data.splits["train"]["annotations"][1]["bbox"] = [100, 5, 4, 4]
@@ -456,6 +467,12 @@ def test_areas_that_their_boxes_cannot_have(data):
     data.splits["val"]["annotations"][1]["area"] = 5000
     (warning,) = data.texts(WARNING)
     assert "annotation 2 has area 5000, in a box of 11 x 9" in warning
+
+
+def test_a_wrong_number_of_labelled_keypoints(data):
+    data.splits["val"]["annotations"][1]["num_keypoints"] = 3
+    (warning,) = data.texts(WARNING)
+    assert "annotation 2 has num_keypoints 3, but 2 of its points are labelled" in warning
 
 
 def test_objects_twice(data):

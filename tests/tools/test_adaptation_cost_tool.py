@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,19 +9,16 @@ import pytest
 import torch
 import yaml
 from detectron2.modeling import build_model
+from load_tool import load_tool
 
 from msad import load_config
 from msad.distill.progressive.table import read_costs
 from msad.experiments import adaptation
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "adaptation_cost.py"
-
 
 @pytest.fixture
 def call(project, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("adaptation_cost_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("adaptation_cost")
     for name, source in (("student", "retinanet_student"), ("multi", "teacher"), ("wide", "gfl")):
         text = f"_BASE_: {project}/{source}.yaml\nDISTILL: {{TEACHERS: [], LOSSES: []}}\n"
         text += "MODEL: {FPN: {OUT_CHANNELS: 48}}\n" if name == "wide" else ""
@@ -81,10 +77,7 @@ def test_costs_order_and_stages(call, tmp_path, monkeypatch):
 
 
 def tool(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", SCRIPT.with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool(name)
 
 
 @pytest.mark.parametrize("by", ["adaptation_cost", "order_teachers"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import pty
@@ -17,6 +16,7 @@ from pathlib import Path
 import detectron2
 import pytest
 import torch
+from load_tool import load_tool
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
@@ -48,9 +48,7 @@ QUICK = ["--size", "100", "150", "--repeats", "1", "--warmup", "0", "--threads",
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("benchmark")
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)

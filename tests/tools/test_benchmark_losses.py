@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from load_tool import load_tool
 
 from msad.evaluation import loss_cost
 from msad.evaluation.loss_cost import Setting, loss_costs, make_context, make_loss, peak_memory, step
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark_losses.py"
 SMALL = Setting(size=(64, 96), channels=8, student_channels=4, boxes=2)
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("benchmark_losses_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("benchmark_losses")
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)

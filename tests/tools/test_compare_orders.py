@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from load_tool import load_tool
 
 from msad.distill.progressive.order import all_orders
 from msad.experiments import jobs
 from msad.experiments.orders import order_study
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "compare_orders.py"
-
 
 @pytest.fixture
 def call(project, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("compare_orders_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("compare_orders")
     for name in ("shelf", "one", "two"):
         channels = 40 if name == "two" else 32
         text = f"_BASE_: {project}/fcos.yaml\nSOLVER: {{MAX_ITER: 1}}\nMODEL: {{FPN: {{OUT_CHANNELS: {channels}}}}}\n"

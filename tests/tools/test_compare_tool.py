@@ -1,6 +1,5 @@
 """tools/compare.py: its command line and what it writes, from runs that are finished."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import yaml
 from detectron2.modeling import build_model
+from load_tool import load_tool
 
 from msad import load_config
 
@@ -17,9 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "compare.py"
 
 @pytest.fixture
 def call(capsys):
-    spec = importlib.util.spec_from_file_location("compare_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("compare")
     return lambda *args: (module.main(list(map(str, args))), capsys.readouterr())
 
 

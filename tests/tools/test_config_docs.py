@@ -1,11 +1,11 @@
 """docs/CONFIG.md is what the files of keys and the losses say."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 from detectron2.config import get_cfg
+from load_tool import load_tool
 
 from msad.config import add_msad_config, valid_keys
 
@@ -18,9 +18,7 @@ def test_page_is_up_to_date():
 
 
 def test_every_key_has_a_row_and_a_meaning():
-    spec = importlib.util.spec_from_file_location("config_docs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("config_docs")
     page = module.render("\n".join(path.read_text() for path in module.SOURCES))
     rows = {
         cells[1].strip(" `"): cells[3].strip()
@@ -36,9 +34,7 @@ def test_every_key_has_a_row_and_a_meaning():
 
 
 def test_every_option_of_a_loss_has_a_meaning():
-    spec = importlib.util.spec_from_file_location("config_docs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("config_docs")
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in module.loss_options()]
     assert ["`CWD`", "`TAU`", "`1.0`", "temperature of the softmax."] in rows
     assert {"`LD`", "`SDF`", "`MGD`"} <= {row[0] for row in rows}

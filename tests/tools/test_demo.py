@@ -1,6 +1,5 @@
 """tools/demo.py on tiny random models: what it writes, what it passes over, what it says."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeTransform
 from detectron2.modeling import build_model
+from load_tool import load_tool
 from pycocotools import mask as rle
 
 from msad import load_config
@@ -47,9 +47,7 @@ TEACHER = "_BASE_: detector.yaml\nMODEL: {META_ARCHITECTURE: MultiScaleTeacher}\
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("demo")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+from load_tool import load_tool
 
 import msad
 from msad import load_config
@@ -31,10 +31,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("distill_tool", ROOT / "tools" / "distill.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("distill")
 
 
 def test_interrupted_after_every_step(data, tmp_path, monkeypatch):

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from load_tool import load_tool
 
 from msad import load_config
-
-SCRIPT = Path(__file__).parents[2] / "tools" / "flatness.py"
 
 
 @pytest.fixture
 def call(project, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("flatness_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("flatness")
     models = []
     for name in ("fcos", "gfl"):
         torch.manual_seed(2)

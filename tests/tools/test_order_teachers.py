@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import yaml
+from load_tool import load_tool
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "order_teachers.py"
 TABLE = """
 student: S
 quality: {I: 38.2, II: 38.7, III: 42.3, IV: 49.1}
@@ -23,9 +20,7 @@ costs:
 
 @pytest.fixture
 def call(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("order_teachers_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("order_teachers")
     (tmp_path / "costs.yaml").write_text(TABLE)
 
     def run(*args):

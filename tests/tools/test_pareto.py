@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from load_tool import load_tool
 
 from msad import load_config
 from msad.export import pareto as measuring
 from msad.visualization.pareto import pareto_figure
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "pareto.py"
-
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("pareto", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("pareto")
 
 
 def row(name: str, ap: float, ms: float, engine: str = "torch") -> dict:

@@ -1,6 +1,5 @@
 """tools/plain_distill.py does in plain sight what DistillTrainer does: equal losses in every iteration."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+from load_tool import load_tool
 
 from msad import load_config
 from msad.data import register_datasets
@@ -19,10 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "plain_distill.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("plain_distill", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("plain_distill")
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,12 @@
 """tools/plot_features.py from the records of runs to a chart."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from load_tool import load_tool
 
 from msad.visualization.feature_plots import features_figure, read_features
-
-SCRIPT = Path(__file__).parents[2] / "tools" / "plot_features.py"
 
 
 @pytest.fixture
@@ -27,9 +24,7 @@ def run_folder(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("plot_features_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("plot_features")
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["plot_features.py", *map(str, args)])

@@ -1,19 +1,14 @@
 """tools/preflight.py: its exit status, its text and its JSON."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "tools" / "preflight.py"
+from load_tool import load_tool
 
 
 @pytest.fixture
 def call(capsys):
-    spec = importlib.util.spec_from_file_location("preflight_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("preflight")
 
     def run(*args):
         return module.main([*map(str, args)]), capsys.readouterr()

@@ -1,6 +1,5 @@
 """tools/quickstart.py from drawing scenes to the report, with a handful of iterations."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from load_tool import load_tool
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "tools" / "quickstart.py"
@@ -17,9 +17,7 @@ SCENES = {"num_train": 8, "num_val": 4, "size": (96, 96), "objects": (3, 5), "mi
 
 @pytest.fixture(scope="module")
 def quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("quickstart")
     module.SYNTHETIC = SCENES
     return module
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,20 +12,17 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from load_tool import load_tool
 
 from msad import load_config
 from msad.evaluation.streaming_detector import FrameDetector
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "streaming_ap.py"
 VIDEOS = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).absolute() / "flying_video"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("streaming_ap_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("streaming_ap")
 
 
 @pytest.fixture(scope="module")

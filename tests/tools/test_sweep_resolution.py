@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
+from load_tool import load_tool
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
@@ -19,15 +18,10 @@ from msad.engine.setup import evaluate, load_model, prepare
 from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
 from msad.visualization.sweep import sweep_figure
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "sweep_resolution.py"
-
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("sweep_resolution_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("sweep_resolution")
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ def _efficientnet(number: int) -> BackboneChoice:
         "MODEL.BACKBONE.FREEZE_AT": 2,
         "MODEL.PIXEL_MEAN": [127.0] * 3, "MODEL.PIXEL_STD": [128.0] * 3, "INPUT.FORMAT": "RGB",
         "SOLVER.CHANNELS_LAST": True,
+        "MSAD.FUSION.NORMALIZE": True,  # as in the study of nuclei
     }  # fmt: skip
     name = f"efficientnet_lite{number}"
     larger = f"efficientnet_lite{number + 1}" if number < 2 else ""

@@ -22,8 +22,10 @@ from .methods import BASELINE, BUILDERS, STUDENT, Configs
 EPOCHS, LEAST_ITERATIONS = 24, 1500
 
 
-def detector_config(choices: Choices, entries: list[dict], content: dict, objects: Objects, short: int) -> CfgNode:
-    """The detector at H, for the data.
+def detector_config(
+    choices: Choices, backbone: str, entries: list[dict], content: dict, objects: Objects, short: int
+) -> CfgNode:
+    """The detector at H on a backbone, for the data.
 
     Args:
         entries: of DATASETS.REGISTER.
@@ -33,12 +35,6 @@ def detector_config(choices: Choices, entries: list[dict], content: dict, object
     Raises:
         ValueError: the detector learns masks or keypoints, and there are none.
     """
-    return _detector(choices, choices.backbone, entries, content, objects, short)
-
-
-def _detector(
-    choices: Choices, backbone: str, entries: list[dict], content: dict, objects: Objects, short: int
-) -> CfgNode:
     lacking = {"mask_rcnn": ("masks", "polygons"), "keypoint_rcnn": ("keypoints", "keypoints")}.get(choices.detector)
     if lacking and not content[lacking[0]]:
         raise ValueError(f"--detector {choices.detector}: the data have no {lacking[1]}; choose faster_rcnn")
@@ -136,9 +132,9 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
     if choices.checkpoint:
         base = given_config(choices, entries, content)
     else:
-        base = detector_config(choices, *data)
+        base = detector_config(choices, choices.backbone, *data)
     larger = choose_backbone(choices.backbone).larger
-    configs = BUILDERS[choices.method](base, choices, lambda: _detector(choices, larger, *data))
+    configs = BUILDERS[choices.method](base, choices, lambda: detector_config(choices, larger, *data))
     if choices.controls:
         low = base.clone()
         for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
