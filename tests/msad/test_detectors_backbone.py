@@ -110,7 +110,7 @@ def test_it_starts_as_the_convolution_that_it_replaces(deform, stride):
     sac = SwitchableAtrousConv.of(conv, deform=deform)
     x = torch.randn(2, 4, 7, 9)
     torch.testing.assert_close(sac(x), conv(x), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"at least 3 x 3 cells, not \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"at least 3 x 3 locations, not \(2, 9\)"):
         sac(x[:, :, :2])
 
 

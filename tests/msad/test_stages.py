@@ -236,9 +236,10 @@ def test_iterations_are_shared_out_over_stages(project, teacher_weights, tmp_pat
 
 def test_the_table_has_the_losses_without_distillation():
     step = {"loss_cls": 1.0, "loss_box": 0.5, "loss_distill/FitNet": 7.0, "total_loss": 8.5}
-    end = {"iteration": 4, "bbox/AP": 12.5, "validation/L_detect": 0.75}
+    early, end = {"bbox/AP": 3.0, "validation/L_detect": 2.0}, {"bbox/AP": 12.5, "validation/L_detect": 0.75}
+    records = [{"iteration": 1, **step, **early}, {"iteration": 3, **step}, {"iteration": 4, **end}]
     found = [
-        Stage(1, "small", 4, [{"iteration": 1, **step, "bbox/AP": 3.0, "validation/L_detect": 2.0}, {"iteration": 3, **step}, end]),
+        Stage(1, "small", 4, records),
         Stage(2, "no teacher", 6, [{"iteration": 5, "loss_cls": 0.25, "total_loss": 0.25}]),
     ]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in stage_table(found).splitlines()]
