@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import detectron2
@@ -31,7 +32,7 @@ from msad.engine import DistillTrainer
 from msad.engine.build import teacher_entries
 from msad.engine.setup import load_model
 from msad.evaluation import cost
-from msad.evaluation.memory import PeakMemory, peak_memory
+from msad.evaluation.memory import peak_memory, step_memory
 from msad.modeling.teacher import MultiScaleTeacher
 from msad.resolution import downsampled_size, get_resolution
 
@@ -200,13 +201,14 @@ def benchmark_train_step(args: argparse.Namespace) -> dict[str, Any]:
     batch = cost.random_inputs(
         *args.size, batch=args.batch_size, boxes=10, masks=student.MODEL.MASK_ON, keypoints=keypoints
     )
-    memory = PeakMemory(args.device)
-    cost.student_step(distiller, batch)  # before anything larger: a process does not give memory back
-    alone = memory.growth()
+    alone, whole = (
+        step_memory(partial(step, distiller, batch), args.device)
+        for step in (cost.student_step, cost.distillation_step)
+    )
     with tqdm(total=args.warmup + args.repeats, unit="round", desc="training step", disable=None) as bar:
         times = cost.training_step_cost(distiller, batch, args.repeats, args.warmup, on_round=bar.update)
     return {
-        "peak_memory_bytes": memory.growth(),
+        "peak_memory_bytes": whole,
         "student_peak_memory_bytes": alone,
         "student": args.train_step[0],
         "teacher": args.train_step[1],
@@ -269,7 +271,7 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
         "command": shlex.join(command),
     }
     tables = []
-    if args.train_step:  # first: what the models leave in the allocator would hide how much memory a step needs
+    if args.train_step:
         result["train_step"] = benchmark_train_step(args)
         tables.append(format_train_step(result["train_step"]))
     if args.config_file:

@@ -17,7 +17,7 @@ from msad import load_config
 from msad.distill.distiller import Distiller, student_shapes
 from msad.distill.teachers import FrozenTeacher
 from msad.evaluation import cost
-from msad.evaluation.memory import peak_memory, resident_bytes
+from msad.evaluation.memory import TensorMemory, peak_memory, resident_bytes
 from msad.resolution import RESOLUTIONS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -365,6 +365,29 @@ def test_resident_memory_follows_what_is_allocated():
         block.write(b"x" * size)
         after, highest = resident_bytes()
     assert after - now > 60 * 2**20 and highest >= after
+
+
+def test_tensors_are_counted_while_they_live():
+    weight = torch.ones(256, requires_grad=True)  # older: neither it nor its views count
+    with TensorMemory() as memory:
+        scaled = weight[None] * 2  # 1 KiB
+        assert memory.bytes == 1024
+        views = scaled.reshape(16, 16).t(), scaled.detach(), weight.view(2, 128)
+        assert memory.bytes == 1024
+        twice = torch.cat([scaled, scaled])  # 2 KiB
+        assert (memory.bytes, memory.peak) == (3072, 3072)
+        del twice
+        assert (memory.bytes, memory.peak) == (1024, 3072)
+        scaled.add_(1)
+        del scaled
+        assert memory.bytes == 1024, "views hold it"
+        del views
+        assert memory.bytes == 0
+        kept = torch.ones(256).requires_grad_().exp()  # the leaf and what the gradient needs
+        assert memory.bytes == 2048
+        kept.sum().backward()  # the sum, its gradient, and the leaf's
+        del kept
+    assert memory.bytes == 0 and memory.peak == 2048 + 2 * 4 + 1024
 
 
 def test_peak_memory_holds_the_weights():

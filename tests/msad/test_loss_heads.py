@@ -13,9 +13,11 @@ from detectron2.structures import Boxes, Instances
 from helpers import between, make_context
 
 from msad.distill.context import HeadPair
+from msad.distill.losses import chen
 from msad.distill.losses.chen import Chen, bounded_regression, soft_binary_cross_entropy, soft_cross_entropy
 from msad.distill.losses.ld import LD, mean_kl, mean_per_level
 from msad.distill.losses.registry import WeightedLoss
+from msad.evaluation.memory import TensorMemory
 from msad.modeling.detectors import atss
 from msad.modeling.detectors.distribution import DistributionTransform
 from msad.modeling.head_outputs import coordinates, decode
@@ -323,6 +325,23 @@ def test_regression_pulls_to_the_ground_truth_and_the_teacher_only_gates():
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
+
+def test_chen_takes_anchors_in_parts(monkeypatch):
+    """Values and gradients are those of all anchors at once; between the passes nothing but the loss is kept."""
+    found = {}
+    for at_once in (10**6, 7):
+        monkeypatch.setattr(chen, "ANCHORS_AT_ONCE", at_once)
+        pair, _ = make_pair("retinanet")
+        pair.student_logits = pair.student_logits.detach().requires_grad_()
+        with TensorMemory() as memory:
+            loss = Chen()._classification(pair)
+            kept = memory.bytes
+            loss.sum().backward()
+        found[at_once] = loss.detach(), pair.student_logits.grad, memory.peak
+        assert kept <= 3 * loss.nbytes, "the loss, its labels' mask and itself before that"
+    torch.testing.assert_close(found[7][:2], found[10**6][:2])
+    assert found[7][2] < found[10**6][2]
+
 
 CASES = [("LD", "distributions"), *(("Chen", kind) for kind in sorted(TRANSFORMS))]
 

@@ -233,6 +233,12 @@ def student_step(distiller: Distiller, batch: list[dict]) -> None:
         _train(distiller.student.train(), reduced)
 
 
+def distillation_step(distiller: Distiller, batch: list[dict]) -> None:
+    """Forward and backward of the whole on ``batch`` (H pixels), with the assistants' own steps."""
+    with EventStorage(0):
+        _train(distiller.train(), batch)
+
+
 def training_step_cost(
     distiller: Distiller,
     batch: list[dict],

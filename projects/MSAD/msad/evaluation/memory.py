@@ -6,11 +6,15 @@ import json
 import resource
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .cost import random_inputs
 
@@ -47,6 +51,51 @@ class PeakMemory:
 
     def growth(self) -> int:
         return (torch.cuda.max_memory_allocated(self.gpu) if self.gpu else resident_bytes()[1]) - self.before
+
+
+class TensorMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside and live at once, on any device.
+
+    Not counted is what operators need while they run. Unlike resident memory it does not depend on what ran before.
+
+    Attributes:
+        bytes: now.
+        peak: most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._see((args, kwargs), counted=False)  # what an operator reads and nobody made inside is older
+        out = func(*args, **(kwargs or {}))
+        self._see(out, counted=True)
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _see(self, tree: object, counted: bool) -> None:
+        for x in tree_leaves(tree):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self._sizes:
+                storage = x.untyped_storage()
+                self._sizes[storage._cdata] = size = storage.nbytes() if counted else 0
+                self.bytes += size
+                weakref.finalize(storage, self._remove, storage._cdata)
+
+    def _remove(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)
+
+
+def step_memory(step: Callable[[], None], device: str) -> int:
+    """Bytes that ``step`` needs at most: on a GPU of torch's allocator, elsewhere of tensors that live at once."""
+    if torch.device(device).type == "cuda":
+        memory = PeakMemory(device)
+        step()
+        return memory.growth()
+    with TensorMemory() as memory:
+        step()
+    return memory.peak
 
 
 def _child() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..context import DistillContext, HeadPair
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
+
+ANCHORS_AT_ONCE = 16384  # of each image, in the loss of dense heads
 
 
 def soft_cross_entropy(s: torch.Tensor, t: torch.Tensor, w_bg: float = 1.5) -> torch.Tensor:
@@ -111,9 +116,14 @@ class Chen(nn.Module):
 
     def _classification(self, pair: HeadPair) -> torch.Tensor:
         """(N, R), 0 where the step leaves an anchor out."""
-        s, t = pair.student_logits, pair.teacher_logits
+        logits = pair.student_logits, pair.teacher_logits
         if pair.softmax:
-            loss = soft_cross_entropy(s, t, self.w_bg)
+            loss = soft_cross_entropy(*logits, self.w_bg)
         else:
-            loss = soft_binary_cross_entropy(s, t, self.w_bg, self.focus if pair.name == "dense" else 0.0)
+            focus = self.focus if pair.name == "dense" else 0.0
+            # Some ten maps of all anchors and classes lie between logits and loss. They are computed again for the
+            # gradient, a part of the anchors at a time: the student's whole graph waits beside them.
+            parts = zip(*(x.split(ANCHORS_AT_ONCE, dim=1) for x in logits))
+            of_part = partial(checkpoint, soft_binary_cross_entropy, use_reentrant=False, preserve_rng_state=False)
+            loss = torch.cat([of_part(*part, self.w_bg, focus) for part in parts], dim=1)
         return torch.where(pair.labels >= 0, loss, 0.0)
