@@ -12,6 +12,7 @@ from chromium import BROWSER, Page
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from msad.data.sampling import at_equal_distances
 from msad.experiments.gallery import describe, write_gallery
 from msad.experiments.report import write_report
 from msad.visualization.objects import Objects
@@ -97,6 +98,20 @@ def test_files_of_a_gallery(folder):
     assert all(cv2.imread(str(folder / image["file"])).shape == (60, 80, 3) for image in data["images"])
     text = (folder / "report.html").read_text()
     assert "://" not in text and "{{" not in text and "A &lt;study&gt;" in text
+
+
+def test_a_gallery_shows_images_from_all_over_the_set(tmp_path):
+    records = []
+    for i in range(5):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.zeros((*SIZE, 3), np.uint8))
+        records.append({"file_name": str(tmp_path / f"{i}.png"), "annotations": [], "height": 60, "width": 80})
+    data = json.loads(write_gallery(tmp_path / "out", records, Metadata(thing_classes=["cat"]), {}, 3).read_text())
+    assert [image["name"] for image in data["images"]] == ["0.png", "1.png", "3.png"]
+
+
+@pytest.mark.parametrize("length, count, expected", [(5, 3, [0, 1, 3]), (4, 2, [0, 2]), (2, 3, [0, 1]), (0, 3, [])])
+def test_what_stands_for_all(length, count, expected):
+    assert at_equal_distances(range(length), count) == expected
 
 
 def test_a_page_without_a_gallery_says_nothing_of_it(tmp_path):

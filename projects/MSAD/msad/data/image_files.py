@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..finding import ERROR, OK, WARNING
 from .cache import read_cache, write_cache
+from .sampling import at_equal_distances
 from .tally import Tally
 
 _EXIF_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
@@ -134,7 +135,7 @@ def check_image_files(tally: Tally, records: Sequence[dict], training: bool, cou
             tally.add(ERROR, "does not exist", path, fix, of)
     there = [path for path in files if PathManager.isfile(path)] if tally["does not exist"] else [*files]
     if count and len(there) > count:
-        there = [there[i * len(there) // count] for i in range(count)]
+        there = at_equal_distances(there, count)
         tally.add(OK, f"{count} of {len(files)} image files were looked into; DATASETS.CHECK_IMAGES 0: all", "", "")
     of = f"{len(there)} image files"
     found = inspect_images(there)

@@ -21,6 +21,7 @@ from PIL import Image
 from ..finding import ERROR, OK
 from ..resolution import downsampled_size, get_resolution
 from .image_files import inspect_image, inspect_images
+from .sampling import at_equal_distances
 from .tally import Tally
 
 FILE = "low_res_file_name"
@@ -225,7 +226,7 @@ def check_low_res_files(tally: Tally, records: Sequence[dict], shift: int, count
     records = [record for record in records if FILE in record]
     if count and len(records) > count:
         tally.add(OK, f"{count} of {len(records)} files of LOW_RES_IMAGES were looked into", "", "")
-        records = [records[i * len(records) // count] for i in range(count)]
+        records = at_equal_distances(records, count)
     of = f"{len(records)} files of LOW_RES_IMAGES"
     for record, file in zip(records, inspect_images([record[FILE] for record in records])):
         if file.problem:

@@ -14,6 +14,7 @@ from ..finding import ERROR, OK, WARNING, Finding
 from .box_conventions import likely_convention, mask_extents, overlap
 from .keypoint_checks import check_keypoint_metadata, check_keypoints
 from .needs import Needs
+from .sampling import at_equal_distances
 from .sem_seg import is_segmentation
 from .tally import Tally, shorten
 
@@ -157,7 +158,7 @@ def _check_convention(tally: Tally, pairs: list[tuple[dict, dict]]) -> None:
         add(level, "boxes of another convention", chosen[0][0], fix, seen, round(share * len(chosen)))
         return
     masked = [i for i, (_, a) in enumerate(chosen) if isinstance(a.get("segmentation"), list) and a["segmentation"]]
-    masked = masked[:: max(len(masked) // _SAMPLE, 1)]
+    masked = at_equal_distances(masked, _SAMPLE)
     if not masked:
         return
     extents = np.array([mask_extents(chosen[i][1]["segmentation"]) for i in masked])
@@ -190,7 +191,7 @@ def _check_masks(tally: Tally, pairs: list[tuple[dict, dict]], needs: Needs) -> 
     if encoded and needs.training and needs.mask_format == "polygon":
         reason = "has a run-length mask, and INPUT.MASK_FORMAT is polygon"
         add(ERROR, reason, encoded[0], "set INPUT.MASK_FORMAT bitmask", count=len(encoded))
-    polygons = [p for _, a in single[:_SAMPLE] if isinstance(a.get("segmentation"), list) for p in a["segmentation"]]
+    polygons = [p for _, a in at_equal_distances(single, _SAMPLE) if isinstance(a.get("segmentation"), list) for p in a["segmentation"]]
     if polygons and all(min(p) >= 0 and max(p) <= 1 for p in polygons):
         fix = "write polygons in pixels of the image"
         add(ERROR, "has polygons in fractions of the image", single[0][0], fix, count=len(single))

@@ -12,6 +12,7 @@ import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 
+from ..data.sampling import at_equal_distances
 from ..files import atomic_write
 from ..visualization.objects import Objects, ground_truth, predictions
 
@@ -45,7 +46,7 @@ def write_gallery(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     images = []
-    for record in records[:: max(len(records) // count, 1)][:count]:
+    for record in at_equal_distances(records, count):
         image = cv2.imread(record["file_name"])
         if image is None:
             continue

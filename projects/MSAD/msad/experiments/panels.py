@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 from ..data.register import registered
+from ..data.sampling import at_equal_distances
 from ..data.sem_seg import is_segmentation
 from ..visualization import LabelMap, Panel, save_panels
 from .comparison import Comparison
@@ -47,7 +48,7 @@ def draw_panels(
     with registered(cfg):
         records, metadata = DatasetCatalog.get(cfg.DATASETS.TEST[0]), MetadataCatalog.get(cfg.DATASETS.TEST[0])
         panels = []
-        for record in records[:: max(len(records) // count, 1)][:count]:
+        for record in at_equal_distances(records, count):
             image = cv2.imread(record["file_name"])
             truth = record
             if is_segmentation(records):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from ..data.sampling import at_equal_distances
 from .runner import IMAGES, Detector, find_inputs, resize_shortest_edge
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def find_images(folder: str | Path) -> list[Path]:
     found = [file for file in find_inputs([str(folder)]) if file.suffix.lower() in IMAGES]
     if not found:
         raise ValueError(f"no images in {folder}")
-    return found[:: -(-len(found) // MOST_IMAGES)]
+    return at_equal_distances(found, MOST_IMAGES)
 
 
 def quantize(model: str | Path, images: Sequence[Path], output: str | Path) -> int:

@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from torch import nn
 
+from ...data.sampling import at_equal_distances
 from ...distill.init import copies
 from ...finding import ERROR, OK, WARNING, Finding, check, error_text
 from ..checkpoint import CheckedCheckpointer
@@ -76,9 +77,7 @@ def check_checkpoint(who: str, model: nn.Module, weights: str) -> tuple[list[Fin
 
 def box_ap(cfg: CfgNode, model: nn.Module, name: str, images: int) -> float:
     """Box AP of ``model``, of config ``cfg``, on ``images`` images of data set ``name``, taken at equal distances."""
-    everything = DatasetCatalog.get(name)  # in the order of the file, where a class or a scene may come in one piece
-    count = min(images, len(everything))
-    dicts = [everything[i * len(everything) // count] for i in range(count)]
+    dicts = at_equal_distances(DatasetCatalog.get(name), images)
     # The evaluator asks for tasks that the model may not have, so it is told the one that all have.
     evaluator = COCOEvaluator(
         name, tasks=("bbox",), distributed=False, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE
