@@ -191,7 +191,8 @@ def _check_masks(tally: Tally, pairs: list[tuple[dict, dict]], needs: Needs) -> 
     if encoded and needs.training and needs.mask_format == "polygon":
         reason = "has a run-length mask, and INPUT.MASK_FORMAT is polygon"
         add(ERROR, reason, encoded[0], "set INPUT.MASK_FORMAT bitmask", count=len(encoded))
-    polygons = [p for _, a in at_equal_distances(single, _SAMPLE) if isinstance(a.get("segmentation"), list) for p in a["segmentation"]]
+    looked_at = [a.get("segmentation") for _, a in at_equal_distances(single, _SAMPLE)]
+    polygons = [p for outline in looked_at if isinstance(outline, list) for p in outline]
     if polygons and all(min(p) >= 0 and max(p) <= 1 for p in polygons):
         fix = "write polygons in pixels of the image"
         add(ERROR, "has polygons in fractions of the image", single[0][0], fix, count=len(single))
