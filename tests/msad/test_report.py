@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from msad.experiments import report
 from msad.experiments.judgement import no_percentages, summary
 from msad.experiments.report import write_report
 from msad.experiments.rows import check_metric, rows_of
@@ -280,6 +281,22 @@ def test_report_files(data, seeded, tmp_path):
         seeded["variants"][name]["swept"] = ["lad", "DISTILL.LOSSES.0.WEIGHT", value]
     page = Page(write_report(seeded, tmp_path / "compare", "Comparison").read_text(encoding="utf-8"))
     assert page.images == ["results.png", "differences.png", "sweep.png"]
+
+
+@pytest.mark.parametrize("swept, line", [(("b", "c"), ["a"]), (("a", "b", "c"), [])])
+def test_a_sweep_has_a_line_where_its_reference_is_not_swept(seeded, tmp_path, monkeypatch, swept, line):
+    seeded["reference"] = "a"
+    for value, name in enumerate(swept, 1):
+        seeded["variants"][name]["swept"] = ["lad", "DISTILL.LOSSES.0.WEIGHT", value]
+    names = []
+
+    def draw(lines, path, key, metric, *reference):
+        names.extend(reference[1:])
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(report, "plot_sweep_lines", draw)
+    write_report(seeded, tmp_path, "Comparison")
+    assert names == line
 
 
 def test_names_are_escaped(data, tmp_path):

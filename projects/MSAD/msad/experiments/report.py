@@ -111,7 +111,8 @@ def draw_charts(data: dict, out_dir: Path, metric: str, curves: Mapping[str, Pat
             keys[key] = None
             lines.setdefault(base, []).append((value, _point(row, metric)))
     if any(len(points) > 1 for points in lines.values()) and len(keys) == 1:
-        base_line = (reference.estimate(metric).mean, reference.name) if reference is not None else ()
+        outside = reference is not None and not reference.variant.get("swept")  # without the loss, for example
+        base_line = (reference.estimate(metric).mean, reference.name) if outside else ()
         draw("sweep.png", f"Validation {metric} over {next(iter(keys))}.", plot_sweep_lines, lines, next(iter(keys)),
              metric, *base_line)  # fmt: skip
     if found := {name: file for name, file in curves.items() if file.is_file()}:

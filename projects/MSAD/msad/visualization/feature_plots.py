@@ -54,7 +54,8 @@ def features_figure(runs: Mapping[str, Levels], levels: Sequence[str] | None = N
             raise ValueError(f"--levels {level}: the runs have {', '.join(known)}")
     levels = list(levels or known)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 2.5 * len(levels), 6.6), layout="constrained")
+        width = max(1.2 + 2.5 * len(levels), 5.0)
+        figure = Figure(figsize=(width, 6.6), layout="constrained")
         axes = figure.subplots(3, len(levels), sharex=True, sharey="row", squeeze=False)
         for column, level in zip(axes.T, levels):
             teacher = False  # is the same in all runs but for the images drawn
@@ -81,5 +82,5 @@ def features_figure(runs: Mapping[str, Levels], levels: Sequence[str] | None = N
         axes[1, -1].plot([], [], color=GREY, linestyle="--", linewidth=1.2, label="m: teacher")
         for name, colour in zip(runs, PALETTE * len(runs)):
             axes[1, -1].plot([], [], color=colour, linewidth=1.5, label=f"n: student, {name}")
-        figure.legend(loc="outside lower center", ncols=min(4, 1 + len(runs)), fontsize=9)
+        figure.legend(loc="outside lower center", ncols=min(int(width / 2.2), 1 + len(runs)), fontsize=9)
     return figure
