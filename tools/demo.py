@@ -12,11 +12,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from detectron2.data import DatasetMapper
 from tqdm import tqdm
 
 from msad import cli
 from msad.data.low_res import LowResOnly
+from msad.data.mappers import inference_mapper
 from msad.data.media import Unreadable, choose_outputs, find_inputs, is_video, open_video, read_picture
 from msad.engine.predictor import GroundTruth, class_metadata, is_segmentor, load_predictor
 from msad.files import atomic_write
@@ -96,7 +96,7 @@ class Demo:
         self.threshold = args.threshold
         self.student = student
         self.low_res = Path(args.low_res_images) if args.low_res_images else None
-        self.low_res_mapper = LowResOnly(DatasetMapper(student.cfg, False))
+        self.low_res_mapper = LowResOnly(inference_mapper(student.cfg))
         self.records: list[dict] = []  # of --json
 
     def detect(self, image: np.ndarray, source: Path | None = None) -> dict:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.utils import comm
 
 from msad.config import add_msad_config
 from msad.data import build_train_loader, make_dataset, register_datasets, register_entries
 from msad.data.loader import MAX_CONSECUTIVE_FAILURES, TrainLoader, seeded
+from msad.data.mappers import inference_mapper
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +245,19 @@ def test_masks_and_keypoints_arrive(cfg):
         assert len(instances) > 0
         assert instances.gt_keypoints.tensor.shape == (len(instances), 5, 3)
         assert len(instances.gt_masks) == len(instances)
+
+
+def test_images_of_tests_need_nothing_of_the_training_set(cfg):
+    """A model of keypoints is tested, timed and shown before anybody has read the set that it was trained on."""
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.FORMAT = 24, "RGB"
+    (record,) = DatasetCatalog.get("loader_test_val")
+    assert MetadataCatalog.get("loader_test_train").get("keypoint_names") is None
+    found = inference_mapper(cfg)(record)
+    DatasetCatalog.get("loader_test_train")  # after which detectron2's own mapper knows what it asks for
+    expected = DatasetMapper(cfg, False)(record)
+    assert found.keys() == expected.keys() and "annotations" not in found
+    assert found["image"].shape[1:] == (24, 32) and torch.equal(found["image"], expected["image"])
 
 
 def test_mirroring_exchanges_left_and_right(cfg):

@@ -21,6 +21,7 @@ from PIL import Image
 from ..finding import ERROR, OK
 from ..resolution import downsampled_size, get_resolution
 from .image_files import inspect_image, inspect_images
+from .mappers import inference_mapper
 from .sampling import at_equal_distances
 from .tally import Tally
 
@@ -61,7 +62,7 @@ def low_res_mapper(cfg: CfgNode, mapper: Callable[[dict], dict], dicts: Sequence
 
 def build_test_loader(cfg: CfgNode, dataset_name: str):
     """detectron2's test loader of the images that the model of ``cfg`` sees; results are in the frame of H."""
-    mapper = DatasetMapper(cfg, False)
+    mapper = inference_mapper(cfg)
     has_low_res = "LOW_RES_IMAGES" in (MetadataCatalog.get(dataset_name).get("definition") or {})
     return build_detection_test_loader(
         cfg, dataset_name, mapper=LowResOnly(mapper) if has_low_res and reads_low_res(cfg) else mapper

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..data.mappers import inference_mapper
 from ..data.register import registered
 from ..evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs, time_parts
 from ..modeling.teacher import MultiScaleTeacher
@@ -133,7 +134,7 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
     passes: dict[tuple, tuple] = {}
     costs: dict[tuple, dict] = {}
     for name, (cfg, model) in models.items():
-        inputs = [DatasetMapper(cfg, is_train=False)(_first_record(cfg))]
+        inputs = [inference_mapper(cfg)(_first_record(cfg))]
         for branch in model.branches if isinstance(model, MultiScaleTeacher) else [None]:
             select = functools.partial(_select, model, branch)
             select()

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 
+from ..data.mappers import inference_mapper
 from ..data.register import registered
 from ..engine.provenance import machine
 from ..engine.stages import stage_configs
@@ -114,8 +115,7 @@ def _detect(cfg: CfgNode, test: str) -> float:
     """Seconds that detecting in an image takes, in every branch of a multi-resolution teacher."""
     model = build_model(cfg).eval()
     with registered(cfg), torch.no_grad():
-        records = DatasetCatalog.get(test)[: IMAGES + 1]
-        inputs = [DatasetMapper(cfg, is_train=False)(record) for record in records]
+        inputs = [*map(inference_mapper(cfg), DatasetCatalog.get(test)[: IMAGES + 1])]
         model(inputs[:1])
         begin = time.perf_counter()
         for one in inputs[1:] or inputs:

@@ -8,10 +8,11 @@ from functools import partial
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from torch import nn
 
+from ...data.mappers import inference_mapper
 from ...data.sampling import at_equal_distances
 from ...distill.init import copies
 from ...finding import ERROR, OK, WARNING, Finding, check, error_text
@@ -83,7 +84,7 @@ def box_ap(cfg: CfgNode, model: nn.Module, name: str, images: int) -> float:
         name, tasks=("bbox",), distributed=False, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE
     )
     evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in dicts])
-    loader = build_detection_test_loader(dicts, mapper=DatasetMapper(cfg, is_train=False), num_workers=0)
+    loader = build_detection_test_loader(dicts, mapper=inference_mapper(cfg), num_workers=0)
     return inference_on_dataset(model.eval(), loader, evaluator).get("bbox", {}).get("AP", 0.0)
 
 
