@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 
 from msad import load_config
 from msad.evaluation.cost import count_macs, random_inputs
+from msad.experiments import costs
 from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs, nearest_size
 from msad.experiments.jobs import Run
@@ -135,3 +136,12 @@ def test_networks_that_are_alike_are_measured_once(project):
     assert costs["a"] is costs["b"] and set(costs) == {"a", "b", "c", "t_H", "t_L", "t_fused"}
     assert costs["t_fused"]["gmacs"]["total"] > costs["t_H"]["gmacs"]["total"] > costs["t_L"]["gmacs"]["total"]
     assert all(entry["ms"]["total"] > 0 and entry["parameters"] > 0 for entry in costs.values())
+
+
+def test_latency_is_that_of_the_least_disturbed_round(project, monkeypatch):
+    """Of the rounds after the first, which warms up; times by part are those of one round."""
+    totals = iter([1.0, 9.0, 4.0, 6.0])
+    monkeypatch.setattr(costs, "time_parts", lambda *_: {"head": 10.0 * (now := next(totals)), "total": now})
+    cfg = load_config(project / "fcos.yaml")
+    found = measure_costs({"it": (cfg, build_model(cfg).eval())}, rounds=3)
+    assert found["it"]["ms"] == {"head": 40.0, "total": 4.0}
