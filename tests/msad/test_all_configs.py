@@ -24,6 +24,8 @@ def test_it_builds(path):
     device, options = "meta", []
     if "meinst" in path.name:  # the file of the code is made from the data, and reading it needs values
         device, options = "cpu", ["MODEL.MEINST.CODE", "checkpoint"]
+    elif "Swin" in path.name:  # detectron2 reads its drop rates from a tensor, and needs timm for them
+        device, options = "cpu", ["MODEL.SWIN.DROP_PATH_RATE", 0.0]
     cfg = load_config(path, ["MODEL.DEVICE", device, *options])
     for entry in teacher_entries(cfg):
         assert "MEAN_OF" in entry or load_config(entry["CONFIG"]).MODEL.META_ARCHITECTURE

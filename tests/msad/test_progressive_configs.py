@@ -29,8 +29,11 @@ def curriculum(name):
 
 @functools.cache
 def shapes_of(config, scale):
-    with torch.device("meta"):
-        model = build_model(load_config(config, ["MODEL.DEVICE", "meta"]))
+    device, options = "meta", []
+    if "Swin" in str(config):  # detectron2 reads its drop rates from a tensor, and needs timm for them
+        device, options = "cpu", ["MODEL.SWIN.DROP_PATH_RATE", 0.0]
+    with torch.device(device):
+        model = build_model(load_config(config, ["MODEL.DEVICE", device, *options]))
     return FrozenTeacher(model, scale=scale).shapes()
 
 
