@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,15 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _consoles_of_this_test():
+    """detectron2 sets a logger up once a process, on the output that the first test had and that is closed since."""
+    for name in ("detectron2", "fvcore", "msad"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.stream = sys.stdout  # setStream would flush the closed one
 
 
 @pytest.fixture(scope="session")
