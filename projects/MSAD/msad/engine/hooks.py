@@ -175,7 +175,7 @@ class LossRatioLogger(HookBase):
             self.patience = 0  # never again
             logger.warning(
                 "The distillation losses are %.1f times the detection losses, for %d iterations now: the student "
-                "learns to imitate rather than to detect. Lower WEIGHT in DISTILL.LOSSES, or set "
+                "learns the teacher's features rather than to detect. Lower WEIGHT in DISTILL.LOSSES, or set "
                 "DISTILL.BALANCE.RATIO 0.5 to have it found", ratio, self._above * self.period,
             )  # fmt: skip
 

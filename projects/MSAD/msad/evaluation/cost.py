@@ -270,7 +270,7 @@ def training_step_cost(
     functions = {
         "student_step": lambda: _train(distiller.student, reduced),
         "teacher_neck": lambda: distiller.teacher.features(batch, distiller.max_shift),
-        "distillation_step": lambda: _train(distiller, batch),
+        "distillation_step": lambda: distillation_step(distiller, batch),
     }
     distiller.train()
     rounds = []

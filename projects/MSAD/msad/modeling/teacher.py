@@ -159,7 +159,7 @@ class MultiScaleTeacher(nn.Module):
         }
 
     def neck_features(self, batched_inputs: list[dict], max_shift: int = 0) -> Features:
-        """What a student at up to ``max_shift`` imitates: fused maps under H-frame names, from inputs in H pixels."""
+        """What a student at up to ``max_shift`` learns: fused maps under H-frame names, from inputs in H pixels."""
         return self._fused(batched_inputs, max_shift)[1]
 
     def _fused(self, batched_inputs: list[dict], max_shift: int = 0) -> tuple[ImageList, Features]:

@@ -18,7 +18,7 @@ from .label_maps import LabelMap
 from .objects import Content, Objects, as_content, resized
 
 _DPI = 100
-_GAP = 8  # pixels between the cells of a panel
+_GAP = 8  # pixels between the images of a panel
 _MAX_LABELS = 12
 _FONT_SIZE = 9  # points
 _LINE = _FONT_SIZE * _DPI / 72 * 1.5  # pixels from one label to the next
@@ -165,7 +165,7 @@ def panels_figure(panels: list[Panel], metadata: Metadata, *, threshold: float =
     colours = {c: class_colour(rank if max(shown) >= 8 else c) for rank, c in enumerate(shown)}
     cells = []
     for panel, row in zip(panels, rows):
-        labels = max(map(len, row.values()), default=0) <= _MAX_LABELS  # of all cells of a row or of none
+        labels = max(map(len, row.values()), default=0) <= _MAX_LABELS  # in all images of a row or in none
         style = {"width": cell_width, "labels": labels, "colours": colours}
         cells.append({t: draw_objects(panel.image, o, metadata, threshold=0, **style) for t, o in row.items()})
     legend = {class_name(metadata, c): colour for c, colour in colours.items()}

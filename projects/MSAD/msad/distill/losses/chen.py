@@ -121,9 +121,11 @@ class Chen(nn.Module):
             loss = soft_cross_entropy(*logits, self.w_bg)
         else:
             focus = self.focus if pair.name == "dense" else 0.0
-            # Some ten maps of all anchors and classes lie between logits and loss. They are computed again for the
-            # gradient, a part of the anchors at a time: the student's whole graph waits beside them.
-            parts = zip(*(x.split(ANCHORS_AT_ONCE, dim=1) for x in logits))
-            of_part = partial(checkpoint, soft_binary_cross_entropy, use_reentrant=False, preserve_rng_state=False)
+            # Some ten maps of all anchors and classes lie between logits and loss. Where there are many anchors they
+            # are computed again for the gradient, a part at a time: the student's whole graph waits beside them.
+            parts = [*zip(*(x.split(ANCHORS_AT_ONCE, dim=1) for x in logits))]
+            of_part = soft_binary_cross_entropy
+            if len(parts) > 1:
+                of_part = partial(checkpoint, of_part, use_reentrant=False, preserve_rng_state=False)
             loss = torch.cat([of_part(*part, self.w_bg, focus) for part in parts], dim=1)
         return torch.where(pair.labels >= 0, loss, 0.0)
