@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -119,6 +120,12 @@ def test_what_is_needed_comes_first_and_finished_runs_are_kept(tmp_path):
     assert run_all(plan, [SECOND, THIRD, FIRST], [Slot(1)] * 2, lambda _: None, plan.command) == []
     assert plan.prepared == [THIRD, FIRST, SECOND]
     assert not (tmp_path / "third/pid").exists() and (tmp_path / "second/result.json").exists()
+
+
+def test_a_run_that_watches_its_parent_ends_well():
+    script = "import time; from msad.experiments.run import end_with_parent; end_with_parent(); time.sleep(1)"
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.wait() == 0 and process.stderr.read() == b""
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -238,7 +238,7 @@ def end_with_parent() -> None:
     """End this process when its parent, which holds the other end of the standard input, has ended."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(sys.stdin.fileno(), 1)  # not sys.stdin.read, which Python cannot leave at its own end
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
