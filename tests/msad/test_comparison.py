@@ -11,7 +11,7 @@ from msad.engine.stages import stage_configs
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import Run, Slot, error_of
 from msad.experiments.run import exclusive_lock, is_finished, train_and_evaluate
-from msad.experiments.variants import Variant, at_equal_time
+from msad.experiments.variants import Variant, at_equal_time, sweep
 
 SMALL = ["SOLVER.IMS_PER_BATCH", 2]
 
@@ -86,6 +86,24 @@ def test_iterations_scale_the_schedule_and_the_warm_up(files, tmp_path):
     assert student.SOLVER.WARMUP_ITERS == 9 and student.DISTILL.WARMUP_ITERS == 3
     assert Comparison(files("plain"), tmp_path, iterations=2).config(Run("plain", 0)).SOLVER.WARMUP_ITERS == 1
     assert Comparison(files("plain"), tmp_path, iterations=60).config(Run("plain", 0)).SOLVER.WARMUP_ITERS == 3
+
+
+@pytest.mark.parametrize("key", ["SOLVER.WARMUP_ITERS", "DISTILL.WARMUP_ITERS", "DISTILL.START_ITER"])
+def test_what_is_swept_is_not_scaled(files, tmp_path, key):
+    variants = sweep(files("msad"), f"{key}=10,40")
+    comparison = Comparison(variants, tmp_path, ["SOLVER.MAX_ITER", 60], iterations=30)
+    section, name = key.split(".")
+    assert [comparison.config(Run(variant, 0))[section][name] for variant in variants] == [10, 40]
+
+
+@pytest.mark.parametrize("assignment", ["SOLVER.MAX_ITER=20,60", "SOLVER.STEPS.0=10,20", "SEED=1,2"])
+def test_what_the_comparison_sets_is_not_swept(files, tmp_path, assignment):
+    opts = ["SOLVER.MAX_ITER", 60, "SOLVER.STEPS", (30, 45)]
+    variants = sweep({"plain": Variant(tmp_path / "plain.yaml", tuple(opts))}, assignment)
+    key = assignment.partition("=")[0]
+    with pytest.raises(ValueError, match=f"--sweep {key}: the comparison itself sets it"):
+        Comparison(variants, tmp_path / "out", opts, iterations=30).run([Slot(1)])
+    assert not (tmp_path / "out").exists()
 
 
 def test_equal_iterations_are_those_of_student_and_teachers(files, tmp_path):

@@ -234,6 +234,19 @@ def test_iterations_are_shared_out_over_stages(project, teacher_weights, tmp_pat
     assert stages.total_iterations(cfg) == 20
 
 
+def test_a_shorter_curriculum_is_scaled_as_a_single_run(project, teacher_weights, tmp_path):
+    options = {"SOLVER.MAX_ITER": 90, "DISTILL.START_ITER": 30, "DISTILL.FREEZE_BACKBONE_ITERS": 10}
+    cfg = curriculum(project, teacher_weights, tmp_path, **options)
+    cfg.DISTILL.STAGES = [{"TEACHERS": ["small"]}, {"DISTILL": {"START_ITER": 45, "LOSSES": []}}]
+    stages.set_total_iterations(cfg, 60)
+    first, second = stages.stage_configs(cfg)
+    assert [c.SOLVER.MAX_ITER for c in (first, second)] == [30, 30] and not second.DISTILL.LOSSES
+    assert [c.DISTILL.START_ITER for c in (first, second)] == [10, 15]
+    assert [c.DISTILL.FREEZE_BACKBONE_ITERS for c in (first, second)] == [3, 3]
+    stages.set_total_iterations(cfg, 20, keep=["DISTILL.START_ITER"])
+    assert [c.DISTILL.START_ITER for c in stages.stage_configs(cfg)] == [10, 15]
+
+
 def test_the_table_has_the_losses_without_distillation():
     step = {"loss_cls": 1.0, "loss_box": 0.5, "loss_distill/FitNet": 7.0, "total_loss": 8.5}
     early, end = {"bbox/AP": 3.0, "validation/L_detect": 2.0}, {"bbox/AP": 12.5, "validation/L_detect": 0.75}

@@ -1,6 +1,9 @@
 """Variants of a folder, of files and of a sweep; the input size of equal cost."""
 
+import re
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -73,7 +76,7 @@ def losses(tmp_path):
 
 def test_a_position_in_a_list_is_swept(losses):
     swept = sweep(losses, "DISTILL.LOSSES.0.WEIGHT=x0.1,x10")
-    assert list(swept) == ["no_kd", "lad_WEIGHT_0.02", "lad_WEIGHT_2.0", "cad_WEIGHT_0.3", "cad_WEIGHT_30.0"]
+    assert list(swept) == ["no_kd", "lad_WEIGHT_0.02", "lad_WEIGHT_2.0", "cad_WEIGHT_0.3", "cad_WEIGHT_30"]
     assert swept["no_kd"] == losses["no_kd"]  # it has no such key
     one = swept["lad_WEIGHT_0.02"]
     assert load_config(one.file, list(one.overrides)).DISTILL.LOSSES == [{"NAME": "LAD", "WEIGHT": 0.02}]
@@ -83,6 +86,36 @@ def test_a_position_in_a_list_is_swept(losses):
 def test_an_ordinary_key_is_swept(losses):
     swept = sweep(losses, "SOLVER.BASE_LR=0.01,0.1")
     assert len(swept) == 6 and swept["cad_BASE_LR_0.1"].overrides == ("SOLVER.BASE_LR", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "values"),
+    [
+        ("DISTILL.BALANCE.RATIO=0,1", [0.0, 1.0]),
+        ("SOLVER.MAX_ITER=x1,x0.5,1e2", [5, 2, 100]),
+        ("SOLVER.BASE_LR=1e-3,x2", [0.001, 0.02]),
+        ("DISTILL.INIT_STUDENT=none,x2", ["none", "x2"]),
+        ("MSAD.FUSION.NORMALIZE=True,false", [True, False]),
+        ("SOLVER.STEPS.1=4,x0.75", [(2, 4), (2, 3)]),
+        ("DISTILL.STAGES.0.SOLVER.MAX_ITER=x3,7", [[{"SOLVER": {"MAX_ITER": 9}}], [{"SOLVER": {"MAX_ITER": 7}}]]),
+    ],
+)
+def test_a_swept_value_has_the_type_of_its_key(tmp_path, assignment, values):
+    solver = {"MAX_ITER": 5, "STEPS": [2, 4], "BASE_LR": 0.01}
+    content = {"SOLVER": solver, "DISTILL": {"STAGES": [{"SOLVER": {"MAX_ITER": 3}}]}}
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(content))
+    found = []
+    for variant in sweep({"it": Variant(tmp_path / "it.yaml")}, assignment).values():
+        key = re.sub(r"\.\d.*", "", variant.overrides[0])
+        found.append(reduce(getitem, key.split("."), load_config(variant.file, list(variant.overrides))))
+        number = assignment.startswith(("DISTILL.INIT", "MSAD"))
+        assert number or isinstance(variant.swept[2], (int, float)), "the report draws it"
+    assert found == values and list(map(type, found)) == list(map(type, values))
+
+
+def test_a_value_is_swept_once(losses):
+    with pytest.raises(ValueError, match=r"--sweep SOLVER.MAX_ITER=1,1.0: MAX_ITER_1 twice"):
+        sweep(losses, "SOLVER.MAX_ITER=1,1.0")
 
 
 @pytest.mark.parametrize("wrong", ["SOLVER.BASE_LR", "SOLVER.BASE_LR=", "SOLVER.NO_SUCH=1", "DISTILL.LOSSES.7.NAME=1"])

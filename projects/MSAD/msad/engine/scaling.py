@@ -24,6 +24,10 @@ ITERATIONS = (
     "DISTILL.ANALYSIS_PERIOD",
     "TEST.EVAL_PERIOD",
 )
+WARMUPS = ("SOLVER.WARMUP_ITERS", "DISTILL.WARMUP_ITERS")
+PHASES = ("DISTILL.START_ITER", "DISTILL.FREEZE_BACKBONE_ITERS")
+# What the length of a training changes.
+SCHEDULE = ("SOLVER.MAX_ITER", "SOLVER.STEPS", *WARMUPS, *PHASES)
 SCALED = ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.STEPS", *ITERATIONS)
 
 
@@ -95,12 +99,10 @@ def set_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = (
         return
     factor = iterations / cfg.SOLVER.MAX_ITER
     cfg.SOLVER.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
-    for section in ("SOLVER", "DISTILL"):
-        if factor < 1 and f"{section}.WARMUP_ITERS" not in keep:
-            cfg[section].WARMUP_ITERS = _shrink(cfg[section].WARMUP_ITERS, 1 / factor)
-    for key in ("START_ITER", "FREEZE_BACKBONE_ITERS"):
-        if f"DISTILL.{key}" not in keep:
-            cfg.DISTILL[key] = _shrink(cfg.DISTILL[key], 1 / factor)
+    for key in (*(WARMUPS if factor < 1 else ()), *PHASES):
+        if key not in keep:
+            section, name = key.split(".")
+            cfg[section][name] = _shrink(cfg[section][name], 1 / factor)
     cfg.SOLVER.MAX_ITER = iterations
 
 

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 
 from ..config_values import nearest, valid_keys
 from .build import teacher_entries
-from .scaling import set_iterations
+from .scaling import SCHEDULE, set_iterations
 from .stage_summary import write_summary
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def set_total_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[st
 
     Args:
         iterations: of all stages together, as nearly as whole numbers allow.
-        keep: keys of warm-ups that stay as they are.
+        keep: keys that stay as they are.
     """
     if iterations is None or not cfg.DISTILL.STAGES:
         return set_iterations(cfg, iterations, keep)
@@ -79,11 +79,10 @@ def set_total_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[st
     for stage, config in zip(cfg.DISTILL.STAGES, stage_configs(cfg)):
         config.defrost()
         set_iterations(config, max(round(config.SOLVER.MAX_ITER * factor), 1), keep)
-        scaled = {
-            "SOLVER": {key: config.SOLVER[key] for key in ("MAX_ITER", "STEPS", "WARMUP_ITERS")},
-            "DISTILL": {"WARMUP_ITERS": config.DISTILL.WARMUP_ITERS},
-        }
-        stages.append({**stage, **{name: {**stage.get(name, {}), **values} for name, values in scaled.items()}})
+        changed = dict(stage)
+        for section, name in (key.split(".") for key in SCHEDULE):
+            changed[section] = {**changed.get(section, {}), name: config[section][name]}
+        stages.append(changed)
     cfg.DISTILL.STAGES = stages
 
 

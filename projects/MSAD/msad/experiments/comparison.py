@@ -16,7 +16,7 @@ from ..engine.stages import set_total_iterations, total_iterations
 from .costs import scale_inputs, set_equal_cost
 from .jobs import Run, Slot, error_of, run_all
 from .run import check_same, is_finished, read_json
-from .variants import Variant, map_teachers, unique_names
+from .variants import Variant, map_teachers, unique_names, value_at
 
 TIME_TOLERANCE = 0.05  # a smaller difference in time is within what can be measured
 
@@ -117,7 +117,11 @@ class Comparison:
         return not is_finished(self.config(run), tqdm.write)
 
     def config(self, run: Run) -> CfgNode:
-        """The frozen config of a run; one of equal time needs finished runs, see :meth:`needs`."""
+        """The frozen config of a run; one of equal time needs finished runs, see :meth:`needs`.
+
+        Raises:
+            ValueError: what is swept is something that the comparison itself sets, as the length of the training.
+        """
         variant = self.variants[run.name]
         cfg = self._load(variant.file, variant.overrides)
         cfg.merge_from_list(["SEED", run.seed, "OUTPUT_DIR", str(self.folder(run))])
@@ -126,11 +130,16 @@ class Comparison:
             wanted = sum(self._iterations(n) for n in [*self.all_teachers(variant.reference), variant.reference])
         elif variant.budget == "equal_time":
             wanted = self._kept_iterations(run, self.iterations_in_time(run))
-        set_total_iterations(cfg, wanted, keep=self.opts[::2])
+        set_total_iterations(cfg, wanted, keep=[*self.opts[::2], *variant.overrides[::2]])
         scale_inputs(cfg, self.input_scale)
         if variant.budget == "equal_cost":
             set_equal_cost(cfg, self.config(Run(variant.reference, run.seed)))
         map_teachers(cfg, lambda entry: self._trained(entry, run.seed))
+        if variant.swept and not variant.budget:
+            key = variant.swept[1]
+            before, now = (value_at(c, key) for c in (self._load(variant.file, variant.overrides), cfg))
+            if before != now:
+                raise ValueError(f"--sweep {key}: the comparison itself sets it, to {now} in place of {before}")
         cfg.freeze()
         return cfg
 

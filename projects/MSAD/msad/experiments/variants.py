@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -179,10 +179,10 @@ def sweep(variants: dict[str, Variant], assignment: str) -> dict[str, Variant]:
 
     Args:
         assignment: "KEY=VALUE,VALUE,..."; the key may have positions in lists (DISTILL.LOSSES.0.WEIGHT), a value
-            "x10" is ten times that of the config.
+            "x10" of a number is ten times that of the config. Numbers get the type that they have in the config.
 
     Raises:
-        ValueError: the assignment has no values, or no config has the key.
+        ValueError: the assignment has no values or one twice, or no config has the key.
     """
     key, _, values = assignment.partition("=")
     if not key or not values:
@@ -191,15 +191,15 @@ def sweep(variants: dict[str, Variant], assignment: str) -> dict[str, Variant]:
     for name, variant in variants.items():
         cfg = load_config(variant.file, list(variant.overrides))
         try:
-            now = reduce(_item, key.split("."), cfg)
+            now = value_at(cfg, key)
         except (KeyError, IndexError, ValueError, TypeError):
             out[name] = variant
             continue
         for text in values.split(","):
-            value = yaml.safe_load(text.removeprefix("x"))
-            if text.startswith("x"):
-                value = float(f"{float(now) * float(value):.6g}")
+            value = _parse(text, now, is_typed=not _position(key))
             new = f"{name}_{key.split('.')[-1]}_{value}"
+            if new in out:
+                raise ValueError(f"--sweep {assignment}: {new.removeprefix(f'{name}_')} twice")
             overrides = (*variant.overrides, *_override(cfg, key, value))
             out[new] = replace(variant, overrides=overrides, swept=(name, key, value))
     if not any(variant.swept for variant in out.values()):
@@ -207,18 +207,48 @@ def sweep(variants: dict[str, Variant], assignment: str) -> dict[str, Variant]:
     return out
 
 
-def _item(node: Any, part: str) -> Any:
-    return node[int(part)] if isinstance(node, (list, tuple)) else node[part]
+def value_at(tree: Any, key: str) -> Any:
+    """The value at a key, which may have positions in lists (DISTILL.LOSSES.0.WEIGHT)."""
+    return reduce(lambda node, part: node[int(part) if isinstance(node, (list, tuple)) else part], key.split("."), tree)
+
+
+def _parse(text: str, now: Any, is_typed: bool) -> Any:
+    """What ``text`` stands for in place of ``now``; that has a type which config values keep, those in lists do not."""
+    if isinstance(now, str):
+        return text
+    is_number = type(now) in (int, float)
+    is_factor = is_number and text.startswith("x")
+    value = yaml.safe_load(text[1:] if is_factor else text)
+    if isinstance(value, str):  # as yaml reads 1e-3
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if not is_number or type(value) not in (int, float):
+        return value
+    if is_factor:
+        value = float(f"{now * value:.9g}")
+    if type(now) is float:
+        return float(value)
+    return round(value) if float(value).is_integer() or (is_factor and is_typed) else value
+
+
+def _position(key: str) -> int | None:
+    """Where in the parts of a key the first position in a list is."""
+    return next((i for i, part in enumerate(key.split(".")) if part.isdigit()), None)
 
 
 def _override(cfg: CfgNode, key: str, value: Any) -> tuple[str, Any]:
     """KEY, VALUE for a config: of a position in a list that of the whole list with this value in it."""
-    parts = key.split(".")
-    length = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    if length == len(parts):
+    parts, at = key.split("."), _position(key)
+    if at is None:
         return key, value
-    whole = copy.deepcopy(reduce(_item, parts[:length], cfg))
-    *inner, last = parts[length:]
-    owner = reduce(_item, inner, whole)
-    owner[int(last) if isinstance(owner, list) else last] = value
-    return ".".join(parts[:length]), whole
+    whole = ".".join(parts[:at])
+    return whole, _with(value_at(cfg, whole), parts[at:], value)
+
+
+def _with(tree: Any, parts: Sequence[str], value: Any) -> Any:
+    """A copy of lists and mappings with another value in one place."""
+    if not parts:
+        return value
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_with(x, parts[1:], value) if i == int(parts[0]) else x for i, x in enumerate(tree))
+    return {**tree, parts[0]: _with(tree[parts[0]], parts[1:], value)}
