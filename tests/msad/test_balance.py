@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,9 @@ from test_resume import assert_equal_weights, config, left_by_a_killed_run, trai
 
 from msad.distill import balance as balance_module
 from msad.distill.balance import GradientBalance, squared_gradient
+from msad.distill.schedules import distillation_factor
 from msad.engine import DistillTrainer
+from msad.engine.hooks import BalanceLogger
 from msad.modeling.features import tap_neck
 
 LOSSES = ({"NAME": "AlignedL1"}, {"NAME": "LAD"})
@@ -79,6 +84,35 @@ def test_ratio_is_met_in_a_distiller(make_distiller, make_batch):
     for name in ("AlignedL1", "LAD"):
         torch.testing.assert_close(norm(f"loss_distill/{name}"), 0.25 * detection, rtol=1e-4, atol=0)
     sum(output.values()).backward()  # the graph is still there for training
+
+
+@pytest.mark.parametrize("losses", [LOSSES[:1], ({"NAME": "MGD"},)], ids=["untrained", "trained"])
+def test_measured_where_distillation_begins(make_distiller, make_batch, losses):
+    """Before the start nothing counts, whether losses have trained parts and so run, or not; warm-up hides no step."""
+    name = losses[0]["NAME"]
+    distiller = make_distiller(
+        losses=losses, balance=GradientBalance(0.5, 2, [name], start=3), start_iter=3,
+        factor=partial(distillation_factor, max_iter=10, warmup_iters=4, start_iter=3),
+    )  # fmt: skip
+    sums = []
+    for iteration in range(7):
+        with EventStorage(iteration):
+            distiller(make_batch([(64, 64)] * 2))
+        sums.append(distiller.balance.sums.clone())
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise([torch.zeros(2), *sums])]
+    assert changed == [False] * 3 + [True] * 2 + [False] * 2
+
+
+def test_no_gradient_is_said(caplog):
+    balance = GradientBalance(0.5, 2, ["a", "b"], start=4)
+    hook = BalanceLogger(balance)
+    hook.trainer = SimpleNamespace(iter=5, start_iter=0, storage=EventStorage(5))
+    with pytest.raises(FloatingPointError, match="in iterations 4 to 5 there was no finite gradient of a, b"):
+        hook.after_step()
+    balance.sums += torch.tensor([1.0, 2.0, 0.0])
+    hook.after_step()
+    assert "no gradient of b, which has the weight 0" in caplog.text
+    assert hook.trainer.storage.latest()["distill_weight/a"][0] == 0.25
 
 
 def test_resumed_run_finds_the_same_weights(project, teacher_weights, tmp_path, caplog):

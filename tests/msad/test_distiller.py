@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -354,3 +356,18 @@ def test_images_are_reduced_once_a_step(make_distiller, make_batch, monkeypatch)
         calls.clear()
         assert distiller(batch)["loss_distill/AlignedL1"] != shared and sorted(calls) == [0, 0, 1, 1, 1, 1]
     assert "downsampled_images" not in batch[0]
+
+
+def test_a_step_is_gone_when_its_losses_are(make_distiller, tiny_model, make_batch):
+    """Without the cycle collector, which on a GPU comes too late: a step holds maps of all networks."""
+    teacher, student = tiny_model("RetinaNet"), tiny_model("RetinaNet", levels=range(2, 7), seed=1)
+    distiller = make_distiller(teacher=teacher, student=student, losses=[{"NAME": "Chen"}, {"NAME": "AlignedL1"}])
+    seen = []
+    distiller.on_context.append(lambda context: seen.append(weakref.ref(context)))
+    gc.disable()
+    try:
+        with EventStorage():
+            sum(distiller(make_batch([(64, 64)] * 2)).values()).backward()
+        assert seen[0]() is None
+    finally:
+        gc.enable()

@@ -129,7 +129,7 @@ def add_msad_config(cfg: CN) -> CN:
     # Replaces the WEIGHT of every loss: its gradient at the student's neck gets RATIO times the norm of the detection
     # losses' (before warm-up and decay). 0: weights as written.
     cfg.DISTILL.BALANCE.RATIO = 0.0
-    # Iterations, from the first, over which the norms are measured; the weights follow them and then stay.
+    # Iterations, from START_ITER on, over which the norms are measured; the weights follow them and then stay.
     cfg.DISTILL.BALANCE.ITERS = 100
     # Every so many iterations, write m, n, mn/N and the angle of raw features (WACV 2024, figure 8) to
     # OUTPUT_DIR/features.jsonl, for tools/plot_features.py. 0: never.

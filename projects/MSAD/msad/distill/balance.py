@@ -15,8 +15,8 @@ _HALF_SCALE = 4096.0  # keeps gradients of half precision maps above what float1
 class GradientBalance(nn.Module):
     """Weight every loss so that the norm of its gradient at the neck is ``ratio`` times the detection losses'.
 
-    For iterations 0 to ``iters`` - 1 both norms are measured: over all levels, images and processes together, so that
-    several processes find what one would with the joint batch. The weight of a loss is
+    For ``iters`` iterations from ``start`` on both norms are measured: over all levels, images and processes together,
+    so that several processes find what one would with the joint batch. The weight of a loss is
     ``ratio * mean |d L_det / d F| / mean |d L_distill / d F|``, the means being over the iterations so far; after the
     last of them it stays. Measuring takes a backward pass through head and losses; afterwards there is no cost.
 
@@ -26,6 +26,7 @@ class GradientBalance(nn.Module):
         ratio: positive.
         iters: at least 1.
         names: of the losses.
+        start: iteration at which distillation begins.
 
     Raises:
         ValueError: ``ratio`` or ``iters`` is not positive.
@@ -33,12 +34,16 @@ class GradientBalance(nn.Module):
 
     sums: torch.Tensor
 
-    def __init__(self, ratio: float, iters: int, names: Sequence[str]) -> None:
+    def __init__(self, ratio: float, iters: int, names: Sequence[str], start: int = 0) -> None:
         super().__init__()
         if ratio <= 0 or iters < 1:
             raise ValueError(f"DISTILL.BALANCE needs RATIO > 0 and ITERS >= 1, got {ratio} and {iters}")
-        self.ratio, self.iters, self.names = ratio, iters, tuple(names)
+        self.ratio, self.iters, self.names, self.start = ratio, iters, tuple(names), start
         self.register_buffer("sums", torch.zeros(1 + len(self.names)))
+
+    def measures(self, iteration: int) -> bool:
+        """Whether the norms of this iteration (of training, from 0) count."""
+        return self.start <= iteration < self.start + self.iters
 
     @property
     def weights(self) -> torch.Tensor:
@@ -57,7 +62,7 @@ class GradientBalance(nn.Module):
             detection: sum of the detection losses as they are trained, of ``neck``.
             distill: total of each loss with weight 1, of ``neck``.
         """
-        if iteration < self.iters:
+        if self.measures(iteration):
             squares = torch.stack([squared_gradient(loss, neck) for loss in (detection, *distill)])
             if comm.get_world_size() > 1:
                 dist.all_reduce(squares)

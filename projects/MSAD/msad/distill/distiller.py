@@ -168,7 +168,7 @@ class Distiller(nn.Module):
             if all(member in context.sources for member in ensemble.members):
                 context.sources[ensemble.name] = ensemble.features(context.sources)
         if record is not None:
-            context.pair_heads = partial(self._pair_heads, record, context)
+            context.pair_heads = partial(self._pair_heads, record, context.sources)
         context.run_losses = partial(self._run_losses, small)
         return context
 
@@ -205,14 +205,15 @@ class Distiller(nn.Module):
         iteration = get_event_storage().iter
         factor = self.factor(iteration)
         resting = factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters())
-        if resting and not (self.assistants and iteration < self.start_iter):
+        measured = self.balance is not None and self.balance.measures(iteration)
+        if resting and not measured and not (self.assistants and iteration < self.start_iter):
             return None
         return factor
 
-    def _pair_heads(self, record: HeadRecord, context: DistillContext, source: str) -> list[HeadPair]:
+    def _pair_heads(self, record: HeadRecord, sources: dict[str, Features], source: str) -> list[HeadPair]:
         teacher = next((t for t in self.teachers if t.name == source), None)
         run_head = self._run_head if teacher is None else teacher.run_head
-        return pair_heads(record, self.student, run_head, context.sources[source], self.resolution.shift)
+        return pair_heads(record, self.student, run_head, sources[source], self.resolution.shift)
 
     def _run_head(self, name: str, features: Features, boxes: list[Boxes]) -> tuple:
         """Output of the student's own head on features under H-frame names; boxes in H pixels."""

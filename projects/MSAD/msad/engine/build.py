@@ -120,7 +120,8 @@ def build_balance(cfg: CfgNode, losses: nn.ModuleList) -> GradientBalance | None
         if loss.tap != NECK:
             raise ValueError(f"DISTILL.BALANCE measures gradients at the neck: {loss.name} has none there")
         loss.weight = 1.0
-    return GradientBalance(balance.RATIO, balance.ITERS, [loss.name for loss in losses]).to(cfg.MODEL.DEVICE)
+    names, start = [loss.name for loss in losses], cfg.DISTILL.START_ITER
+    return GradientBalance(balance.RATIO, balance.ITERS, names, start).to(cfg.MODEL.DEVICE)
 
 
 def compile_backbone(detector: nn.Module) -> None:

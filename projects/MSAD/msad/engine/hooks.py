@@ -181,29 +181,39 @@ class LossRatioLogger(HookBase):
 
 
 class BalanceLogger(HookBase):
-    """Log the weights that DISTILL.BALANCE finds: as "distill_weight/NAME" while it measures, then once for all."""
+    """Log the weights that DISTILL.BALANCE finds: as "distill_weight/NAME" while it measures, then once for all.
+
+    FloatingPointError after the last of its iterations if no loss has got a weight: nothing would be distilled.
+    """
 
     def __init__(self, balance: GradientBalance, period: int = 20) -> None:
         self.balance = balance
         self.period = period
+        self.end = balance.start + balance.iters
 
     def before_train(self) -> None:
-        if self.trainer.start_iter >= self.balance.iters:
+        if self.trainer.start_iter >= self.end:
             self._say()
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if done == self.balance.iters:
-            self._say()
-        if done <= self.balance.iters and (done % self.period == 0 or done == self.balance.iters):
+        if self.balance.measures(self.trainer.iter) and (done % self.period == 0 or done == self.end):
             for name, weight in zip(self.balance.names, self.balance.weights.tolist()):
                 self.trainer.storage.put_scalar(f"distill_weight/{name}", weight, smoothing_hint=False)
+        if done == self.end:
+            self._say()
 
     def _say(self) -> None:
-        found = zip(self.balance.names, self.balance.weights.tolist())
+        found = dict(zip(self.balance.names, self.balance.weights.tolist()))
+        without = ", ".join(name for name, weight in found.items() if weight == 0)
+        where = f"DISTILL.BALANCE: in iterations {self.balance.start} to {self.end - 1}"
+        if not any(found.values()):
+            raise FloatingPointError(f"{where} there was no finite gradient of {without}: nothing would be distilled")
+        if without:
+            logger.warning("%s there was no gradient of %s, which has the weight 0", where, without)
         logger.info(
             "Weights for a gradient of %g times the detection losses' at the neck, from %d iterations: %s",
-            self.balance.ratio, self.balance.iters, ", ".join(f"{name} {weight:.4g}" for name, weight in found),
+            self.balance.ratio, self.balance.iters, ", ".join(f"{name} {w:.4g}" for name, w in found.items()),
         )  # fmt: skip
 
 

@@ -154,11 +154,13 @@ def check_two_stage(entries: Sequence[Mapping[str, Any]], weighted: bool) -> Gen
 
 @check("schedule")
 def check_schedule(cfg: CfgNode) -> Generator:
-    """Warm-up, decay and balance against the length of training."""
-    last, distills = cfg.SOLVER.MAX_ITER, bool(cfg.DISTILL.TEACHERS)
+    """Start, warm-up and balance of distillation, and warm-up of the learning rate, against the length of training."""
+    last, distills, start = cfg.SOLVER.MAX_ITER, bool(cfg.DISTILL.TEACHERS), cfg.DISTILL.START_ITER
     for key, value in (("WARMUP_ITERS", cfg.DISTILL.WARMUP_ITERS), ("BALANCE.ITERS", cfg.DISTILL.BALANCE.ITERS)):
-        if distills and value >= last and (key == "WARMUP_ITERS" or cfg.DISTILL.BALANCE.RATIO):
-            yield WARNING, f"DISTILL.{key} {value} is not below SOLVER.MAX_ITER {last}", f"lower DISTILL.{key}"
+        if distills and start + value >= last and (key == "WARMUP_ITERS" or cfg.DISTILL.BALANCE.RATIO):
+            after = f"DISTILL.START_ITER {start} and " if start else ""
+            text = f"{after}DISTILL.{key} {value} {'are' if after else 'is'} not below SOLVER.MAX_ITER {last}"
+            yield WARNING, text, f"lower DISTILL.{'START_ITER' if start >= last else key}"
     # As many updates at a small learning rate are most of a short run.
     if last < 2 * cfg.SOLVER.WARMUP_ITERS:
         text = f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is more than half of SOLVER.MAX_ITER {last}"
