@@ -8,14 +8,15 @@ import pytest
 import torch
 from detectron2.engine import create_ddp_model, defaults, launch
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from test_resume import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
 from msad import load_config
 from msad.distill.assistants import DISTILL_ASSISTANT_REGISTRY, Assistant
+from msad.distill.context import DistillContext
 from msad.engine import DistillTrainer
-from msad.engine.assistants import untouched
+from msad.engine.assistants import AssistantStep, untouched
 
 NAME = "ToyAssistant"
 ENTRY = {"NAME": NAME, "BASE_LR": 0.01, "WEIGHT_DECAY": 1e-4}
@@ -73,6 +74,86 @@ def test_learning_rate_follows_the_solver_or_stays(cfg, make_batch, schedule, fa
             rates.append(step.optimizer.param_groups[0]["lr"])
             distiller(make_batch([(64, 64)] * 2))
     assert rates == pytest.approx([ENTRY["BASE_LR"] * factor for factor in factors])
+
+
+class OneLayer(Assistant):
+    """A linear layer on vectors, trained by what ``context.run_losses`` says."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def shapes(self):
+        return {}
+
+    def losses(self, context):
+        return context.run_losses(self.features(context))
+
+    def features(self, context):
+        return {"p3": self.layer(context.student["p3"])}
+
+
+def step_alone(*opts, **entry):
+    """An AssistantStep of OneLayer, and the context of a step whose heads report a scalar."""
+    entry = {"OPTIMIZER": "SGD", "BASE_LR": 1.0, "SCHEDULE": "constant", **entry}
+    step = AssistantStep("A", OneLayer(), load_config("", ["MODEL.DEVICE", "cpu", *opts]), entry, nn.Linear(1, 1))
+
+    def run_losses(features):
+        get_event_storage().put_scalar("fast_rcnn/accuracy", 0.25)
+        with get_event_storage().name_scope("stage0"):
+            get_event_storage().put_scalar("accuracy", 0.5, smoothing_hint=False)
+        return {"loss_x": features["p3"].square().mean()}
+
+    return step, DistillContext([], 19, {"p3": torch.randn(2, 4)}, run_losses=run_losses)
+
+
+def test_poly_schedule_of_the_solver():
+    poly = ["SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0]
+    step, context = step_alone(*poly, "SOLVER.POLY_LR_POWER", 1.0, "SOLVER.POLY_LR_END", 0.0, SCHEDULE="solver")
+    rates = []
+    with EventStorage(0):
+        for _ in range(3):
+            rates.append(step.optimizer.param_groups[0]["lr"])
+            step(context)
+    assert rates == pytest.approx([1.0, 0.75, 0.5])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_features_are_those_of_the_new_weights(mixed):
+    """Autocast keeps the casts of the weights that the losses were computed with."""
+    step, context = step_alone()
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=mixed)
+    with torch.no_grad(), autocast():
+        before = step.assistant.features(context)["p3"]
+    with EventStorage(19), autocast():
+        step(context)
+    with torch.no_grad(), autocast():
+        after = step.assistant.features(context)["p3"]
+    assert torch.equal(context.sources["A"]["p3"], after) and not torch.equal(before, after)
+
+
+def test_what_its_heads_report_stays_apart():
+    step, context = step_alone()
+    with EventStorage(19) as storage:
+        storage.put_scalar("fast_rcnn/accuracy", 0.75)  # the student's
+        storage.put_scalar("stage0/accuracy", 0.125, smoothing_hint=False)
+        step(context)
+    found = {name: value for name, (value, _) in storage.latest().items()}
+    assert found.pop("assistant/A/loss_x") > 0
+    assert found == {
+        "fast_rcnn/accuracy": 0.75, "stage0/accuracy": 0.125,
+        "assistant/A/fast_rcnn/accuracy": 0.25, "assistant/A/stage0/accuracy": 0.5,
+    }  # fmt: skip
+    assert len(storage.history("fast_rcnn/accuracy").values()) == 1
+    assert not storage.smoothing_hints()["assistant/A/stage0/accuracy"]
+
+
+def test_what_heads_learn_from_it_has_the_weight_of_detection():
+    step, context = step_alone("DISTILL.W_DET", 0.5, HEAD_LEARNS=True)
+    with EventStorage(0):
+        step(context)
+        expected = 0.5 * context.run_losses(context.sources["A"])["loss_x"]
+    torch.testing.assert_close(context.detection["loss_x@A"], expected)
 
 
 def test_neither_trains_the_other(cfg, make_batch):

@@ -146,7 +146,8 @@ def test_nothing_is_said_when_nothing_was_skipped(caplog):
 def test_loss_balance_divides_distillation_by_detection_losses():
     def losses(trainer):
         trainer.storage.put_scalars(
-            total_loss=99.0, loss_cls=1.5, loss_box=0.5, lr=3.0, **{"loss_distill/A": 3.0, "loss_distill/B/x": 1.0}
+            total_loss=99.0, loss_cls=1.5, loss_box=0.5, lr=3.0,
+            **{"loss_distill/A": 3.0, "loss_distill/B/x": 1.0, "assistant/A/loss_cls": 50.0},
         )
 
     values = Values("distill_to_detection")

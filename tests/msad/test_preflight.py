@@ -164,6 +164,11 @@ def test_schedule(pair):
     assert levels_of(check_schedule(cfg)) == [OK]
     cfg.DISTILL.BALANCE.RATIO = 1.0
     assert "BALANCE.ITERS" in check_schedule(cfg)[0].text
+    cfg.DISTILL.BALANCE.ITERS, cfg.DISTILL.START_ITER = 1, 3
+    assert levels_of(check_schedule(cfg)) == [OK]
+    cfg.DISTILL.START_ITER = 4
+    (finding,) = check_schedule(cfg)
+    assert finding.text.startswith("DISTILL.START_ITER 4 and DISTILL.WARMUP_ITERS 2 are not below")
 
 
 def test_start_of_the_student(project):

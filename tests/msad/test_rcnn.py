@@ -87,12 +87,16 @@ def test_without_proposal_generator_it_is_refused(tiny_model):
 @pytest.mark.parametrize("arch", RCNNS)
 def test_teacher_trains_on_every_branch(tiny_model, make_batch, arch):
     teacher = tiny_model(arch, resolutions=["H", "L"])
-    with EventStorage(0):
+    with EventStorage(0) as storage:
         found = teacher(make_batch(SIZES))
         sum(found.values()).backward()
     assert set(found) == {f"{branch}/{name}" for branch in ("H", "L", "fused") for name in LOSSES[arch]}
     assert all(torch.isfinite(value) for value in found.values())
     assert [name for name, p in teacher.named_parameters() if p.grad is None] == []
+
+    for branch in teacher.branches:
+        assert f"{branch}/rpn/num_pos_anchors" in storage.latest()
+    assert all(len(storage.history(name).values()) == 1 for name in storage.latest())
 
 
 @pytest.mark.parametrize("arch", ["MaskRCNN", "KeypointRCNN"])

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import defaults
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..distill.assistants import Assistant
 from ..distill.context import DistillContext
+from ..modeling.scalars import scalars_under
+from .solver import build_lr_scheduler
 
 OPTIMIZERS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 SCHEDULES = ("solver", "constant")
@@ -75,13 +76,17 @@ class AssistantStep:
             weight_decay=float(options.get("weight_decay", 0.0)),
         )
         self.scheduler = build_lr_scheduler(cfg, self.optimizer) if schedule == "solver" else None
-        self.head_learns = bool(options.get("head_learns", False))
+        self.head_learns, self.w_det = bool(options.get("head_learns", False)), cfg.DISTILL.W_DET
         device = torch.device(cfg.MODEL.DEVICE).type
         half = cfg.SOLVER.AMP.ENABLED and device == "cuda"
         self.scaler = torch.amp.GradScaler(device, enabled=half)
 
     def __call__(self, context: DistillContext) -> None:
         """Train the assistant on the step and put its features into ``context.sources``."""
+        with scalars_under(f"assistant/{self.name}"):
+            self._step(context)
+
+    def _step(self, context: DistillContext) -> None:
         own = context.detached()
         with untouched(self.student):
             losses = self.model(own)
@@ -93,14 +98,15 @@ class AssistantStep:
         self.scaler.update()
         if self.scheduler is not None:
             self.scheduler.step()
+        torch.clear_autocast_cache()  # it has the weights of before the step
         with torch.no_grad():
             context.sources[self.name] = self.assistant.features(own)
         if self.head_learns:
             taught = context.run_losses(context.sources[self.name])
-            context.detection.update({f"{key}@{self.name}": value for key, value in taught.items()})
+            context.detection.update({f"{key}@{self.name}": self.w_det * value for key, value in taught.items()})
         if (context.iteration + 1) % LOG_PERIOD == 0:
             for name, value in losses.items():
-                get_event_storage().put_scalar(f"assistant/{self.name}/{name}", float(value.detach()))
+                get_event_storage().put_scalar(name, float(value.detach()))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs: module, optimizer, schedule and scaler."""

@@ -163,7 +163,7 @@ class LossRatioLogger(HookBase):
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period:
             return
-        latest = {k: v[0] for k, v in self.trainer.storage.latest().items() if "loss" in k and k != "total_loss"}
+        latest = {k: v[0] for k, v in self.trainer.storage.latest().items() if k.startswith("loss")}
         distill = sum(v for k, v in latest.items() if k.startswith("loss_distill"))
         detection = sum(v for k, v in latest.items() if not k.startswith("loss_distill"))
         if detection <= 0:

@@ -22,6 +22,7 @@ from ..resolution import (
 from .adapters import Features, adapt
 from .features import run_neck
 from .fusion import CrossFeatureLevelFusion
+from .scalars import scalars_under
 
 FUSED = "fused"
 
@@ -186,8 +187,9 @@ class MultiScaleTeacher(nn.Module):
         output = {}
         with self.adapter.assign_once():
             for branch, (maps, weight) in branches.items():
-                for name, value in self.adapter.losses(images[0], maps, targets).items():
-                    output[f"{branch}/{name}"] = weight * value
+                with scalars_under(branch):
+                    losses = self.adapter.losses(images[0], maps, targets)
+                output.update({f"{branch}/{name}": weight * value for name, value in losses.items()})
         return output
 
 
