@@ -56,6 +56,10 @@ class Script:
         self.prepared.append(run)
         if self.what[run.name] == "wrong":
             raise ValueError(f"{run.name} is wrong")
+        if self.what[run.name] == "mistyped":
+            raise TypeError(f"{run.name} is no number")
+        if self.what[run.name] == "homeless":  # its process cannot be started
+            return True
         self.folder(run).mkdir(exist_ok=True)
         (self.folder(run) / "failed.txt").unlink(missing_ok=True)
         (self.folder(run) / "what").write_text(self.what[run.name])
@@ -88,6 +92,14 @@ def test_a_failure_stays_alone_and_a_crash_is_not_taken_for_an_earlier_error(tmp
     assert set(failed) == {FIRST, SECOND, THIRD}
     assert error_of(tmp_path / "first") == "its process ended with exit code -9"
     assert error_of(tmp_path / "third") == "third is wrong" and not (tmp_path / "second/pid").exists()
+
+
+def test_a_run_that_cannot_start_gives_its_slot_back(tmp_path):
+    plan = Script(tmp_path, first="homeless", second="mistyped", third="work")
+    plan.needs = lambda run: []
+    assert run_all(plan, [FIRST, SECOND, THIRD], [Slot(1)], lambda _: None, plan.command) == [FIRST, SECOND]
+    assert "log.txt" in error_of(tmp_path / "first") and error_of(tmp_path / "second") == "second is no number"
+    assert (tmp_path / "third/result.json").exists()
 
 
 def test_a_run_is_reported_by_its_main_metric():

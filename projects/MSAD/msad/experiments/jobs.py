@@ -18,6 +18,8 @@ from tqdm import tqdm
 from ..finding import error_text
 from .run import read_json, train_and_evaluate
 
+# What ends one run and leaves the others alone.
+FAILURES = (AssertionError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 COMMAND = (sys.executable, "-m", "msad.experiments.run", "--end-with-stdin")
 
 
@@ -130,10 +132,10 @@ def run_all(
                         if culprit is not None:
                             raise ValueError(f"not run, because what it needs ({culprit}) failed")
                         if plan.prepare(run):
-                            slot = free.pop()
-                            running[_start(command, plan.folder(run), slot)] = run, slot, time.time()
+                            process = _start(command, plan.folder(run), free[-1])
+                            running[process] = run, free.pop(), time.time()
                             continue
-                    except (OSError, KeyError, ValueError) as error:
+                    except FAILURES as error:
                         failed.append(run)
                         _note(plan.folder(run), error_text(error))
                         say(f"{run}: FAILED: {error_text(error)}")
@@ -177,7 +179,7 @@ def _run_here(plan: Plan, runs: Sequence[Run], threads: int, say: Callable[[str]
                 raise ValueError(f"not run, because what it needs ({culprit}) failed")
             if plan.prepare(run):
                 say(f"[{number}/{len(runs)}] {run}: {_scores(train_and_evaluate(plan.folder(run)))}")
-        except (AssertionError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except FAILURES as error:
             failed.append(run)
             _note(plan.folder(run), error_text(error))
             say(f"{run}: FAILED: {error_text(error)}")
