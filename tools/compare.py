@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from msad import cli
+from msad.engine.provenance import command_line
 from msad.engine.setup import engine_name
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import device_opts, make_slots
@@ -102,7 +103,7 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
 def report(comparison: Comparison, metric: str) -> dict:
     """Write report.json and the report; returns the data."""
     data = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         "engine": engine_name(),
         "versions": {"torch": torch.__version__},
         **comparison.collect(),

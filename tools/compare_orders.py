@@ -22,6 +22,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from msad import cli
+from msad.engine.provenance import command_line
 from msad.engine.setup import engine_name
 from msad.experiments.adaptation import STUDENT
 from msad.experiments.jobs import device_opts, error_of, make_slots, run_all
@@ -55,7 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def report(study: OrderStudy, metric: str) -> str:
     """Write what is known; returns the tables."""
-    data = {"command": " ".join(["python", *sys.argv]), "engine": engine_name(), **study.collect(metric)}
+    data = {"command": command_line(), "engine": engine_name(), **study.collect(metric)}
     study.output.mkdir(parents=True, exist_ok=True)
     with atomic_write(study.output / "orders.json", "w") as file:
         json.dump(data, file, indent=1)

@@ -32,6 +32,7 @@ from msad import cli, load_config
 from msad.data.layouts import LAYOUTS, read_contents, register_entries
 from msad.data.register import registered
 from msad.data.synthetic import make_dataset
+from msad.engine.provenance import command_line
 from msad.engine.setup import engine_name, load_model
 from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs
@@ -164,7 +165,7 @@ def finish(study: Comparison, begin: float) -> dict:
     data = {
         "engine": engine_name(),
         "seconds": add_seconds(study.output, time.time() - begin),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "data": about,
         **study.collect(),

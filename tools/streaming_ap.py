@@ -7,8 +7,9 @@
 
 The data set in DATASETS.TEST has TYPE argoverse_hd. Every frame is detected once and timed; the stream is then
 simulated with runtimes drawn from those measured (or with --runtime-ms), or played in real time. Writes
-DIR/streaming.json and DIR/streaming.png, and prints a table. Detections are kept in DIR/detections: the same command
-goes on after an interruption, and other schedules need no further detection. Overrides hold for all models.
+DIR/streaming.json and DIR/streaming.png, and prints a table. Detections are kept in DIR/detections: on the same
+machine the same command goes on after an interruption, and other schedules need no further detection. Overrides hold
+for all models.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from msad.cli import load_models, parse
 from msad.cli import run as run_command
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
-from msad.engine.provenance import fingerprint, write_report
+from msad.engine.provenance import fingerprint, machine, write_report
 from msad.engine.setup import load_model
 from msad.evaluation import streaming
 from msad.evaluation.coco_stats import box_stats
@@ -97,7 +98,7 @@ def detector_of(cfg: CfgNode, weights: str, videos: Videos) -> FrameDetector:
 
 def measured(cfg: CfgNode, weights: str, videos: Videos, folder: Path, title: str) -> dict:
     """{"runtimes": seconds, "detections": results} of all frames, from ``folder`` if they are there."""
-    file = folder / f"{title}_{fingerprint(cfg, weights)}.json"
+    file = folder / f"{title}_{fingerprint(cfg, weights, machine(cfg.MODEL.DEVICE))}.json"
     if file.is_file():
         return json.loads(file.read_text())
     names = [name for sequence in videos.files for name in sequence]
@@ -137,7 +138,7 @@ def real_stream(args: argparse.Namespace, videos: Videos, cfg: CfgNode, weights:
     """Outputs and detections of each sequence, played now or by an earlier command of the same kind."""
     dynamic = args.schedule == "shrinking-tail"
     rates = [sequence.fps for sequence in videos.sequences]
-    how = ["real-time", args.stride, dynamic, rates]
+    how = ["real-time", args.stride, dynamic, rates, machine(cfg.MODEL.DEVICE)]
     file = Path(args.output) / "detections" / f"{title}_real_time_{fingerprint(cfg, weights, how)}.json"
     if not file.is_file():
         detector = detector_of(cfg, weights, videos)

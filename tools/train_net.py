@@ -14,7 +14,6 @@ and --dist-url tcp://HOST:PORT.
 
 import argparse
 import logging
-import shlex
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from torch.multiprocessing import ProcessExitedException
 from msad import cli, load_config
 from msad.data.checks import check_test_sets
 from msad.engine.first_screen import quiet_console
+from msad.engine.provenance import command_line
 from msad.engine.run_folder import check_folder, check_inputs, has_run, set_aside
 from msad.engine.setup import evaluate, load_model, prepare, start_process, train
 
@@ -42,7 +42,7 @@ def work(args: argparse.Namespace) -> dict | None:
         cfg, notes = check_folder(cfg, args.config_file, args.resume)
     resumed = args.resume and has_run(folder)
     comm.synchronize()  # nobody writes before all have looked
-    start_process(cfg, shlex.join(sys.argv), training=not args.eval_only)
+    start_process(cfg, command_line(), training=not args.eval_only)
     if args.eval_only:
         cfg.OUTPUT_DIR = str(folder)
     cfg.freeze()

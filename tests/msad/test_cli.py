@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import shlex
+import sys
 
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
 
 from msad import cli, load_config
+from msad.engine.provenance import command_line
 
 
 @pytest.fixture
@@ -35,6 +38,13 @@ def parser():
 def test_overrides_stand_anywhere(parser, line):
     args = cli.parse(parser, line.split())
     assert (args.sizes, args.resume, args.opts) == ([4, 5], True, ["MODEL.DEVICE", "cpu", "SEED", "3"])
+
+
+@pytest.mark.parametrize("program", [["msad", "train"], ["python", "tools/train net.py"]])
+def test_the_command_of_a_report_can_be_pasted(monkeypatch, program):
+    args = ["DATASETS.TEST", "('my val',)"]
+    monkeypatch.setattr(sys, "argv", [" ".join(program) if program[0] == "msad" else program[1], *args])
+    assert shlex.split(command_line()) == [*program, *args]
 
 
 def test_detectron2s_own_parser_takes_options_after_overrides():

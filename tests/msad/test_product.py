@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import msad
 from msad import load_config
 from msad.config import find_config
-from msad.product import backbones
+from msad.product import backbones, results
 from msad.product.advice import describe, finest_anchor, measure_objects, native_side, recommend, shares_below, sides_at
 from msad.product.card import model_card, read_licences
 from msad.product.choices import METHODS, Choices
@@ -205,6 +207,21 @@ def test_kept_results(tmp_path):
     assert get([2]) == {"n": 3}  # what it wrote is gone
     (tmp_path / "kept.json").write_text('{"key": ')  # cut off
     assert get([2]) == {"n": 4}
+
+
+def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):
+    calls = []
+    study = SimpleNamespace(collect=lambda: {"runs": [], "variants": {}}, finished=list)
+    project = SimpleNamespace(output=tmp_path, study=study, student="s", models=dict)
+    project.config, project.choices = lambda name: load_config(""), SimpleNamespace(checkpoint="")
+    for name in ("write_report", "describe_data", "_draw"):
+        monkeypatch.setattr(results, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(results, "measure_costs", calls.append)
+    monkeypatch.setattr(Path, "exists", lambda file: True)  # the picture
+    for device in ("one", "one", "another"):
+        monkeypatch.setattr(results, "machine", lambda _, device=device: {"device": device})
+        results.report(project)
+    assert len(calls) == 2
 
 
 def test_model_card(tmp_path):

@@ -1,6 +1,8 @@
 """tools/compare.py: its command line and what it writes, from runs that are finished."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import cv2
@@ -36,12 +38,13 @@ def finished(project, tmp_path):
     return tmp_path
 
 
-def test_report_of_finished_runs(call, project, finished):
+def test_report_of_finished_runs(call, project, finished, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/compare.py", "a b.yaml", "DATASETS.TEST", "('x',)"])
     files = [project / f"{name}.yaml" for name in ("fcos", "gfl", "retinanet")]
     status, printed = call(*files, "--output", finished, "SOLVER.IMS_PER_BATCH", 1, "--report-only", "--equal-time")
     assert status == 0 and "+2.20 ± 0.50 *" in printed.out and "retinanet, seed 0: ValueError: no GPU" in printed.out
     data = json.loads((finished / "report.json").read_text())
-    assert data["reference"] == "fcos"
+    assert data["reference"] == "fcos" and shlex.split(data["command"]) == ["python", *sys.argv]
     # GFL's steps took as long as the reference's: its runs of equal time are the same.
     assert [r["variant"] for r in data["runs"]].count("gfl@equal_time") == 3
     for name in ("report.html", "report.md", "results.png", "differences.png"):

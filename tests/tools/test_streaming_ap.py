@@ -100,6 +100,10 @@ def test_detections_are_kept_and_schedules_compared(call, tool, tmp_path, monkey
     (kept,) = (tmp_path / "detections").glob("fcos_64_*.json")
     content = json.loads(kept.read_text())
     assert len(content["detections"]) == len(content["runtimes"]) == 12 and min(content["runtimes"]) > 0
+    with monkeypatch.context() as elsewhere:  # another machine has runtimes of its own
+        elsewhere.setattr(tool, "machine", lambda device: {"device": "a faster one"})
+        assert call("--runtime-ms", 50)[0] == 0
+    assert len(list((tmp_path / "detections").glob("fcos_64_*.json"))) == 2
     monkeypatch.setattr(tool, "detect_frames", lambda *args: pytest.fail("detected twice"))
     lags = {}
     for schedule in ("greedy", "shrinking-tail", "infinite"):
@@ -121,6 +125,10 @@ def test_real_time(call, tool, tmp_path, monkeypatch):
     assert pairing["frames"] == 12 and pairing["processed"] >= 1
     monkeypatch.setattr(tool, "play_sequences", lambda *args, **kwargs: pytest.fail("played twice"))
     assert call("--real-time", "--fps", 10)[0] == 0
+    monkeypatch.setattr(tool, "machine", lambda device: {"device": "a faster one"})
+    monkeypatch.setattr(tool, "play_sequences", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("--real-time", "--fps", 10)
 
 
 def test_errors_are_one_sentence(call, videos, project, tmp_path):

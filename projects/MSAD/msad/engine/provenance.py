@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,12 @@ def fingerprint(cfg: CfgNode, weights: str | os.PathLike, *more: Any) -> str:
     cfg.OUTPUT_DIR = ""
     key = [cfg.dump(), file_sha256(weights), dataset_fingerprint(cfg), *more]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+
+
+def command_line() -> str:
+    """The command that is running, as a shell takes it."""
+    program, *args = sys.argv
+    return shlex.join([*(program.split() if program.startswith("msad ") else ["python", program]), *args])
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 
 from .. import __version__
 from ..data.register import registered
-from ..engine.provenance import fingerprint, machine
+from ..engine.provenance import command_line, fingerprint, machine
 from ..engine.setup import engine_name, evaluate, load_model
 from ..experiments.costs import measure_costs
 from ..experiments.data_facts import describe_data
@@ -59,7 +59,7 @@ def report(project: Project) -> dict:
     """Measure costs, draw pictures, write the report; returns its data."""
     folder = project.output / "report"
     data = {
-        "command": " ".join(sys.argv), "engine": engine_name(), "versions": {"torch": torch.__version__,
+        "command": command_line(), "engine": engine_name(), "versions": {"torch": torch.__version__,
         "python": sys.version.split()[0]}, **project.study.collect(),
     }  # fmt: skip
     for name, result in _given_results(project).items():
@@ -73,7 +73,7 @@ def report(project: Project) -> dict:
         with registered(project.config(project.student)):
             return {"cost": cost, "data": describe_data(project.config(project.student))}
 
-    key = [data["runs"], data["variants"], engine_name()]
+    key = [data["runs"], data["variants"], machine(project.config(project.student).MODEL.DEVICE)]
     data |= kept(folder / "made.json", key, make, [folder / PANELS])
     curves = {name: project.study.folder(Run(name, project.seed)) / "metrics.json" for name in project.study.finished()}
     write_report(data, folder, "A low-resolution detector by distillation", curves=curves)
