@@ -7,6 +7,7 @@ import shutil
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
 from msad.config import add_msad_config
 from msad.data import dataset_fingerprint, make_dataset, register_entries
@@ -41,6 +42,25 @@ def test_equal_on_another_machine(root, tmp_path):
     copy = dataset_fingerprint(config(tmp_path / "copy", "other"))
     assert [*copy.values()] == [*first.values()]
     json.dumps(first)
+
+
+def test_visdrone_may_move_and_is_known_by_all_of_its_lines(tmp_path):
+    def found(folder):
+        cfg = add_msad_config(get_cfg())
+        entry = {"NAME": f"vd_{folder}", "TYPE": "visdrone"}
+        paths = {"IMAGES": str(tmp_path / folder / "images"), "ANNOTATIONS": str(tmp_path / folder / "lines")}
+        cfg.DATASETS.REGISTER, cfg.DATASETS.TRAIN = [{**entry, **paths}], (entry["NAME"],)
+        return dataset_fingerprint(cfg)[entry["NAME"]]
+
+    for name in ("images", "lines"):
+        (tmp_path / "one" / name).mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "one/images/x.png")
+    (tmp_path / "one/lines/x.txt").write_text("1,2,10,10,1,4,0,0\n5,5,9,9,1,11,0,0\n")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert found("one") == found("two")
+    # The evaluator also reads what is no object to learn: "others".
+    (tmp_path / "two/lines/x.txt").write_text("1,2,10,10,1,4,0,0\n5,5,9,8,1,11,0,0\n")
+    assert found("one")["annotations"] != found("two")["annotations"]
 
 
 def test_each_change_is_seen_in_its_place(root):

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
@@ -41,3 +44,24 @@ def test_a_set_without_a_type_has_coco_metrics(named, tiny_cfg, monkeypatch):
     build_evaluator(tiny_cfg(TEST__DETECTIONS_PER_IMAGE=250), "untyped", "folder")
     assert seen["max_dets_per_image"] == 250 and seen["name"] == "untyped" and seen["output_dir"] == "folder"
     MetadataCatalog.remove("untyped")
+
+
+def test_processes_of_one_job_do_not_read_half_a_file(tmp_path, tiny_cfg, monkeypatch):
+    """Each writes Argoverse-HD's annotations: while one has only begun, another must find those of a third whole."""
+    content = {"images": [], "annotations": [], "categories": [], "sequences": [], "seq_dirs": []}
+    (tmp_path / "hd.json").write_text(json.dumps(content))
+    MetadataCatalog.get("hd").set(evaluator_type="argoverse_hd", definition={"JSON": str(tmp_path / "hd.json")})
+    read = []
+    monkeypatch.setattr(COCOEvaluator, "__init__", lambda *args, **kwargs: None)
+    build_evaluator(tiny_cfg(), "hd", str(tmp_path))
+    dump = json.dump
+
+    def slowly(content, stream, *args):
+        read.append(json.loads(Path(MetadataCatalog.get("hd").json_file).read_text()))
+        dump(content, stream, *args)
+
+    monkeypatch.setattr(json, "dump", slowly)
+    build_evaluator(tiny_cfg(), "hd", str(tmp_path))
+    MetadataCatalog.remove("hd")
+    assert read == [content]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["hd.json", "hd_coco.json"]

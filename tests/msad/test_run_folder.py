@@ -125,12 +125,17 @@ def test_records_without_a_checkpoint_are_moved_aside(tmp_path):
 def test_data_and_teachers_are_what_they_were(project, teacher_weights, tmp_path, monkeypatch, caplog):
     weights = tmp_path / "teacher.pth"
     weights.write_bytes(b"one")
-    entry = {"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": str(weights)}
+    teacher = tmp_path / "teacher.yaml"
+    teacher.write_text(f"_BASE_: {project}/teacher.yaml\n")
+    entry = {"CONFIG": str(teacher), "WEIGHTS": str(weights)}
     cfg = load_config(project / "student.yaml", ["OUTPUT_DIR", str(tmp_path), "DISTILL.TEACHERS", [entry]])
     data = {"tiny_train": {"annotations": "a", "images": "b"}, "tiny_val": {"annotations": "c", "images": "d"}}
     monkeypatch.setattr(run_folder, "dataset_fingerprint", lambda cfg: json.loads(json.dumps(data)))
     check_inputs(cfg, resumed=False)
     check_inputs(cfg, resumed=True)
+    sets = "[{NAME: t, JSON: elsewhere.json, IMAGES: elsewhere}]"
+    teacher.write_text(f"_BASE_: {project}/teacher.yaml\nDATASETS: {{REGISTER: {sets}}}\n")
+    check_inputs(cfg, resumed=True)  # where its own data were does not matter
     moved = tmp_path / "moved.pth"
     moved.write_bytes(b"one")
     cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = str(moved)  # the same file elsewhere

@@ -15,6 +15,9 @@ from detectron2.utils.file_io import PathManager
 from .cache import file_sha256
 from .register import register_datasets
 
+# Keys of records that name files of annotations.
+ANNOTATION_FILES = ("sem_seg_file_name", "annotation_file")
+
 
 def dataset_fingerprint(cfg: CfgNode) -> dict[str, dict[str, str]]:
     """What DATASETS.TRAIN and DATASETS.TEST consist of, equal on every machine that has the same files.
@@ -62,8 +65,9 @@ def _from_records(name: str, root: str) -> tuple[str, list[str]]:
     """Of data sets in another format: from what detectron2 gets to see."""
     records = DatasetCatalog.get(name)
     images = [os.path.relpath(r["file_name"], root) if root else str(r["file_name"]) for r in records]
-    plain: list[Any] = [{k: v for k, v in r.items() if not k.endswith("file_name")} for r in records]
-    plain += [file_sha256(r["sem_seg_file_name"]) for r in records if "sem_seg_file_name" in r]
+    plain: list[Any] = [{k: v for k, v in r.items() if not k.endswith(("file_name", "_file"))} for r in records]
+    files = dict.fromkeys(r[key] for key in ANNOTATION_FILES for r in records if key in r)
+    plain += map(file_sha256, files)
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest(), images
 

@@ -200,4 +200,5 @@ def _teacher(entry: Mapping[str, Any]) -> dict[str, str]:
     weights = str(entry.get("WEIGHTS", ""))
     cfg = load_config(entry["CONFIG"])
     cfg.OUTPUT_DIR = cfg.MODEL.DEVICE = cfg.MODEL.WEIGHTS = ""
+    cfg.DATASETS.REGISTER = cfg.DISTILL.TEACHERS = []  # where its own training had its files
     return {"WEIGHTS": file_sha256(weights) if Path(weights).is_file() else weights, "CONFIG": cfg.dump()}

@@ -15,6 +15,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, SemSegEvaluat
 from fvcore.common.registry import Registry
 
 from ..data.argoverse_hd import read_content
+from ..files import atomic_write
 from .visdrone_evaluator import VisDroneEvaluator
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
@@ -66,7 +67,7 @@ def argoverse_hd(cfg: CfgNode, dataset_name: str, output_folder: str) -> Dataset
     metadata = MetadataCatalog.get(dataset_name)
     os.makedirs(output_folder, exist_ok=True)
     file = os.path.join(output_folder, f"{dataset_name}_coco.json")
-    with open(file, "w") as stream:
+    with atomic_write(file, "w", shared=True) as stream:  # by every process, which then reads it
         json.dump(read_content(metadata.definition["JSON"]), stream)
     if hasattr(metadata, "json_file"):
         del metadata.json_file  # of an earlier evaluation; metadata cannot be changed
