@@ -236,6 +236,25 @@ def test_a_distilled_student_leaves_the_regions_out_in_its_own_frame(make_distil
     assert (grad[..., :16] == 0).all() and (grad[..., 16:] != 0).any()
 
 
+@pytest.mark.parametrize("arch", ["FCOS", "RetinaNet", "FasterRCNN"])
+def test_predictions_in_the_regions_are_not_compared(make_distiller, tiny_model, make_batch, arch):
+    """The student's scores there are a constant, which costs nothing as background but is far from the teacher's."""
+    teacher, student = (tiny_model(arch, levels=range(2, 7), seed=seed) for seed in (0, 1))
+    distiller = make_distiller("H", teacher=teacher, student=student, losses=[{"NAME": "Chen"}])
+    IgnoredRegions(distiller.student)
+    batch = make_batch([(128, 128)] * 2, boxes=0)
+
+    def classification(region):
+        regions = [{**item, "ignored_regions": torch.tensor([region])} for item in batch]
+        with EventStorage():
+            return {k: v.item() for k, v in distiller(regions).items() if "distill" in k and k.endswith("_cls")}
+
+    whole, half, none = (classification([0.0, 0.0, width, 1.0]) for width in (1.0, 0.5, 0.0))
+    assert set(whole.values()) == {0.0} and min(none.values()) > 0
+    if arch != "FasterRCNN":  # divided by the positives, of which there are none
+        assert 0 < half["loss_distill/Chen/dense_cls"] < none["loss_distill/Chen/dense_cls"]
+
+
 # --- results ---------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,8 @@ class HeadPair:
 
     Attributes:
         name: "dense", "rpn", "roi" or that of a cascade's stage.
-        classes: K; labels are 0..K-1, K for background, -1 for what the step leaves out.
+        classes: K; labels are 0..K-1, K for background, -1 for what the step leaves out (anchors not drawn, ignored
+            regions).
         student_logits, teacher_logits: (N, R, K) of K sigmoids, "roi": (N, R, K + 1) of a softmax, background last.
         student_boxes, teacher_boxes: (N, R, B) raw box predictions; "roi": four for each class, or four.
         labels: (N, R).

@@ -16,7 +16,7 @@ from torch import nn
 from .adapters import adapt
 
 # Sigmoid of it is 0 in float32 and the number exists in float16.
-_SURELY_BACKGROUND = -100.0
+SURELY_BACKGROUND = -100.0
 
 
 class IgnoredRegions:
@@ -78,7 +78,7 @@ class IgnoredRegions:
         )
         centres = (torch.stack([x, y], dim=-1).reshape(-1, 2) + 0.5) * stride
         masks = torch.stack([self._mask(n, centres, stride) for n in range(len(scores))])
-        return scores.masked_fill(masks.view(-1, 1, h, w), _SURELY_BACKGROUND)
+        return scores.masked_fill(masks.view(-1, 1, h, w), SURELY_BACKGROUND)
 
     def _without_proposals(self, roi_heads: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if self._regions is None or not roi_heads.training:
