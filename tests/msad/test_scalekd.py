@@ -99,18 +99,42 @@ def test_unknown_side():
         sdf(teacher_side="both")
 
 
-def test_collapse_is_noticed(caplog):
-    loss = sdf(teacher_side="trainable")
-    maps = {"res5": torch.randn(2, 8, 4, 4)}, {"res5": torch.randn(2, 16, 4, 4)}
+def two_levels(side):
+    """A loss on two levels, of which the teacher's second has the smaller embedding, and its maps."""
+    loss = SDF(["res4", "res5"], dict.fromkeys(["res4", "res5"], 8), dict.fromkeys(["res4", "res5"], 8), 4,
+               teacher_side=side)  # fmt: skip
+    for parameter in (loss.student if side == "shared" else loss.teacher)["res5"].flatten.parameters():
+        parameter.data.mul_(1e-3)
+    return loss, [{name: torch.randn(2, 8, 4, 4) for name in ("res4", "res5")} for _ in range(2)]
+
+
+@pytest.mark.parametrize("side", ["shared", "trainable"])
+def test_collapse_is_noticed_by_level_and_over_a_resume(caplog, side):
+    first, maps = two_levels(side)
+    older, _ = two_levels(side)
     with caplog.at_level(logging.WARNING):
-        loss(*maps, make_context([], iteration=0))
-        assert not caplog.messages
-        for parameter in loss.teacher.parameters():
-            parameter.data.zero_()
-        loss(*maps, make_context([], iteration=100))
-        assert not caplog.messages, "looked at every 200 iterations"
+        first(*maps, make_context([], iteration=0))
+        loss, _ = two_levels(side)
+        loss.load_state_dict(first.state_dict())
         loss(*maps, make_context([], iteration=200))
-    assert any("collapsed" in message for message in caplog.messages)
+        assert not caplog.messages
+        for parameter in (loss.student if side == "shared" else loss.teacher)["res5"].parameters():
+            parameter.data.zero_()
+        loss(*maps, make_context([], iteration=300))
+        assert not caplog.messages, "looked at every 200 iterations"
+        loss(*maps, make_context([], iteration=400))
+        # A run folder that knows no first value: the next one counts as such.
+        older.load_state_dict({k: v for k, v in loss.state_dict().items() if k != "first_spread"})
+        older(*maps, make_context([], iteration=600))
+    (message,) = caplog.messages
+    assert message.startswith("SDF: the teacher's embedding of res5 has collapsed")
+
+
+def test_a_frozen_side_is_not_watched(caplog):
+    loss, maps = two_levels("frozen")
+    with caplog.at_level(logging.INFO):
+        loss(*maps, make_context([], iteration=0))
+    assert not caplog.messages and not list(loss.buffers())
 
 
 # --- CSA --------------------------------------------------------------------------------------------------------------
@@ -371,6 +395,8 @@ def test_the_head_learns_from_the_assistant_if_asked(project, teacher_weights, t
 def test_no_trace_in_the_students_checkpoint_and_exact_resume(project, teacher_weights, tmp_path):
     def run(folder, resume=False):
         cfg = scalekd(project, teacher_weights, tmp_path / folder, **{"DISTILL.START_ITER": 2})
+        sdf, *others = SCALEKD["LOSSES"]
+        cfg.DISTILL.LOSSES = [{**sdf, "TEACHER_SIDE": "trainable"}, *others]
         return train(cfg, resume)
 
     whole, expected, _ = run("whole")
@@ -380,6 +406,9 @@ def test_no_trace_in_the_students_checkpoint_and_exact_resume(project, teacher_w
     assert [s["factor"] for s in expected.steps[:2]] == [0.0, 0.0] and expected.steps[-1]["factor"] > 0
     (a,), (b,) = whole.distiller.assistants, again.distiller.assistants
     assert_equal_weights(a.assistant.state_dict(), b.assistant.state_dict())
+    states = [run.distiller.losses.state_dict() for run in (whole, again)]
+    assert_equal_weights(*states)
+    assert states[0]["0.loss.first_spread"].isfinite().all()
     saved = torch.load(tmp_path / "whole" / "model_final.pth", weights_only=True)
     alone = DistillTrainer.build_model(config(project, teacher_weights, "fcos", tmp_path)).state_dict()
     assert saved["model"].keys() == alone.keys()

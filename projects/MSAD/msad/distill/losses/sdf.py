@@ -66,8 +66,8 @@ class SDF(nn.Module):
     the teacher's channels.
 
     The paper does not say who trains the teacher's side; trained by this loss alone, equal constants would be its
-    optimum. The standard deviation of the teacher's embedding over locations is logged every 200 iterations, with a
-    warning where it falls below a hundredth of the first.
+    optimum. Where it is trained, the standard deviation of each level's embedding over locations is logged every 200
+    iterations, with a warning where it falls below a hundredth of the run's first.
 
     Args:
         embedding: channels of a branch's embedding.
@@ -96,7 +96,7 @@ class SDF(nn.Module):
             raise ValueError(
                 f"DISTILL.LOSSES: SDF: TEACHER_SIDE must be one of {', '.join(TEACHER_SIDES)}, not {teacher_side!r}"
             )
-        self.teacher_side = teacher_side
+        self.teacher_side, self.levels = teacher_side, levels
         self.adapt, self.student, self.teacher = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for name in levels:
             s, t = student_channels[name], channels[name]
@@ -105,7 +105,13 @@ class SDF(nn.Module):
             if teacher_side != "shared":
                 self.teacher[name] = ScaleDecoupled(t, embedding, tuple(dilations), share_weights)
                 self.teacher[name].requires_grad_(teacher_side == "trainable")
-        self._first_spread: float | None = None
+        if teacher_side != "frozen":
+            self.register_buffer("first_spread", torch.full((len(levels),), torch.nan))
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+        if self.teacher_side != "frozen":  # checkpoints that lack it are resumed: what comes next is the first
+            state_dict.setdefault(f"{prefix}first_spread", self.first_spread)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _teacher_embedding(self, name: str, t: torch.Tensor) -> torch.Tensor:
         if self.teacher_side == "trainable":
@@ -121,17 +127,18 @@ class SDF(nn.Module):
             target = self._teacher_embedding(name, teacher[name])
             found = self.student[name](self.adapt[name](s))
             total = total + F.mse_loss(at_least_float32(found), at_least_float32(target))
-            if context.iteration % MONITOR_PERIOD == 0:
-                self._monitor(at_least_float32(target.detach()))
+            if self.teacher_side != "frozen" and context.iteration % MONITOR_PERIOD == 0:
+                self._monitor(name, at_least_float32(target.detach()))
         return {"l2": total}
 
-    def _monitor(self, embedding: torch.Tensor) -> None:
-        spread = embedding.transpose(0, 1).flatten(1).std(dim=1).mean().item()
-        logger.info("SDF: standard deviation of the teacher's embedding over locations: %.3g", spread)
-        if self._first_spread is None:
-            self._first_spread = spread
-        elif spread < self._first_spread / 100:
+    def _monitor(self, level: str, embedding: torch.Tensor) -> None:
+        spread = embedding.transpose(0, 1).flatten(1).std(dim=1).mean()
+        first = self.first_spread[self.levels.index(level)]  # a view
+        logger.info("SDF: standard deviation of the teacher's embedding over locations of %s: %.3g", level, spread)
+        if first.isnan():
+            first.copy_(spread)
+        elif spread < first / 100:
             logger.warning(
-                "SDF: the teacher's embedding has collapsed: its standard deviation is %.3g, at first it was %.3g; "
-                "TEACHER_SIDE frozen cannot collapse", spread, self._first_spread,
+                "SDF: the teacher's embedding of %s has collapsed: its standard deviation is %.3g, at first it was "
+                "%.3g; TEACHER_SIDE frozen cannot collapse", level, spread, first,
             )  # fmt: skip
