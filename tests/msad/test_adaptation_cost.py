@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 
+from msad import load_config
 from msad.distill.progressive.cost import AdaptationCosts, image_maps, pair_levels, resize
-from msad.distill.progressive.least_squares import FeatureSums, SGDOptions, with_ones
+from msad.distill.progressive.least_squares import FeatureSums, SGDFit, SGDOptions, with_ones
+from msad.experiments import adaptation
 
 
 class Fixed:
@@ -180,6 +182,38 @@ def test_sums_do_not_depend_on_the_order_and_resume():
     half = copy.deepcopy(study_of([0, 1]).state_dict())
     resumed, whole = study_of([2, 3], half), study_of([0, 1, 2, 3])
     assert resumed.result() == whole.result()
+
+
+def test_an_image_that_was_interrupted_half_way_counts_once(tmp_path, monkeypatch):
+    maps = {name: images(i) for i, name in enumerate("ab")}
+    networks = [Fixed(name, {"p3": (5, 8)}) for name in "ab"]
+    monkeypatch.setattr(adaptation, "networks_of", lambda *args: networks)
+    monkeypatch.setattr(adaptation, "fingerprint", lambda *args: "x")
+    monkeypatch.setattr(adaptation, "FixedInputs", lambda *args, **kwargs: [0, 1, 2])
+    monkeypatch.setattr(adaptation, "image_maps", lambda network, item: {"p3": maps[network.name][item]})
+    cfg = load_config("", ["DATASETS.TRAIN", ("t",), "DATASETS.TEST", ("v",)])
+    whole = adaptation.measure_adaptation(cfg, "", [], tmp_path / "whole")
+    add, calls = FeatureSums.add, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:  # the first image is in both sums, the second in one of them
+            raise KeyboardInterrupt
+        add(*args)
+
+    monkeypatch.setattr(FeatureSums, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adaptation.measure_adaptation(cfg, "", [], tmp_path / "resumed")
+    assert adaptation.measure_adaptation(cfg, "", [], tmp_path / "resumed") == whole
+
+
+def test_sgd_goes_on_where_the_features_are():
+    """What was saved lies in the CPU's memory; "meta" stands for a GPU."""
+    before, resumed = (SGDFit(5, 4, SGDOptions()) for _ in range(2))
+    before.step(torch.randn(9, 5), torch.randn(9, 4))
+    resumed.load_state_dict(before.state_dict())
+    resumed.step(torch.empty(9, 5, device="meta"), torch.empty(9, 4, device="meta"))
+    assert {s["momentum_buffer"].device.type for s in resumed.optimizer.state.values()} == {"meta"}
 
 
 def test_sums_of_an_image_are_those_of_its_rows():

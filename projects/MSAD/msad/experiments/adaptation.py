@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..config import load_config
 from ..data.fingerprint import file_sha256
 from ..data.fixed import FixedInputs
-from ..distill.progressive.cost import PAIRINGS, AdaptationCosts, image_maps
+from ..distill.progressive.cost import PAIRINGS, AdaptationCosts, Maps, image_maps
 from ..distill.progressive.least_squares import SGDOptions
 from ..distill.teachers import FrozenTeacher
 from ..engine.build import load_teacher
@@ -41,20 +41,25 @@ class Progress:
     def __init__(self, file: Path, of: str, study: AdaptationCosts) -> None:
         self._file, self._of, self._study = file, of, study
         self.done = {"train": 0, "val": 0}
-        self._saved = time.monotonic()
+        self._saved, self._is_whole = time.monotonic(), True
         if file.is_file():
             kept = torch.load(file, map_location="cpu", weights_only=True)
             if kept["of"] == of:
                 self.done = kept["done"]
                 study.load_state_dict(kept["study"])
 
-    def count(self, split: str) -> None:
-        """An image was added."""
+    def add(self, split: str, maps: Mapping[str, Maps]) -> None:
+        """:meth:`AdaptationCosts.add`; after an interruption within, in some of the sums only, nothing is saved."""
+        self._is_whole = False
+        self._study.add(split, maps)
         self.done[split] += 1
+        self._is_whole = True
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
+        if not self._is_whole:
+            return
         with atomic_write(self._file) as stream:
             torch.save({"of": self._of, "done": self.done, "study": self._study.state_dict()}, stream)
         self._saved = time.monotonic()
@@ -102,8 +107,7 @@ def measure_adaptation(
         with tqdm(total=sum(total.values()), initial=sum(progress.done.values()), unit="img", disable=None) as bar:
             for split, parts in inputs.items():
                 for item in _from(parts, progress.done[split]):
-                    study.add(split, {network.name: image_maps(network, item) for network in networks})
-                    progress.count(split)
+                    progress.add(split, {network.name: image_maps(network, item) for network in networks})
                     bar.update()
     finally:
         progress.save()

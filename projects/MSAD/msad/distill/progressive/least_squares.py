@@ -107,7 +107,10 @@ class SGDFit:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Learn from the locations of an image, x (n, A) and y (n, B)."""
-        self.layer.to(x.device)
+        if self.layer.weight.device != x.device:
+            state = self.optimizer.state_dict()
+            self.optimizer = torch.optim.SGD(self.layer.to(x.device).parameters())
+            self.optimizer.load_state_dict(state)  # which puts the momentum where the weights are
         with torch.enable_grad():
             loss = nn.functional.mse_loss(self.layer(x.float()), y.float())
         self.optimizer.zero_grad()
