@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -110,6 +111,30 @@ def test_a_curriculum_killed_in_its_second_stage(project, teacher_weights, tmp_p
         rows = (folder / "stages.md").read_text().replace(" ", "").splitlines()[2:]
         assert [row.split("|")[1:4] for row in rows] == [["1", "small", "4"], ["2", "large", "6"]]
         assert (folder / "stages.png").stat().st_size > 5000
+
+
+def test_an_evaluation_that_was_killed_is_made_up_for(project, teacher_weights, tmp_path, monkeypatch):
+    """After the last checkpoint of the last stage, in its evaluation or before the table was written."""
+    cfg = curriculum(project, teacher_weights, tmp_path)
+    cfg.DISTILL.STAGES = [{**stage, "SOLVER": {"MAX_ITER": 1}} for stage in STAGES]
+    train(cfg)
+    metrics, table = tmp_path / "stage2" / "metrics.json", tmp_path / "stages.md"
+    written = table.read_text()
+    assert "bbox/AP" in written
+    loaded, build = [], DistillTrainer.build_model.__func__
+    monkeypatch.setattr(DistillTrainer, "build_model", classmethod(lambda cls, c: loaded.append(1) or build(cls, c)))
+    table.unlink()
+    train(cfg, resume=True)
+    assert not loaded and table.read_text() == written
+
+    weights = (tmp_path / "stage2" / "model_final.pth").read_bytes()
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(f"{json.dumps(r)}\n" for r in records if r["iteration"] < 1))
+    table.unlink()
+    train(cfg, resume=True)
+    assert len(loaded) == 1 and table.read_text() == written
+    assert (tmp_path / "stage2" / "model_final.pth").read_bytes() == weights
+    stages.train_stages(cfg, True, lambda *_: pytest.fail("all is there"))
 
 
 def test_a_stage_holds_its_own_teachers_alone_and_changes_none(project, teacher_weights, tmp_path, monkeypatch):
@@ -263,6 +288,13 @@ def test_the_table_has_the_losses_without_distillation():
     assert list(above.lines[0].get_xdata()) == [2, 4] and list(above.lines[1].get_xdata()) == [4, 4], "where it ends"
     drawn = [list(line.get_xdata()) for line in below.lines]
     assert drawn[0] == [2, 4] and [4 + 6] in drawn, "stages follow one another"
+
+
+def test_the_table_of_segmentors_has_mean_iou():
+    stage = Stage(1, "large", 4, [{"iteration": 4, "sem_seg/mIoU": 41.5, "sem_seg/IoU-disc": 20.0}])
+    assert "sem_seg/mIoU |" in stage_table([stage]) and "41.5" in stage_table([stage])
+    above = stages_figure([stage]).axes[0]
+    assert list(above.lines[0].get_ydata()) == [41.5] and above.get_ylabel() == "validation sem_seg/mIoU"
 
 
 def test_the_folder_of_a_curriculum_is_a_used_one(project, teacher_weights, tmp_path):

@@ -33,7 +33,7 @@ def read_stages(configs: Sequence[CfgNode]) -> list[Stage]:
 
 
 def stage_table(stages: Sequence[Stage]) -> str:
-    """A Markdown table with a row a stage: teachers, iterations, AP of each task and detection losses at its end."""
+    """A Markdown table with a row a stage: teachers, iterations, AP (or mIoU) of each task and losses at its end."""
     tasks = dict.fromkeys(key for stage in stages for key in stage.scores())
     rows = []
     for stage in stages:

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from ..config_values import nearest, valid_keys
 from .build import teacher_entries
 from .scaling import SCHEDULE, set_iterations
-from .stage_summary import write_summary
+from .stage_summary import read_stages, write_summary
 
 logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
@@ -98,12 +98,16 @@ def _node(tree: Any) -> Any:
 
 
 def finished(cfg: CfgNode) -> bool:
-    """Whether the run of ``cfg`` has written its last checkpoint."""
-    return os.path.isfile(os.path.join(cfg.OUTPUT_DIR, FINAL))
+    """Whether the run of ``cfg`` has written its last checkpoint and what the evaluation after it has found."""
+    if not os.path.isfile(os.path.join(cfg.OUTPUT_DIR, FINAL)):
+        return False
+    return not cfg.DATASETS.TEST or any(stage.is_evaluated() for stage in read_stages([cfg]))
 
 
 def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], Any]) -> Any:
     """Train one stage after the other; with ``resume`` finished ones are skipped and an interrupted one continues.
+
+    One that was interrupted in its last evaluation is evaluated again.
 
     Only one stage's teachers are in memory at a time. After each stage, OUTPUT_DIR has a table and a curve over all
     stages so far, see :mod:`msad.engine.stage_summary`.
@@ -118,6 +122,8 @@ def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], An
     for number, config in enumerate(configs, start=1):
         if resume and finished(config):
             logger.info("Stage %d of %d is finished: %s", number, len(configs), config.OUTPUT_DIR)
+            if comm.is_main_process():
+                write_summary(cfg.OUTPUT_DIR, configs)
             continue
         names = ", ".join(entry["NAME"] for entry in config.DISTILL.TEACHERS) or "no teacher"
         logger.info("Stage %d of %d: %d iterations, %s", number, len(configs), config.SOLVER.MAX_ITER, names)

@@ -143,7 +143,7 @@ def train_and_evaluate(folder: Path) -> dict:
     def train(cfg: CfgNode, resume: bool = True) -> None:
         trainer = _Trainer(cfg, _Clock(folder / "clock.json"), evaluates=is_curriculum)
         trainer.resume_or_load(resume=resume)
-        if trainer.start_iter < trainer.max_iter:
+        if trainer.start_iter < trainer.max_iter or is_curriculum:  # a stage may lack its evaluation only
             trainer.train()
 
     with exclusive_lock(folder), log_to(folder / "log.txt"):

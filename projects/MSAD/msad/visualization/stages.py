@@ -1,4 +1,4 @@
-"""A student over the stages of a curriculum: validation AP and detection loss alone, as figure 5 of MTPD."""
+"""A student over the stages of a curriculum: validation AP or mIoU and detection loss alone, as figure 5 of MTPD."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .colours import GREY, PALETTE
 from .plots import STYLE, loss_curve, save_figure, smooth
 
 L_DETECT = "validation/L_detect"
+SCORES = ("/AP", "/mIoU")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,18 @@ class Stage:
     records: list[dict]
 
     def scores(self) -> dict[str, float]:
-        """The last value of every "TASK/AP" (of several test sets "SET/TASK/AP")."""
-        found = {key: value for record in self.records for key, value in record.items() if key.endswith("/AP")}
+        """The last value of every "TASK/AP", "sem_seg/mIoU" (of several test sets "SET/TASK/AP")."""
+        found = {key: value for record in self.records for key, value in record.items() if key.endswith(SCORES)}
         return {key: value for key, value in found.items() if math.isfinite(value)}
 
-    def curve(self, ending: str) -> tuple[np.ndarray, np.ndarray]:
+    def is_evaluated(self) -> bool:
+        """Whether there is an evaluation at the end of training, which is logged one iteration later than the last."""
+        return bool(self.records) and self.records[-1]["iteration"] >= self.iterations
+
+    def curve(self, ending: str | tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """(iterations of this stage, values), both (n,), of the first metric with this ending.
 
-        An evaluation at the end of training is logged one iteration later than the last, and counts for the last.
+        An evaluation at the end of training, see :meth:`is_evaluated`, counts for the last iteration.
         """
         name = next((key for record in self.records for key in record if key.endswith(ending)), None)
         points = [(min(r["iteration"] + 1, self.iterations), r[name]) for r in self.records if name in r]
@@ -63,14 +68,14 @@ def plot_stages(stages: Sequence[Stage], path: str | Path) -> Path:
 
 
 def stages_figure(stages: Sequence[Stage]) -> Figure:
-    """Validation AP, and below it the detection loss in training and in validation, a colour a stage."""
+    """Validation AP or mIoU, and below it the detection loss in training and in validation, a colour a stage."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 5.6), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         start = 0
         for i, stage in enumerate(stages):
             colour = PALETTE[i % len(PALETTE)]
-            x, y = stage.curve("/AP")
+            x, y = stage.curve(SCORES)
             above.plot(start + x, y, marker="o", markersize=4, color=colour, label=f"{stage.number}: {stage.teachers}")
             x, y = stage.training_loss()
             below.plot(start + x, y, color=colour, linewidth=1.4, label="training" if i == 0 else None)
@@ -80,7 +85,7 @@ def stages_figure(stages: Sequence[Stage]) -> Figure:
             start += stage.iterations
             for panel in (above, below) if stage is not stages[-1] else ():
                 panel.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
-        above.set_ylabel("validation AP")
+        above.set_ylabel(f"validation {next((key for stage in stages for key in stage.scores()), 'AP')}")
         below.set_ylabel("detection loss")
         below.set_xlabel("iteration, over all stages")
         below.set_xlim(left=0)
