@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 
 from msad import load_config
 from msad.distill.progressive.cost import AdaptationCosts, image_maps, pair_levels, resize
 from msad.distill.progressive.least_squares import FeatureSums, SGDFit, SGDOptions, with_ones
 from msad.experiments import adaptation
+from msad.modeling.features import tap_neck
+from msad.resolution import downsample_batch, shift_names
 
 
 class Fixed:
@@ -147,6 +150,30 @@ def test_networks_of_other_scales_and_channels():
     found = study.result(ridge=1e-10)
     assert set(found["levels"]["a"]["b"]) == {"p3>p3", "p4>p4"}
     assert found["normalized_costs"]["a"]["b"] < 1e-8 < 0.01 < found["normalized_costs"]["b"]["a"]
+
+
+@pytest.mark.parametrize("mode", ["antialias", "nearest"])
+def test_networks_see_the_images_that_they_are_made_for(tiny_model, make_batch, monkeypatch, mode):
+    model = tiny_model(levels=range(2, 7)).eval()
+    monkeypatch.setattr(adaptation, "load_model", lambda cfg, weights: model)
+    (student,) = adaptation.networks_of(load_config("", ["MSAD.DOWNSAMPLE", mode]), "student.pth", [])
+    batch = make_batch([(64, 96)])
+    with torch.no_grad(), tap_neck(model) as expected:
+        model(downsample_batch(batch, 1, "cpu", mode))
+    found = student.features(batch, 1)
+    assert list(found) == shift_names(list(expected), 1)
+    for ours, theirs in zip(found.values(), expected.values()):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_images_of_another_sensor_are_refused(tmp_path):
+    cfg = load_config("", ["DATASETS.TRAIN", ("two_sensors",), "DATASETS.TEST", ()])
+    MetadataCatalog.get("two_sensors").definition = {"LOW_RES_IMAGES": "small"}
+    try:
+        with pytest.raises(ValueError, match="two_sensors has LOW_RES_IMAGES"):
+            adaptation.measure_adaptation(cfg, "student.pth", [], tmp_path)
+    finally:
+        MetadataCatalog.remove("two_sensors")
 
 
 def test_levels_pair_by_stride_or_index():

@@ -15,8 +15,10 @@ from test_resume import assert_equal_weights, train
 from torch import nn
 
 from msad import load_config
+from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
 from msad.engine import DistillTrainer
+from msad.engine.hooks import FrozenBackbone
 from msad.engine.preflight import examine
 from msad.engine.setup import prepare
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
@@ -25,7 +27,7 @@ from msad.finding import ERROR, OK
 from msad.modeling.adapters import adapt
 from msad.modeling.features import freeze_unused_levels, tap_neck
 from msad.modeling.fusion_student import FusionBackbone, branch_configs
-from msad.resolution import batch_images, downsample_batch, shift_names
+from msad.resolution import batch_images, downsample_batch, get_resolution, shift_names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
@@ -303,6 +305,25 @@ def test_trains_under_a_teacher(run_cfg, project, teacher_weights, caplog):
     trained = run.distiller.student.state_dict()
     for name in (low, "backbone.branches.H.bottom_up.stem.conv1.weight", "backbone.fusion.excite.weight"):
         assert not torch.equal(trained[name], start[name]), name
+
+
+def test_the_bottom_up_of_every_branch_is_frozen(fusion_cfg):
+    student = build_model(fusion_cfg())
+    frozen = {id(p) for p in FrozenBackbone(student, 1).parameters}
+    names = {name for name, p in student.named_parameters() if id(p) in frozen}
+    assert names == {name for name, _ in student.named_parameters() if ".bottom_up." in name}
+    assert {name.split(".")[2] for name in names} == {"H", "L"}
+
+
+def test_there_is_no_one_bottom_up_to_read(fusion_cfg):
+    with pytest.raises(ValueError, match=r"TAP bottom_up: .* nothing to read there .its backbone has 2 branches"):
+        student_shapes(build_model(fusion_cfg()), get_resolution("H"), "bottom_up")
+
+
+def test_freezing_without_a_teacher_is_said(run_cfg, caplog):
+    with caplog.at_level(logging.WARNING, logger="msad"):
+        DistillTrainer(run_cfg(DISTILL__FREEZE_BACKBONE_ITERS=1))
+    assert "FREEZE_BACKBONE_ITERS has no effect without DISTILL.TEACHERS" in caplog.text
 
 
 def test_loaded_branches_are_known_to_preflight(run_cfg, project, teacher_weights, tmp_path, caplog):

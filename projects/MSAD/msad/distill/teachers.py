@@ -14,7 +14,7 @@ from torch import nn
 from ..modeling.adapters import DetectorAdapter, Features, adapt
 from ..modeling.features import run_neck
 from ..modeling.taps import NECK, tap_shapes
-from ..resolution import batch_images, downsample, pad_divisibility, shift_levels, shift_names
+from ..resolution import batch_images, downsampled_image, pad_divisibility, shift_levels, shift_names
 
 
 class FrozenTeacher:
@@ -29,6 +29,7 @@ class FrozenTeacher:
         reverse_channels: images are in the other order, RGB for BGR, than the model's.
         name: by which losses name it.
         scale: size of the model's input relative to H, the loader's image: any positive number.
+        downsample_mode: how an input at a halving of H is made, see :func:`msad.resolution.downsample`.
 
     Attributes:
         shift: m where ``scale`` is ``2**-m``, so that levels can be aligned; None for other scales.
@@ -42,6 +43,7 @@ class FrozenTeacher:
         *,
         name: str = "teacher",
         scale: float = 1.0,
+        downsample_mode: str = "antialias",
     ) -> None:
         if batch_norm not in ("eval", "batch"):
             raise ValueError(f"DISTILL.TEACHER_BN must be 'eval' or 'batch', not {batch_norm!r}")
@@ -49,7 +51,7 @@ class FrozenTeacher:
             raise ValueError(f"DISTILL.TEACHERS: {name}: SCALE must be above 0, not {scale}")
         self.model = model.eval().requires_grad_(False)
         self.reverse_channels = reverse_channels
-        self.name, self.scale = name, scale
+        self.name, self.scale, self.downsample_mode = name, scale, downsample_mode
         shift = -math.log2(scale)
         self.shift = round(shift) if shift == round(shift) else None
         if batch_norm == "batch":
@@ -93,14 +95,15 @@ class FrozenTeacher:
         if self.reverse_channels:
             inputs = [_with_reversed_channels(item) for item in inputs]
         if self.scale != 1:
-            inputs = [{"image": self._scaled(item["image"])} for item in inputs]
+            inputs = [{"image": self._scaled(item)} for item in inputs]
         features = self._neck(inputs, max(max_shift - (self.shift or 0), 0))
         return shift_levels(features, self.shift) if self.shift else features
 
-    def _scaled(self, image: torch.Tensor) -> torch.Tensor:
-        image = image.to(self.detector.pixel_mean.device, non_blocking=True)
+    def _scaled(self, item: dict) -> torch.Tensor:
+        device = self.detector.pixel_mean.device
         if self.shift is not None and self.shift > 0:
-            return downsample(image, self.shift)
+            return downsampled_image(item, self.shift, device, self.downsample_mode)
+        image = item["image"].to(device, non_blocking=True)
         size = [max(round(side * self.scale), 1) for side in image.shape[-2:]]
         return F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=self.scale < 1)[0]
 

@@ -79,6 +79,7 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
         reverse,
         name=entry.get("NAME", "teacher"),
         scale=float(entry.get("SCALE", 1.0)),
+        downsample_mode=cfg.MSAD.DOWNSAMPLE,
     )
 
 

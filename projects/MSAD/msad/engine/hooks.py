@@ -18,7 +18,7 @@ from ..distill.analysis import decompose
 from ..distill.balance import GradientBalance
 from ..distill.context import DistillContext, Features
 from ..distill.distiller import Distiller
-from ..modeling.taps import get_tap
+from ..modeling.taps import bottom_ups
 
 logger = logging.getLogger(__name__)
 Levels = dict[str, dict[str, float]]  # by name: the parts by name
@@ -99,7 +99,7 @@ class FrozenBackbone(HookBase):
     """
 
     def __init__(self, student: nn.Module, iterations: int) -> None:
-        self.parameters = list(get_tap("bottom_up").module(student).parameters())
+        self.parameters = [p for network in bottom_ups(student) for p in network.parameters()]
         self.iterations = iterations
 
     def before_train(self) -> None:

@@ -163,8 +163,11 @@ class DistillTrainer(DefaultTrainer):
             ours.append(LossRatioLogger(patience=3 if distiller.balance is None else 0))
             if distiller.balance is not None:
                 ours.append(BalanceLogger(distiller.balance))
-        if distiller is not None and self.cfg.DISTILL.FREEZE_BACKBONE_ITERS > 0:
-            ours.append(FrozenBackbone(distiller.student, self.cfg.DISTILL.FREEZE_BACKBONE_ITERS))
+        if self.cfg.DISTILL.FREEZE_BACKBONE_ITERS > 0:
+            if distiller is None:
+                logger.warning("DISTILL.FREEZE_BACKBONE_ITERS has no effect without DISTILL.TEACHERS")
+            else:
+                ours.append(FrozenBackbone(distiller.student, self.cfg.DISTILL.FREEZE_BACKBONE_ITERS))
         if distiller is not None and self.cfg.DISTILL.ANALYSIS_PERIOD > 0:
             ours.append(FeatureAnalysis(distiller, self.cfg.DISTILL.ANALYSIS_PERIOD, self.cfg.OUTPUT_DIR))
         return ours + hooks

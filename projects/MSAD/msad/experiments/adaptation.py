@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
 from ..config import load_config
@@ -31,7 +32,9 @@ SAVE_SECONDS = 60
 def networks_of(cfg: CfgNode, weights: str, entries: list[dict]) -> list[FrozenTeacher]:
     """The student at its resolution and its teachers at their scales, all frozen."""
     scale = 0.5 ** get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
-    student = FrozenTeacher(load_model(cfg, weights), name=STUDENT, scale=scale)
+    student = FrozenTeacher(
+        load_model(cfg, weights), name=STUDENT, scale=scale, downsample_mode=cfg.MSAD.DOWNSAMPLE
+    )
     return [student, *(load_teacher(entry, cfg) for entry in entries)]
 
 
@@ -90,7 +93,13 @@ def measure_adaptation(
     Returns:
         costs as :meth:`AdaptationCosts.result` gives them, the student being called "student", and the number of
         images of each split.
+
+    Raises:
+        ValueError: a data set has LOW_RES_IMAGES: all networks are measured on views of the same H images.
     """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if "LOW_RES_IMAGES" in (MetadataCatalog.get(name).get("definition") or {}):
+            raise ValueError(f"adaptation costs are measured on images made from H, but {name} has LOW_RES_IMAGES")
     options = [images, pairing, sgd is not None and sgd.lr, seed]
     used = [[entry, file_sha256(entry["WEIGHTS"]), load_config(entry["CONFIG"]).dump()] for entry in entries]
     networks = networks_of(cfg, weights, entries)

@@ -28,8 +28,17 @@ class Tap(NamedTuple):
     features: Callable[[object], Features] = dict
 
 
+def bottom_ups(detector: nn.Module) -> list[nn.Module]:
+    """What a detector has in front of its neck: a network, or one for each branch of a fusion student."""
+    branches = getattr(detector.backbone, "branches", None)
+    return [getattr(x, "bottom_up", x) for x in ([detector.backbone] if branches is None else branches.values())]
+
+
 def _bottom_up(detector: nn.Module) -> nn.Module:
-    return getattr(detector.backbone, "bottom_up", detector.backbone)
+    network, *others = bottom_ups(detector)
+    if others:
+        raise AttributeError(f"its backbone has {1 + len(others)} branches")
+    return network
 
 
 TAPS: dict[str, Tap] = {"bottom_up": Tap(_bottom_up, lambda detector: _bottom_up(detector).output_shape())}
