@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from msad import cli
 from msad.modeling.adapters import DenseAdapter, RCNNAdapter, adapt, num_classes_key
 from msad.modeling.fusion import CrossFeatureLevelFusion
 from msad.modeling.teacher import MultiScaleTeacher
@@ -119,3 +120,8 @@ def test_what_a_kind_needs_is_named():
     detector.head_in_features = None
     with pytest.raises(TypeError, match="BrightSpots cannot be run from features: it has no head_in_features"):
         adapt(detector)
+
+
+def test_a_detector_that_does_not_fit_is_bad_input(capsys):
+    assert cli.run("tool", lambda: adapt(torch.nn.Linear(1, 1))) == 2
+    assert "tool: error: Linear cannot be run from features" in capsys.readouterr().err

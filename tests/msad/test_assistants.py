@@ -107,6 +107,12 @@ def step_alone(*opts, **entry):
     return step, DistillContext([], 19, {"p3": torch.randn(2, 4)}, run_losses=run_losses)
 
 
+def test_numbers_that_yaml_reads_as_text():
+    step, _ = step_alone(BASE_LR="1e-3", WEIGHT_DECAY="1e-4")
+    (group,) = step.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 1e-4)
+
+
 def test_poly_schedule_of_the_solver():
     poly = ["SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0]
     step, context = step_alone(*poly, "SOLVER.POLY_LR_POWER", 1.0, "SOLVER.POLY_LR_END", 0.0, SCHEDULE="solver")
@@ -254,6 +260,11 @@ def test_a_resumed_assistant_repeats_the_uninterrupted_one(project, teacher_weig
         ([ENTRY, ENTRY], "there is a source named ToyAssistant already"),
         ([{**ENTRY, "INITT": 3}], "ToyAssistant has no option INITT; did you mean INIT"),
         ([{**ENTRY, "OPTIMIZER": "LBFGS"}], "OPTIMIZER must be one of Adam"),
+        ([{**ENTRY, "INIT": "wide"}], "ASSISTANTS: ToyAssistant: INIT must be a number, not 'wide'"),
+        ([{**ENTRY, "BASE_LR": "much"}], "BASE_LR must be a number, not 'much'"),
+        ([{**ENTRY, "WEIGHT_DECAY": -1}], "WEIGHT_DECAY must be at least 0, not -1"),
+        ([{**ENTRY, "HEAD_LEARNS": "False"}], "HEAD_LEARNS must be True or False, without quotation marks"),
+        ([{**ENTRY, "OPTIMIZER": 3}], "OPTIMIZER must be a text, not 3"),
         ([{"BASE_LR": 1.0}], r"DISTILL\.ASSISTANTS\[0\].*needs NAME"),
     ],
 )

@@ -158,6 +158,17 @@ def test_numbers_that_yaml_reads_as_text(raw):
         ("LD", "CLS_TEMPERATURE", 0, "above 0"),
         ("CWD", "TAU", True, "a number"),
         ("CWD", "WEIGHT", float("nan"), "a number"),
+        ("CWD", "WEIGHT", None, "a number"),
+        ("SDF", "EMBEDDING", "16", "a whole number"),
+        ("SDF", "EMBEDDING", True, "a whole number"),
+        ("SDF", "EMBEDDING", 0, "above 0"),
+        ("SDF", "DILATIONS", 2, "a list"),
+        ("SDF", "DILATIONS", [], "a list, each of it a whole number"),
+        ("SDF", "DILATIONS", [1, "2"], "a list, each of it a whole number"),
+        ("SDF", "DILATIONS", [1, 0], "above 0"),
+        ("FitNet", "REDUCTION", 3, "a text"),
+        ("FKD", "LEVELS", "p3", "a list"),
+        ("FKD", "TAP", False, "a text"),
     ],
 )
 def test_values_of_another_kind_are_refused(name, key, value, wanted):
@@ -166,6 +177,8 @@ def test_values_of_another_kind_are_refused(name, key, value, wanted):
 
 
 def test_values_of_the_right_kind_are_taken():
+    (loss,) = between([{"NAME": "SDF", "EMBEDDING": 3, "DILATIONS": [2]}], shapes([3]), shapes([3]))
+    assert loss.loss.student["p3"].dilations == (2,)
     (loss,) = between([{"NAME": "FKD", "PER_IMAGE": True, "TEMPERATURE": 1}], shapes([3]), shapes([3]))
     assert loss.loss.per_image is True and loss.loss.temperature == 1.0
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from msad import load_config
+from msad.distill.assistants import build_assistants
 from msad.distill.cross_scale import Aggregation, CrossScaleAssistant, CrossScaleAttention
 from msad.distill.losses.chen import direct_regression
 from msad.distill.losses.sdf import SDF, ScaleDecoupled
@@ -201,6 +202,17 @@ def test_plain_attention_and_wrong_options():
         CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, teacher="u")
     with pytest.raises(ValueError, match="3 HEADS must divide 8 channels"):
         CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, heads=3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [("HEADS", "4", "a whole number"), ("HEADS", 0, "above 0"), ("RATIO", "8", "a whole number"),
+     ("RATIO", 0, "above 0"), ("RATIO", 1.5, "a whole number"), ("MULTISCALE", "False", "True or False, .*"),
+     ("TEACHER", 1, "a text")],
+)  # fmt: skip
+def test_wrong_values_of_the_assistant_are_named(key, value, wanted):
+    with pytest.raises(ValueError, match=f"^DISTILL.ASSISTANTS: {NAME}: {key} must be {wanted}, not {value!r}$"):
+        build_assistants([{"NAME": NAME, key: value}], shapes(3, 8), {"t": shapes(3, 8)})
 
 
 class Largest(TorchDispatchMode):

@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
 
+from msad import load_config
 from msad.distill.distiller import Distiller, student_shapes
 from msad.distill.losses import build_losses
 from msad.distill.losses.pairing import crop_to_common
 from msad.distill.teachers import Ensemble, FrozenTeacher
+from msad.engine.build import teacher_entries
 from msad.modeling.adapters import adapt
 from msad.modeling.features import run_neck
 from msad.resolution import RESOLUTIONS, batch_images
@@ -153,6 +155,19 @@ def test_predictions_of_a_scaled_teacher_are_not_compared(tiny_model):
     teacher = FrozenTeacher(tiny_model(), name="t", scale=0.5)
     with pytest.raises(ValueError, match="Chen compares predictions, which only a teacher of SCALE 1 has, not 't'"):
         make(l_student(tiny_model), [teacher], [{"NAME": "Chen"}])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [({"SCALE": "half"}, "SCALE must be a number, not 'half'"), ({"WEIGHTS": 3}, "WEIGHTS must be a text, not 3"),
+     ({"MEAN_OF": "abc"}, "MEAN_OF must be a list, not 'abc'"),
+     ({"MEAN_OF": ["a", "b"], "WEIGHTS_OF": [1, "x"]}, "WEIGHTS_OF must be a list, each of it a number")],
+)  # fmt: skip
+def test_values_of_another_kind_are_named(entry, message):
+    common = {} if "MEAN_OF" in entry else {"CONFIG": "a.yaml", "WEIGHTS": "a.pth"}
+    cfg = load_config("", ["DISTILL.TEACHERS", [{**common, **entry}]])
+    with pytest.raises(ValueError, match=rf"^DISTILL.TEACHERS\[0\]: {message}"):
+        teacher_entries(cfg)
 
 
 # --- taps -------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,14 @@ from torch import nn
 
 from ..config import nearest
 from .context import DistillContext, Features
+from .options import check_options, own_options
 
 DISTILL_ASSISTANT_REGISTRY = Registry("DISTILL_ASSISTANT")
-# Keys of an entry that say how an assistant is trained, see msad.engine.assistants.
-TRAINING_OPTIONS = ("optimizer", "base_lr", "weight_decay", "schedule", "head_learns")
+# Keys of an entry that say how an assistant is trained, with defaults, see msad.engine.assistants. The default of
+# BASE_LR is the student's.
+TRAINING_OPTIONS = {
+    "optimizer": "Adam", "base_lr": 0.0, "weight_decay": 0.0, "schedule": "solver", "head_learns": False,
+}  # fmt: skip
 INJECTED_ARGUMENTS = ("self", "student", "sources")
 
 
@@ -27,6 +31,7 @@ class Assistant(nn.Module, ABC):
 
     A constructor gets the options of its DISTILL.ASSISTANTS entry, and, if it has parameters of these names,
     ``student`` and ``sources``: channels and strides (H pixels) of the student's neck, and of every teacher's by name.
+    A class attribute ``positive`` names options that must be above 0.
     """
 
     @abstractmethod
@@ -64,7 +69,7 @@ def build_assistants(
         seed: initial weights are a function of it and of the name alone.
 
     Raises:
-        ValueError: unknown assistant, option or name, or one named twice; says which.
+        ValueError: unknown assistant, option, value or name, or one named twice; says which.
     """
     built: dict[str, Assistant] = {}
     for entry in entries:
@@ -77,15 +82,10 @@ def build_assistants(
         if name in built or name in sources:
             raise ValueError(f"DISTILL.ASSISTANTS: there is a source named {name} already")
         cls = DISTILL_ASSISTANT_REGISTRY.get(name)
-        own = {key: value for key, value in options.items() if key not in TRAINING_OPTIONS}
+        defaults = {**TRAINING_OPTIONS, **own_options(cls, INJECTED_ARGUMENTS)}
+        checked = check_options(f"DISTILL.ASSISTANTS: {name}", options, defaults, getattr(cls, "positive", ()))
+        own = {key: value for key, value in checked.items() if key not in TRAINING_OPTIONS}
         parameters = inspect.signature(cls.__init__).parameters
-        valid = [key.upper() for key in (*TRAINING_OPTIONS, *parameters) if key not in INJECTED_ARGUMENTS]
-        for key in own:
-            if key.upper() not in valid:
-                raise ValueError(
-                    f"DISTILL.ASSISTANTS: {name} has no option {key.upper()}{nearest(key.upper(), valid)} "
-                    f"(options: {', '.join(valid)})"
-                )
         given: dict[str, Any] = {"student": student, "sources": dict(sources)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))

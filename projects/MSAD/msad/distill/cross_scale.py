@@ -111,6 +111,8 @@ class CrossScaleAssistant(Assistant):
         ValueError: an unknown teacher, ``qkv`` or pairing.
     """
 
+    positive = ("heads", "ratio")
+
     def __init__(
         self,
         student: dict[str, ShapeSpec],
@@ -132,7 +134,7 @@ class CrossScaleAssistant(Assistant):
             )
         self.qkv = qkv
         theirs = sources[self.teacher]
-        self.pairs = pair_levels(student, theirs, match, None)
+        self.pairs = pair_levels(student, theirs, match)
         self._shapes = {pair.student: student[pair.student] for pair in self.pairs}
         self.attention = nn.ModuleDict()
         for position, pair in enumerate(self.pairs):

@@ -12,8 +12,9 @@ from detectron2.engine import defaults
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ..distill.assistants import Assistant
+from ..distill.assistants import TRAINING_OPTIONS, Assistant
 from ..distill.context import DistillContext
+from ..distill.options import check_options
 from ..modeling.scalars import scalars_under
 from .solver import build_lr_scheduler
 
@@ -57,12 +58,14 @@ class AssistantStep:
         student: whose heads the assistant's losses may go through; they get no gradients from them.
 
     Raises:
-        ValueError: an unknown optimizer or schedule.
+        ValueError: an unknown optimizer or schedule, or an option of another kind.
     """
 
     def __init__(self, name: str, assistant: Assistant, cfg: CfgNode, entry: dict, student: nn.Module) -> None:
-        options = {key.lower(): value for key, value in entry.items()}
-        kind, schedule = options.get("optimizer", "Adam"), options.get("schedule", "solver")
+        given = {key.lower(): value for key, value in entry.items() if key.lower() in TRAINING_OPTIONS}
+        options = {**TRAINING_OPTIONS, "base_lr": cfg.SOLVER.BASE_LR}
+        options |= check_options(f"DISTILL.ASSISTANTS: {name}", given, TRAINING_OPTIONS)
+        kind, schedule = options["optimizer"], options["schedule"]
         if kind not in OPTIMIZERS or schedule not in SCHEDULES:
             raise ValueError(
                 f"DISTILL.ASSISTANTS: {name}: OPTIMIZER must be one of {', '.join(OPTIMIZERS)} and SCHEDULE one of "
@@ -72,11 +75,11 @@ class AssistantStep:
         self.model = defaults.create_ddp_model(assistant, broadcast_buffers=False)
         self.optimizer = OPTIMIZERS[kind](
             assistant.parameters(),
-            lr=float(options.get("base_lr", cfg.SOLVER.BASE_LR)),
-            weight_decay=float(options.get("weight_decay", 0.0)),
+            lr=options["base_lr"],
+            weight_decay=options["weight_decay"],
         )
         self.scheduler = build_lr_scheduler(cfg, self.optimizer) if schedule == "solver" else None
-        self.head_learns, self.w_det = bool(options.get("head_learns", False)), cfg.DISTILL.W_DET
+        self.head_learns, self.w_det = options["head_learns"], cfg.DISTILL.W_DET
         device = torch.device(cfg.MODEL.DEVICE).type
         half = cfg.SOLVER.AMP.ENABLED and device == "cuda"
         self.scaler = torch.amp.GradScaler(device, enabled=half)

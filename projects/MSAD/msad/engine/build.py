@@ -18,6 +18,7 @@ from ..distill.balance import GradientBalance
 from ..distill.distiller import Distiller, student_shapes
 from ..distill.losses import build_losses
 from ..distill.losses.registry import ShapesAt
+from ..distill.options import check_options
 from ..distill.schedules import distillation_factor
 from ..distill.teachers import Ensemble, FrozenTeacher
 from ..modeling.taps import NECK
@@ -26,16 +27,17 @@ from .assistants import AssistantStep
 from .checkpoint import CheckedCheckpointer
 
 logger = logging.getLogger(__name__)
-TEACHER_KEYS = ("NAME", "CONFIG", "WEIGHTS", "SCALE")
-ENSEMBLE_KEYS = ("NAME", "MEAN_OF", "WEIGHTS_OF")
+# With values of the kind that is asked for.
+TEACHER_KEYS = {"NAME": "", "CONFIG": "", "WEIGHTS": "", "SCALE": 1.0}
+ENSEMBLE_KEYS = {"NAME": "", "MEAN_OF": ("",), "WEIGHTS_OF": (1.0,)}
 
 
 def teacher_entries(cfg: CfgNode) -> list[dict]:
     """DISTILL.TEACHERS with all names: "teacher", or "teacher_1", "teacher_2", ... where an entry of several has none.
 
     Raises:
-        ValueError: an entry that is neither {NAME, CONFIG, WEIGHTS, SCALE} nor {NAME, MEAN_OF, WEIGHTS_OF}, a name
-            twice, or a mean of unknown teachers; says which.
+        ValueError: an entry that is neither {NAME, CONFIG, WEIGHTS, SCALE} nor {NAME, MEAN_OF, WEIGHTS_OF}, a value of
+            another kind, a name twice, or a mean of unknown teachers; says which.
     """
     several, entries = len(cfg.DISTILL.TEACHERS) > 1, []
     for number, entry in enumerate(cfg.DISTILL.TEACHERS, start=1):
@@ -46,6 +48,7 @@ def teacher_entries(cfg: CfgNode) -> list[dict]:
             what = f"no key {wrong[0]}{nearest(wrong[0], list(keys))}" if wrong else f"no {' and no '.join(lacking)}"
             form = f"{{{', '.join(keys)}}}"
             raise ValueError(f"DISTILL.TEACHERS[{number - 1}] has {what}; an entry is {form}, not {dict(entry)}")
+        entry = check_options(f"DISTILL.TEACHERS[{number - 1}]", entry, keys)
         entries.append({"NAME": f"teacher_{number}" if several else "teacher", **entry})
     names = [entry["NAME"] for entry in entries]
     for entry in entries:
@@ -144,8 +147,8 @@ def build_distillation(cfg: CfgNode, student: nn.Module) -> Distiller:
     """``student`` under the teachers of DISTILL.TEACHERS, with everything that the config says of them.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: DISTILL asks for something unknown, or for what these networks cannot
-            be compared by.
+        ValueError, FileNotFoundError: DISTILL asks for something unknown, or for what these networks cannot be compared
+            by.
     """
     teachers = [load_teacher(entry, cfg) for entry in teacher_entries(cfg) if "MEAN_OF" not in entry]
     for teacher in teachers:
@@ -160,7 +163,7 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teachers: list[FrozenTeach
     """``student`` under loaded teachers with the losses, assistants, schedule and weights of the config.
 
     Raises:
-        ValueError, TypeError: DISTILL asks for something unknown, or for what these networks cannot be compared by.
+        ValueError: DISTILL asks for something unknown, or for what these networks cannot be compared by.
     """
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
     factor = partial(

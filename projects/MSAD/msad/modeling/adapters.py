@@ -33,6 +33,10 @@ from .head_outputs import DENSE, ROI, RPN, Head, covered
 Features = dict[str, torch.Tensor]
 
 
+class UnfitDetector(TypeError, ValueError):
+    """A detector of a kind, or with a part, that what was asked for does not work with; bad input, as a ValueError."""
+
+
 class DetectorAdapter(ABC):
     """A kind of detector as the rest of the package sees it.
 
@@ -43,7 +47,7 @@ class DetectorAdapter(ABC):
         detector: of the kind.
 
     Raises:
-        TypeError: the detector lacks what the kind needs; names it.
+        UnfitDetector: the detector lacks what the kind needs; names it.
     """
 
     needs: tuple[str, ...] = ("backbone", "pixel_mean", "pixel_std")
@@ -51,7 +55,7 @@ class DetectorAdapter(ABC):
     def __init__(self, detector: nn.Module) -> None:
         absent = [name for name in self.needs if getattr(detector, name, None) is None]
         if absent:
-            raise TypeError(f"{type(detector).__name__} cannot be run from features: it has no {', '.join(absent)}")
+            raise UnfitDetector(f"{type(detector).__name__} cannot be run from features: it has no {', '.join(absent)}")
         self.detector = detector
 
     @property
@@ -85,8 +89,8 @@ class DetectorAdapter(ABC):
         return output
 
     def heads(self) -> dict[str, Head]:
-        """Heads whose predictions can be compared, by name; TypeError with the reason if there are none."""
-        raise TypeError(f"the head predictions of a {type(self.detector).__name__} cannot be compared")
+        """Heads whose predictions can be compared, by name; UnfitDetector with the reason if there are none."""
+        raise UnfitDetector(f"the head predictions of a {type(self.detector).__name__} cannot be compared")
 
     def run_head(self, name: str, features: Features, boxes: list[Boxes]) -> tuple:
         """Output of head ``name``; ``boxes`` of each image, in the detector's pixels, are read by "roi" alone."""
@@ -159,7 +163,7 @@ class DenseAdapter(DetectorAdapter):
         detector = self.detector
         absent = [name for name in self.comparable if not hasattr(detector, name)]
         if absent:
-            raise TypeError(
+            raise UnfitDetector(
                 f"the head predictions of a {type(detector).__name__} cannot be compared: it has no {', '.join(absent)}"
             )
         return {DENSE: Head(detector.head, detector, detector, "label_anchors", self.levels, detector.num_classes)}
@@ -221,7 +225,7 @@ class RCNNAdapter(DetectorAdapter):
             or any(not hasattr(x, "box2box_transform") or getattr(x, "use_sigmoid_ce", False) for x in stages)
             or getattr(roi, "semantic_head", None) is not None
         ):  # fmt: skip
-            raise TypeError(
+            raise UnfitDetector(
                 f"the head predictions of a {type(self.detector).__name__} with {type(roi).__name__} cannot be "
                 "compared: only those of dense detectors and of R-CNNs and cascades with an RPN and a softmax can"
             )
@@ -259,9 +263,9 @@ def adapt(detector: nn.Module) -> DetectorAdapter:
     """The adapter of ``detector``.
 
     Raises:
-        TypeError: of no known kind, or without something that its kind needs.
+        UnfitDetector: of no known kind, or without something that its kind needs.
     """
-    raise TypeError(
+    raise UnfitDetector(
         f"{type(detector).__name__} cannot be run from features: only detectron2's dense detectors (RetinaNet, FCOS, "
         "...) and R-CNNs with a proposal generator are supported"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class LevelPair(NamedTuple):
 
 
 def pair_levels(
-    student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], match: str, levels: list[str] | None
+    student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], match: str, levels: Sequence[str] = ()
 ) -> list[LevelPair]:
     """Pair the levels of two pyramids; pairs are in order of the teacher's strides, finest first.
 
@@ -34,7 +35,7 @@ def pair_levels(
         student, teacher: channels and strides (H pixels) by name, finest first.
         match: "by_stride": levels of equal stride, and so of equal grid; those of equal name where there are several.
             "by_index": the i-th of the student with the i-th of the teacher, whatever their strides.
-        levels: the teacher's levels that take part, in any order; None: all that have a partner.
+        levels: the teacher's levels that take part, in any order; none: all that have a partner.
 
     Raises:
         ValueError: a level without a partner, or of another stride under by_stride; names it.

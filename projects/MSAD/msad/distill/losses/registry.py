@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,14 +37,19 @@ from torch import nn
 
 from ...config import nearest
 from ..context import DistillContext
+from ..options import check_options, own_options
 from .pairing import LevelPair, build_adaptation, crop_to_common, pair_levels, resize_to
 
 logger = logging.getLogger(__name__)
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 NECK = "neck"
-# Entry keys that every loss has, in lower case, and parameters that are not options.
-COMMON_OPTIONS = ("weight", "source", "tap", "levels", "match", "adaptation", "adaptation_norm")
-OF_FEATURES = COMMON_OPTIONS[2:]
+# Entry keys that every loss has, in lower case, with defaults (source: a name, or a list of names), and parameters that
+# are not options.
+COMMON_OPTIONS = {
+    "weight": 1.0, "source": None, "tap": NECK, "levels": (), "match": "by_stride", "adaptation": "auto",
+    "adaptation_norm": "",
+}  # fmt: skip
+OF_FEATURES = tuple(COMMON_OPTIONS)[2:]
 INJECTED_ARGUMENTS = ("self", "levels", "channels", "student_channels", "strides")
 RENAMED = {"adaptor": "adaptation", "adaptor_norm": "adaptation_norm"}
 # Tap -> channels and strides (H pixels) by level, finest first.
@@ -163,7 +167,10 @@ def build_losses(
         if cls is None:
             known = [name for name, _ in DISTILL_LOSS_REGISTRY]
             raise ValueError(f"DISTILL.LOSSES: unknown loss {kind!r}{_suggest(str(kind), known)} (known: {known})")
-        options = check_options(kind, cls, options)
+        for key in RENAMED.keys() & options:
+            raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} is called {RENAMED[key].upper()} now")
+        defaults = {**COMMON_OPTIONS, **own_options(cls, INJECTED_ARGUMENTS)}
+        options = check_options(f"DISTILL.LOSSES: {kind}", options, defaults, getattr(cls, "positive", ()))
         number = f"_{names.count(kind) + 1}" if kind in names else ""
         names.append(kind)
         for source in _sources(kind, options.pop("source", None), list(sources), default):
@@ -202,10 +209,11 @@ def _build_loss(
         if of_features:
             raise ValueError(f"DISTILL.LOSSES: {label} compares predictions and takes no {', '.join(of_features)}")
         return WeightedLoss(label, weight, [], cls(**options), nn.ModuleDict(), source=source)
-    tap, match = options.pop("tap", NECK), options.pop("match", "by_stride")
+    common = {key: options.pop(key, COMMON_OPTIONS[key]) for key in OF_FEATURES}
+    tap, match = common["tap"], common["match"]
     ours, theirs = student(tap), teacher(tap)
-    pairs = pair_levels(ours, theirs, match, options.pop("levels", None))
-    adaptation, norm = options.pop("adaptation", "auto"), options.pop("adaptation_norm", "")
+    pairs = pair_levels(ours, theirs, match, common["levels"])
+    adaptation, norm = common["adaptation"], common["adaptation_norm"]
     wanted = inspect.signature(cls.__init__).parameters
     if "student_channels" in wanted:
         if adaptation != "auto" or norm:
@@ -226,47 +234,3 @@ def _build_loss(
             "Distillation loss %s: adaptation layers, trained with the student, at %s", label, ", ".join(layers)
         )
     return WeightedLoss(label, weight, pairs, loss, layers, source=source, tap=tap, resize=match == "by_index")
-
-
-def check_options(kind: str, cls: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
-    """``options`` (lower-case keys) if the loss takes them, numbers as numbers: yaml reads 1e-3 as a text.
-
-    Raises:
-        ValueError: an unknown option, or a value of another kind than its default; names loss and option.
-    """
-    parameters = inspect.signature(cls.__init__).parameters
-    own = {name: parameter.default for name, parameter in parameters.items() if name not in INJECTED_ARGUMENTS}
-    valid = [name.upper() for name in (*COMMON_OPTIONS, *own)]
-    checked = {}
-    for key, value in options.items():
-        if key in RENAMED:
-            raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} is called {RENAMED[key].upper()} now")
-        if key.upper() not in valid:
-            raise ValueError(
-                f"DISTILL.LOSSES: {kind} has no option {key.upper()}{nearest(key.upper(), valid)} "
-                f"(options: {', '.join(valid)})"
-            )
-        wanted = ""
-        if key == "weight" or isinstance(own.get(key), float):
-            number = _number(value)
-            wanted = "a number" if number is None else ""
-            value = value if number is None else number
-        elif isinstance(own.get(key), bool) and not isinstance(value, bool):
-            wanted = "True or False, without quotation marks"
-        if not wanted and key in getattr(cls, "positive", ()) and not value > 0:
-            wanted = "above 0"
-        if not wanted and key == "weight" and value < 0:
-            wanted = "at least 0"
-        if wanted:
-            raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} must be {wanted}, not {value!r}")
-        checked[key] = value
-    return checked
-
-
-def _number(value: Any) -> float | None:
-    """``value`` as a finite number, None if it is none."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) and not isinstance(value, bool) else None

@@ -80,6 +80,7 @@ class SDF(nn.Module):
     default_weight = 0.01  # one-stage detectors
     two_stage = {"weight": 0.07}
     pools_teacher = True
+    positive = ("embedding", "dilations")
 
     def __init__(
         self,
@@ -101,9 +102,9 @@ class SDF(nn.Module):
         for name in levels:
             s, t = student_channels[name], channels[name]
             self.adapt[name] = nn.Sequential(nn.Conv2d(s, t, 1), nn.ReLU(), nn.Conv2d(t, t, 1))
-            self.student[name] = ScaleDecoupled(t, embedding, tuple(dilations), share_weights)
+            self.student[name] = ScaleDecoupled(t, embedding, dilations, share_weights)
             if teacher_side != "shared":
-                self.teacher[name] = ScaleDecoupled(t, embedding, tuple(dilations), share_weights)
+                self.teacher[name] = ScaleDecoupled(t, embedding, dilations, share_weights)
                 self.teacher[name].requires_grad_(teacher_side == "trainable")
         if teacher_side != "frozen":
             self.register_buffer("first_spread", torch.full((len(levels),), torch.nan))
