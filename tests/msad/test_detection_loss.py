@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from detectron2.data import DatasetCatalog
 from test_resume import config
 
+from msad.data.checks import check_test_sets
 from msad.engine import DistillTrainer
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.experiments.rows import AP
@@ -36,3 +38,17 @@ def test_each_test_set_has_its_own(project, teacher_weights, tmp_path):
     assert losses == [DetectionLoss(fixed_batches(cfg, name, 1, 4))(model) for name in ("tiny_val", "tiny_train")]
     cfg.TEST.LOSS_IMAGES = 0
     assert "validation" not in DistillTrainer.test(cfg, model)["tiny_val"]
+
+
+def test_a_test_set_without_labels_has_no_losses(project, teacher_weights, tmp_path):
+    cfg = config(project, teacher_weights, "fcos", tmp_path)
+    records = [{k: v for k, v in r.items() if k != "annotations"} for r in DatasetCatalog.get("tiny_val")]
+    DatasetCatalog.register("unlabelled", lambda: records)
+    try:
+        cfg.DATASETS.TEST = ("unlabelled",)
+        check_test_sets(cfg)
+        cfg.TEST.LOSS_IMAGES = 1
+        with pytest.raises(ValueError, match=r"'unlabelled'.*has no annotations.*Fix: set TEST\.LOSS_IMAGES 0"):
+            check_test_sets(cfg)
+    finally:
+        DatasetCatalog.remove("unlabelled")

@@ -376,6 +376,17 @@ def test_images_for_the_teachers_ap_are_spread_evenly(project, teacher_weights, 
         assert chosen == [order[i] for i in places] and f"on {len(chosen)} images" in finding.text
 
 
+@pytest.mark.parametrize("kind", ["visdrone", "argoverse_hd", "sem_seg"])
+def test_where_coco_does_not_judge_the_teacher_is_not_measured(
+    project, teacher_weights, tmp_path, monkeypatch, kind
+):
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    register_datasets(cfg)
+    monkeypatch.setitem(vars(MetadataCatalog.get("tiny_val")), "evaluator_type", kind)
+    (finding,) = check_teacher_ap(cfg, load_config(project / "teacher.yaml"), torch.nn.Identity(), 2)
+    assert finding.level == WARNING and "not measured: tiny_val" in finding.text
+
+
 def test_a_teacher_has_to_exceed_the_student_without_distillation(
     project, teacher_weights, tmp_path, monkeypatch
 ):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from msad import cli, load_config
 from msad.data import dataset_fingerprint
+from msad.data.checks import check_test_sets
 from msad.data.loader import build_train_loader
 from msad.data.register import register_datasets
 from msad.engine.setup import load_model
@@ -104,6 +105,14 @@ class TestFiles:
         cv2.imwrite(str(folder / "labels" / "x.png"), np.zeros((2, 2, 3), np.uint8))
         with pytest.raises(ValueError, match=r"x\.png has mode 'RGB'"):
             DatasetCatalog.get("segments")
+
+    @pytest.mark.parametrize("size", [20, 60])
+    def test_damaged_label_maps_are_named(self, folder, size):
+        write(folder, "x", np.random.default_rng(0).integers(0, 2, (32, 32)))
+        path = folder / "labels" / "x.png"
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ValueError, match=r"label map .*labels/x\.png cannot be read: "):
+            load()
 
     def test_indices_of_a_palette_are_the_classes(self, folder):
         """As VOC's label maps: detectron2's mapper alone would read how bright the colours are."""
@@ -257,6 +266,17 @@ def test_wrong_number_of_classes_is_said_before_training(project):
     register_datasets(cfg)
     with pytest.raises(ValueError, match=r"MODEL\.SEM_SEG_HEAD\.NUM_CLASSES is 3.*2 classes: ground, disc"):
         build_train_loader(cfg, seed=0)
+
+
+def test_labels_that_are_ignored_have_one_number_in_data_and_model(project):
+    cfg = load_config(project / "psp.yaml", ["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "254"])
+    register_datasets(cfg)
+    with pytest.raises(ValueError, match=r"IGNORE_VALUE is 254.*'discs_train'.* is 255.*Fix: set .*IGNORE_VALUE 255"):
+        build_train_loader(cfg, seed=0)
+    check_test_sets(cfg)  # there the data's own number is used
+    cfg.TEST.LOSS_IMAGES = 1
+    with pytest.raises(ValueError, match=r"IGNORE_VALUE is 254.*'discs_val'"):
+        check_test_sets(cfg)
 
 
 @pytest.fixture

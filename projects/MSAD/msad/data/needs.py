@@ -20,6 +20,8 @@ class Needs(NamedTuple):
         flips: images are mirrored in training.
         sigmas: OKS sigmas of the config.
         training: the data are trained on; otherwise they are only evaluated on.
+        losses: TEST.LOSS_IMAGES: detection losses are computed on the data, trained on or not.
+        ignored: label of the pixels that a segmentor's losses leave out.
     """
 
     classes: int | None = None
@@ -30,6 +32,8 @@ class Needs(NamedTuple):
     flips: bool = False
     sigmas: tuple[float, ...] = ()
     training: bool = True
+    losses: bool = False
+    ignored: int = 255
 
 
 def needs_of(cfg: CfgNode, training: bool) -> Needs:
@@ -48,4 +52,6 @@ def needs_of(cfg: CfgNode, training: bool) -> Needs:
         flips=cfg.INPUT.RANDOM_FLIP != "none",
         sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
         training=training,
+        losses=cfg.TEST.LOSS_IMAGES > 0,
+        ignored=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
     )

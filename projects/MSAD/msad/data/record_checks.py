@@ -73,8 +73,15 @@ def check_records(records: list[dict], name: str, needs: Needs) -> list[Finding]
             _check_masks(tally, pairs, needs)
     elif is_segmentation(records):  # the labels are looked at where the set is loaded
         tally.add(OK, f"{len(records)} images with label maps", "", "")
+        ignored, key = MetadataCatalog.get(name).get("ignore_label"), "MODEL.SEM_SEG_HEAD.IGNORE_VALUE"
+        if (needs.training or needs.losses) and ignored not in (None, needs.ignored):
+            reason = f"is {needs.ignored}, but the label of data set {name!r} that does not count is {ignored}"
+            tally.add(ERROR, reason, key, f"set {key} {ignored}")
     elif needs.classes is not None and needs.training:
         tally.add(ERROR, "has no annotations", "it", "train on a set that has some")
+    elif needs.losses:
+        reason = "has no annotations, which the losses of TEST.LOSS_IMAGES need"
+        tally.add(ERROR, reason, "it", "set TEST.LOSS_IMAGES 0, or test on a set that has some")
     elif needs.classes is not None:
         tally.add(WARNING, "has no annotations: detections are written, AP is not computed", "it", "")
     if needs.keypoints is not None:

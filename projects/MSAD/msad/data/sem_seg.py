@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int)
     image, label = pair
     with Image.open(image) as opened:
         size = opened.size
-    with Image.open(label) as opened:
+    with _decoding(label) as opened:
         if opened.mode not in ("L", "P"):
             raise ValueError(
                 f"label map {label} has mode {opened.mode!r}, not one channel of 8 bits ('L' or 'P'): its numbers "
@@ -137,6 +138,16 @@ def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int)
             f"label map {label} has the label {wrong[0]}; classes are 0 to {classes - 1}, ignored is {ignored}"
         )
     return read, *size
+
+
+@contextmanager
+def _decoding(label: str) -> Iterator[Image.Image]:
+    """The opened label map; ValueError that names it where it cannot be decoded in the block."""
+    try:
+        with Image.open(label) as opened:
+            yield opened
+    except (OSError, SyntaxError) as error:  # what Pillow raises at damaged files, not always with their name
+        raise ValueError(f"label map {label} cannot be read: {error}") from None
 
 
 def is_segmentation(dicts: list[dict]) -> bool:
