@@ -13,9 +13,11 @@ from detectron2.data import transforms as T
 from PIL import Image
 from test_resume import config
 
+from msad import load_config
 from msad.data import build_train_loader, check_data, register_datasets
 from msad.data.low_res import build_test_loader, follow, size_problem, to_low_res
 from msad.engine import DistillTrainer
+from msad.export.plain import by_itself
 from msad.finding import ERROR
 from msad.resolution import downsample, downsample_batch
 
@@ -221,3 +223,12 @@ def test_wrong_files_are_found_before_training(thermal):
     assert not [f for f in check_data(cfg)[1] if f.level == ERROR]
     shutil.rmtree(low)
     assert any("LOW_RES_IMAGES: no such folder" in f.text for f in check_data(cfg)[1])
+
+
+def test_an_exported_student_is_evaluated_on_its_own_files(thermal):
+    cfg, low = thermal
+    alone = by_itself(cfg)
+    (name,) = alone.DATASETS.TEST
+    seen = [item["file_name"] for batch in build_test_loader(alone, name) for item in batch]
+    assert seen and all(file.startswith(str(low)) for file in seen)
+    assert not by_itself(load_config("")).DATASETS.LOW_RES

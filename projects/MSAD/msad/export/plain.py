@@ -16,6 +16,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ..config import add_msad_config, detector_architecture
+from ..data.low_res import reads_low_res
 from ..engine.checkpoint import CheckedCheckpointer
 from ..files import atomic_write
 from ..modeling.detectors.mask_code import IN_CHECKPOINT
@@ -94,6 +95,9 @@ def by_itself(cfg: CfgNode) -> CfgNode:
     sizes.MIN_SIZE_TRAIN = tuple(downsampled_size((size, size), shift)[0] for size in sizes.MIN_SIZE_TRAIN)
     sizes.MAX_SIZE_TRAIN = downsampled_size((sizes.MAX_SIZE_TRAIN,) * 2, shift)[0]
     out.DISTILL = add_msad_config(get_cfg()).DISTILL
+    if reads_low_res(cfg) and any("LOW_RES_IMAGES" in entry for entry in cfg.DATASETS.REGISTER):
+        out.DATASETS.LOW_RES = True
+        out.DISTILL.STUDENT_RESOLUTION = cfg.DISTILL.STUDENT_RESOLUTION  # to check the sizes of the files
     return out
 
 
