@@ -1,17 +1,23 @@
 #!/usr/bin/env python
-"""Write docs/CONFIG.md: every key of msad.config with its default and the comment above it, and the losses' options.
+"""Write docs/CONFIG.md: every key of msad.config with its default and the comment above it, and the options of
+losses and assistants.
 
     tools/config_docs.py            write the file
     tools/config_docs.py --check    exit 1 if the file is not up to date
 """
 
 import argparse
-import inspect
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
-from msad.distill.losses.registry import DISTILL_LOSS_REGISTRY, INJECTED_ARGUMENTS
+from fvcore.common.registry import Registry
+
+from msad.distill.assistants import DISTILL_ASSISTANT_REGISTRY, INJECTED_ARGUMENTS
+from msad.distill.losses import registry as loss_registry
+from msad.distill.losses.registry import DISTILL_LOSS_REGISTRY
+from msad.distill.options import own_options
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = [REPOSITORY / "projects/MSAD/msad" / name for name in ("config.py", "config_model.py")]
@@ -45,6 +51,25 @@ or `ADAPTATION_NORM`. [LOSSES.md](LOSSES.md) has formulas, sources and open ques
 | loss | option | default | meaning |
 | --- | --- | --- | --- |
 """
+ASSISTANTS = """
+## Entries of DISTILL.ASSISTANTS
+
+Every entry has
+
+| key | default | meaning |
+| --- | --- | --- |
+| `NAME` | | a registered assistant; losses read it as a SOURCE of this name |
+| `OPTIMIZER` | `Adam` | `Adam`, `AdamW` or `SGD` |
+| `BASE_LR` | the student's | its learning rate |
+| `WEIGHT_DECAY` | `0.0` | of all of its parameters |
+| `SCHEDULE` | `solver` | the student's schedule, or `constant` |
+| `HEAD_LEARNS` | `False` | whether its detection losses train the student's head too |
+
+and the options of its assistant:
+
+| assistant | option | default | meaning |
+| --- | --- | --- | --- |
+"""
 TAIL = """
 `DISTILL.WEIGHTING` overwrites `MSAD.W_FUSE`, `DISTILL.W_DET` and every `WEIGHT` by what it implies for
 `LAMBDA` and `GAMMA`; projects/MSAD/README.md has the table.
@@ -67,14 +92,12 @@ def described_arguments(docstring: str) -> dict[str, str]:
     return found
 
 
-def loss_options() -> list[str]:
-    """A line for each option of each registered loss, from its signature and docstring."""
+def options_of(registry: Registry, injected: Collection[str]) -> list[str]:
+    """A line for each option of each registered class, from its signature and docstring."""
     lines = []
-    for name, cls in sorted(DISTILL_LOSS_REGISTRY):
+    for name, cls in sorted(registry):
         described = described_arguments(cls.__doc__ or "")
-        options = {
-            key: p.default for key, p in inspect.signature(cls).parameters.items() if key not in INJECTED_ARGUMENTS
-        }
+        options = own_options(cls, injected)
         if weight := getattr(cls, "default_weight", None):
             lines.append(f"| `{name}` | `WEIGHT` | `{weight}` | its published weight |")
         two_stage = getattr(cls, "two_stage", {})
@@ -82,7 +105,8 @@ def loss_options() -> list[str]:
             text = described.get(key, "")
             if key in two_stage and "wo-stage" not in text:
                 text += f" Two-stage: {two_stage[key]}."
-            lines.append(f"| `{name}` | `{key.upper()}` | `{default}` | {text.strip().replace('|', chr(92) + '|')} |")
+            value = default if default != "" else '""'
+            lines.append(f"| `{name}` | `{key.upper()}` | `{value}` | {text.strip().replace('|', chr(92) + '|')} |")
         if not weight and not options:
             lines.append(f"| `{name}` | | | |")
     return lines
@@ -107,7 +131,9 @@ def render(source: str) -> str:
             comment = []
         elif not assignment:
             comment = []
-    return "\n".join(lines) + "\n" + LOSSES + "\n".join(loss_options()) + "\n" + TAIL
+    losses = options_of(DISTILL_LOSS_REGISTRY, loss_registry.INJECTED_ARGUMENTS)
+    assistants = options_of(DISTILL_ASSISTANT_REGISTRY, INJECTED_ARGUMENTS)
+    return "\n".join([*lines, LOSSES.rstrip("\n"), *losses, ASSISTANTS.rstrip("\n"), *assistants, TAIL])
 
 
 def main(argv: list[str] | None = None) -> int:

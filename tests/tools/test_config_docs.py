@@ -33,9 +33,12 @@ def test_every_key_has_a_row_and_a_meaning():
     assert all(rows[key] for key in leaves)
 
 
-def test_every_option_of_a_loss_has_a_meaning():
+def test_every_option_of_a_loss_or_an_assistant_has_a_meaning():
     module = load_tool("config_docs")
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in module.loss_options()]
+    lines = module.options_of(module.DISTILL_LOSS_REGISTRY, module.loss_registry.INJECTED_ARGUMENTS)
+    lines += module.options_of(module.DISTILL_ASSISTANT_REGISTRY, module.INJECTED_ARGUMENTS)
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    assert ["`CrossScaleAssistant`", "`HEADS`", "`8`", "of each level's attention."] in rows
     assert ["`CWD`", "`TAU`", "`1.0`", "temperature of the softmax."] in rows
     assert {"`LD`", "`SDF`", "`MGD`"} <= {row[0] for row in rows}
     assert all(len(row) == 4 and row[3] for row in rows if len(row) > 1)

@@ -82,11 +82,11 @@ def add_msad_config(cfg: CN) -> CN:
     # training.
     cfg.DISTILL.TEACHERS = []
     # Entries {NAME: registered loss, WEIGHT: float, SOURCE: name of a teacher or assistant (default: every teacher that
-    # is in no mean), TAP: where features are read, LEVELS: H-frame levels, ...}; see docs/CONFIG.md. Empty: the student
-    # is only initialised from the teacher (the no-KD baseline of every comparison).
+    # is in no mean), TAP: where features are read, LEVELS: H-frame levels, ...}; docs/CONFIG.md ends with all. Empty:
+    # the student is only initialised from the teacher (the no-KD baseline of every comparison).
     cfg.DISTILL.LOSSES = []
     # Entries {NAME: registered assistant, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, HEAD_LEARNS, ...}: sources that
-    # are trained beside the student, each with its own optimizer.
+    # are trained beside the student, each with its own optimizer; docs/CONFIG.md ends with all options.
     cfg.DISTILL.ASSISTANTS = []
     # Entries {TEACHERS: [names], and any sections of the config with what differs, as SOLVER: {MAX_ITER: 1000}}: the
     # student is trained in one run a stage, each from the student of the one before, in OUTPUT_DIR/stage1, stage2, ...
@@ -117,9 +117,9 @@ def add_msad_config(cfg: CN) -> CN:
     # See DECAY_FROM.
     cfg.DISTILL.DECAY_TO = 1.0
     # Weights from the paper's lambda and gamma: "" (W_DET, LOSSES as written), "convex" (gamma L_det + (1 - gamma)
-    # L_KD, fused branch lambda) or "additive" (gamma L_det + lambda L_KD, fused branch 0.4); see docs/CONFIG.md. Gamma
-    # as the weight of distillation is not offered: the paper lowers gamma for the 3x schedule so that distillation
-    # counts more, and there it would count less.
+    # L_KD, fused branch lambda) or "additive" (gamma L_det + lambda L_KD, fused branch 0.4); see
+    # projects/MSAD/README.md. Gamma as the weight of distillation is not offered: the paper lowers gamma for the 3x
+    # schedule so that distillation counts more, and there it would count less.
     cfg.DISTILL.WEIGHTING = ""
     # Lambda of the paper, used by WEIGHTING only (3x schedule: 0.4).
     cfg.DISTILL.LAMBDA = 0.4

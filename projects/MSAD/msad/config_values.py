@@ -29,6 +29,13 @@ def nearest(name: str, valid: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def plain(value: Any) -> Any:
+    """Nested mappings and sequences as the dicts and lists that yaml makes of them."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
 def valid_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
     """All keys of a config with dots between their parts, sections included."""
     keys = []

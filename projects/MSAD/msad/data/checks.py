@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from detectron2.config import CfgNode
@@ -14,6 +13,7 @@ from detectron2.data.build import (
 )
 from detectron2.utils import comm
 
+from ..config_values import nearest
 from ..finding import ERROR, WARNING, Finding, error_text, log_findings
 from .image_files import check_image_files
 from .low_res import FILE, check_low_res_files, reads_low_res, student_shift
@@ -39,7 +39,7 @@ def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]]
     for name in dict.fromkeys(train + test):
         try:
             if name not in DatasetCatalog.list():
-                raise ValueError(f"no data set is called {name!r}{_nearest(name)}")
+                raise ValueError(f"no data set is called {name!r}{nearest(name, DatasetCatalog.list())}")
             loaded[name] = DatasetCatalog.get(name)
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
             check = f"data set {name!r}"
@@ -128,11 +128,6 @@ def clean(dicts: Iterable[dict], *, drop_empty: bool = False) -> list[dict]:
         if record.get("annotations") or not drop_empty:
             cleaned.append(record)
     return cleaned
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _fix_of(name: str) -> str:

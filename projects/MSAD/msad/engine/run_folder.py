@@ -15,7 +15,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_msad_config, load_config
-from ..config_values import valid_keys
+from ..config_values import plain, valid_keys
 from ..data.fingerprint import dataset_fingerprint, file_sha256
 from ..files import atomic_write
 
@@ -126,20 +126,13 @@ def changes(old: CfgNode, new: CfgNode) -> Iterator[tuple[str, Any, Any]]:
         before, now = (reduce(getitem, key.split("."), cfg) for cfg in (old, new))
         if isinstance(now, CfgNode) or key in ("OUTPUT_DIR", "DATASETS.REGISTER"):
             continue
-        if _plain(before) != _plain(now):
+        if plain(before) != plain(now):
             yield key, before, now
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as the lists that yaml makes of them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def _may_change(key: str, before: Any, now: Any) -> bool:
     if key in LOOSE:
-        before, now = ([{k: v for k, v in e.items() if k not in LOOSE[key]} for e in _plain(x)] for x in (before, now))
+        before, now = ([{k: v for k, v in e.items() if k not in LOOSE[key]} for e in plain(x)] for x in (before, now))
         return before == now
     return key in FREE or (key.startswith("MODEL.") and key.endswith("_TEST"))
 

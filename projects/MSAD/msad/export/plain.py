@@ -16,6 +16,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ..config import add_msad_config, detector_architecture
+from ..config_values import plain
 from ..data.low_res import reads_low_res
 from ..engine.checkpoint import CheckedCheckpointer
 from ..files import atomic_write
@@ -39,20 +40,14 @@ def split_config(cfg: CfgNode, stock: CfgNode) -> tuple[dict, dict]:
     own: dict[str, Any] = {}
     for key, value in cfg.items():
         if key not in stock:
-            own[key] = _plain(value)
+            own[key] = plain(value)
         elif isinstance(value, CfgNode):
             for target, part in zip((known, own), split_config(value, stock[key])):
                 if part:
                     target[key] = part
         elif value != stock[key]:
-            known[key] = _plain(value)
+            known[key] = plain(value)
     return known, own
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def foreign_parts(cfg: CfgNode) -> list[str]:
@@ -141,7 +136,7 @@ def _prune(tree: dict, defaults: CfgNode, whole: set[str], prefix: str) -> dict:
             value = _prune(value, defaults[key], whole, f"{prefix}{key}.")
             if value:
                 out[key] = value
-        elif prefix + key in whole or value != _plain(defaults[key]):
+        elif prefix + key in whole or value != plain(defaults[key]):
             out[key] = value
     return out
 

@@ -36,13 +36,13 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ...config import nearest
+from ...modeling.taps import NECK
 from ..context import DistillContext
 from ..options import check_options, own_options
 from .pairing import LevelPair, build_adaptation, crop_to_common, pair_levels, resize_to
 
 logger = logging.getLogger(__name__)
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
-NECK = "neck"
 # Entry keys that every loss has, in lower case, with defaults (source: a name, or a list of names), and parameters that
 # are not options.
 COMMON_OPTIONS = {
