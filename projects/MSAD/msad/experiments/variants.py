@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 
 from ..config import load_config, nearest
+from ..config_values import decode
 
 BUDGETS = {
     "": "as its config says",
@@ -213,22 +212,11 @@ def value_at(tree: Any, key: str) -> Any:
 
 
 def _parse(text: str, now: Any, is_typed: bool) -> Any:
-    """What ``text`` stands for in place of ``now``; that has a type which config values keep, those in lists do not."""
-    if isinstance(now, str):
-        return text
-    is_number = type(now) in (int, float)
-    is_factor = is_number and text.startswith("x")
-    value = yaml.safe_load(text[1:] if is_factor else text)
-    if isinstance(value, str):  # as yaml reads 1e-3
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if not is_number or type(value) not in (int, float):
-        return value
-    if is_factor:
-        value = float(f"{now * value:.9g}")
-    if type(now) is float:
-        return float(value)
-    return round(value) if float(value).is_integer() or (is_factor and is_typed) else value
+    """What ``text`` stands for in place of ``now``; a value of the config keeps its type, one in a list need not."""
+    if not text.startswith("x") or type(now) not in (int, float):
+        return decode(text, now)
+    value = float(f"{now * float(text[1:]):.9g}")
+    return round(value) if type(now) is int and (is_typed or value.is_integer()) else value
 
 
 def _position(key: str) -> int | None:
