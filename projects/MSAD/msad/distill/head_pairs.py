@@ -134,7 +134,7 @@ def pair_heads(
             sizes = [len(level) for level in args[0]]
             width = prediction_size(head.owner.box2box_transform)
             sides = [(_rows(logits, head.classes), _rows(predictions, width)) for logits, predictions in outputs]
-            in_regions = (sides[0][0] == SURELY_BACKGROUND).all(dim=2)
+            in_regions = sides[0][0][..., 0] == SURELY_BACKGROUND  # of all classes alike
             labels = torch.where(in_regions, -1, labels)
         (s_logits, s_boxes), (t_logits, t_boxes) = sides
         anchors, transform = anchors * scale, head.owner.box2box_transform
