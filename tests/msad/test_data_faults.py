@@ -386,7 +386,7 @@ def test_classes_without_an_instance_are_said(data):
 def test_names_that_no_data_set_has(data):
     data.cfg.DATASETS.TEST = ("d_vall",)
     (error,) = data.texts(ERROR)
-    assert "no data set is called 'd_vall'; did you mean 'd_val'?" in error
+    assert "no data set is called 'd_vall'; did you mean d_val?" in error
 
 
 def test_images_that_are_trained_and_tested_on(data):
