@@ -199,6 +199,54 @@ def test_a_wrong_graph_is_refused(tiny_cfg, tiny_model):
         exporter.check(content, model)
 
 
+@pytest.mark.parametrize(
+    ("arch", "part", "options"),
+    [
+        ("MaskRCNN", "roi_heads.mask_head.predictor", {}),
+        ("KeypointRCNN", "roi_heads.keypoint_head.score_lowres", {}),
+        ("MEInst", "mask_code", {"MODEL__MEINST__CODE": "checkpoint", "MODEL__MEINST__DIM": 6}),
+    ],
+)
+def test_wrong_masks_and_keypoints_are_refused(arch, part, options, tiny_cfg, tiny_model):
+    levels = range(3, 7) if arch.endswith("RCNN") else range(3, 6)
+    model = tiny_model(arch, levels, **options).eval()
+    tensors = list(model.get_submodule(part).state_dict().values())
+    for tensor in tensors:
+        tensor.uniform_(0.1, 0.5)
+    graph = detection_graph(model)
+    content = exporter.trace(graph, exporter.describe(tiny_cfg(arch, levels, **options), graph, {}))
+    exporter.check(content, model)
+    for tensor in tensors:
+        tensor.uniform_(0.1, 0.5)  # others than the file's
+    with pytest.raises(RuntimeError, match=r"of \d+ objects .+ have the same (masks|keypoints)"):
+        exporter.check(content, model)
+
+
+def test_a_check_compares_something(tiny_cfg, tiny_model):
+    """Of a model that finds nothing in random images, a graph with a lower score threshold is checked first."""
+    model = tiny_model("FCOS", range(3, 6)).eval()
+    set_threshold(model, 0.99)
+    graph = detection_graph(model)
+    about = exporter.describe(tiny_cfg("FCOS"), graph, {})
+    content = exporter.trace(graph, about)
+    with pytest.raises(RuntimeError, match="neither the file nor the model finds anything"):
+        exporter.check(content, model)
+    assert exporter.checked(lambda: exporter.trace(graph, about), exporter.check, model) == content
+    assert model.test_score_thresh == 0.99
+
+    def wrong():
+        model.head.bbox_pred.bias.data += 1
+        made = exporter.trace(graph, about)
+        model.head.bbox_pred.bias.data -= 1
+        return made
+
+    with pytest.raises(RuntimeError, match="The exported graph is wrong"):
+        exporter.checked(wrong, exporter.check, model)
+    # One that finds nothing, at the lower threshold either.
+    with pytest.raises(RuntimeError, match=r"the file finds 0 objects .+ where the model finds \d\d"):
+        exporter.checked(lambda: content, exporter.check, model)
+
+
 def test_what_cannot_be_exported_is_named(tiny_cfg, tiny_model):
     cfg = tiny_cfg()
     cfg.MODEL.META_ARCHITECTURE = "FusionStudent"

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from ..files import atomic_write
 from .graph import DetectionGraph
-from .onnx import described_graph, example_images, verify
+from .onnx import checked, described_graph, example_images, verify
 
 FILE, METADATA = "model.torchscript", "msad.json"
 
@@ -30,14 +31,18 @@ def export_torchscript(cfg: CfgNode, weights: str, output: str | os.PathLike) ->
         one sentence: how the file is loaded.
     """
     graph, about = described_graph(cfg, weights)
-    content = script(graph, about)
-    loaded = torch.jit.load(io.BytesIO(content))
-    verify(lambda images, sizes: [x.numpy() for x in loaded(images, sizes)], graph.detector)
+    content = checked(lambda: script(graph, about), check, graph.detector)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     with atomic_write(output / FILE) as file:
         file.write(content)
     return f"torch.jit.load({str(output / FILE)!r}), after 'import torchvision', gives a function of images and sizes."
+
+
+def check(content: bytes, detector: nn.Module, may_be_empty: bool = False) -> None:
+    """:func:`verify` of a TorchScript file."""
+    loaded = torch.jit.load(io.BytesIO(content))
+    verify(lambda images, sizes: [x.numpy() for x in loaded(images, sizes)], detector, may_be_empty)
 
 
 def script(graph: DetectionGraph, about: dict[str, Any]) -> bytes:
