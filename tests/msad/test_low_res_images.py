@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
+from detectron2.modeling import build_model
 from PIL import Image
 from test_resume import config
 
@@ -192,6 +193,43 @@ def test_a_detector_without_a_teacher_is_trained_on_the_second_folder(thermal):
     boxes = np.array([a["bbox"] for a in records[item["file_name"]]["annotations"]])
     boxes[:, 2:] += boxes[:, :2]
     np.testing.assert_allclose(item["instances"].gt_boxes.tensor.numpy(), np.clip(boxes / 2, 0, 32), atol=1e-4)
+
+
+def test_an_exported_file_sees_what_its_student_sees(thermal, tmp_path, monkeypatch):
+    pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
+    pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
+    from msad.export import evaluate
+    from msad.export.graph import detection_graph
+    from msad.export.onnx import describe, trace
+
+    cfg, _ = thermal
+    cfg.INPUT.MIN_SIZE_TEST = 32  # the size of the files
+    torch.manual_seed(0)
+    model = build_model(by_itself(cfg)).eval()
+    for name, parameter in model.head.named_parameters():  # scores that are apart, so that their order is known
+        if name.endswith("weight"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    graph = detection_graph(model)
+    (tmp_path / "model.onnx").write_bytes(trace(graph, describe(cfg, graph, {})))
+    given = []
+
+    class Recorded(evaluate.ExportedModel):
+        def __call__(self, inputs):
+            given.extend(found := super().__call__(inputs))
+            return found
+
+    monkeypatch.setattr(evaluate, "ExportedModel", Recorded)
+    for source in (cfg, by_itself(cfg)):
+        given.clear()
+        evaluate.evaluate_exported(source, tmp_path / "model.onnx", threads=1)
+        loader = build_test_loader(source, cfg.DATASETS.TEST[0])
+        with torch.no_grad():
+            wanted = [model(batch)[0]["instances"] for batch in loader]
+        assert len(given) == len(wanted) > 0
+        for one, theirs in zip((x["instances"] for x in given), wanted):
+            assert one.image_size == theirs.image_size == (64, 64) and len(one) == len(theirs) > 20
+            torch.testing.assert_close(one.scores, theirs.scores, rtol=0, atol=1e-4)
+            torch.testing.assert_close(one.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
 
 
 def test_annotations_are_scaled_with_the_file(tmp_path):

@@ -12,6 +12,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, Instances
 
+from ..data.low_res import FILE, reads_low_res
 from ..data.register import register_datasets
 from ..engine.trainer import DistillTrainer
 from .runner import Detector
@@ -19,22 +20,30 @@ from .runner import Detector
 
 class ExportedModel:
     """A file of :func:`export_onnx` with the interface of detectron2's models in evaluation: a list of dataset dicts
-    with ``file_name`` -> a list of {"instances"}, or of segmentors {"sem_seg"}, in pixels of the images."""
+    with ``file_name`` -> a list of {"instances"}, or of segmentors {"sem_seg"}, in pixels of the images.
 
-    def __init__(self, file: str | Path, threads: int = 0) -> None:
+    Args:
+        low_res: read the file of LOW_RES_IMAGES where a dict has one; results are in the frame of the dict's height
+            and width all the same.
+    """
+
+    def __init__(self, file: str | Path, threads: int = 0, low_res: bool = False) -> None:
         self.detector = Detector(file, threads)
+        self.low_res = low_res
 
     def __call__(self, inputs: list[dict]) -> list[dict]:
-        images = [read_image(item["file_name"], "BGR") for item in inputs]
-        found = zip(self.detector(images), images)
+        files = [item[FILE] if self.low_res and FILE in item else item["file_name"] for item in inputs]
+        images = [read_image(file, "BGR") for file in files]
+        sizes = [(x.get("height", len(image)), x.get("width", image.shape[1])) for x, image in zip(inputs, images)]
+        found = self.detector(images, sizes)
         if "sem_seg" in self.detector.outputs:
-            return [{"sem_seg": label_scores(one, len(self.detector.about["classes"]))} for one, _ in found]
-        return [{"instances": instances(*pair)} for pair in found]
+            return [{"sem_seg": label_scores(one, len(self.detector.about["classes"]))} for one in found]
+        return [{"instances": instances(*pair)} for pair in zip(found, sizes)]
 
 
-def instances(found: dict, image) -> Instances:
-    """Detections of the runner in ``image`` (h, w, 3) as detectron2 gives them."""
-    result = Instances(image.shape[:2])
+def instances(found: dict, size: tuple[int, int]) -> Instances:
+    """Detections of the runner in an image of this height and width as detectron2 gives them."""
+    result = Instances(size)
     result.pred_boxes = Boxes(torch.from_numpy(found["boxes"]))
     result.scores, result.pred_classes = torch.from_numpy(found["scores"]), torch.from_numpy(found["classes"])
     for name in ("masks", "keypoints"):
@@ -61,7 +70,7 @@ def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[
     register_datasets(cfg)
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: on what is the model to be evaluated?")
-    model, results = ExportedModel(file, threads), {}
+    model, results = ExportedModel(file, threads, reads_low_res(cfg)), {}
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
         classes, metadata = model.detector.about["classes"], MetadataCatalog.get(name)

@@ -94,12 +94,14 @@ class Detector:
         owner = found.pop("image")
         return [{name: value[owner == i] for name, value in found.items()} for i in range(len(images))]
 
-    def __call__(self, images: list[np.ndarray]) -> list[dict]:
+    def __call__(self, images: list[np.ndarray], sizes: list[tuple[int, int]] | None = None) -> list[dict]:
         """Detections of BGR images (h, w, 3), best first, in the pixels of each, as arrays: boxes (M, 4), scores (M,),
-        classes (M,), and where the model has them masks (M, h, w) and keypoints (M, K, 3)."""
+        classes (M,), and where the model has them masks (M, h, w) and keypoints (M, K, 3). With ``sizes``, they are as
+        in images of these heights and widths that show the same."""
         ordered = [image if self.about["format"] == "BGR" else image[:, :, ::-1] for image in images]
         small = [resize_shortest_edge(x, self.about["min_size"], self.about["max_size"]) for x in ordered]
-        return [to_size(found, x.shape, y.shape) for found, x, y in zip(self.run(small), small, images)]
+        sizes = [image.shape[:2] for image in images] if sizes is None else sizes
+        return [to_size(found, x.shape, size) for found, x, size in zip(self.run(small), small, sizes)]
 
 
 def regions(scores: np.ndarray, wanted: tuple) -> dict:
