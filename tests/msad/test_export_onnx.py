@@ -26,6 +26,7 @@ pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
 
 from msad.export import onnx as exporter
+from msad.export import verify as verifying
 from msad.export.runner import Detector, to_size
 from msad.export.torchscript import METADATA, script
 
@@ -56,7 +57,7 @@ KINDS = {
 
 def images(seed: int = 0) -> list[np.ndarray]:
     """BGR photographs of SIZES, of blobs and noise; the last is of one colour."""
-    made = [exporter.example_images([size], seed + i)[0][0].numpy() for i, size in enumerate(SIZES)]
+    made = [verifying.example_images([size], seed + i)[0][0].numpy() for i, size in enumerate(SIZES)]
     rng = np.random.default_rng(seed)
     noisy = [np.clip(x + rng.normal(0, 20, x.shape), 0, 255).astype(np.uint8) for x in made]
     return [*noisy[:-1], np.full((*SIZES[-1], 3), 110, np.uint8)]
@@ -160,7 +161,7 @@ def test_openvino_reads_the_file(arch, threshold, tiny_cfg, tiny_model, tmp_path
     (tmp_path / "model.onnx").write_bytes(exporter.trace(graph, exporter.describe(cfg, graph, {})))
     compiled = openvino.compile_model(tmp_path / "model.onnx", "CPU")
     for sizes in BATCHES:
-        images, sizes = exporter.example_images(sizes, seed=3)
+        images, sizes = verifying.example_images(sizes, seed=3)
         with torch.no_grad():
             wanted = graph(images, sizes)
         found = compiled({"images": images.numpy(), "sizes": sizes.numpy()})
@@ -177,7 +178,7 @@ def test_torchscript_finds_what_the_graph_finds(arch, tiny_cfg, tiny_model):
     loaded = torch.jit.load(content, _extra_files=extra)
     assert json.loads(extra[METADATA])["detector"] == type(graph.detector).__name__
     for sizes in BATCHES:
-        images, sizes = exporter.example_images(sizes, seed=3)
+        images, sizes = verifying.example_images(sizes, seed=3)
         with torch.no_grad():
             wanted, found = graph(images, sizes), loaded(images, sizes)
         assert len(wanted[0]) > 1
@@ -231,7 +232,7 @@ def test_a_check_compares_something(tiny_cfg, tiny_model):
     content = exporter.trace(graph, about)
     with pytest.raises(RuntimeError, match="neither the file nor the model finds anything"):
         exporter.check(content, model)
-    assert exporter.checked(lambda: exporter.trace(graph, about), exporter.check, model) == content
+    assert verifying.checked(lambda: exporter.trace(graph, about), exporter.check, model) == content
     assert model.test_score_thresh == 0.99
 
     def wrong():
@@ -241,10 +242,10 @@ def test_a_check_compares_something(tiny_cfg, tiny_model):
         return made
 
     with pytest.raises(RuntimeError, match="The exported graph is wrong"):
-        exporter.checked(wrong, exporter.check, model)
+        verifying.checked(wrong, exporter.check, model)
     # One that finds nothing, at the lower threshold either.
     with pytest.raises(RuntimeError, match=r"the file finds 0 objects .+ where the model finds \d\d"):
-        exporter.checked(lambda: content, exporter.check, model)
+        verifying.checked(lambda: content, exporter.check, model)
 
 
 def test_what_cannot_be_exported_is_named(tiny_cfg, tiny_model):

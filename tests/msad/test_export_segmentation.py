@@ -24,6 +24,7 @@ pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
 
 from msad.export import onnx as exporter
 from msad.export import runner
+from msad.export import verify as verifying
 from msad.export.evaluate import evaluate_exported
 from msad.export.graph import detection_graph
 
@@ -77,7 +78,7 @@ def segmentor(request):
 
 
 def images():
-    return [exporter.example_images([size], i)[0][0].numpy() for i, size in enumerate(SIZES)]
+    return [verifying.example_images([size], i)[0][0].numpy() for i, size in enumerate(SIZES)]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (6, 6), (12, 9), (2, 30)])

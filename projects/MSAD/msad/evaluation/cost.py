@@ -201,16 +201,6 @@ def medians(passes: list[dict[str, float]]) -> dict[str, float]:
     return {key: median(one[key] for one in passes) for key in passes[0]}
 
 
-def measure_latency(model: nn.Module, inputs: list[dict], repeats: int = 10, warmup: int = 2) -> dict[str, float]:
-    """Median milliseconds for one image by part, and ``total``; arguments as in :func:`count_macs`.
-
-    To compare models on a machine that does other things too, alternate between them with :func:`time_parts`. With
-    random weights the number of candidates, and so the time of post-processing, is not that of a trained model.
-    """
-    passes = [time_parts(model, inputs) for _ in range(warmup + repeats)]
-    return medians(passes[warmup:])
-
-
 def milliseconds(function: Callable[[], Any], device: torch.device) -> float:
     """Time of one call of ``function``, which works on ``device``."""
     if device.type == "cuda":

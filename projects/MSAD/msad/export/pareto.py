@@ -22,8 +22,6 @@ from .onnx import export_onnx
 from .quantize import quantize
 from .runner import Detector, resize_shortest_edge
 
-ENGINES = ("torch", "onnxruntime", "int8")
-
 
 @dataclass
 class Candidate:

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..files import atomic_write
 from .graph import DetectionGraph
-from .onnx import checked, described_graph, example_images, verify
+from .onnx import described_graph
+from .verify import checked, example_images, verify
 
 FILE, METADATA = "model.torchscript", "msad.json"
 
