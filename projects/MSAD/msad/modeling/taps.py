@@ -10,6 +10,7 @@ from detectron2.layers import ShapeSpec
 from torch import nn
 
 from .adapters import Features
+from .fusion_student import FusionBackbone
 
 NECK = "neck"
 
@@ -30,8 +31,9 @@ class Tap(NamedTuple):
 
 def bottom_ups(detector: nn.Module) -> list[nn.Module]:
     """What a detector has in front of its neck: a network, or one for each branch of a fusion student."""
-    branches = getattr(detector.backbone, "branches", None)
-    return [getattr(x, "bottom_up", x) for x in ([detector.backbone] if branches is None else branches.values())]
+    backbone = detector.backbone
+    networks = backbone.branches.values() if isinstance(backbone, FusionBackbone) else [backbone]
+    return [getattr(network, "bottom_up", network) for network in networks]
 
 
 def _bottom_up(detector: nn.Module) -> nn.Module:
