@@ -22,8 +22,9 @@ ENGINE := $(VENV)/.engine-$(ENGINE_ID)
 demo: install
 	$(VENV)/bin/python tools/quickstart.py $(ARGS)
 
+# A process a core, each with one thread: most tests are too small for more.
 test: install
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: install
 	$(VENV)/bin/python -m ruff check .
