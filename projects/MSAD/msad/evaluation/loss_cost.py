@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from ..distill.losses import build_losses
 from ..distill.losses.registry import WeightedLoss
 from ..resolution import downsampled_size, level_of
 from .cost import medians, milliseconds, random_inputs
-from .memory import PeakMemory
+from .memory import PeakMemory, growth_in_fresh_process
 
 
 @dataclass(frozen=True)
@@ -96,29 +94,15 @@ def peak_memory(entry: dict[str, Any], setting: Setting, threads: int | None = N
         memory = PeakMemory(setting.device)
         step(loss, context)
         return memory.growth()
-    child = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import _child; _child()"],
-        input=json.dumps({"entry": entry, "setting": asdict(setting), "threads": threads}),
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode:
-        raise RuntimeError(f"measuring memory failed: {(child.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return int(child.stdout.split()[-1])
+    request = {"entry": entry, "setting": asdict(setting)}
+    return growth_in_fresh_process(f"{__name__}:prepare_step", threads, **request)
 
 
-def _child() -> None:
-    """Entry of the subprocess of :func:`peak_memory`: a request on stdin, bytes as the last line of stdout."""
-    request = json.load(sys.stdin)
-    if request["threads"]:
-        torch.set_num_threads(request["threads"])
-    setting = Setting(**request["setting"])
-    small = Setting(**{**request["setting"], "size": (64, 64)})
-    step(make_loss(request["entry"], small), make_context(small))  # what torch loads at first use
-    loss, context = make_loss(request["entry"], setting), make_context(setting)
-    memory = PeakMemory("cpu")
-    step(loss, context)
-    print(memory.growth())
+def prepare_step(entry: dict[str, Any], setting: dict[str, Any]) -> Callable[[], None]:
+    """For :func:`growth_in_fresh_process`: a step of the loss of ``entry``, on maps of ``Setting(**setting)``."""
+    small = Setting(**{**setting, "size": (64, 64)})
+    step(make_loss(entry, small), make_context(small))  # what torch loads at first use
+    return functools.partial(step, make_loss(entry, Setting(**setting)), make_context(Setting(**setting)))
 
 
 def step_time(loss: WeightedLoss, context: DistillContext, device: torch.device) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import pkgutil
 import resource
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -98,18 +101,47 @@ def step_memory(step: Callable[[], None], device: str) -> int:
     return memory.peak
 
 
+def growth_in_fresh_process(function: str, threads: int | None = None, **request: Any) -> int:
+    """Bytes by which a fresh process grows while it does what ``function`` prepares.
+
+    Args:
+        function: "module:name" of a function that takes ``request``, whose values JSON can hold, and returns what is
+            measured. What it does itself is not: imports, the first use of libraries, data.
+        threads: torch's; default: torch's choice.
+
+    Raises:
+        RuntimeError: the process failed; with the last line that it wrote.
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import _child; _child()"],
+        input=json.dumps({"function": function, "threads": threads, "request": request}),
+        capture_output=True,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for the parent, which ends the child
+    )
+    if child.returncode:
+        raise RuntimeError(f"measuring memory failed: {(child.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return int(child.stdout.split()[-1])
+
+
 def _child() -> None:
-    """Entry of the subprocess of :func:`peak_memory`: a request on stdin, bytes as the last line of stdout."""
+    """Entry of that process: what to do on stdin, bytes as the last line of stdout."""
+    asked = json.load(sys.stdin)
+    if asked["threads"]:
+        torch.set_num_threads(asked["threads"])
+    measured = pkgutil.resolve_name(asked["function"])(**asked["request"])
+    memory = PeakMemory("cpu")
+    measured()
+    print(memory.growth())
+
+
+def prepare_inference(cfg: str, height: int, width: int) -> Callable[[], None]:
+    """For :func:`growth_in_fresh_process`: the model of a yaml text, built and run on one image."""
     import msad  # noqa: F401  (fills the registries)
 
-    request = json.load(sys.stdin)
-    if request["threads"]:
-        torch.set_num_threads(request["threads"])
     # Whatever torch loads and allocates at its first convolution is not the model's.
     F.conv2d(torch.zeros(1, 8, 32, 32), torch.zeros(8, 8, 3, 3))
-    memory = PeakMemory("cpu")
-    _build_and_run(CfgNode.load_cfg(request["cfg"]), request["height"], request["width"])
-    print(memory.growth())
+    return functools.partial(_build_and_run, CfgNode.load_cfg(cfg), height, width)
 
 
 def peak_memory(cfg: CfgNode, height: int, width: int, threads: int | None = None) -> int:
@@ -129,13 +161,5 @@ def peak_memory(cfg: CfgNode, height: int, width: int, threads: int | None = Non
         memory = PeakMemory(cfg.MODEL.DEVICE)
         _build_and_run(cfg, height, width)
         return memory.growth()
-    child = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import _child; _child()"],
-        input=json.dumps({"cfg": cfg.dump(), "height": height, "width": width, "threads": threads}),
-        capture_output=True,
-        text=True,
-        start_new_session=True,  # Ctrl-C is for the parent, which ends the child
-    )
-    if child.returncode:
-        raise RuntimeError(f"measuring memory failed: {(child.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return int(child.stdout.split()[-1])
+    request = {"cfg": cfg.dump(), "height": height, "width": width}
+    return growth_in_fresh_process(f"{__name__}:prepare_inference", threads, **request)
