@@ -22,7 +22,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from torch import nn
 from tqdm import tqdm
@@ -30,7 +29,8 @@ from tqdm import tqdm
 from msad import cli, load_config
 from msad.data import dataset_fingerprint
 from msad.engine import DistillTrainer
-from msad.engine.setup import engine_name, load_model, prepare
+from msad.engine.provenance import machine
+from msad.engine.setup import load_model, prepare
 from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
 from msad.experiments.costs import measure_costs
 from msad.experiments.run import log_to
@@ -82,10 +82,7 @@ def describe(args: argparse.Namespace, cfg: CfgNode) -> dict:
     teacher = cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher"
     return {
         "model": hashlib.sha1(json.dumps(key).encode()).hexdigest()[:12],
-        "engine": engine_name(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(cfg.MODEL.DEVICE) if "cuda" in cfg.MODEL.DEVICE else cfg.MODEL.DEVICE,
-        "threads": torch.get_num_threads(),
+        **machine(cfg.MODEL.DEVICE),
         "config": args.config_file,
         "opts": args.opts,
         "weights": args.weights,
@@ -150,8 +147,9 @@ def run(args: argparse.Namespace) -> list[dict]:
                     evaluator = DistillTrainer.build_evaluator(sized, cfg.DATASETS.TEST[0])
                     entry = evaluate_size(model, loader, evaluator, bar.update)
                 about_size = {"max_size": sized.INPUT.MAX_SIZE_TEST, "images": len(loader)}
-                done[side] = {"short_side": side, **about_size, "input": None, "milliseconds": None, **entry}
-                sizes = largest_first(done)
+                done[side] = {"short_side": side, **about_size, **entry}
+                # Milliseconds compare where sizes took turns on one machine: those of earlier runs go.
+                sizes = [{**entry, "input": None, "milliseconds": None} for entry in largest_first(done)]
                 save(file, about, sizes)
     if not args.no_latency and any(entry["milliseconds"] is None for entry in sizes):
         measure_latencies(cfg, model, sizes, about["branch"])

@@ -112,6 +112,10 @@ def test_sweep_resumes_and_agrees_with_evaluation(tool, project, weights, tmp_pa
     kept = [{**e, "milliseconds": None} for e in found["sizes"]]
     assert [{**e, "milliseconds": None} for e in (again[0], again[2])] == kept
 
+    # Without them those of before go: they may be of another machine than the file's head says.
+    assert tool.main([*argv, "--no-latency", "--sizes", "40"]) == 0
+    assert [e["milliseconds"] for e in json.loads(file.read_text())["sizes"]] == [None] * 4
+
     # Other options are other numbers, and so are corrected labels.
     labels = project / "data" / "annotations_val.json"
     text = labels.read_text()
