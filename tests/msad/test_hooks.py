@@ -69,6 +69,28 @@ def test_randomness_of_a_step_depends_on_seed_iteration_and_rank(monkeypatch):
     assert not set(drawn(1, 0)) & set(whole)
 
 
+@torch.jit.script
+def scripted(x: torch.Tensor) -> torch.Tensor:
+    p = torch.sigmoid(x)
+    return (nn.functional.binary_cross_entropy_with_logits(x, 0.9 * p, reduction="none") * (1 - p) ** 2.0).sum() / 7.3
+
+
+def test_script_functions_are_run_as_they_are_written_whatever_ran_before():
+    logits = torch.randn(333, 6, requires_grad=True)
+
+    def gradient():
+        return torch.autograd.grad(scripted(logits), logits)[0]
+
+    first = []
+    run(lambda trainer: first.append(gradient()), [ExactResume(1, nn.Module(), Loader(), 10)], 1)
+    for _ in range(4):
+        optimised = gradient()
+    assert not torch.equal(optimised, first[0]), "the optimised function rounds otherwise"
+    again = []
+    run(lambda trainer: again.append(gradient()), [ExactResume(1, nn.Module(), Loader(), 10)], 4)
+    assert len(again) == 4 and all(torch.equal(g, first[0]) for g in again)
+
+
 def detector_like(count):
     model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Identity()))
     model[1][0].loss_normalizer = count

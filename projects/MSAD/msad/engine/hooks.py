@@ -32,7 +32,8 @@ class ExactResume(HookBase):
     every process: each counts for itself. Register it before the hook that writes checkpoints.
 
     TorchScript functions, which detectron2's losses are made of, are run as they are written: after a few calls they
-    would be optimised, and a process that has just resumed would round otherwise than one that has been running.
+    would be optimised, and a process that has just resumed would round otherwise than one that has been running. What
+    was optimised before, as by a curriculum's evaluation of an earlier stage, is forgotten.
 
     Args:
         seed: of the run; a resumed run takes the saved one.
@@ -53,6 +54,9 @@ class ExactResume(HookBase):
 
     def before_train(self) -> None:
         self._settings.enter_context(torch.jit.optimized_execution(False))
+        # The setting does not reach functions that have been optimised already.
+        for function in torch.jit._state._python_cu.get_functions():
+            function._debug_flush_compilation_cache()
 
     def after_train(self) -> None:
         self._settings.close()
