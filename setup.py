@@ -29,7 +29,15 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "shapely", "efficientnet-lite-pytorch", *ONNX],
+        "test": [
+            "pytest>=9.2",  # whose caplog hears loggers that do not propagate
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "shapely",
+            "efficientnet-lite-pytorch",
+            *ONNX,
+        ],
         "fast-eval": ["hotcoco"],
         # build_timm_backbone, and stochastic depth of Swin with the real detectron2.
         "timm": ["timm>=1.0"],

@@ -29,10 +29,9 @@ def small_model():
 
 
 @pytest.fixture
-def records(monkeypatch, caplog):
+def records(caplog):
     for name in ("detectron2", "fvcore"):
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-    caplog.set_level(logging.INFO)
+        caplog.set_level(logging.INFO, name)
     return caplog
 
 

@@ -124,8 +124,7 @@ def test_tensorboard_writer_writes_everything_once(tmp_path):
     assert histogram.histogram_value.num == 10 and histogram.histogram_value.sum == 45
 
 
-def test_metric_printer(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+def test_metric_printer(caplog):
     caplog.set_level(logging.INFO, "detectron2")
     with EventStorage() as storage:
         printer = CommonMetricPrinter(max_iter=100)
