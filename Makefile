@@ -22,7 +22,7 @@ ENGINE := $(VENV)/.engine-$(ENGINE_ID)
 demo: install
 	$(VENV)/bin/python tools/quickstart.py $(ARGS)
 
-# A process a core, each with one thread: most tests are too small for more.
+# A process a core, each with one thread.
 test: install
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 

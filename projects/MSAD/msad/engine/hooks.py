@@ -33,7 +33,7 @@ class ExactResume(HookBase):
 
     TorchScript functions, which detectron2's losses are made of, are run as they are written: after a few calls they
     would be optimised, and a process that has just resumed would round otherwise than one that has been running. What
-    was optimised before, as by a curriculum's evaluation of an earlier stage, is forgotten.
+    was optimised before in this process is forgotten.
 
     Args:
         seed: of the run; a resumed run takes the saved one.
