@@ -83,9 +83,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, or cpu"
     )
     parser.add_argument("--output", metavar="FILE", help="also write everything to this JSON file")
-    parser.add_argument(
-        "--trained", action="store_true", help="load MODEL.WEIGHTS of each --config-file instead of random weights"
-    )
+    parser.add_argument("--trained", action="store_true", help="load every MODEL.WEIGHTS (default: random ones)")
     args = cli.parse(parser, argv)
     args.prog = parser.prog
     if not args.config_file and not args.train_step:
@@ -201,10 +199,8 @@ def benchmark_train_step(args: argparse.Namespace) -> dict[str, Any]:
     batch = cost.random_inputs(
         *args.size, batch=args.batch_size, boxes=10, masks=student.MODEL.MASK_ON, keypoints=keypoints
     )
-    alone, whole = (
-        step_memory(partial(step, distiller, batch), args.device)
-        for step in (cost.student_step, cost.distillation_step)
-    )
+    steps = (cost.student_step, cost.distillation_step)
+    alone, whole = (step_memory(partial(step, distiller, batch), args.device) for step in steps)
     with tqdm(total=args.warmup + args.repeats, unit="round", desc="training step", disable=None) as bar:
         times = cost.training_step_cost(distiller, batch, args.repeats, args.warmup, on_round=bar.update)
     return {
