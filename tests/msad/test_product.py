@@ -99,6 +99,7 @@ def test_msad_configs(make):
     assert student.DISTILL.TEACHERS[0]["CONFIG"].endswith("teacher.yaml")
     assert student.SOLVER.MAX_ITER == teacher.SOLVER.MAX_ITER == 100
     assert student.DATASETS.TRAIN == ("own_train",) and student.DATASETS.TEST == ("own_val",)
+    assert student.DISTILL.BALANCE.RATIO == 2.0 and student.DISTILL.BALANCE.ITERS == 10
     assert make()["student"].SOLVER.MAX_ITER == 1500
     quarter = make(scale="1/4")
     assert quarter["teacher"].MSAD.RESOLUTIONS == ["H", "L", "EL"] and quarter["student"].INPUT.MIN_SIZE_TEST == 50

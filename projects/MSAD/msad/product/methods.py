@@ -27,15 +27,19 @@ def _student(base: CfgNode, choices: Choices, teachers: list[dict], losses: list
     return cfg
 
 
+def _aligned(base: CfgNode, choices: Choices, file: str, ratio: float) -> CfgNode:
+    """The student of aligned features. What weight serves depends on the data, so it is found by gradients."""
+    student = _student(base, choices, [_entry(file, choices)], [{"NAME": "AlignedL1"}])
+    student.DISTILL.BALANCE.RATIO = ratio
+    student.DISTILL.BALANCE.ITERS = min(student.DISTILL.BALANCE.ITERS, max(student.SOLVER.MAX_ITER // 10, 1))
+    return student
+
+
 def _msad(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
     """Sun et al., CVPR 2021: a multi-resolution teacher and aligned features; a given teacher is taken as it is."""
     if choices.checkpoint:
-        student = _student(base, choices, [_entry(BASELINE, choices)], [{"NAME": "AlignedL1"}])
-        # The scale of a given teacher's features is unknown, so the weight is found by gradients.
-        student.DISTILL.BALANCE.RATIO = 0.5
-        student.DISTILL.BALANCE.ITERS = min(student.DISTILL.BALANCE.ITERS, max(student.SOLVER.MAX_ITER // 10, 1))
-        return {BASELINE: base, STUDENT: student}
-    student = _student(base, choices, [_entry(TEACHER, choices)], [{"NAME": "AlignedL1", "WEIGHT": 0.3}])
+        return {BASELINE: base, STUDENT: _aligned(base, choices, BASELINE, 0.5)}
+    student = _aligned(base, choices, TEACHER, 2.0)
     student.DISTILL.DECAY_FROM, student.DISTILL.DECAY_TO = 0.3, 0.8
     several = base.clone()
     several.MSAD.DETECTOR = base.MODEL.META_ARCHITECTURE
