@@ -1,4 +1,4 @@
-"""Weights from gradient norms at the neck: the formula by hand, in a distiller, over processes and over a resume."""
+"""Weights from gradient norms: the formula by hand, in a distiller, over processes and over a resume."""
 
 from __future__ import annotations
 
@@ -19,21 +19,33 @@ from msad.distill.schedules import distillation_factor
 from msad.engine import DistillTrainer
 from msad.engine.hooks import BalanceLogger
 from msad.modeling.features import tap_neck
+from msad.modeling.taps import tap
 
 LOSSES = ({"NAME": "AlignedL1"}, {"NAME": "LAD"})
 
 
 def test_weights_by_hand():
-    balance = GradientBalance(0.5, 2, ["sum", "none"])
+    balance = GradientBalance(0.5, 2, {"sum": "neck", "none": "neck"})
     for iteration, scale in enumerate((1.0, 3.0, 100.0)):
         maps = [torch.full((1, 1, 2, 2), scale, requires_grad=True), torch.zeros(1, 1, 1, 1, requires_grad=True)]
         detection = 0.5 * maps[0].square().sum() + 3 * maps[1].sum()  # gradient norm sqrt(4 scale^2 + 9)
         distill = [2 * maps[0].sum(), torch.zeros(())]  # gradient norms 4 and 0
-        weights = balance(iteration, maps, detection, distill)
+        weights = balance(iteration, {"neck": maps}, detection, distill)
         norms = [math.sqrt(4 * s * s + 9) for s in (1.0, 3.0)][: iteration + 1]
         expected = 0.5 * sum(norms) / len(norms) / 4
         # The third iteration is no longer measured.
         torch.testing.assert_close(weights, torch.tensor([expected, 0.0]))
+
+
+def test_each_loss_is_compared_where_it_reads():
+    res5 = torch.tensor([3.0], requires_grad=True)
+    p5 = 2 * res5
+    detection = p5.square().sum() / 2  # gradient 6 at p5, 12 at res5
+    distill = [4 * p5.sum(), 4 * res5.sum(), 3 * res5.sum()]
+    frozen = torch.ones(1)
+    balance = GradientBalance(0.5, 1, {"a": "neck", "b": "res5", "c": "res5", "d": "frozen"})
+    weights = balance(0, {"neck": [p5], "res5": [res5], "frozen": [frozen]}, detection, [*distill, frozen.sum()])
+    torch.testing.assert_close(weights, torch.tensor([0.5 * 6 / 4, 0.5 * 12 / 4, 0.5 * 12 / 3, 0.0]))
 
 
 def test_half_precision_gradients_do_not_vanish():
@@ -43,10 +55,10 @@ def test_half_precision_gradients_do_not_vanish():
 
 
 def test_a_step_without_numbers_does_not_count():
-    balance = GradientBalance(1.0, 5, ["a"])
+    balance = GradientBalance(1.0, 5, {"a": "neck"})
     x = torch.ones(2, requires_grad=True)
-    before = balance(0, [x], x.sum(), [2 * x.sum()]).clone()
-    after = balance(1, [x], x.sum(), [x.sum() * float("inf")])
+    before = balance(0, {"neck": [x]}, x.sum(), [2 * x.sum()]).clone()
+    after = balance(1, {"neck": [x]}, x.sum(), [x.sum() * float("inf")])
     assert torch.equal(before, after) and before.item() == 0.5
 
 
@@ -57,18 +69,20 @@ def test_processes_together_find_the_weights_of_the_joint_batch(monkeypatch):
     def losses(x, images):  # means over the joint batch, as processes average their losses
         return x.square().mean(dim=(1, 2, 3)).sum() / images, x.abs().mean(dim=(1, 2, 3)).sum() / images
 
-    joint = maps.clone().requires_grad_()
-    expected = GradientBalance(1.0, 1, ["a"])(0, [joint], losses(joint, 4)[0], losses(joint, 4)[1:])
+    def weights(x):
+        detection, distill = losses(x, 4)
+        return GradientBalance(1.0, 1, {"a": "neck"})(0, {"neck": [x]}, detection, [distill])
+
+    expected = weights(maps.clone().requires_grad_())
     parts = [maps[:1].clone().requires_grad_(), maps[1:].clone().requires_grad_()]
     squares = [torch.stack([squared_gradient(v, [x]) for v in losses(x, 4)]) for x in parts]
     monkeypatch.setattr(balance_module.comm, "get_world_size", lambda: 2)
     monkeypatch.setattr(balance_module.dist, "all_reduce", lambda tensor: tensor.add_(squares[1]))
-    found = GradientBalance(1.0, 1, ["a"])(0, parts[:1], losses(parts[0], 4)[0], losses(parts[0], 4)[1:])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weights(parts[0]), expected)
 
 
 def test_ratio_is_met_in_a_distiller(make_distiller, make_batch):
-    balance = GradientBalance(0.25, 1, ["AlignedL1", "LAD"])
+    balance = GradientBalance(0.25, 1, dict.fromkeys(["AlignedL1", "LAD"], "neck"))
     distiller = make_distiller(losses=LOSSES, balance=balance, w_det=2.0)
     with EventStorage(0), tap_neck(distiller.student) as taken:
         output = distiller(make_batch([(64, 64), (64, 96)]))
@@ -86,12 +100,31 @@ def test_ratio_is_met_in_a_distiller(make_distiller, make_batch):
     sum(output.values()).backward()  # the graph is still there for training
 
 
+def test_ratio_is_met_in_front_of_the_neck(project, teacher_weights, tmp_path, make_batch):
+    """SDF compares the backbones' last stages: its gradient is weighed against that of the detection losses there."""
+    cfg = config(project, teacher_weights, "student", tmp_path / "run", **{"DISTILL.BALANCE.RATIO": 0.25})
+    sdf = {"NAME": "SDF", "TAP": "bottom_up", "LEVELS": ["res5"], "MATCH": "by_index"}
+    cfg.DISTILL.LOSSES = [{"NAME": "AlignedL1"}, sdf]
+    cfg.DISTILL.WARMUP_ITERS = 0
+    distiller = DistillTrainer(cfg).distiller
+    assert distiller.balance.places == ("neck", "bottom_up.res5")
+    with EventStorage(0), tap(distiller.student, ["bottom_up"]) as taken:
+        output = distiller(make_batch([(64, 64), (64, 96)]))
+    res5 = taken["bottom_up"]["res5"]
+
+    def norm(total):
+        return torch.autograd.grad(total, res5, retain_graph=True)[0].norm()
+
+    detection = sum(v for k, v in output.items() if not k.startswith("loss_distill"))
+    torch.testing.assert_close(norm(output["loss_distill/SDF"]), 0.25 * norm(detection), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("losses", [LOSSES[:1], ({"NAME": "MGD"},)], ids=["untrained", "trained"])
 def test_measured_where_distillation_begins(make_distiller, make_batch, losses):
     """Before the start nothing counts, whether losses have trained parts and so run, or not; warm-up hides no step."""
     name = losses[0]["NAME"]
     distiller = make_distiller(
-        losses=losses, balance=GradientBalance(0.5, 2, [name], start=3), start_iter=3,
+        losses=losses, balance=GradientBalance(0.5, 2, {name: "neck"}, start=3), start_iter=3,
         factor=partial(distillation_factor, max_iter=10, warmup_iters=4, start_iter=3),
     )  # fmt: skip
     sums = []
@@ -104,7 +137,7 @@ def test_measured_where_distillation_begins(make_distiller, make_batch, losses):
 
 
 def test_no_gradient_is_said(caplog):
-    balance = GradientBalance(0.5, 2, ["a", "b"], start=4)
+    balance = GradientBalance(0.5, 2, {"a": "neck", "b": "neck"}, start=4)
     hook = BalanceLogger(balance)
     hook.trainer = SimpleNamespace(iter=5, start_iter=0, storage=EventStorage(5))
     with pytest.raises(FloatingPointError, match="in iterations 4 to 5 there was no finite gradient of a, b"):
@@ -139,4 +172,4 @@ def test_weights_of_the_yaml_are_replaced(project, teacher_weights, tmp_path):
     with pytest.raises(ValueError, match="WEIGHTING both set the weights"):
         DistillTrainer(cfg)
     with pytest.raises(ValueError, match="RATIO > 0"):
-        GradientBalance(-1.0, 3, [])
+        GradientBalance(-1.0, 3, {})

@@ -126,8 +126,8 @@ def add_msad_config(cfg: CN) -> CN:
     # Gamma of the paper, used by WEIGHTING only (3x schedule: 0.8).
     cfg.DISTILL.GAMMA = 0.8
     cfg.DISTILL.BALANCE = CN()
-    # Replaces the WEIGHT of every loss: its gradient at the student's neck gets RATIO times the norm of the detection
-    # losses' (before warm-up and decay). 0: weights as written.
+    # Replaces the WEIGHT of every loss: its gradient at the student's neck, or at the maps of the other TAP that it
+    # reads, gets RATIO times the norm of the detection losses' (before warm-up and decay). 0: weights as written.
     cfg.DISTILL.BALANCE.RATIO = 0.0
     # Iterations, from START_ITER on, over which the norms are measured; the weights follow them and then stay.
     cfg.DISTILL.BALANCE.ITERS = 100

@@ -1,8 +1,8 @@
-"""Weights of distillation losses from what their gradients do to the student's neck, instead of by trial."""
+"""Weights of distillation losses from their gradients at the student's features, instead of by trial."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,19 +13,20 @@ _HALF_SCALE = 4096.0  # keeps gradients of half precision maps above what float1
 
 
 class GradientBalance(nn.Module):
-    """Weight every loss so that the norm of its gradient at the neck is ``ratio`` times the detection losses'.
+    """Weight every loss so that the norm of its gradient at the maps it reads is ``ratio`` times the detection losses'.
 
-    For ``iters`` iterations from ``start`` on both norms are measured: over all levels, images and processes together,
-    so that several processes find what one would with the joint batch. The weight of a loss is
+    For ``iters`` iterations from ``start`` on both norms are measured: over all maps of a place, images and processes
+    together, so that several processes find what one would with the joint batch. The weight of a loss is
     ``ratio * mean |d L_det / d F| / mean |d L_distill / d F|``, the means being over the iterations so far; after the
-    last of them it stays. Measuring takes a backward pass through head and losses; afterwards there is no cost.
+    last of them it stays. Measuring takes a backward pass through head and losses, and for places in front of the neck
+    through the neck; afterwards there is no cost.
 
     The sums are buffers: saved with the run, they make a resumed one find the same weights.
 
     Args:
         ratio: positive.
         iters: at least 1.
-        names: of the losses.
+        places: by name of a loss, where its gradient is measured: losses of one place share its maps.
         start: iteration at which distillation begins.
 
     Raises:
@@ -34,12 +35,15 @@ class GradientBalance(nn.Module):
 
     sums: torch.Tensor
 
-    def __init__(self, ratio: float, iters: int, names: Sequence[str], start: int = 0) -> None:
+    def __init__(self, ratio: float, iters: int, places: Mapping[str, str], start: int = 0) -> None:
         super().__init__()
         if ratio <= 0 or iters < 1:
             raise ValueError(f"DISTILL.BALANCE needs RATIO > 0 and ITERS >= 1, got {ratio} and {iters}")
-        self.ratio, self.iters, self.names, self.start = ratio, iters, tuple(names), start
-        self.register_buffer("sums", torch.zeros(1 + len(self.names)))
+        self.ratio, self.iters, self.start = ratio, iters, start
+        self.names, self.places = tuple(places), tuple(dict.fromkeys(places.values()))
+        self._place_of = [self.places.index(place) for place in places.values()]
+        # Norms of the detection losses at each place, then of each loss at its own.
+        self.register_buffer("sums", torch.zeros(len(self.places) + len(self.names)))
 
     def measures(self, iteration: int) -> bool:
         """Whether the norms of this iteration (of training, from 0) count."""
@@ -48,33 +52,40 @@ class GradientBalance(nn.Module):
     @property
     def weights(self) -> torch.Tensor:
         """(losses,): weights from what has been measured so far; 0 for a loss that never had a gradient."""
-        detection, distill = self.sums[0], self.sums[1:]
+        detection, distill = self.sums[self._place_of], self.sums[len(self.places) :]
         return torch.where(distill > 0, self.ratio * detection / distill, 0.0)
 
     def forward(
-        self, iteration: int, neck: Sequence[torch.Tensor], detection: torch.Tensor, distill: Sequence[torch.Tensor]
+        self,
+        iteration: int,
+        maps: Mapping[str, Sequence[torch.Tensor]],
+        detection: torch.Tensor,
+        distill: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         """Weights for this iteration, (losses,).
 
         Args:
             iteration: of training, from 0.
-            neck: the student's maps.
-            detection: sum of the detection losses as they are trained, of ``neck``.
-            distill: total of each loss with weight 1, of ``neck``.
+            maps: the student's maps at each place.
+            detection: sum of the detection losses as they are trained.
+            distill: total of each loss with weight 1.
         """
         if self.measures(iteration):
-            squares = torch.stack([squared_gradient(loss, neck) for loss in (detection, *distill)])
+            squares = [squared_gradient(detection, maps[place]) for place in self.places]
+            squares += [squared_gradient(loss, maps[self.places[i]]) for loss, i in zip(distill, self._place_of)]
+            norms = torch.stack(squares)
             if comm.get_world_size() > 1:
-                dist.all_reduce(squares)
+                dist.all_reduce(norms)
             # A step that mixed precision spoils does not count, for any loss.
-            self.sums += torch.where(squares.isfinite().all(), squares.sqrt(), 0.0)
+            self.sums += torch.where(norms.isfinite().all(), norms.sqrt(), 0.0)
         return self.weights
 
 
 def squared_gradient(loss: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of squares of the gradient of ``loss`` at ``maps``, 0-dim float32; the graph stays for training."""
     total = torch.zeros((), device=loss.device)
-    if not loss.requires_grad:
+    maps = [x for x in maps if x.requires_grad]  # those of frozen layers do not
+    if not maps or not loss.requires_grad:
         return total
     scale = _HALF_SCALE if any(x.dtype == torch.float16 for x in maps) else 1.0
     for gradient in torch.autograd.grad(loss * scale, maps, retain_graph=True, allow_unused=True):

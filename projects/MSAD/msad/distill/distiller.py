@@ -192,7 +192,8 @@ class Distiller(nn.Module):
         if self.balance is not None:
             totals = [sum(terms.values()) for terms in losses]
             detection = sum(context.detection.values())
-            weights = self.balance(context.iteration, list(context.student.values()), detection, totals)
+            maps = {loss.place: loss.student_maps(context) for loss in self.losses}
+            weights = self.balance(context.iteration, maps, detection, totals)
         output = {}
         for terms, weight in zip(losses, weights):
             output.update({name: factor * weight * value for name, value in terms.items()})

@@ -112,8 +112,7 @@ def build_balance(cfg: CfgNode, losses: nn.ModuleList) -> GradientBalance | None
     """What DISTILL.BALANCE asks for, or None; sets the weights that it replaces to 1.
 
     Raises:
-        ValueError: wrong values, DISTILL.WEIGHTING, which sets the weights too, or losses whose gradient does not reach
-            the neck.
+        ValueError: wrong values, or DISTILL.WEIGHTING, which sets the weights too.
     """
     balance = cfg.DISTILL.BALANCE
     if balance.RATIO == 0 or not len(losses):
@@ -121,11 +120,9 @@ def build_balance(cfg: CfgNode, losses: nn.ModuleList) -> GradientBalance | None
     if cfg.DISTILL.WEIGHTING:
         raise ValueError("DISTILL.BALANCE.RATIO and DISTILL.WEIGHTING both set the weights of the losses: choose one")
     for loss in losses:
-        if loss.tap != NECK:
-            raise ValueError(f"DISTILL.BALANCE measures gradients at the neck: {loss.name} has none there")
         loss.weight = 1.0
-    names, start = [loss.name for loss in losses], cfg.DISTILL.START_ITER
-    return GradientBalance(balance.RATIO, balance.ITERS, names, start).to(cfg.MODEL.DEVICE)
+    places = {loss.name: loss.place for loss in losses}
+    return GradientBalance(balance.RATIO, balance.ITERS, places, cfg.DISTILL.START_ITER).to(cfg.MODEL.DEVICE)
 
 
 def compile_backbone(detector: nn.Module) -> None:

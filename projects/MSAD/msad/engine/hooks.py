@@ -216,8 +216,9 @@ class BalanceLogger(HookBase):
         if without:
             logger.warning("%s there was no gradient of %s, which has the weight 0", where, without)
         logger.info(
-            "Weights for a gradient of %g times the detection losses' at the neck, from %d iterations: %s",
-            self.balance.ratio, self.balance.iters, ", ".join(f"{name} {w:.4g}" for name, w in found.items()),
+            "Weights for a gradient of %g times the detection losses' at %s, from %d iterations: %s",
+            self.balance.ratio, " and ".join(self.balance.places), self.balance.iters,
+            ", ".join(f"{name} {w:.4g}" for name, w in found.items()),
         )  # fmt: skip
 
 

@@ -97,6 +97,16 @@ class WeightedLoss(nn.Module):
         """Names of the pairs: the teacher's levels, on whose grids features are compared."""
         return [pair.teacher for pair in self.pairs]
 
+    @property
+    def place(self) -> str:
+        """Where its gradient is compared with that of other losses: the neck, or its levels of another tap."""
+        return self.tap if self.tap == NECK else f"{self.tap}.{'+'.join(pair.student for pair in self.pairs)}"
+
+    def student_maps(self, context: DistillContext) -> list[torch.Tensor]:
+        """The student's maps (N, C, h, w) at :attr:`place`: all levels of the neck."""
+        maps = context.at(self.tap, "student")
+        return list(maps.values()) if self.tap == NECK else [maps[pair.student] for pair in self.pairs]
+
     def forward(self, context: DistillContext) -> dict[str, torch.Tensor]:
         """Weighted terms, named ``loss_distill/{NAME}`` plus the term's own name if the loss has several."""
         if self.heads:
