@@ -38,7 +38,7 @@ from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inp
 from msad.export.plain import foreign_parts, plain_file, split_config
 from msad.finding import ERROR, WARNING
 from msad.modeling.adapters import num_classes_key
-from msad.modeling.student_config import student_config
+from msad.modeling.student_config import distil_aligned, student_config
 from msad.resolution import downsampled_size, get_resolution
 
 
@@ -93,12 +93,7 @@ def make(args: argparse.Namespace) -> dict[str, dict]:
     check_data(cfg)
     student = student_config(cfg, args.resolution)
     student.OUTPUT_DIR = os.path.join(args.output, "student")
-    student.DISTILL.TEACHERS = [{"CONFIG": "teacher.yaml", "WEIGHTS": weights}]
-    student.DISTILL.LOSSES = [{"NAME": "AlignedL1"}]
-    # The scale of a teacher's features is unknown, so the weight is found by gradients.
-    student.DISTILL.BALANCE.RATIO = 0.5
-    for node, key in ((student.DISTILL, "WARMUP_ITERS"), (student.DISTILL.BALANCE, "ITERS")):
-        node[key] = min(node[key], max(student.SOLVER.MAX_ITER // 10, 1))
+    distil_aligned(student, {"CONFIG": "teacher.yaml", "WEIGHTS": weights}, ratio=0.5)
     trees = {}
     for name, config in (("teacher", cfg), ("student", student)):
         tree = split_config(config, add_msad_config(get_cfg()))[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from ..modeling.student_config import LEVEL_KEYS, student_config
+from ..modeling.student_config import LEVEL_KEYS, distil_aligned, student_config
 from .choices import Choices
 
 STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline_H"
@@ -28,10 +28,8 @@ def _student(base: CfgNode, choices: Choices, teachers: list[dict], losses: list
 
 
 def _aligned(base: CfgNode, choices: Choices, file: str, ratio: float) -> CfgNode:
-    """The student of aligned features. What weight serves depends on the data, so it is found by gradients."""
-    student = _student(base, choices, [_entry(file, choices)], [{"NAME": "AlignedL1"}])
-    student.DISTILL.BALANCE.RATIO = ratio
-    student.DISTILL.BALANCE.ITERS = min(student.DISTILL.BALANCE.ITERS, max(student.SOLVER.MAX_ITER // 10, 1))
+    student = _student(base, choices, [], [])
+    distil_aligned(student, _entry(file, choices), ratio)
     return student
 
 
