@@ -1,0 +1,117 @@
+"""Image files as people have them: faults are found before training, and named."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+from spoiled_data import HEIGHT, WIDTH, Data, clean_catalogs
+
+from msad.data import build_train_loader
+from msad.finding import ERROR, OK, WARNING
+
+
+@pytest.fixture
+def data(tmp_path):
+    with clean_catalogs():
+        yield Data(tmp_path)
+
+
+def save(data, pixels=None, mode=None, name="val_1.png", **options):
+    if pixels is None:
+        pixels = np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
+    picture = Image.fromarray(pixels)
+    (picture if mode is None else picture.convert(mode)).save(data.image(name), **options)
+
+
+def deep(data):
+    save(data, np.full((HEIGHT, WIDTH), 4000, np.uint16))
+
+
+def turned(data):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(data, exif=exif, format="JPEG")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "level", "text"),
+    [
+        (lambda d: d.image("val_1.png").unlink(), ERROR, "val_1.png does not exist (1 of 2 image files)"),
+        (lambda d: d.image("val_1.png").rename(d.image("VAL_1.PNG")), ERROR, "there is"),
+        (lambda d: d.image("val_1.png").write_bytes(d.image("val_1.png").read_bytes()[:2000]), ERROR, "cannot be read"),
+        (lambda d: d.image("val_1.png").write_bytes(b""), ERROR, "val_1.png cannot be read"),
+        (lambda d: d.image("val_1.png").write_bytes(b"<html>404</html>"), ERROR, "val_1.png cannot be read"),
+        (lambda d: d.image("val_1.png").write_bytes(b"version https://git-lfs"), ERROR, "Git LFS pointer"),
+        (lambda d: save(d, np.zeros((WIDTH, HEIGHT, 3), np.uint8)), ERROR, "the sides are exchanged"),
+        (lambda d: save(d, np.zeros((80, 120, 3), np.uint8)), ERROR, "is 120 x 80 (width x height), but"),
+        (turned, ERROR, "EXIF orientation"),
+        (deep, ERROR, "16-bit or float pixels"),
+        (lambda d: save(d, np.zeros((HEIGHT, WIDTH), np.float32), name="val_1.tif"), None, ""),
+        (lambda d: save(d, mode="RGBA"), WARNING, "an alpha channel"),
+        (lambda d: save(d, mode="P"), WARNING, "a palette"),
+        (lambda d: save(d, mode="CMYK", format="JPEG"), WARNING, "CMYK pixels"),
+        (lambda d: save(d, mode="L"), None, ""),
+        (lambda d: save(d, format="JPEG"), None, ""),
+        (lambda d: save(d, format="BMP"), None, ""),
+    ],
+    ids=["missing", "misnamed", "truncated", "empty", "html", "lfs", "turned", "other size", "exif", "16 bit", "unused",
+         "alpha", "palette", "cmyk", "grey", "jpeg", "bmp"],
+)  # fmt: skip
+def test_image_files(data, spoil, level, text):
+    spoil(data)
+    findings = [finding for finding in data.check() if finding.level != OK]
+    assert [f.level for f in findings] == ([] if level is None else [level])
+    assert all(text in f.text + f.fix and "val_1.png" in f.text and f.fix for f in findings)
+
+
+def test_float_images(data):
+    data.splits["val"]["images"][1]["file_name"] = "val_1.tif"
+    save(data, np.zeros((HEIGHT, WIDTH), np.float32), name="val_1.tif")
+    (error,) = data.texts(ERROR)
+    assert "16-bit or float pixels" in error and "convert to 8 bits" in error
+
+
+def test_a_few_broken_images_are_skipped_in_training_but_not_most(data, caplog):
+    whole = data.image("train_1.png").read_bytes()
+    data.image("train_1.png").write_bytes(whole[:2000])
+    data.register()
+    with caplog.at_level(logging.WARNING, logger="msad"):
+        loader = build_train_loader(data.cfg, seed=0)
+    assert "train_1.png cannot be read" in caplog.text and "takes another image instead" in caplog.text
+    batches = [batch for _, batch in zip(range(4), loader)]
+    assert sum(sample["skipped"] for batch in batches for sample in batch) == 2
+    for i in (0, 2):
+        data.image(f"train_{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot be read .*\(3 of 4 image files\)"):
+        build_train_loader(data.cfg, seed=0)
+
+
+def test_what_the_checks_did_not_see_stops_training_and_is_no_broken_image(data):
+    data.cfg.DATASETS.CHECK_IMAGES = 1  # the first alone
+    save(data, np.zeros((80, 120, 3), np.uint8), name="train_3.png")
+    data.register()
+    loader = build_train_loader(data.cfg, seed=0)
+    with pytest.raises(ValueError, match=r"train_3.png is read without a fault.*SizeMismatchError"):
+        for _, _batch in zip(range(4), loader):
+            pass
+
+
+def test_a_sample_of_many_files_is_stated(data):
+    data.cfg.DATASETS.CHECK_IMAGES = 2
+    save(data, mode="RGBA", name="train_1.png")
+    assert any("2 of 4 image files were looked into" in text for text in data.texts(OK)) and not data.texts(WARNING)
+    data.cfg.DATASETS.CHECK_IMAGES = 0
+    assert any("an alpha channel" in text for text in data.texts(WARNING))
+
+
+def test_files_are_looked_into_once(data, monkeypatch):
+    data.check()
+    opened = []
+    monkeypatch.setattr("msad.data.image_files.inspect_image", lambda path: opened.append(path))
+    assert {f.level for f in data.check()} == {OK} and not opened
+    monkeypatch.undo()
+    save(data, mode="RGBA")
+    assert len(data.texts(WARNING)) == 1  # it has another size and time
