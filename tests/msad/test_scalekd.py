@@ -1,30 +1,22 @@
-"""ScaleKD: scale-decoupled features and the cross-scale assistant."""
+"""ScaleKD as a whole: both parts in training, over a resume, in several processes, and the yaml files."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import logging
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase, create_ddp_model, defaults, launch
-from detectron2.layers import ShapeSpec
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from helpers import make_context
 from test_resume import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from msad import load_config
-from msad.distill.assistants import build_assistants
-from msad.distill.cross_scale import Aggregation, CrossScaleAssistant, CrossScaleAttention
 from msad.distill.losses.chen import direct_regression
-from msad.distill.losses.sdf import SDF, ScaleDecoupled
 from msad.distill.schedules import distillation_factor
 from msad.distill.teachers import FrozenTeacher
 from msad.engine import DistillTrainer
@@ -51,197 +43,6 @@ def scalekd(project, teacher_weights, folder, scale=2.0, **options):
     cfg.DISTILL.TEACHERS = [{**teacher_entries(cfg)[0], "SCALE": scale}]
     cfg.DISTILL.ASSISTANTS, cfg.DISTILL.LOSSES = SCALEKD["ASSISTANTS"], SCALEKD["LOSSES"]
     return cfg
-
-
-# --- SDF --------------------------------------------------------------------------------------------------------------
-
-
-def sdf(**options):
-    torch.manual_seed(0)
-    return SDF(["res5"], {"res5": 16}, {"res5": 8}, embedding=4, **options)
-
-
-def test_branches_share_weights():
-    count = {share: sum(p.numel() for p in ScaleDecoupled(16, 4, (1, 2, 3), share).parameters()) for share in (0, 1)}
-    assert count[0] == 3 * count[1]
-    # Of equal dilations, shared branches say the same; of others they do not.
-    x = torch.randn(2, 16, 9, 9)
-    same = ScaleDecoupled(16, 4, (1, 1), True)(x).chunk(2, dim=1)
-    assert torch.equal(*same)
-    other = ScaleDecoupled(16, 4, (1, 2), True)(x).chunk(2, dim=1)
-    assert not torch.allclose(*other)
-
-
-def test_a_branch_is_a_residual_bottleneck():
-    """Dilation 1 against torch's own layers in a row."""
-    module, x = ScaleDecoupled(16, 4, (1,), True), torch.randn(2, 16, 5, 6)
-    a, b, c = module.norms[0]
-    y = a(module.reduce[0](x)).relu()
-    y = b(torch.nn.functional.conv2d(y, module.spread[0].weight, padding=1)).relu()
-    expected = module.flatten[0]((x + c(module.expand[0](y))).relu())
-    torch.testing.assert_close(module(x), expected)
-
-
-@pytest.mark.parametrize(("side", "trained"), [("frozen", False), ("shared", None), ("trainable", True)])
-def test_the_teachers_side(side, trained):
-    loss = sdf(teacher_side=side)
-    s, t = torch.randn(2, 8, 4, 4), torch.randn(2, 16, 4, 4)
-    loss({"res5": s}, {"res5": t}, make_context([], iteration=1))["l2"].backward()
-    assert all(p.grad is not None for p in (*loss.adapt.parameters(), *loss.student.parameters()))
-    of_teacher = list(loss.teacher.parameters())
-    if trained is None:
-        assert not of_teacher
-    else:
-        assert of_teacher and all((p.grad is not None) == trained == p.requires_grad for p in of_teacher)
-
-
-def test_unknown_side():
-    with pytest.raises(ValueError, match="TEACHER_SIDE must be one of frozen, shared, trainable, not 'both'"):
-        sdf(teacher_side="both")
-
-
-def two_levels(side):
-    """A loss on two levels, of which the teacher's second has the smaller embedding, and its maps."""
-    loss = SDF(["res4", "res5"], dict.fromkeys(["res4", "res5"], 8), dict.fromkeys(["res4", "res5"], 8), 4,
-               teacher_side=side)  # fmt: skip
-    for parameter in (loss.student if side == "shared" else loss.teacher)["res5"].flatten.parameters():
-        parameter.data.mul_(1e-3)
-    return loss, [{name: torch.randn(2, 8, 4, 4) for name in ("res4", "res5")} for _ in range(2)]
-
-
-@pytest.mark.parametrize("side", ["shared", "trainable"])
-def test_collapse_is_noticed_by_level_and_over_a_resume(caplog, side):
-    first, maps = two_levels(side)
-    older, _ = two_levels(side)
-    with caplog.at_level(logging.WARNING):
-        first(*maps, make_context([], iteration=0))
-        loss, _ = two_levels(side)
-        loss.load_state_dict(first.state_dict())
-        loss(*maps, make_context([], iteration=200))
-        assert not caplog.messages
-        for parameter in (loss.student if side == "shared" else loss.teacher)["res5"].parameters():
-            parameter.data.zero_()
-        loss(*maps, make_context([], iteration=300))
-        assert not caplog.messages, "looked at every 200 iterations"
-        loss(*maps, make_context([], iteration=400))
-        # A run folder that knows no first value: the next one counts as such.
-        older.load_state_dict({k: v for k, v in loss.state_dict().items() if k != "first_spread"})
-        older(*maps, make_context([], iteration=600))
-    (message,) = caplog.messages
-    assert message.startswith("SDF: the teacher's embedding of res5 has collapsed")
-
-
-def test_a_frozen_side_is_not_watched(caplog):
-    loss, maps = two_levels("frozen")
-    with caplog.at_level(logging.INFO):
-        loss(*maps, make_context([], iteration=0))
-    assert not caplog.messages and not list(loss.buffers())
-
-
-# --- CSA --------------------------------------------------------------------------------------------------------------
-
-
-def array(x):
-    return x.detach().double().numpy()
-
-
-def test_attention_equals_numpy():
-    """Eqs. (3) to (6) with loops over heads, on a grid that the larger ratio does not divide."""
-    torch.manual_seed(0)
-    module = CrossScaleAttention(6, 4, 4, 8, heads=4, ratios=(2, 1))
-    x, y = torch.randn(1, 6, 3, 2), torch.randn(1, 4, 5, 3)
-    found = array(module(x, y))[0]
-    queries = array(module.query(x.flatten(2).transpose(1, 2)))[0]
-    heads = []
-    for i in range(2):
-        grid = module.of_keys[i](y)
-        tokens = grid.flatten(2).transpose(1, 2)
-        key, value = (array(layer[i](tokens))[0] for layer in (module.keys, module.values))
-        on_map = torch.tensor(value.T, dtype=torch.float32).reshape(1, 4, *grid.shape[-2:])
-        value = value + array(module.project[i](on_map))[0].reshape(4, -1).T
-        for h in range(2):
-            q = queries[:, 4 * i + 2 * h : 4 * i + 2 * h + 2]
-            k, v = key[:, 2 * h : 2 * h + 2], value[:, 2 * h : 2 * h + 2]
-            score = q @ k.T / np.sqrt(2)
-            weight = np.exp(score - score.max(1, keepdims=True))
-            heads.append(weight / weight.sum(1, keepdims=True) @ v)
-    expected = np.concatenate(heads, axis=1) @ array(module.output.weight).T + array(module.output.bias)
-    np.testing.assert_allclose(found.reshape(8, -1).T, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_aggregation_completes_the_border():
-    assert Aggregation(4, 8, 4)(torch.randn(1, 4, 9, 6)).shape == (1, 8, 3, 2)
-    assert Aggregation(4, 8, 8)(torch.randn(1, 4, 3, 2)).shape == (1, 8, 1, 1)
-
-
-def shapes(first, channels, levels=3):
-    return {f"p{i}": ShapeSpec(channels=channels, stride=2**i) for i in range(first, first + levels)}
-
-
-@pytest.mark.parametrize("qkv", ["eq", "text"])
-@pytest.mark.parametrize("first", [2, 3])
-def test_output_is_on_the_students_grid(qkv, first):
-    """Also under a teacher at twice the input, whose levels pair by index."""
-    assistant = CrossScaleAssistant(shapes(3, 8), {"t": shapes(first, 12)}, qkv=qkv, heads=4, ratio=4)
-    student = {f"p{i}": torch.randn(2, 8, 64 >> i, 96 >> i) for i in range(3, 6)}
-    teacher = {f"p{i}": torch.randn(2, 12, 64 >> i, 96 >> i) for i in range(first, first + 3)}
-    found = assistant.features(make_context([], student=student, sources={"t": teacher}))
-    assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in student.items()}
-    assert assistant.shapes() == shapes(3, 8)
-    ratios = [[m.ratio for m in level.of_keys] for level in assistant.attention.values()]
-    double = 2 if first == 2 and qkv == "eq" else 1
-    assert ratios == [[4 * double, 2 * double], [2 * double, double], [double, max(double // 2, 1)]]
-
-
-def test_plain_attention_and_wrong_options():
-    plain = CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, heads=4, multiscale=False)
-    assert {m.ratio for level in plain.attention.values() for m in level.of_keys} == {1}
-    with pytest.raises(ValueError, match="QKV must be 'eq' or 'text', not 'kqv'"):
-        CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, qkv="kqv")
-    with pytest.raises(ValueError, match=r"no teacher is named 'u' \(t\)"):
-        CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, teacher="u")
-    with pytest.raises(ValueError, match="3 HEADS must divide 8 channels"):
-        CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, heads=3)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "wanted"),
-    [("HEADS", "4", "a whole number"), ("HEADS", 0, "above 0"), ("RATIO", "8", "a whole number"),
-     ("RATIO", 0, "above 0"), ("RATIO", 1.5, "a whole number"), ("MULTISCALE", "False", "True or False, .*"),
-     ("TEACHER", 1, "a text")],
-)  # fmt: skip
-def test_wrong_values_of_the_assistant_are_named(key, value, wanted):
-    with pytest.raises(ValueError, match=f"^DISTILL.ASSISTANTS: {NAME}: {key} must be {wanted}, not {value!r}$"):
-        build_assistants([{"NAME": NAME, key: value}], shapes(3, 8), {"t": shapes(3, 8)})
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operator returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(out):
-            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
-        return out
-
-
-@pytest.mark.parametrize("multiscale", [True, False])
-def test_no_scores_of_all_pairs_are_stored(multiscale):
-    """Neither forward nor backward, and not by plain attention either: 64 x 48 queries have as many keys there."""
-    student = {f"p{i}": torch.randn(1, 16, 64 >> i, 48 >> i, requires_grad=True) for i in range(3)}
-    named = dict(zip(("p3", "p4", "p5"), student.values()))
-    assistant = CrossScaleAssistant(shapes(3, 16), {"t": shapes(3, 16)}, heads=4, multiscale=multiscale)
-    with Largest() as largest:
-        context = make_context([], student=named, sources={"t": {k: x.detach() for k, x in named.items()}})
-        sum(x.square().sum() for x in assistant.features(context).values()).backward()
-    assert largest.elements < 64 * 48 * 200 < (64 * 48) ** 2
-
-
-# --- together ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
