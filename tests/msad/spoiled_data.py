@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import numpy as np
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from msad.config import add_msad_config
@@ -15,16 +13,6 @@ from msad.data import check_data, register_datasets, register_entries
 
 POINTS = ["nose", "left_eye", "right_eye"]
 WIDTH, HEIGHT = 60, 40
-
-
-@contextlib.contextmanager
-def clean_catalogs():
-    """What is registered inside is forgotten afterwards."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 class Data:

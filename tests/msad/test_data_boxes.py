@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from spoiled_data import HEIGHT, WIDTH, Data, clean_catalogs
+from spoiled_data import HEIGHT, WIDTH, Data
 
 from msad.data.keypoints import mirrored_pairs, sided_without_partner
 from msad.finding import ERROR, OK, WARNING
 
 
 @pytest.fixture
-def data(tmp_path):
-    with clean_catalogs():
-        yield Data(tmp_path)
+def data(tmp_path, clean_catalogs):
+    return Data(tmp_path)
 
 
 def corners(a):

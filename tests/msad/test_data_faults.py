@@ -15,16 +15,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
-from spoiled_data import HEIGHT, WIDTH, Data, clean_catalogs
+from spoiled_data import HEIGHT, WIDTH, Data
 
 from msad.data import build_train_loader, check_data
 from msad.finding import ERROR, OK, WARNING
 
 
 @pytest.fixture
-def data(tmp_path):
-    with clean_catalogs():
-        yield Data(tmp_path)
+def data(tmp_path, clean_catalogs):
+    return Data(tmp_path)
 
 
 def test_good_data_have_no_complaints(data):

@@ -12,14 +12,7 @@ from PIL import Image
 from msad.config import add_msad_config
 from msad.data import dataset_fingerprint, make_dataset, register_entries
 
-
-@pytest.fixture(autouse=True)
-def clean_catalogs():
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
 @pytest.fixture

@@ -7,16 +7,15 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
-from spoiled_data import HEIGHT, WIDTH, Data, clean_catalogs
+from spoiled_data import HEIGHT, WIDTH, Data
 
 from msad.data import build_train_loader
 from msad.finding import ERROR, OK, WARNING
 
 
 @pytest.fixture
-def data(tmp_path):
-    with clean_catalogs():
-        yield Data(tmp_path)
+def data(tmp_path, clean_catalogs):
+    return Data(tmp_path)
 
 
 def save(data, pixels=None, mode=None, name="val_1.png", **options):

@@ -15,21 +15,14 @@ from msad.data import make_dataset, register_datasets, register_entries, shapes
 from msad.data import register as register_module
 from msad.data.dataset_types import DATASET_TYPE_REGISTRY, PATH, TEXT, add_dataset, check_entry
 
+pytestmark = pytest.mark.usefixtures("clean_catalogs")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic")
     make_dataset(folder, num_train=2, num_val=1, size=(64, 64), seed=0)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def clean_catalogs():
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def _cfg(*entries):

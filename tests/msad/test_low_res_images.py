@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from PIL import Image
@@ -111,7 +111,7 @@ def test_batches_take_the_image_that_is_there(make_batch):
 
 
 @pytest.fixture
-def thermal(project, teacher_weights, tmp_path):
+def thermal(project, teacher_weights, tmp_path, clean_catalogs):
     """A student's config whose data sets have a second folder: inverted images of half the size."""
     low = tmp_path / "low"
     low.mkdir()
@@ -123,10 +123,7 @@ def thermal(project, teacher_weights, tmp_path):
     cfg.DATASETS.REGISTER = register
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names["tiny_train"],), (names["tiny_val"],)
     register_datasets(cfg)
-    yield cfg, low
-    for name in names.values():
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return cfg, low
 
 
 def test_loader_gives_both_images(thermal):

@@ -290,7 +290,7 @@ def test_levels_are_judged_by_how_losses_pair_them(project, teacher_weights, tmp
 
 
 @pytest.fixture
-def turned(project):
+def turned(project, clean_catalogs):
     """Writes a copy of tiny_train's annotations with two classes in turned order; text of a teacher's yaml of it."""
     register = load_config(project / "base.yaml").DATASETS.REGISTER
     (entry,) = [dict(entry) for entry in register if entry["NAME"] == "tiny_train"]
@@ -307,10 +307,7 @@ def turned(project):
         )
         return {"CONFIG": str(folder / "teacher.yaml")}
 
-    yield make
-    for name in [name for name in DatasetCatalog.list() if name.startswith("turned_")]:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return make
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,9 @@ CLASSES = ["ground", "disc"]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, clean_catalogs):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    before = set(DatasetCatalog.list())
-    yield tmp_path
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return tmp_path
 
 
 def write(folder, name, labels, image=None, image_suffix=".png", label_suffix=".png"):
