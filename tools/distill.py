@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("nothing was trained")
             return
         for name, tasks in result.metrics.items():
-            print(f"{name}: " + ", ".join(f"{task} AP {values['AP']:.1f}" for task, values in tasks.items()))
+            found = [f"{task} AP {values['AP']:.1f}" for task, values in tasks.items() if "AP" in values]
+            print(f"{name}: {', '.join(found)}")
         print(f"student: {result.card.parent}\nmodel card: {result.card}\nreport: {result.report}")
 
     return cli.run(parser.prog, work, "interrupted; the same command goes on where it was")

@@ -57,6 +57,9 @@ def data_opts(args: argparse.Namespace) -> list:
             for split, (file, folder) in files.items()
         ]
     else:
+        companions = ("train_images", "val_json", "val_images")
+        if lost := [f"--{name.replace('_', '-')}" for name in companions if getattr(args, name)]:
+            raise ValueError(f"{', '.join(lost)} without --train-json")
         return []
     names = [entry["NAME"] for entry in entries]
     return ["DATASETS.REGISTER", entries, "DATASETS.TRAIN", (names[0],), "DATASETS.TEST", (names[1],)]

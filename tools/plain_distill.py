@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -37,7 +36,7 @@ from msad.distill.schedules import distillation_factor
 from msad.engine.build import load_teacher, teacher_entries
 from msad.engine.checkpoint import CheckedCheckpointer
 from msad.engine.scaling import scale_to_batch
-from msad.engine.solver import build_optimizer
+from msad.engine.solver import build_lr_scheduler, build_optimizer
 from msad.modeling.adapters import adapt
 from msad.modeling.features import freeze_unused_levels
 from msad.resolution import downsample_batch, get_resolution, shift_levels
@@ -89,7 +88,8 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
 
             # 7. The distillation losses, phased in and out over training.
             context = DistillContext(inputs, iteration, student=maps, sources={teacher.name: on_grid})
-            phases = cfg.DISTILL.WARMUP_ITERS, cfg.DISTILL.DECAY_FROM, cfg.DISTILL.DECAY_TO
+            options = cfg.DISTILL
+            phases = options.WARMUP_ITERS, options.DECAY_FROM, options.DECAY_TO, options.START_ITER
             factor = distillation_factor(iteration, cfg.SOLVER.MAX_ITER, *phases)
             for loss in losses:
                 terms |= {name: factor * value for name, value in loss(context).items()}
@@ -108,6 +108,7 @@ def check(cfg: CfgNode) -> None:
         "needs one DISTILL.TEACHERS entry": len(cfg.DISTILL.TEACHERS) != 1,
         "knows no DISTILL.WEIGHTING or BALANCE": cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO,
         "knows no SOLVER.AMP or REFERENCE_WORLD_SIZE": cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.REFERENCE_WORLD_SIZE > 1,
+        "knows no DISTILL.FREEZE_BACKBONE_ITERS": cfg.DISTILL.FREEZE_BACKBONE_ITERS,
         "knows no fusion students": cfg.MODEL.META_ARCHITECTURE == "FusionStudent",
         "knows no MATCH: by_index, no TAP and no SCALE": any(
             {"MATCH", "TAP", "SCALE"} & set(entry) for entry in (*cfg.DISTILL.LOSSES, *cfg.DISTILL.TEACHERS)

@@ -121,11 +121,15 @@ def _from_yaml(text: str) -> Any:
 def check_entries(cfg: CfgNode) -> None:
     """Whether the entries of the lists in ``ENTRIES`` are mappings with what each of them needs.
 
+    Their keys may have either case, and are in upper case afterwards.
+
     Raises:
         ValueError: names the entry.
     """
     for name, (keys, example) in ENTRIES.items():
-        for position, entry in enumerate(reduce(getitem, name.split("."), cfg)):
+        *sections, key = name.split(".")
+        section, entries = reduce(getitem, sections, cfg), []
+        for position, entry in enumerate(section[key]):
             where = f"{name}[{position}] ({_brief(entry)})"
             if not isinstance(entry, Mapping):
                 raise ValueError(f"{where}: an entry is a mapping with {keys[0]}, such as {example}")
@@ -134,6 +138,8 @@ def check_entries(cfg: CfgNode) -> None:
                 raise ValueError(f"{where}: an entry needs {keys[0]}, a text, such as {example}")
             if name == "DISTILL.LOSSES":
                 _check_loss(where, found)
+            entries.append(found)
+        section[key] = entries
 
 
 def _check_loss(where: str, entry: dict[str, Any]) -> None:

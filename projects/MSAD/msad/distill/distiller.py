@@ -120,17 +120,20 @@ class Distiller(nn.Module):
         """Training: inputs in H pixels -> losses. Evaluation: the student's inputs -> the student's detections."""
         if not self.training:
             return self.student(batched_inputs)
-        factor = self._current_factor()
-        assistants = self.assistants if factor is not None else []
+        iteration = get_event_storage().iter
+        factor = self._current_factor(iteration)
+        assistants = self.assistants if factor is not None or iteration < self.start_iter else []
         with ExitStack() as step:
             if assistants:  # their losses are of the ground truth that the student's own are of
                 step.enter_context(adapt(self.student).assign_once())
-            context = self.observe(batched_inputs, distils=factor is not None)
+            context = self.observe(batched_inputs, distils=factor is not None or bool(assistants))
             for train in assistants:
                 train(context)
         for listen in self.on_context:
             listen(context)
-        return context.detection if factor is None else {**context.detection, **self.distill(context, factor)}
+        if factor is None:
+            return self._with_idle_losses(context.detection)
+        return {**context.detection, **self.distill(context, factor)}
 
     def observe(self, batched_inputs: list[dict], distils: bool = True) -> DistillContext:
         """Run the teachers (without gradients) and the student on inputs in H pixels.
@@ -199,17 +202,24 @@ class Distiller(nn.Module):
             output.update({name: factor * weight * value for name, value in terms.items()})
         return output
 
-    def _current_factor(self) -> float | None:
-        """Factor on the distillation losses at this iteration; None: they, and so the teachers, need not run."""
+    def _current_factor(self, iteration: int) -> float | None:
+        """Factor on the distillation losses at this iteration; None: they need not run.
+
+        In the first iteration they do, at whatever factor: what cannot be computed is to be found then.
+        """
         if not len(self.losses):
             return None
-        iteration = get_event_storage().iter
         factor = self.factor(iteration)
-        resting = factor == 0.0 and iteration > 0 and not any(p.requires_grad for p in self.losses.parameters())
         measured = self.balance is not None and self.balance.measures(iteration)
-        if resting and not measured and not (self.assistants and iteration < self.start_iter):
-            return None
-        return factor
+        return factor if factor or measured or iteration == 0 else None
+
+    def _with_idle_losses(self, detection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give parameters of losses that do not run a gradient of 0: DistributedDataParallel waits for every one."""
+        idle = [p.sum() for p in self.losses.parameters() if p.requires_grad]
+        if not idle:
+            return detection
+        name, value = next(iter(detection.items()))
+        return {**detection, name: value + 0.0 * sum(idle)}
 
     def _pair_heads(self, record: HeadRecord, sources: dict[str, Features], source: str) -> list[HeadPair]:
         teacher = next((t for t in self.teachers if t.name == source), None)

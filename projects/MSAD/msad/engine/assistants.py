@@ -78,6 +78,8 @@ class AssistantStep:
             lr=options["base_lr"],
             weight_decay=options["weight_decay"],
         )
+        self.base_lr = options["base_lr"]
+        self._total: torch.Tensor | None = torch.zeros(())  # of the last step; None: it has not come so far
         self.scheduler = build_lr_scheduler(cfg, self.optimizer) if schedule == "solver" else None
         self.head_learns, self.w_det = options["head_learns"], cfg.DISTILL.W_DET
         device = torch.device(cfg.MODEL.DEVICE).type
@@ -90,11 +92,12 @@ class AssistantStep:
             self._step(context)
 
     def _step(self, context: DistillContext) -> None:
-        own = context.detached()
+        own, self._total = context.detached(), None
         with untouched(self.student):
             losses = self.model(own)
         self.optimizer.zero_grad()
         total = sum(losses.values())
+        self._total = total.detach()
         with torch.autocast(total.device.type, enabled=False):
             self.scaler.scale(total).backward()
         self.scaler.step(self.optimizer)
@@ -110,6 +113,10 @@ class AssistantStep:
         if (context.iteration + 1) % LOG_PERIOD == 0:
             for name, value in losses.items():
                 get_event_storage().put_scalar(name, float(value.detach()))
+
+    def is_finite(self) -> bool:
+        """Whether the losses of the last step were computed and finite."""
+        return self._total is not None and bool(self._total.isfinite())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs: module, optimizer, schedule and scaler."""

@@ -60,6 +60,11 @@ def teacher_entries(cfg: CfgNode) -> list[dict]:
     return entries
 
 
+def first_teacher(cfg: CfgNode) -> str | None:
+    """Name of the teacher that initialises the student: the first that is no mean of others."""
+    return next((entry["NAME"] for entry in teacher_entries(cfg) if "MEAN_OF" not in entry), None)
+
+
 def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
     """Build and load the teacher of one entry of :func:`teacher_entries`, for the student of a config.
 
@@ -69,8 +74,7 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
         FileNotFoundError: CONFIG or WEIGHTS does not exist.
     """
     cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", student.MODEL.DEVICE])
-    names = [known["NAME"] for known in teacher_entries(student)]
-    reverse = other_channel_order(student, cfg, initialises=entry.get("NAME") in (None, *names[:1]))
+    reverse = other_channel_order(student, cfg, initialises=entry.get("NAME") in (None, first_teacher(student)))
     model = build_model(cfg)
     try:
         CheckedCheckpointer(model).load_all(entry["WEIGHTS"], entry["CONFIG"])

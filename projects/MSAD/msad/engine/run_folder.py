@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
 
 from ..config import add_msad_config, load_config
 from ..config_values import plain, valid_keys
@@ -74,6 +75,10 @@ def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode,
                 raise ValueError(f"OUTPUT_DIR {folder} is the folder of the teacher's {path}: choose another one")
     if not found:
         return cfg, [] if not resume else [f"--resume: there is no checkpoint in {folder}, so the run begins"]
+    if any(folder.glob("model_*.pth")) and not (folder / "last_checkpoint").is_file():
+        raise ValueError(
+            f"{folder} has checkpoints, but no file last_checkpoint: write the name of the one to go on with into it"
+        )
     if not mine.is_file():
         return cfg, [f"{mine} is gone, so that what has changed since the run began is not known"]
     try:
@@ -155,15 +160,25 @@ def _numbered(path: Path) -> bool:
 
 
 def check_inputs(cfg: CfgNode, resumed: bool) -> None:
-    """Note the content of data and teachers in OUTPUT_DIR/inputs.json, or compare it with what a resumed run noted.
+    """Note data, teachers and batch of a run in OUTPUT_DIR/inputs.json, or compare them with what a resumed run noted.
 
     Raises:
-        ValueError: the training data or a teacher are no longer what the run was begun with; names it.
+        ValueError: the training data or a teacher are no longer what the run was begun with, or there are other
+            images a step or processes, by which its schedule is scaled; names it.
     """
     file = Path(cfg.OUTPUT_DIR) / RECORD
     inputs = {"data": dataset_fingerprint(cfg), "teachers": [_teacher(entry) for entry in cfg.DISTILL.TEACHERS]}
+    inputs["images"], inputs["processes"] = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if resumed and file.is_file():
         before = json.loads(file.read_text())
+        for what, key in (("images", "SOLVER.REFERENCE_BATCH_SIZE"), ("processes", "SOLVER.REFERENCE_WORLD_SIZE")):
+            then = before.get(what, inputs[what])
+            if then != inputs[what] and cfg.SOLVER[key.split(".")[1]]:
+                raise ValueError(
+                    f"the run in {cfg.OUTPUT_DIR} cannot be resumed with {inputs[what]} {what}: it was begun with "
+                    f"{then}, and {key} scales its schedule by them; take as many, or begin a new run in another "
+                    "OUTPUT_DIR"
+                )
         for number, (then, now) in enumerate(zip(before["teachers"], inputs["teachers"])):
             for key in then:
                 if then[key] != now.get(key):

@@ -98,7 +98,8 @@ def set_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = (
     if iterations is None:
         return
     factor = iterations / cfg.SOLVER.MAX_ITER
-    cfg.SOLVER.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
+    if "SOLVER.STEPS" not in keep:
+        cfg.SOLVER.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
     for key in (*(WARMUPS if factor < 1 else ()), *PHASES):
         if key not in keep:
             section, name = key.split(".")

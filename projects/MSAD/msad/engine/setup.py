@@ -72,7 +72,9 @@ def evaluate_branches(cfg: CfgNode, model: MultiScaleTeacher) -> dict[str, dict]
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict | None:
-    """Train whatever ``cfg`` describes, evaluating by TEST.EVAL_PERIOD and at the end; returns the last results.
+    """Train whatever ``cfg`` describes, evaluating by TEST.EVAL_PERIOD and at the end.
+
+    Returns what detectron2's trainer does: the last results if TEST.EXPECTED_RESULTS is set, else None.
 
     Before the first iteration, the log says what will happen, see :mod:`msad.engine.first_screen`.
     """

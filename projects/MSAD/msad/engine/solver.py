@@ -54,5 +54,6 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.
         options.WARMUP_FACTOR,
         min(options.WARMUP_ITERS / options.MAX_ITER, 1.0),
         options.WARMUP_METHOD,
+        options.RESCALE_INTERVAL,
     )
     return LRMultiplier(optimizer, schedule, options.MAX_ITER)

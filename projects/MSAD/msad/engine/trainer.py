@@ -51,6 +51,14 @@ def apply_weighting(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def check_training(cfg: CfgNode) -> None:
+    """Raise ValueError for values with which detectron2's hooks would fail in the middle of a training."""
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise ValueError(f"SOLVER.CHECKPOINT_PERIOD must be at least 1, not {cfg.SOLVER.CHECKPOINT_PERIOD}")
+    if cfg.TEST.PRECISE_BN.ENABLED and cfg.DISTILL.TEACHERS:
+        raise ValueError("TEST.PRECISE_BN cannot be used with DISTILL.TEACHERS: it would run teachers and losses, too")
+
+
 class DistillTrainer(DefaultTrainer):
     """detectron2's DefaultTrainer that also distils.
 
@@ -61,6 +69,7 @@ class DistillTrainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_training(cfg)
         if cfg.SEED < 0:
             cfg = cfg.clone()
             cfg.defrost()
@@ -174,12 +183,15 @@ class DistillTrainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """One iteration; FloatingPointError that names losses and learning rate if training has diverged."""
-        self._recorder.losses = {}
+        self._recorder.forget()
         try:
             super().run_step()
         except (AssertionError, FloatingPointError, RuntimeError, ValueError) as error:
-            explained = self._recorder.explain(error, self.iter, self.cfg.SOLVER.BASE_LR)
-            raise explained or error from None
+            assistants = self.distiller.assistants if self.distiller is not None else ()
+            explained = self._recorder.explain(error, self.iter, self.cfg.SOLVER.BASE_LR, assistants)
+            if explained is None:
+                raise
+            raise explained from error
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume the last checkpoint of OUTPUT_DIR if asked and there; otherwise load weights and start the student.

@@ -43,11 +43,14 @@ def detector_config(
     cfg = load_config(f"product/{choices.detector}.yaml", [*opts, "MODEL.WEIGHTS", choice.weights])
     _fit_data(cfg, entries, content, objects)
     _fit_sizes(cfg, objects, short)
-    iterations = choices.iterations or max(LEAST_ITERATIONS, math.ceil(EPOCHS * len(objects.images)
-                                                                       / cfg.SOLVER.IMS_PER_BATCH))  # fmt: skip
-    set_iterations(cfg, iterations)
-    cfg.SOLVER.CHECKPOINT_PERIOD = max(200, math.ceil(iterations / 5))
+    _fit_iterations(cfg, choices, objects)
     return _override(cfg, choices)
+
+
+def _fit_iterations(cfg: CfgNode, choices: Choices, objects: Objects) -> None:
+    passes = math.ceil(EPOCHS * len(objects.images) / cfg.SOLVER.IMS_PER_BATCH)
+    set_iterations(cfg, choices.iterations or max(LEAST_ITERATIONS, passes))
+    cfg.SOLVER.CHECKPOINT_PERIOD = max(200, math.ceil(cfg.SOLVER.MAX_ITER / 5))
 
 
 def _override(cfg: CfgNode, choices: Choices) -> CfgNode:
@@ -92,7 +95,7 @@ def _fit_sizes(cfg: CfgNode, objects: Objects, short: int) -> None:
     ]
 
 
-def given_config(choices: Choices, entries: list[dict], content: dict) -> CfgNode:
+def given_config(choices: Choices, entries: list[dict], content: dict, objects: Objects) -> CfgNode:
     """The user's trained detector, on the data; its own sizes stay.
 
     Raises:
@@ -117,7 +120,7 @@ def given_config(choices: Choices, entries: list[dict], content: dict) -> CfgNod
     if choices.short_side:
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (choices.short_side,), longest_side(choices.short_side)
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = choices.short_side, longest_side(choices.short_side)
-    set_iterations(cfg, choices.iterations)
+    _fit_iterations(cfg, choices, objects)
     return _override(cfg, choices)
 
 
@@ -130,7 +133,7 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
     """
     data = entries, content, objects, short
     if choices.checkpoint:
-        base = given_config(choices, entries, content)
+        base = given_config(choices, entries, content, objects)
     else:
         base = detector_config(choices, choices.backbone, *data)
     larger = choose_backbone(choices.backbone).larger

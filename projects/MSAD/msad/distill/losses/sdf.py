@@ -125,8 +125,9 @@ class SDF(nn.Module):
     ) -> dict[str, torch.Tensor]:
         total = 0.0
         for name, s in student.items():
-            target = self._teacher_embedding(name, teacher[name])
+            # In this order: what autocast casts without gradient it would use again, without gradient, in older torch.
             found = self.student[name](self.adapt[name](s))
+            target = self._teacher_embedding(name, teacher[name])
             total = total + F.mse_loss(at_least_float32(found), at_least_float32(target))
             if self.teacher_side != "frozen" and context.iteration % MONITOR_PERIOD == 0:
                 self._monitor(name, at_least_float32(target.detach()))

@@ -75,7 +75,7 @@ def check_sizes(cfg: CfgNode, teacher: CfgNode, resolution: Resolution) -> Gener
         yield WARNING, f"INPUT.MIN_SIZE_TRAIN is {ours} for the student and {theirs} for the teacher", fix
     factor = 2**resolution.shift
     wanted, given = teacher.INPUT.MIN_SIZE_TEST / factor, cfg.INPUT.MIN_SIZE_TEST
-    if given and abs(given / wanted - 1) > 0.1:
+    if given and wanted and abs(given / wanted - 1) > 0.1:
         text = f"INPUT.MIN_SIZE_TEST of the student is {given}; the teacher's over {factor} is {wanted:g}"
         yield WARNING, text, f"set INPUT.MIN_SIZE_TEST {wanted:g}"
     return f"trained on H, tested at {given or 'the size of the files'}"

@@ -24,7 +24,7 @@ from ...finding import ERROR, OK, WARNING, Finding, error_text, log_findings
 from ...modeling.adapters import adapt
 from ...modeling.taps import NECK
 from ...resolution import get_resolution
-from ..build import build_distiller, teacher_entries
+from ..build import build_distiller, first_teacher, teacher_entries
 from ..checkpoint import load_branches
 from .config_checks import (
     check_anchors,
@@ -66,7 +66,7 @@ def preflight_checks(
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
     teachers = {entry["NAME"]: entry for entry in teacher_entries(cfg)}
     config = load_config(teachers[teacher.name]["CONFIG"])
-    first, whole = teacher.name == next(iter(teachers)), teacher.scale == 1
+    first, whole = teacher.name == first_teacher(cfg), teacher.scale == 1
     entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
     at_neck = [e for e in entries if not compares_heads(e.get("name")) and e.get("tap", NECK) == NECK]
     matches = {entry.get("match", "by_stride") for entry in at_neck}
