@@ -17,6 +17,7 @@ from msad.distill.assistants import DISTILL_ASSISTANT_REGISTRY, Assistant
 from msad.distill.context import DistillContext
 from msad.engine import DistillTrainer
 from msad.engine.assistants import AssistantStep, untouched
+from msad.engine.divergence import LossRecorder
 
 NAME = "ToyAssistant"
 ENTRY = {"NAME": NAME, "BASE_LR": 0.01, "WEIGHT_DECAY": 1e-4}
@@ -122,6 +123,21 @@ def test_poly_schedule_of_the_solver():
             rates.append(step.optimizer.param_groups[0]["lr"])
             step(context)
     assert rates == pytest.approx([1.0, 0.75, 0.5])
+
+
+def test_an_assistant_that_diverges_is_named():
+    step, context = step_alone(BASE_LR=0.5)
+    recorder = LossRecorder(nn.Identity())
+    with EventStorage(0):
+        step(context)
+        recorder.called = True
+        assert recorder.explain(ValueError("wrong shape"), 0, 0.1, [step]) is None
+        recorder.losses = {"loss_distill/Chen": torch.tensor(float("nan"))}
+        assert "lower SOLVER.BASE_LR" in str(recorder.explain(ValueError("x"), 0, 0.1, [step]))
+        context.student["p3"].fill_(float("nan"))
+        step(context)
+        said = str(recorder.explain(ValueError("x"), 0, 0.1, [step]))
+    assert "(assistant " in said and "lower BASE_LR of its DISTILL.ASSISTANTS entry (now 0.5)" in said
 
 
 @pytest.mark.parametrize("mixed", [False, True])

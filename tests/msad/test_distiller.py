@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from functools import partial
@@ -342,6 +343,22 @@ def test_teacher_rests_when_distillation_is_over(make_distiller, make_batch, mon
         losses = run(distiller, make_batch(SIZES), iteration)
         assert len(calls) == runs
         assert any(name.startswith("loss_distill") for name in losses) == bool(runs)
+
+
+def test_resting_losses_leave_gradients_of_zero(make_distiller, make_batch, monkeypatch):
+    """Losses with parameters rest, too, and DistributedDataParallel gets a gradient of each."""
+    losses = [{"NAME": "MGD"}, {"NAME": "AlignedL1", "ADAPTATION": "always"}]
+    distiller = make_distiller(losses=losses, factor=lambda i: 0.0 if i < 3 else 1.0)
+    plain = make_distiller(losses=(), student=copy.deepcopy(distiller.student))
+    calls = []
+    monkeypatch.setattr(distiller.teacher, "features", lambda *_: calls.append(1))
+    batch = make_batch(SIZES)
+    with EventStorage(2):
+        losses, expected = distiller(batch), plain(batch)
+    assert not calls and losses == expected
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in distiller.losses.parameters())
+    assert any(p.grad.any() for p in distiller.student.parameters() if p.grad is not None)
 
 
 def test_images_are_reduced_once_a_step(make_distiller, make_batch, monkeypatch):

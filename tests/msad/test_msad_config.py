@@ -289,6 +289,13 @@ def test_overrides_are_read_as_they_are_meant(key, text, value):
     assert node == value and type(node) is type(value)
 
 
+def test_entries_in_lower_case(tmp_path):
+    path = write(tmp_path, "a.yaml", "DISTILL: {LOSSES: [{name: CWD, weight: 2.0}]}\n")
+    cfg = load_config(path, ["DISTILL.ASSISTANTS", "[{name: CrossScaleAssistant}]"])
+    assert cfg.DISTILL.LOSSES == [{"NAME": "CWD", "WEIGHT": 2.0}]
+    assert cfg.DISTILL.ASSISTANTS == [{"NAME": "CrossScaleAssistant"}]
+
+
 def test_files_beside_a_yaml_and_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     for name in ("w.pth", "teacher.yaml", "runs/w.pth", "runs/teacher.yaml", "here.pth"):

@@ -95,6 +95,8 @@ def test_sizes(pair):
     found = check_sizes(cfg, teacher, get_resolution("L"))
     assert levels_of(found) == [WARNING, WARNING]
     assert "sizes of H" in found[0].fix and found[1].fix == "set INPUT.MIN_SIZE_TEST 32"
+    teacher.INPUT.MIN_SIZE_TEST = 0  # its files as they are
+    assert levels_of(check_sizes(cfg, teacher, get_resolution("L"))) == [WARNING]
 
 
 def test_levels():

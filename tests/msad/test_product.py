@@ -144,6 +144,7 @@ def test_a_given_model_teaches_as_it_is(make, tmp_path):
     assert student.DISTILL.TEACHERS[0]["WEIGHTS"] == configs["baseline_H"].MODEL.WEIGHTS == str(weights)
     assert (student.INPUT.MIN_SIZE_TEST, student.SOLVER.BASE_LR, student.SOLVER.MAX_ITER) == (128, 0.125, 60)
     assert make(method="none", **given)["student"].DISTILL.LOSSES == []
+    assert make(**given)["student"].SOLVER.MAX_ITER == 1500  # and not the model's own schedule
     with pytest.raises(ValueError, match="the model has 2 classes, the data have 3"):
         make(content={"classes": ["a", "b", "c"], "masks": False, "keypoints": 0}, **given)
     with pytest.raises(ValueError, match="with --from use msad, scalekd or none"):

@@ -93,6 +93,32 @@ def test_what_a_run_consists_of_cannot_change(begun, tmp_path, key, value):
     assert files(tmp_path / "run") == before
 
 
+def test_checkpoints_of_which_none_is_the_last(begun, tmp_path):
+    (tmp_path / "run" / "last_checkpoint").unlink()
+    with pytest.raises(ValueError, match="run has checkpoints, but no file last_checkpoint: write the name"):
+        check_folder(begun(), "", resume=True)
+
+
+@pytest.mark.parametrize("key", ["SOLVER.REFERENCE_BATCH_SIZE", "SOLVER.REFERENCE_WORLD_SIZE", ""])
+def test_what_scales_the_schedule_stays(begun, monkeypatch, key):
+    cfg = begun("SOLVER.REFERENCE_BATCH_SIZE", 4, "SOLVER.REFERENCE_WORLD_SIZE", 2)
+    monkeypatch.setattr(run_folder, "dataset_fingerprint", lambda cfg: {})
+    cfg.DISTILL.TEACHERS = []
+    check_inputs(cfg, resumed=False)
+    if key.endswith("BATCH_SIZE"):
+        cfg.SOLVER.IMS_PER_BATCH = 8
+        said = "resumed with 8 images: it was begun with 2, and SOLVER.REFERENCE_BATCH_SIZE scales"
+    else:
+        monkeypatch.setattr(run_folder.comm, "get_world_size", lambda: 4)
+        said = "resumed with 4 processes: it was begun with 1, and SOLVER.REFERENCE_WORLD_SIZE scales"
+    if key:
+        with pytest.raises(ValueError, match=said):
+            check_inputs(cfg, resumed=True)
+    else:
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+        check_inputs(cfg, resumed=True)
+
+
 def test_a_run_does_not_end_before_where_it_is(begun, caplog):
     with pytest.raises(ValueError, match=r"MAX_ITER is 5, but the run in .* has done 6 iterations"):
         check_folder(begun("SOLVER.MAX_ITER", 5), "", resume=True)

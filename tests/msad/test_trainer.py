@@ -280,6 +280,8 @@ def test_nothing_is_evaluated_without_weights(student):
         ({"DISTILL__LOSSES": [{"NAME": "AlignedL1", "LEVELS": ["p9"]}]}, ValueError, "p9 .* does not exist in the stu"),
         ({"SOLVER__OPTIMIZER": "Adam"}, ValueError, "OPTIMIZER must be 'SGD' or 'AdamW', not 'Adam'"),
         ({"SOLVER__IMS_PER_BATCH": 0}, ValueError, "IMS_PER_BATCH is 0"),
+        ({"SOLVER__CHECKPOINT_PERIOD": 0}, ValueError, "CHECKPOINT_PERIOD must be at least 1, not 0"),
+        ({"TEST__PRECISE_BN__ENABLED": True}, ValueError, "PRECISE_BN cannot be used with DISTILL.TEACHERS"),
         ({"MODEL__FCOS__NUM_CLASSES": 5}, ValueError, r"MODEL.FCOS.NUM_CLASSES.*5.*"),
     ],
 )
@@ -327,6 +329,8 @@ def test_only_the_teacher_that_initialises_needs_the_channel_order(student):
     second = dict(first, NAME="second")
     cfg = student(INPUT__FORMAT="RGB", DISTILL__INIT_STUDENT="full", DISTILL__TEACHERS=[first, second])
     assert load_teacher(second, cfg).reverse_channels
+    mean = {"NAME": "mean", "MEAN_OF": ["first", "second"]}  # initialises nothing
+    cfg.DISTILL.TEACHERS = [mean, first, second]
     with pytest.raises(ValueError, match=r"INIT_STUDENT full copies"):
         load_teacher(first, cfg)
 
@@ -484,6 +488,22 @@ def test_other_errors_of_a_step_are_left_alone(student, error):
     expected = FloatingPointError if "bad box" in str(error) else ValueError
     with pytest.raises(expected, match="not finite" if "bad box" in str(error) else "^wrong shape$"):
         run.train()
+
+
+def test_what_the_loader_raises_is_no_divergence_and_keeps_its_cause(student):
+    run = DistillTrainer(student("fcos"))
+
+    def batches():
+        try:
+            raise OSError("disk")
+        except OSError as error:
+            raise ValueError("a.png has infinite or NaN pixels") from error
+        yield
+
+    run._trainer.data_loader = batches()
+    with pytest.raises(ValueError, match=r"^a.png has") as caught:
+        run.train()
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_nan_in_a_checkpoint_is_named(student, project, teacher_weights, tmp_path):

@@ -159,6 +159,7 @@ def test_wrong_input_writes_nothing(tool, trained, project, tmp_path, capsys):
     for more, said in (
         (two, "the detector has 6 classes (MODEL.RETINANET.NUM_CLASSES)"),
         (two[:2], "--train-json belongs to --train-images"),
+        (val, "--val-json, --val-images without --train-json"),
         (["DATASETS.TRAIN", "('unheard_of',)"], "data sets (unheard_of) are not known here"),
         (["MODEL.RETINANET.NUM_CONVS", "2"], "is not a checkpoint of"),
         (["MODEL.RETINANET.NUM_CONV", "2"], "did you mean MODEL.RETINANET.NUM_CONVS?"),
