@@ -33,7 +33,7 @@ from msad import cli
 from msad.engine.provenance import command_line
 from msad.engine.setup import engine_name
 from msad.experiments.comparison import Comparison
-from msad.experiments.jobs import device_opts, make_slots
+from msad.experiments.jobs import make_slots, take_devices
 from msad.experiments.panels import draw_panels, load_predictors
 from msad.experiments.report import PANELS, write_report
 from msad.experiments.rows import check_metric, failures, rows_of
@@ -91,7 +91,7 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
         variants |= {name: v for one in timed for name, v in one.items() if v.base != reference}
     if args.equal_cost:
         variants |= equal_cost(args.equal_cost, reference)
-    opts = [*args.opts, *device_opts(args.devices)]
+    opts = [*args.opts, *take_devices(args.devices)]
     made = Comparison(variants, args.output, opts, tuple(dict.fromkeys(args.seeds)), args.iterations,
                       args.teacher_iterations, args.teacher_weights, reference)  # fmt: skip
     for name in args.panels:

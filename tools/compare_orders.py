@@ -25,7 +25,7 @@ from msad import cli
 from msad.engine.provenance import command_line
 from msad.engine.setup import engine_name
 from msad.experiments.adaptation import STUDENT
-from msad.experiments.jobs import device_opts, error_of, make_slots, run_all
+from msad.experiments.jobs import error_of, make_slots, run_all, take_devices
 from msad.experiments.orders import OrderStudy, mean_ranks, order_study
 from msad.experiments.rows import AP
 from msad.files import atomic_write
@@ -82,7 +82,7 @@ def report(study: OrderStudy, metric: str) -> str:
 
 def work(args: argparse.Namespace) -> int:
     """Train and report; status 1 if a run failed."""
-    opts = [*args.opts, *device_opts(args.devices)]
+    opts = [*args.opts, *take_devices(args.devices)]
     study = order_study(args.config, args.student, args.output, args.seeds, args.longest, opts)
     slots, failed = make_slots(args.jobs, args.threads, args.devices), []
     if not args.report_only:

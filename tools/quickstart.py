@@ -38,7 +38,7 @@ from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs
 from msad.experiments.data_facts import describe_data
 from msad.experiments.gallery import write_gallery
-from msad.experiments.jobs import Run, count_cores, device_opts, error_of, make_slots
+from msad.experiments.jobs import Run, count_cores, error_of, make_slots, take_devices
 from msad.experiments.panels import draw_panels, load_predictors
 from msad.experiments.report import PANELS, write_report
 from msad.experiments.tables import format_tables
@@ -106,7 +106,7 @@ def make_study(args: argparse.Namespace) -> Comparison:
     variants = standard_variants(args.configs)
     chosen = choose(variants, [name for name in QUICK if name in variants] if args.variants == list(QUICK) else
                     list(variants) if args.variants == ["all"] else args.variants)  # fmt: skip
-    opts, files = [*args.opts, *device_opts(args.devices)], dict.fromkeys(v.file for v in chosen.values())
+    opts, files = [*args.opts, *take_devices(args.devices)], dict.fromkeys(v.file for v in chosen.values())
     base = load_config(next(iter(files)))
     folder = args.data
     if folder is None and not base.DATASETS.TRAIN:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from msad.experiments import jobs
-from msad.experiments.jobs import Run, Slot, device_opts, error_of, make_slots, run_all
+from msad.experiments.jobs import Run, Slot, error_of, make_slots, run_all, take_devices
 
 CHILD = """
 import json, os, pathlib, signal, sys, time
@@ -175,5 +175,12 @@ def test_slots(monkeypatch):
     assert make_slots(0, 2) == [Slot(2, here=True)]
     with pytest.raises(ValueError, match="--jobs must be at least 0"):
         make_slots(-1)
-    assert device_opts([]) == [] and device_opts(["cpu"]) == ["MODEL.DEVICE", "cpu"]
-    assert device_opts(["cuda:0", "cuda:1"]) == ["MODEL.DEVICE", "cuda"]
+
+
+def test_this_process_takes_the_first_gpu(monkeypatch):
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    assert take_devices([]) == [] and take_devices(["cpu"]) == ["MODEL.DEVICE", "cpu"]
+    assert take_devices(["cuda:1", "cuda:3"]) == ["MODEL.DEVICE", "cuda"]
+    assert taken == ["cuda:1"]

@@ -63,9 +63,18 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device_opts(devices: Sequence[str]) -> list[str]:
-    """KEY VALUE overrides for runs on ``devices``, "cuda:0", ... or "cpu"; none for none."""
-    return ["MODEL.DEVICE", "cpu" if list(devices) == ["cpu"] else "cuda"] if devices else []
+def take_devices(devices: Sequence[str]) -> list[str]:
+    """KEY VALUE overrides for runs on ``devices``, "cuda:0", ... or "cpu"; none for none.
+
+    This process, which measures, evaluates and draws beside its runs, takes the first GPU of them.
+    """
+    if not devices:
+        return []
+    if list(devices) == ["cpu"]:
+        return ["MODEL.DEVICE", "cpu"]
+    if devices[0].removeprefix("cuda:").isdigit() and torch.cuda.is_available():
+        torch.cuda.set_device(devices[0])
+    return ["MODEL.DEVICE", "cuda"]
 
 
 def make_slots(jobs: int = 1, threads: int = 0, devices: Sequence[str] = ()) -> list[Slot]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import tempfile
@@ -77,6 +78,8 @@ def measure(configs: Mapping[str, CfgNode], steps: int = STEPS) -> dict[str, Mea
             out[name] = parts[-1]._replace(iterations=total, step=step, checkpoints=sum(p.checkpoints for p in parts))
             if (Path(folder) / f"{name}0" / "model_final.pth").is_file():
                 shutil.move(Path(folder) / f"{name}0", Path(folder) / name)
+    gc.collect()
+    torch.cuda.empty_cache()  # the runs are processes of their own
     return out
 
 

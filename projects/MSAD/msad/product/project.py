@@ -16,7 +16,7 @@ from ..data.layouts import entries_of, find_splits, read_contents
 from ..data.register import registered
 from ..data.tally import raise_errors
 from ..experiments.comparison import Comparison
-from ..experiments.jobs import Run, device_opts
+from ..experiments.jobs import Run, take_devices
 from ..experiments.variants import Variant, equal_cost
 from ..finding import WARNING
 from .advice import describe, measure_objects, recommend
@@ -51,7 +51,7 @@ class Project:
         short = choices.short_side or (load_config(choices.config).INPUT.MIN_SIZE_TEST if choices.config else
                                        recommend(self.objects))  # fmt: skip
         self.configs = make_configs(choices, self.entries, content, self.objects, short)
-        device = device_opts(devices) or ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
+        device = take_devices(devices) or ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
         for cfg in self.configs.values():
             if "MODEL.DEVICE" not in choices.opts[::2]:
                 cfg.MODEL.DEVICE = device[1]
