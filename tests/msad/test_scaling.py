@@ -157,9 +157,6 @@ def test_phases_follow_the_length_of_the_schedule(cfg, iterations, start, frozen
     set_iterations(cfg, iterations)
     assert start == cfg.DISTILL.START_ITER and frozen == cfg.DISTILL.FREEZE_BACKBONE_ITERS
     set_iterations(kept, iterations, keep=["DISTILL.START_ITER"])
-    steps = kept.SOLVER.STEPS
-    set_iterations(kept, 2 * iterations, keep=["SOLVER.STEPS", "DISTILL.START_ITER", "DISTILL.FREEZE_BACKBONE_ITERS"])
-    assert steps == kept.SOLVER.STEPS
     assert kept.DISTILL.START_ITER == 30000 and frozen == kept.DISTILL.FREEZE_BACKBONE_ITERS
     cfg.SOLVER.IMS_PER_BATCH = 8  # half the images a step
     scaled = scale_to_batch(cfg)

@@ -93,13 +93,12 @@ def set_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = (
     so that it does not end before its learning rate has risen.
 
     Args:
-        keep: keys that stay as they are.
+        keep: warm-ups and phases that stay as they are.
     """
     if iterations is None:
         return
     factor = iterations / cfg.SOLVER.MAX_ITER
-    if "SOLVER.STEPS" not in keep:
-        cfg.SOLVER.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
+    cfg.SOLVER.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
     for key in (*(WARMUPS if factor < 1 else ()), *PHASES):
         if key not in keep:
             section, name = key.split(".")
