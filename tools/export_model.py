@@ -5,7 +5,7 @@
 
 writes exported/model.pth, which holds the model's weights and nothing else, and exported/config.yaml, which has only
 keys that plain detectron2 knows; exported/msad.yaml has ours, if the model needs any. The last line printed says what
-builds the model from them: plain detectron2, a file of docs/ without this package, or this package.
+builds the model from them: plain detectron2, with a file of projects/MSAD/plain/, or with this package.
 
 With --format onnx (pip install 'msad[onnx]'): exported/model.onnx, which goes from pixels to detections, and
 exported/run.py, which runs it on images and videos without torch and detectron2 (see docs/SHIPPING.md). --int8 also

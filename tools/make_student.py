@@ -38,7 +38,8 @@ from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inp
 from msad.export.plain import foreign_parts, plain_file, split_config
 from msad.finding import ERROR, WARNING
 from msad.modeling.adapters import num_classes_key
-from msad.modeling.student_config import distil_aligned, student_config
+from msad.modeling.student_config import student_config
+from msad.product.methods import distil_aligned
 from msad.resolution import downsampled_size, get_resolution
 
 

@@ -40,7 +40,7 @@ def test_converter_and_its_yaml(convert, tmp_path, network, depth):
             module.running_mean.normal_(), module.running_var.uniform_(0.5, 1.5)
     torch.save(whole.state_dict(), tmp_path / "a.pth")
     convert(tmp_path / "a.pth", tmp_path / "b.pth")
-    text = blocks("yaml")[1].replace("configs/", f"{ROOT}/configs/")
+    text = blocks("yaml")[2].replace("configs/", f"{ROOT}/configs/")
     (tmp_path / "r50.yaml").write_text(text)
     path = tmp_path / "r50.yaml" if depth == 50 else ROOT / "configs/MSAD/fcos_R_18_T_1x.yaml"
     cfg = load_config(path, ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.OUT_CHANNELS", 8])
@@ -54,6 +54,14 @@ def test_converter_and_its_yaml(convert, tmp_path, network, depth):
     for layer in (whole.layer1, whole.layer2, whole.layer3, whole.layer4):
         y = layer(y)
     torch.testing.assert_close(neck.bottom_up(x)["res5"], y, rtol=1e-4, atol=1e-4)
+
+
+def test_the_yaml_of_timm_builds(tmp_path):
+    pytest.importorskip("timm")
+    path = tmp_path / "a.yaml"
+    path.write_text(f"_BASE_: {ROOT}/configs/MSAD/fcos_R_50_H_1x.yaml\n" + blocks("yaml")[1])
+    model = build_backbone(load_config(path, ["MODEL.TIMM.PRETRAINED", False, "MODEL.TIMM.NAME", "convnext_atto"]))
+    assert list(model.output_shape()) == ["p3", "p4", "p5", "p6", "p7"]
 
 
 def test_the_yaml_of_efficientnet_lite_builds(tmp_path):

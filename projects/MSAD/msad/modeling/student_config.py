@@ -80,23 +80,6 @@ def student_config(teacher: CfgNode, resolution: str) -> CfgNode:
     return cfg
 
 
-def distil_aligned(cfg: CfgNode, teacher: dict, ratio: float) -> None:
-    """Let a student's config distil aligned features from one teacher, at a weight that is found by gradients.
-
-    What weight serves depends on the teacher's features and on the data. Warm-up and measuring take at most a tenth
-    of the training each.
-
-    Args:
-        cfg: edited in place.
-        teacher: entry of DISTILL.TEACHERS.
-        ratio: of the gradients, DISTILL.BALANCE.RATIO.
-    """
-    cfg.DISTILL.TEACHERS, cfg.DISTILL.LOSSES = [teacher], [{"NAME": "AlignedL1"}]
-    cfg.DISTILL.BALANCE.RATIO = ratio
-    for node, key in ((cfg.DISTILL, "WARMUP_ITERS"), (cfg.DISTILL.BALANCE, "ITERS")):
-        node[key] = min(node[key], max(cfg.SOLVER.MAX_ITER // 10, 1))
-
-
 def _moved(key: str, names: Iterable[str], shift: int) -> list[int]:
     try:
         levels = [level_of(name) - shift for name in names]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from ..modeling.student_config import LEVEL_KEYS, distil_aligned, student_config
+from ..modeling.student_config import LEVEL_KEYS, student_config
 from .choices import Choices
 
 STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline_H"
@@ -27,6 +27,23 @@ def _student(base: CfgNode, choices: Choices, teachers: list[dict], losses: list
     return cfg
 
 
+def distil_aligned(cfg: CfgNode, teacher: dict, ratio: float) -> None:
+    """Let a student's config distil aligned features from one teacher, at a weight that is found by gradients.
+
+    What weight serves depends on the teacher's features and on the data. Warm-up and measuring take at most a tenth
+    of the training each.
+
+    Args:
+        cfg: edited in place.
+        teacher: entry of DISTILL.TEACHERS.
+        ratio: of the gradients, DISTILL.BALANCE.RATIO.
+    """
+    cfg.DISTILL.TEACHERS, cfg.DISTILL.LOSSES = [teacher], [{"NAME": "AlignedL1"}]
+    cfg.DISTILL.BALANCE.RATIO = ratio
+    for node, key in ((cfg.DISTILL, "WARMUP_ITERS"), (cfg.DISTILL.BALANCE, "ITERS")):
+        node[key] = min(node[key], max(cfg.SOLVER.MAX_ITER // 10, 1))
+
+
 def _aligned(base: CfgNode, choices: Choices, file: str, ratio: float) -> CfgNode:
     student = _student(base, choices, [], [])
     distil_aligned(student, _entry(file, choices), ratio)
@@ -34,7 +51,7 @@ def _aligned(base: CfgNode, choices: Choices, file: str, ratio: float) -> CfgNod
 
 
 def _msad(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
-    """Sun et al., CVPR 2021: a multi-resolution teacher and aligned features; a given teacher is taken as it is."""
+    """Qi et al., CVPR 2021: a multi-resolution teacher and aligned features; a given teacher is taken as it is."""
     if choices.checkpoint:
         return {BASELINE: base, STUDENT: _aligned(base, choices, BASELINE, 0.5)}
     student = _aligned(base, choices, TEACHER, 2.0)

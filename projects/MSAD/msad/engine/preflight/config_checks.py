@@ -147,7 +147,8 @@ def check_two_stage(entries: Sequence[Mapping[str, Any]], weighted: bool) -> Gen
         unset = {k.upper(): v for k, v in published.items() if k not in entry and (weighted or k != "weight")}
         if unset:
             text = f"{entry['name']} has its defaults for dense detectors, but this is an R-CNN: {', '.join(unset)}"
-            values = ", ".join(f"{key} {value:g}" for key, value in unset.items())
+            said = {key: str(value) if isinstance(value, bool) else f"{value:g}" for key, value in unset.items()}
+            values = ", ".join(map(" ".join, said.items()))
             fix = f"set what is published for two-stage detectors, {values}, or other values of your own"
             yield WARNING, text, fix
 
