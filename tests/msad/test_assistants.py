@@ -115,14 +115,21 @@ def test_numbers_that_yaml_reads_as_text():
 
 
 def test_poly_schedule_of_the_solver():
-    poly = ["SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0]
-    step, context = step_alone(*poly, "SOLVER.POLY_LR_POWER", 1.0, "SOLVER.POLY_LR_END", 0.0, SCHEDULE="solver")
-    rates = []
-    with EventStorage(0):
-        for _ in range(3):
-            rates.append(step.optimizer.param_groups[0]["lr"])
-            step(context)
-    assert rates == pytest.approx([1.0, 0.75, 0.5])
+    poly = ["SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 4, "SOLVER.POLY_LR_POWER", 1.0]
+
+    def rates(*opts):
+        step, context = step_alone(*poly, "SOLVER.POLY_LR_END", 0.0, *opts, SCHEDULE="solver")
+        found = []
+        with EventStorage(0):
+            for _ in range(4):
+                found.append(step.optimizer.param_groups[0]["lr"])
+                step(context)
+        return found
+
+    assert rates("SOLVER.WARMUP_ITERS", 0) == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    warm = ["SOLVER.WARMUP_ITERS", 2, "SOLVER.WARMUP_FACTOR", 0.5]
+    assert rates(*warm)[2:] == pytest.approx([0.5, 0.25])
+    assert rates(*warm, "SOLVER.RESCALE_INTERVAL", True)[2:] == pytest.approx([1.0, 0.5])
 
 
 def test_an_assistant_that_diverges_is_named():
@@ -137,7 +144,10 @@ def test_an_assistant_that_diverges_is_named():
         context.student["p3"].fill_(float("nan"))
         step(context)
         said = str(recorder.explain(ValueError("x"), 0, 0.1, [step]))
-    assert "(assistant " in said and "lower BASE_LR of its DISTILL.ASSISTANTS entry (now 0.5)" in said
+    assert "(assistant A)" in said and "(now 0.1) or BASE_LR of its DISTILL.ASSISTANTS entry (now 0.5)" in said
+    recorder.losses["loss_cls"] = torch.tensor(float("nan"))  # the student's own: the assistant only sees its maps
+    said = str(recorder.explain(ValueError("x"), 0, 0.1, [step]))
+    assert "loss_cls" in said and "ASSISTANTS" not in said
 
 
 @pytest.mark.parametrize("mixed", [False, True])

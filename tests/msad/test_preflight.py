@@ -131,7 +131,8 @@ def test_two_stage_values():
     assert finding.level == WARNING and finding.text.endswith("R-CNN: BETA, GAMMA, LAM")
     assert "BETA 2.5e-05, GAMMA 5e-05, LAM 5e-07," in finding.fix
     found = check_two_stage([{"name": "MGD"}, {"name": "PKD"}, {"name": "FKD"}], True)
-    values = ["WEIGHT 5e-07, MASK_RATIO 0.45,", "WEIGHT 6,", "ALPHA 7e-05, BETA 0.004, TEMPERATURE 0.5,"]
+    fkd = "ALPHA 7e-05, BETA 0.004, TEMPERATURE 0.5, CHANNEL_MASK False,"
+    values = ["WEIGHT 5e-07, MASK_RATIO 0.45,", "WEIGHT 6,", fkd]
     assert [value in f.fix for value, f in zip(values, found, strict=True)] == [True] * 3
     (finding,) = check_two_stage([{"name": "MGD"}, {"name": "PKD"}], False)  # weights are set otherwise
     assert "MASK_RATIO 0.45," in finding.fix and "WEIGHT" not in finding.fix

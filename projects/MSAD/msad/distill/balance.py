@@ -34,6 +34,7 @@ class GradientBalance(nn.Module):
     """
 
     sums: torch.Tensor
+    _place_of: torch.Tensor
 
     def __init__(self, ratio: float, iters: int, places: Mapping[str, str], start: int = 0) -> None:
         super().__init__()
@@ -41,7 +42,9 @@ class GradientBalance(nn.Module):
             raise ValueError(f"DISTILL.BALANCE needs RATIO > 0 and ITERS >= 1, got {ratio} and {iters}")
         self.ratio, self.iters, self.start = ratio, iters, start
         self.names, self.places = tuple(places), tuple(dict.fromkeys(places.values()))
-        self._place_of = [self.places.index(place) for place in places.values()]
+        index = torch.tensor([self.places.index(place) for place in places.values()], dtype=torch.long)
+        self.register_buffer("_place_of", index, persistent=False)  # on the device: copied there once, not every step
+        self._of_losses = tuple(places.values())
         # Norms of the detection losses at each place, then of each loss at its own.
         self.register_buffer("sums", torch.zeros(len(self.places) + len(self.names)))
 
@@ -72,7 +75,7 @@ class GradientBalance(nn.Module):
         """
         if self.measures(iteration):
             squares = [squared_gradient(detection, maps[place]) for place in self.places]
-            squares += [squared_gradient(loss, maps[self.places[i]]) for loss, i in zip(distill, self._place_of)]
+            squares += [squared_gradient(loss, maps[place]) for loss, place in zip(distill, self._of_losses)]
             norms = torch.stack(squares)
             if comm.get_world_size() > 1:
                 dist.all_reduce(norms)

@@ -78,7 +78,6 @@ class AssistantStep:
             lr=options["base_lr"],
             weight_decay=options["weight_decay"],
         )
-        self.base_lr = options["base_lr"]
         self._total: torch.Tensor | None = torch.zeros(())  # of the last step; None: it has not come so far
         self.scheduler = build_lr_scheduler(cfg, self.optimizer) if schedule == "solver" else None
         self.head_learns, self.w_det = options["head_learns"], cfg.DISTILL.W_DET

@@ -171,13 +171,13 @@ def check_inputs(cfg: CfgNode, resumed: bool) -> None:
     inputs["images"], inputs["processes"] = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if resumed and file.is_file():
         before = json.loads(file.read_text())
-        for what, key in (("images", "SOLVER.REFERENCE_BATCH_SIZE"), ("processes", "SOLVER.REFERENCE_WORLD_SIZE")):
+        for what, key in (("images", "REFERENCE_BATCH_SIZE"), ("processes", "REFERENCE_WORLD_SIZE")):
             then = before.get(what, inputs[what])
-            if then != inputs[what] and cfg.SOLVER[key.split(".")[1]]:
+            if then != inputs[what] and cfg.SOLVER[key]:
                 raise ValueError(
                     f"the run in {cfg.OUTPUT_DIR} cannot be resumed with {inputs[what]} {what}: it was begun with "
-                    f"{then}, and {key} scales its schedule by them; take as many, or begin a new run in another "
-                    "OUTPUT_DIR"
+                    f"{then}, and SOLVER.{key} scales its schedule by them; take as many, or begin a new run in "
+                    "another OUTPUT_DIR"
                 )
         for number, (then, now) in enumerate(zip(before["teachers"], inputs["teachers"])):
             for key in then:
