@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def test_a_teacher_is_shared_and_trained_once_a_seed(files, tmp_path, project):
     expected = [{"CONFIG": str(folder / "config.yaml"), "WEIGHTS": str(folder / "model_final.pth")}]
     assert expected == cfg.DISTILL.TEACHERS
     assert cfg.SEED == 1 and cfg.OUTPUT_DIR.endswith("out/seed1/msad") and len(cfg.DISTILL.LOSSES) == 1
+
+
+def test_the_longest_runs_follow_the_teachers(files, tmp_path):
+    variants = files("plain", "msad")
+    variants["longer"] = replace(variants["plain"], budget="equal_iterations", reference="msad")
+    assert [run.name for run in Comparison(variants, tmp_path).runs()] == ["teacher", "msad", "longer", "plain"]
 
 
 def test_a_teacher_may_be_a_student(files, tmp_path):

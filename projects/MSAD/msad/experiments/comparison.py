@@ -198,7 +198,7 @@ class Comparison:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def runs(self) -> list[Run]:
-        """All runs, seed by seed; what others need comes first."""
+        """All runs, seed by seed: what others need comes first, then what trains longest."""
         out: dict[Run, None] = {}
 
         def add(run: Run) -> None:
@@ -207,10 +207,14 @@ class Comparison:
             out[run] = None
 
         for seed in self.seeds:
-            students = sorted(self.variants, key=lambda name: not self.teachers(name))
-            for name in students:
+            for name in sorted(self.variants, key=self._turn):
                 add(Run(name, seed))
         return list(out)
+
+    def _turn(self, name: str) -> int:
+        if self.teachers(name):
+            return 0
+        return 1 if self.variants[name].budget == "equal_iterations" else 2
 
     def run(self, slots: Sequence[Slot], say: Callable[[str], None] = tqdm.write) -> list[Run]:
         """Run all that is not finished, see :func:`msad.experiments.jobs.run_all`; returns the runs that failed.
