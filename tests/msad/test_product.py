@@ -11,12 +11,13 @@ import pytest
 import msad
 from msad import load_config
 from msad.config import find_config
+from msad.distill import balance
 from msad.product import backbones, results
 from msad.product.advice import describe, finest_anchor, measure_objects, native_side, recommend, shares_below, sides_at
 from msad.product.card import model_card, read_licences
 from msad.product.choices import METHODS, Choices
 from msad.product.methods import BUILDERS
-from msad.product.plan import Measured, Plan
+from msad.product.plan import Measured, Plan, measure
 from msad.product.recipe import make_configs, write_configs
 from msad.product.steps import kept
 
@@ -190,6 +191,17 @@ def test_plan():
     assert "left out or changed: a line was dropped" in text
     assert "teacher: 1000 iterations of 0.5 s, about 8 min" in text
     assert "in all about 17 min of training and evaluation, 240.0 MB of checkpoints (5.0 GB free)" in text
+
+
+def test_planned_seconds_of_a_step_are_of_one_that_does_not_measure_gradients(project, monkeypatch):
+    gradients = []
+    measured = balance.squared_gradient
+    monkeypatch.setattr(balance, "squared_gradient", lambda *args: gradients.append(1) or measured(*args))
+    configs = {name: load_config(project / f"{name}.yaml") for name in ("teacher", "student")}
+    configs["student"].DISTILL.BALANCE.RATIO = 0.5
+    found = measure(configs, steps=4)
+    assert len(gradients) == 2  # of the detection losses and the one distillation loss, in the first step alone
+    assert found["student"].iterations == configs["student"].SOLVER.MAX_ITER and found["student"].step > 0
 
 
 def test_kept_results(tmp_path):

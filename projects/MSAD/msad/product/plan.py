@@ -91,6 +91,7 @@ def _measure(cfg: CfgNode, folder: Path, name: str, steps: int, first: bool) -> 
     cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = str(folder / name), steps, steps
     cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, steps // 2)
     cfg.DISTILL.START_ITER, cfg.DISTILL.WARMUP_ITERS = 0, 1  # a step with all of its losses
+    cfg.DISTILL.BALANCE.ITERS = 1  # measured in the first step alone, which does not count
     map_teachers(cfg, lambda entry: _measured_teacher(entry, folder))
     if not first:  # the student of an earlier stage, which has not been trained
         cfg.MODEL.WEIGHTS = ""
