@@ -8,8 +8,8 @@
 
 Trains the full-resolution detector, the conventional one at half the resolution and at the student's cost, the one with
 finer levels, the multi-resolution teacher, a student that is only initialised from the teacher (no distillation), the
-MSAD student, and the detector with finer levels once more with as many iterations as teacher and student together;
-several at a time, a run a core. An interrupted run goes on with the same command.
+MSAD student, and on your data the detector with finer levels once more with as many iterations as teacher and student
+together; several at a time, a run a core. An interrupted run goes on with the same command.
 Results: OUTPUT/report.html, report.md, report.json, and a folder a seed and variant. KEY VALUE overrides apply to all.
 
 --data takes a folder with
@@ -42,7 +42,7 @@ from msad.experiments.jobs import Run, count_cores, error_of, make_slots, take_d
 from msad.experiments.panels import draw_panels, load_predictors
 from msad.experiments.report import PANELS, write_report
 from msad.experiments.tables import format_tables
-from msad.experiments.variants import QUICK, choose, standard_variants
+from msad.experiments.variants import LONGER, QUICK, choose, standard_variants
 from msad.export import export
 from msad.files import atomic_write
 from msad.modeling.adapters import num_classes_key
@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, metavar="DIR", help="images and annotations, see above")
     parser.add_argument("--configs", type=Path, default=REPOSITORY / "configs/quickstart", help="folder of the models")
-    parser.add_argument("--variants", "--rows", nargs="+", default=list(QUICK), metavar="NAME", help="'all', or names")
+    parser.add_argument("--variants", "--rows", nargs="+", metavar="NAME", help="'all', or names; default: see above")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each variant runs once a seed; default: 0")
     parser.add_argument("--iterations", type=_positive, help="of every stage; default: as the configs say")
     parser.add_argument("--short-side", type=_positive, help="of H in pixels; default: as the configs say")
@@ -103,13 +103,12 @@ def data_opts(folder: Path, files: Sequence[Path], opts: Sequence, say: bool = T
 
 def make_study(args: argparse.Namespace) -> Comparison:
     """The comparison that the command line asks for; draws the synthetic scenes if it needs them."""
-    variants = standard_variants(args.configs)
-    chosen = choose(variants, [name for name in QUICK if name in variants] if args.variants == list(QUICK) else
-                    list(variants) if args.variants == ["all"] else args.variants)  # fmt: skip
+    variants, folder = standard_variants(args.configs), args.data
+    on_scenes = folder is None and not load_config(next(iter(variants.values())).file).DATASETS.TRAIN
+    usual = [name for name in QUICK if name in variants and not (on_scenes and name == LONGER)]
+    chosen = choose(variants, list(variants) if args.variants == ["all"] else args.variants or usual)
     opts, files = [*args.opts, *take_devices(args.devices)], dict.fromkeys(v.file for v in chosen.values())
-    base = load_config(next(iter(files)))
-    folder = args.data
-    if folder is None and not base.DATASETS.TRAIN:
+    if on_scenes:
         folder = args.output / "scenes"
         print(f"Scenes: {SYNTHETIC['num_train']} for training, {SYNTHETIC['num_val']} for validation, in {folder}")
         make_dataset(folder, **SYNTHETIC)

@@ -194,6 +194,25 @@ def test_gradients_are_clipped_before_the_step(kind, expected):
     assert model.bias.grad.item() == 0.125  # each parameter on its own
 
 
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_norms_are_clipped_as_torch_does_for_each_parameter(order):
+    cfg = solver_cfg(WEIGHT_DECAY=0.0)
+    cfg.SOLVER.CLIP_GRADIENTS.update(ENABLED=True, CLIP_TYPE="norm", CLIP_VALUE=2.0, NORM_TYPE=order)
+    model = Net()
+    torch.manual_seed(0)
+    expected = {}
+    for scale, (name, parameter) in zip((0.01, 1.0, 30.0), model.named_parameters()):
+        parameter.grad = scale * torch.randn_like(parameter)
+        alone = nn.Parameter(parameter.detach().clone())
+        alone.grad = parameter.grad.clone()
+        nn.utils.clip_grad_norm_(alone, 2.0, order)
+        expected[name] = alone.grad
+    assert any(p.grad is None for p in model.parameters())  # which are left alone
+    build_optimizer(cfg, model).step()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient)
+
+
 def test_unknown_clip_type_is_named():
     cfg = solver_cfg()
     cfg.SOLVER.CLIP_GRADIENTS.update(ENABLED=True, CLIP_TYPE="full_model")

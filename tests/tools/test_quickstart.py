@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from load_tool import load_tool
 
+from msad import cli, load_config
+from msad.data.synthetic import make_dataset
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "tools" / "quickstart.py"
 VARIANTS = ["baseline_L", "teacher", "student_L", "baseline_equal_cost"]
@@ -30,7 +33,7 @@ def test_from_scenes_to_report(quickstart, tmp_path, capsys):
     evaluated = {*VARIANTS, "teacher_H", "teacher_L", "teacher_fused"} - {"teacher"}
     assert set(results) == evaluated == set(data["cost"])
     assert all("AP" in r["results"][name]["bbox"] and r["iterations"] == 4 for name, r in results.items())
-    assert {run["warmup"] for run in data["runs"]} == {1}  # of 50 in 1600 iterations
+    assert {run["warmup"] for run in data["runs"]} == {1}  # of 50 in 1100 iterations
     assert data["engine"].startswith("detectron2") and data["seconds"] > 0
     # The L branch alone costs what the student costs, and the fusion more than both branches.
     macs = {row: cost["gmacs"]["total"] for row, cost in data["cost"].items()}
@@ -55,6 +58,17 @@ def test_from_scenes_to_report(quickstart, tmp_path, capsys):
     assert "another configuration" in capsys.readouterr().err
 
 
+def test_the_longest_control_is_left_out_on_the_scenes_alone(quickstart, tmp_path):
+    def names(*options):
+        argv = ["--output", str(tmp_path / "out"), *options]
+        return set(quickstart.make_study(cli.parse(quickstart.make_parser(), argv)).variants)
+
+    make_dataset(tmp_path / "own", **SCENES)
+    longest = {"baseline_L_shifted@equal_iterations"}
+    assert names() | longest == names("--data", str(tmp_path / "own")) != names()
+    assert longest < names("--variants", "all")
+
+
 def test_failures_are_named(quickstart, tmp_path, capsys):
     args = ["--output", str(tmp_path), "--iterations", "1", "--variants", "student_L", "SOLVER.IMS_PER_BATCH", "2"]
     assert quickstart.main([*args, "SOLVER.LR_SCHEDULER_NAME", "NoSuch"]) == 1
@@ -75,9 +89,6 @@ def test_bad_command_lines_are_one_sentence(quickstart, tmp_path, capsys):
 
 
 def test_data_fit_any_detector(quickstart, tmp_path, capsys):
-    from msad import load_config
-    from msad.data.synthetic import make_dataset
-
     make_dataset(tmp_path / "coco_2017", **{**SCENES, "num_train": 1, "num_val": 1, "classes": ("disc", "ring")})
     files = [REPOSITORY / "configs/quickstart/baseline_H.yaml", REPOSITORY / "configs/nuclei/gfl/student_L.yaml",
              REPOSITORY / "configs/quickstart/Base-RCNN.yaml"]  # fmt: skip
@@ -93,8 +104,6 @@ def test_data_fit_any_detector(quickstart, tmp_path, capsys):
 @pytest.mark.slow
 def test_corrected_labels_are_trained_again(tmp_path):
     """In processes of its own, as a user repeats a command."""
-    from msad.data.synthetic import make_dataset
-
     make_dataset(tmp_path / "data", **SCENES)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     args = ["--data", tmp_path / "data", "--output", tmp_path / "out", "--iterations", "2", "--rows", "baseline_L"]

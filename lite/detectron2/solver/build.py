@@ -140,20 +140,27 @@ def maybe_add_gradient_clipping(cfg: CfgNode, optimizer: type[Optimizer] | Optim
     return _clipping_subclass(optimizer, clip)
 
 
-def _clip_function(settings: CfgNode) -> Callable[[torch.Tensor], Any]:
+def _clip_function(settings: CfgNode) -> Callable[[list[torch.Tensor]], Any]:
     limit, order, kind = settings.CLIP_VALUE, settings.NORM_TYPE, settings.CLIP_TYPE
     if kind == "value":
-        return lambda parameter: nn.utils.clip_grad_value_(parameter, limit)
+        return lambda parameters: nn.utils.clip_grad_value_(parameters, limit)
     if kind == "norm":
-        return lambda parameter: nn.utils.clip_grad_norm_(parameter, limit, order)
+        return lambda parameters: _clip_norms(parameters, limit, order)
     raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {kind!r}, expected 'value' or 'norm'")
 
 
-def _clipping_subclass(base: type[Optimizer], clip: Callable[[torch.Tensor], Any]) -> type[Optimizer]:
+def _clip_norms(parameters: list[torch.Tensor], limit: float, order: float) -> None:
+    """``nn.utils.clip_grad_norm_`` of each parameter alone, for all of them at once."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        norms = torch.stack(torch._foreach_norm(gradients, order))
+        torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1.0)))
+
+
+def _clipping_subclass(base: type[Optimizer], clip: Callable[[list[torch.Tensor]], Any]) -> type[Optimizer]:
     def step(self, closure=None):
         for group in self.param_groups:
-            for parameter in group["params"]:
-                clip(parameter)
+            clip(group["params"])
         # not super(): the torch profiler wraps step of the class that it finds
         return base.step(self, closure)
 

@@ -102,9 +102,9 @@ _STANDARD = {
     "student_L_light": ("student_L_light", (), "student, light head", "Distilled like student_L, with a smaller head, "
                         "which is where most of the computation at half the resolution is."),
 }  # fmt: skip
-_LONGER, _TIMED = "baseline_L_shifted@equal_iterations", "baseline_L_shifted@equal_time"
+LONGER, _TIMED = "baseline_L_shifted@equal_iterations", "baseline_L_shifted@equal_time"
 QUICK = (
-    "baseline_H", "baseline_L", "baseline_equal_cost", "baseline_L_shifted", _LONGER, "teacher", "student_L_no_kd",
+    "baseline_H", "baseline_L", "baseline_equal_cost", "baseline_L_shifted", LONGER, "teacher", "student_L_no_kd",
     "student_L",
 )  # fmt: skip
 
@@ -121,7 +121,7 @@ def standard_variants(folder: Path) -> dict[str, Variant]:
     }
     out |= equal_cost(folder / "baseline_H.yaml", "student_L")
     shifted = out["baseline_L_shifted"]
-    out[_LONGER] = replace(
+    out[LONGER] = replace(
         shifted, budget="equal_iterations", reference="student_L", title="finer levels, iterations of both stages",
         description="As baseline_L_shifted, trained for as many iterations as teacher and student together: what "
         "longer training alone gives.",
