@@ -117,6 +117,9 @@ def test_optimizers(student):
         optimizer.step()
         assert p.grad.norm() < 10.01
         optimizer.zero_grad()
+    assert optimizer.defaults["fused"]
+    cfg.SOLVER.AMP.ENABLED = True  # whose scaled gradients a fused step would unscale after they were clipped
+    assert not DistillTrainer.build_optimizer(cfg, model).defaults["fused"]
 
 
 def test_reading_sets_the_weights(student):

@@ -31,8 +31,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     overrides = {name: {"weight_decay": 0.0} for name in NOT_DECAYED}
     parameters = get_default_optimizer_params(model, **groups, **decay, overrides=overrides)
     optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-    # One kernel in place of a dozen calls a parameter; on GPUs torch groups the calls by itself.
-    fused = True if cfg.MODEL.DEVICE == "cpu" else None
+    # One kernel in place of a dozen calls a parameter; on GPUs torch groups the calls by itself. Not in mixed
+    # precision: a fused step unscales the gradients, after they have been clipped.
+    fused = True if cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED else None
     return optimizer(parameters, lr=options.BASE_LR, weight_decay=options.WEIGHT_DECAY, fused=fused)
 
 
