@@ -127,7 +127,7 @@ class Comparison:
         cfg.merge_from_list(["SEED", run.seed, "OUTPUT_DIR", str(self.folder(run))])
         wanted = self.teacher_iterations if variant.teacher else self.iterations
         if variant.budget == "equal_iterations":
-            wanted = sum(self._iterations(n) for n in [*self.all_teachers(variant.reference), variant.reference])
+            wanted = self._iterations(run.name)
         elif variant.budget == "equal_time":
             wanted = self._kept_iterations(run, self.iterations_in_time(run))
         set_total_iterations(cfg, wanted, keep=[*self.opts[::2], *variant.overrides[::2]])
@@ -152,7 +152,10 @@ class Comparison:
     # --- budgets ------------------------------------------------------------------------------------------------------
 
     def _iterations(self, name: str) -> int:
+        """Those of a variant; of equal time, those of the variant without a budget."""
         variant = self.variants[name]
+        if variant.budget == "equal_iterations":
+            return sum(self._iterations(n) for n in [*self.all_teachers(variant.reference), variant.reference])
         fixed = self.teacher_iterations if variant.teacher else self.iterations
         return fixed or total_iterations(self._load(variant.file, variant.overrides))
 
@@ -198,7 +201,7 @@ class Comparison:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def runs(self) -> list[Run]:
-        """All runs, seed by seed: what others need comes first, then what trains longest."""
+        """All runs, seed by seed: what learns from others, after these, then what has most iterations."""
         out: dict[Run, None] = {}
 
         def add(run: Run) -> None:
@@ -207,14 +210,9 @@ class Comparison:
             out[run] = None
 
         for seed in self.seeds:
-            for name in sorted(self.variants, key=self._turn):
+            for name in sorted(self.variants, key=lambda name: (not self.teachers(name), -self._iterations(name))):
                 add(Run(name, seed))
         return list(out)
-
-    def _turn(self, name: str) -> int:
-        if self.teachers(name):
-            return 0
-        return 1 if self.variants[name].budget == "equal_iterations" else 2
 
     def run(self, slots: Sequence[Slot], say: Callable[[str], None] = tqdm.write) -> list[Run]:
         """Run all that is not finished, see :func:`msad.experiments.jobs.run_all`; returns the runs that failed.
