@@ -114,6 +114,22 @@ def test_numbers_that_yaml_reads_as_text():
     assert (group["lr"], group["weight_decay"]) == (1e-3, 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD"])
+def test_one_kernel_steps_all_parameters_on_cpus(kind):
+    step, context = step_alone(OPTIMIZER=kind, BASE_LR=0.1, WEIGHT_DECAY=0.01)
+    alone = OneLayer()
+    alone.load_state_dict(step.assistant.state_dict())
+    plain = getattr(torch.optim, kind)(alone.parameters(), lr=0.1, weight_decay=0.01, foreach=False, fused=False)
+    with EventStorage(0):
+        for _ in range(3):
+            step(context)
+            plain.zero_grad()
+            alone.losses(context)["loss_x"].backward()
+            plain.step()
+    assert step.optimizer.defaults["fused"]
+    torch.testing.assert_close(step.assistant.state_dict(), alone.state_dict())
+
+
 def test_poly_schedule_of_the_solver():
     poly = ["SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.MAX_ITER", 4, "SOLVER.POLY_LR_POWER", 1.0]
 

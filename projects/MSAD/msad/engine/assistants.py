@@ -73,15 +73,16 @@ class AssistantStep:
             )
         self.name, self.assistant, self.student = name, assistant.train(), student
         self.model = defaults.create_ddp_model(assistant, broadcast_buffers=False)
+        device = torch.device(cfg.MODEL.DEVICE).type
         self.optimizer = OPTIMIZERS[kind](
             assistant.parameters(),
             lr=options["base_lr"],
             weight_decay=options["weight_decay"],
+            fused=True if device == "cpu" else None,  # as of the student's optimizer, see solver.build_optimizer
         )
         self._total: torch.Tensor | None = torch.zeros(())  # of the last step; None: it has not come so far
         self.scheduler = build_lr_scheduler(cfg, self.optimizer) if schedule == "solver" else None
         self.head_learns, self.w_det = options["head_learns"], cfg.DISTILL.W_DET
-        device = torch.device(cfg.MODEL.DEVICE).type
         half = cfg.SOLVER.AMP.ENABLED and device == "cuda"
         self.scaler = torch.amp.GradScaler(device, enabled=half)
 
