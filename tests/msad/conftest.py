@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import runs
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -218,5 +219,16 @@ def make_distiller(tiny_model):
         frozen = FrozenTeacher(teacher, batch_norm)
         built = between(list(losses), student_shapes(student, resolution), frozen.shapes())
         return Distiller(student, [frozen], built, resolution, **options).train()
+
+    return make
+
+
+@pytest.fixture
+def student_config(project, teacher_weights, tmp_path):
+    """Makes the config of the FCOS student from KEY=value overrides (dots as two underscores)."""
+
+    def make(name="student", **options):
+        keys = {key.replace("__", "."): value for key, value in options.items()}
+        return runs.config(project, teacher_weights, name, tmp_path / "run", **keys)
 
     return make

@@ -9,7 +9,7 @@ import torch
 from detectron2.engine import create_ddp_model, defaults, launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
-from test_resume import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
+from runs import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
 from msad import load_config

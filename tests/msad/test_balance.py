@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from test_resume import assert_equal_weights, config, left_by_a_killed_run, train
+from runs import assert_equal_weights, config, left_by_a_killed_run, train
 
 from msad.distill import balance as balance_module
 from msad.distill.balance import GradientBalance, squared_gradient

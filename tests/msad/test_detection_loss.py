@@ -6,7 +6,7 @@ import json
 
 import pytest
 from detectron2.data import DatasetCatalog
-from test_resume import config
+from runs import config
 
 from msad.data.checks import check_test_sets
 from msad.engine import DistillTrainer

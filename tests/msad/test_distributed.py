@@ -19,7 +19,7 @@ from detectron2.engine import HookBase, create_ddp_model, defaults, launch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from test_resume import TEACHER, left_by_a_killed_run
+from runs import TEACHER, left_by_a_killed_run
 
 from msad import load_config
 from msad.data import register_datasets

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from detectron2.modeling import build_model
+from runs import assert_equal_weights
 from test_plain_student import detections
-from test_resume import assert_equal_weights
 
 from msad import load_config
 from msad.data import register_datasets

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_resume import config, train
+from runs import config, train
 
 from msad.distill.analysis import decompose
 from msad.distill.teachers import FrozenTeacher

@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from test_resume import assert_equal_weights, train
+from runs import assert_equal_weights, train
 from torch import nn
 
 from msad import load_config

@@ -12,7 +12,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
-from test_resume import assert_equal_weights, config, train
+from runs import assert_equal_weights, config, train
 
 from msad import load_config
 from msad.engine.setup import evaluate, load_model

@@ -10,7 +10,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, Instances
 from helpers import between, evaluate, make_context
-from test_resume import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
+from runs import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
 from msad.distill.losses import DISTILL_LOSS_REGISTRY

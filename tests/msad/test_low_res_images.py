@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from PIL import Image
-from test_resume import config
+from runs import config
 
 from msad import load_config
 from msad.data import build_train_loader, check_data, register_datasets

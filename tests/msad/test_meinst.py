@@ -13,8 +13,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, ImageList, PolygonMasks
 from detectron2.utils.events import EventStorage
+from runs import assert_equal_weights, train
 from test_mask_code import iou, shapes
-from test_resume import assert_equal_weights, train
 
 from msad import load_config
 from msad.data import register_datasets

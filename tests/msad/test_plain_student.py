@@ -14,8 +14,8 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
+from runs import assert_equal_weights, train
 from test_distributed import student_config
-from test_resume import assert_equal_weights, train
 
 from msad import load_config
 from msad.data import register_datasets

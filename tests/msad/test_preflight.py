@@ -10,7 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
-from test_resume import config
+from runs import config
 
 from msad import load_config
 from msad.data import register_datasets

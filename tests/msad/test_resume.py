@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,75 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import HookBase
+from runs import CHILD, ITERATIONS, SAVED, TOOL, assert_equal_weights, config, left_by_a_killed_run, train
 
-from msad import load_config
-from msad.data import register_datasets
 from msad.engine import DistillTrainer
-
-ITERATIONS, SAVED = 6, 3  # the checkpoint holds SAVED finished iterations
-TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"
-TEACHER = {"student": "teacher", "retinanet_student": "retinanet_teacher", "gfl_student": "gfl_teacher"}
-
-
-class Trace(HookBase):
-    """Per iteration: all losses and learning rates, the images, and the factor on the distillation losses."""
-
-    def __init__(self, trainer):
-        self.steps = []
-        self._images = []
-        model = trainer._trainer.model
-        model.register_forward_pre_hook(lambda _, args: self._images.append([d["file_name"] for d in args[0]]))
-
-    def after_step(self):
-        distiller = self.trainer.distiller
-        storage = self.trainer.storage
-        losses = {k: v for k, (v, i) in storage.latest().items() if "loss" in k and i == self.trainer.iter}
-        self.steps.append(
-            {
-                "iteration": self.trainer.iter,
-                "losses": losses,
-                "lr": self.trainer.optimizer.param_groups[0]["lr"],
-                "images": self._images.pop(),
-                "factor": None if distiller is None else distiller.factor(storage.iter),
-            }
-        )
-
-
-def config(project, teacher_weights, name, output, **options):
-    cfg = load_config(project / f"{name}.yaml")
-    if name in TEACHER:
-        cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = teacher_weights[TEACHER[name]]
-    cfg.OUTPUT_DIR = str(output)
-    cfg.merge_from_list(list(itertools.chain(*options.items())))
-    register_datasets(cfg)
-    Path(output).mkdir(exist_ok=True)
-    return cfg
-
-
-def train(cfg, resume=False):
-    """The trainer after the run, its Trace, and the student's or baseline's weights before the first step."""
-    trainer = DistillTrainer(cfg)
-    trainer.resume_or_load(resume)
-    before = {k: v.clone() for k, v in trainer.checkpointer.model.state_dict().items()}
-    trace = Trace(trainer)
-    trainer.register_hooks([trace])
-    trainer.train()
-    return trainer, trace, before
-
-
-def left_by_a_killed_run(finished: Path, target: Path) -> None:
-    """What the run in ``finished`` would have left, had it been killed after its first checkpoint."""
-    target.mkdir()
-    name = f"model_{SAVED - 1:07d}.pth"
-    shutil.copy(finished / name, target / name)
-    (target / "last_checkpoint").write_text(name)
-
-
-def assert_equal_weights(first, second):
-    assert first.keys() == second.keys()
-    different = [k for k in first if not torch.equal(first[k], second[k])]
-    assert not different
 
 
 @pytest.mark.parametrize("name", ["fcos", "retinanet", "teacher", "student", "retinanet_student", "gfl_student"])
@@ -147,37 +79,6 @@ def test_resuming_a_finished_run_trains_nothing(project, teacher_weights, tmp_pa
     again, trace, _ = train(config(project, teacher_weights, "fcos", tmp_path), resume=True)
     assert again.start_iter == ITERATIONS and trace.steps == []
     assert_equal_weights(again.checkpointer.model.state_dict(), first.checkpointer.model.state_dict())
-
-
-# Runs tools/train_net.py with Trace; kills the process without warning after iteration argv[1], if that is not -1,
-# and writes the trace to argv[2] otherwise.
-CHILD = """
-import json, os, runpy, signal, sys
-sys.path.insert(0, {tests!r})
-from detectron2.engine import HookBase
-from test_resume import Trace
-from msad.engine import DistillTrainer
-last, output, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-
-class Kill(HookBase):
-    def after_step(self):
-        if self.trainer.iter == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def after_train(self):
-        with open(output, "w") as file:
-            json.dump(trace[-1].steps, file)
-
-trace = []
-build_hooks = DistillTrainer.build_hooks
-
-def with_trace(self):
-    trace.append(Trace(self))
-    return build_hooks(self) + [trace[-1], Kill()]
-
-DistillTrainer.build_hooks = with_trace
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def test_what_a_process_did_before_does_not_change_a_run(project, teacher_weights, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from detectron2.engine import HookBase, create_ddp_model, defaults, launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from test_resume import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
+from runs import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from msad import load_config

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
-from test_resume import CHILD, SAVED, TOOL, assert_equal_weights, config
+from runs import CHILD, SAVED, TOOL, assert_equal_weights, config
 
 from msad import load_config
 from msad.distill.losses.fitnet import FitNet

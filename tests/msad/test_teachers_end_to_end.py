@@ -11,9 +11,9 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from runs import assert_equal_weights
 from test_detectors_distributed import DCN, NARROW, SWIN, WITHOUT_C1, images
 from test_every_detector import BOX_AND_MASK, losses_of, merged, model_keys, run, write
-from test_resume import assert_equal_weights
 
 from msad.data.fingerprint import dataset_fingerprint
 from msad.distill.distiller import student_shapes
