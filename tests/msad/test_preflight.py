@@ -292,6 +292,23 @@ def test_levels_are_judged_by_how_losses_pair_them(project, teacher_weights, tmp
     assert finding.level == level and ("p4 with p3" in finding.text) == bool(match)
 
 
+@pytest.mark.parametrize(("source", "refused"), [("a", False), ("mean", True), (["a", "b"], True), (None, True)])
+def test_levels_are_judged_by_the_losses_that_read_a_teacher(project, teacher_weights, tmp_path, source, refused):
+    """Aligned features of a teacher at 1x say nothing of the strides of one at 0.75x."""
+    cfg = config(project, teacher_weights, "student", tmp_path)
+    entry = {key: cfg.DISTILL.TEACHERS[0][key] for key in ("CONFIG", "WEIGHTS")}
+    cfg.DISTILL.TEACHERS = [{"NAME": "a", **entry}, {"NAME": "b", **entry, "SCALE": 0.75}]
+    if source == "mean":
+        cfg.DISTILL.TEACHERS.append({"NAME": "mean", "MEAN_OF": ["a", "b"]})
+    aligned = {"NAME": "AlignedL1", "SOURCE": source} if source else {"NAME": "AlignedL1"}
+    cfg.DISTILL.LOSSES = [aligned, {"NAME": "FitNet", "SOURCE": "b", "MATCH": "by_index"}]
+    found = examine(cfg, images=0)
+    strides = [f for f in found if f.check == "strides" and "8 for the student and 10.6" in f.text]
+    assert bool(strides) == refused and all(f.level == ERROR for f in strides)
+    if not refused:
+        assert any(f.check == "losses" and f.level == OK for f in found)
+
+
 @pytest.fixture
 def turned(project, clean_catalogs):
     """Writes a copy of tiny_train's annotations with two classes in turned order; text of a teacher's yaml of it."""
@@ -322,26 +339,29 @@ def turned(project, clean_catalogs):
         ("none", [], WARNING),
     ],
 )
+@pytest.mark.parametrize("name", ["turned_compared", "tiny_train"])  # the latter is the student's set, too
 def test_classes_must_be_equal_where_heads_are_copied_or_compared(
-    project, teacher_weights, tmp_path, turned, init, losses, level
+    project, teacher_weights, tmp_path, turned, init, losses, level, name
 ):
     cfg = config(project, teacher_weights, "student", tmp_path)
-    cfg.DISTILL.TEACHERS[0].update(turned(tmp_path, "turned_compared"))
+    cfg.DISTILL.TEACHERS[0].update(turned(tmp_path, name))
     cfg.DISTILL.INIT_STUDENT, cfg.DISTILL.LOSSES = init, [{"name": name} for name in losses]
     (finding,) = [f for f in examine(cfg, images=0) if f.check == "classes"]
     assert finding.level == level and "equal classes in another order" in finding.text
 
 
 @pytest.mark.parametrize(
-    ("case", "known"), [("named", True), ("small", True), ("large", False), ("absent", False), ("broken", False)]
+    ("case", "known"), [("named", True), ("named as the student's", True), ("small", True), ("large", False), ("absent", False), ("broken", False)]
 )
 def test_training_knows_the_classes_of_the_teachers_own_data(
     project, teacher_weights, tmp_path, turned, monkeypatch, caplog, case, known
 ):
     """From the yaml, even if the file is elsewhere, or from a file that does not take long to read."""
     cfg = config(project, teacher_weights, "student", tmp_path)
-    teacher = turned(tmp_path, f"turned_{case}", classes=case == "named")
+    name = "tiny_train" if case == "named as the student's" else f"turned_{case}"
+    teacher = turned(tmp_path, name, classes=case == "named")
     cfg.DISTILL.TEACHERS[0].update(teacher)
+    before = DatasetCatalog.list()
     if case in ("named", "absent"):
         (tmp_path / "turned.json").unlink()
     if case == "broken":
@@ -352,6 +372,7 @@ def test_training_knows_the_classes_of_the_teachers_own_data(
     if known:
         with pytest.raises(ValueError, match="classes: equal classes in another order"):
             run.resume_or_load(False)
+        assert DatasetCatalog.list() == before
     else:
         with caplog.at_level("WARNING", logger="msad"):
             run.resume_or_load(False)

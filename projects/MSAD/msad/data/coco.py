@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..finding import OK
 from .cache import cache_file, file_sha256, write_cache
-from .coco_annotations import compressed
+from .coco_annotations import compressed, is_polygon
 from .coco_file import check_content, read_json
 from .dataset_types import DATASET_TYPE_REGISTRY, NAMES, PATH, Key, add_dataset, check_entry, is_names, set_metadata
 from .keypoints import keypoint_metadata
@@ -225,7 +225,7 @@ def _convert(annotation: dict[str, Any], contiguous: dict[int, int]) -> dict[str
     if isinstance(mask, dict):
         out["segmentation"] = compressed(mask)
     elif mask:
-        out["segmentation"] = [[*map(float, p)] for p in mask if len(p) >= 6 and len(p) % 2 == 0]
+        out["segmentation"] = [[*map(float, p)] for p in mask if is_polygon(p)]
         if not out["segmentation"]:
             return None
     if annotation.get("keypoints"):

@@ -115,7 +115,7 @@ class AnnotationChecker:
                     add(ERROR, "has a polygon that is no list of numbers", fix, f"has a polygon {_values(polygon)}")
                 elif not math.isfinite(sum(polygon)):
                     add(ERROR, "has a polygon with NaN or infinity", "correct what wrote the file")
-                elif len(polygon) < 6 or len(polygon) % 2:
+                elif not is_polygon(polygon):
                     fix = "give each polygon three points or more, x and y of each"
                     add(WARNING, "has a polygon of fewer than three points, which is left out", fix)
 
@@ -184,13 +184,18 @@ def _area(a: dict[str, Any], image: dict[str, Any]) -> float:
     """Area in square pixels: of the mask if there is a good one, else of the box."""
     mask = a.get("segmentation")
     try:
-        if isinstance(mask, list) and mask:
-            return float(mask_util.area(mask_util.merge(mask_util.frPyObjects(mask, image["height"], image["width"]))))
+        if isinstance(mask, list) and any(map(is_polygon, mask)):
+            return float(bitmap(mask, image["height"], image["width"]).sum())
         if isinstance(mask, dict):
             return float(mask_util.area(compressed(mask)))
     except Exception:  # what is wrong with the mask has been counted
         pass
     return float(max(a["bbox"][2], 0) * max(a["bbox"][3], 0))
+
+
+def is_polygon(values: list) -> bool:
+    """Whether a list of numbers is x and y of three points or more."""
+    return len(values) >= 6 and len(values) % 2 == 0
 
 
 def compressed(mask: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +204,13 @@ def compressed(mask: dict[str, Any]) -> dict[str, Any]:
 
 
 def bitmap(mask: list | dict[str, Any], height: int, width: int) -> np.ndarray:
-    """COCO polygons or run lengths, compressed or not, as a bool array (height, width)."""
+    """COCO polygons or run lengths, compressed or not, as a bool array (height, width).
+
+    What is no polygon is left out, as it is in training.
+    """
     if isinstance(mask, list):
-        return mask_util.decode(mask_util.merge(mask_util.frPyObjects(mask, height, width))).astype(bool)
+        polygons = list(filter(is_polygon, mask))
+        if not polygons:
+            return np.zeros((height, width), bool)
+        return mask_util.decode(mask_util.merge(mask_util.frPyObjects(polygons, height, width))).astype(bool)
     return mask_util.decode(compressed(mask)).astype(bool)

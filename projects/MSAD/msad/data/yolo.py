@@ -94,7 +94,7 @@ def _places(spec: dict[str, Any], key: str, file: Path) -> list[Path]:
         found = next((path for path in choice if path.exists()), None)
         if found is None:
             raise FileNotFoundError(f"{file}: {key}: there is no {choice[0]}")
-        out.append(found.resolve())
+        out.append(Path(os.path.abspath(found)))  # labels lie beside links, not beside what they point to
     return out
 
 
@@ -103,7 +103,7 @@ def _images(place: Path) -> list[Path]:
         found = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
     else:
         lines = [line.strip() for line in place.read_text().splitlines()]
-        found = [(place.parent / line).resolve() for line in lines if line]
+        found = [Path(os.path.abspath(place.parent / line)) for line in lines if line]
     if not found:
         raise FileNotFoundError(f"{place}: there are no images")
     return found

@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ..modeling.adapters import adapt
-from ..modeling.features import tap_neck
+from ..modeling.features import same_statistics, tap_neck
 from ..modeling.head_outputs import HeadRecord, tap_heads
 from ..modeling.taps import NECK, tap, tap_shapes
 from ..resolution import (
@@ -230,7 +230,8 @@ class Distiller(nn.Module):
         """Output of the student's own head on features under H-frame names; boxes in H pixels."""
         shift = self.resolution.shift
         own = [Boxes(per_image.tensor / 2**shift) for per_image in boxes]
-        return adapt(self.student).run_head(name, shift_levels(features, -shift), own)
+        with same_statistics(self.student):  # these features do not occur at inference
+            return adapt(self.student).run_head(name, shift_levels(features, -shift), own)
 
     def _run_losses(self, small: list[dict], features: Features) -> dict[str, torch.Tensor]:
         """Losses of the student's heads on features under H-frame names, with the ground truth of ``small``."""

@@ -73,6 +73,7 @@ def check_heads(student: nn.Module, teacher: nn.Module, shift: int, kinds: tuple
             rounded = ([(scale * x).tolist() for x in cell_anchors(s)], [x.tolist() for x in cell_anchors(t)])
             if not _nearly_equal(*rounded):
                 differing["anchors (H pixels)"] = rounded
+            differing["offset of the anchors"] = tuple(x.owner.anchor_generator.offset for x in (s, t))
         else:
             del differing["levels (H frame)"]  # every proposal finds its level in either pyramid
         for what, (a, b) in differing.items():

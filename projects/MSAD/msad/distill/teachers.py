@@ -12,7 +12,8 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from ..modeling.adapters import DetectorAdapter, Features, adapt
-from ..modeling.features import run_neck
+from ..modeling.features import batch_norms, keep_statistics, run_neck
+from ..modeling.fusion_student import told_sizes
 from ..modeling.taps import NECK, tap_shapes
 from ..resolution import batch_images, downsampled_image, pad_divisibility, shift_levels, shift_names
 
@@ -55,13 +56,9 @@ class FrozenTeacher:
         shift = -math.log2(scale)
         self.shift = round(shift) if shift == round(shift) else None
         if batch_norm == "batch":
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    # Without tracking, train mode normalises by the batch and leaves the buffers alone; so does a
-                    # synchronised BatchNorm that updates them by itself, if the update has no weight.
-                    module.track_running_stats = False
-                    module.momentum = 0.0
-                    module.train()
+            for norm in batch_norms(model):
+                keep_statistics(norm)
+                norm.train()
 
     @property
     def detector(self) -> nn.Module:
@@ -121,7 +118,8 @@ class FrozenTeacher:
         if not self.adapter.levels:  # a segmentor, which is read at taps alone
             self.adapter.run_decoder(detector.backbone(images.tensor))
             return {}
-        return run_neck(detector.backbone, images.tensor, self.adapter.levels)
+        with told_sizes(detector.backbone, images.image_sizes):
+            return run_neck(detector.backbone, images.tensor, self.adapter.levels)
 
     def run_head(self, name: str, features: Features, boxes: list[Boxes]) -> tuple:
         """Output of the teacher's head ``name`` on ``features``; ``boxes`` of each image are in H pixels."""

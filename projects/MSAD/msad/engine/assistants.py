@@ -15,6 +15,7 @@ from torch import nn
 from ..distill.assistants import TRAINING_OPTIONS, Assistant
 from ..distill.context import DistillContext
 from ..distill.options import check_options
+from ..modeling.features import same_statistics
 from ..modeling.scalars import scalars_under
 from .solver import build_lr_scheduler
 
@@ -27,19 +28,14 @@ LOG_PERIOD = 20
 def untouched(module: nn.Module) -> Iterator[None]:
     """Inside, ``module`` gets no gradients, and its running statistics do not change."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        for norm in norms:
-            norm.momentum = 0.0
-        yield
+        with same_statistics(module):
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
 
 
 class AssistantStep:

@@ -35,6 +35,31 @@ def tap_neck(detector: nn.Module) -> Iterator[Features]:
         handle.remove()
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """All BatchNorms inside ``module``, synchronised ones too; not those that are frozen for good."""
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def keep_statistics(norm: nn.Module) -> None:
+    """Let a BatchNorm in training mode normalise by the batch and leave its buffers alone."""
+    norm.track_running_stats = False
+    norm.momentum = 0.0  # for a synchronised one that updates its buffers by itself
+
+
+@contextmanager
+def same_statistics(module: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorms of ``module`` in training mode normalise by the batch, and their buffers do not change."""
+    norms = batch_norms(module)
+    before = [(norm.track_running_stats, norm.momentum) for norm in norms]
+    try:
+        for norm in norms:
+            keep_statistics(norm)
+        yield
+    finally:
+        for norm, (tracks, momentum) in zip(norms, before):
+            norm.track_running_stats, norm.momentum = tracks, momentum
+
+
 def freeze_unused_levels(detector: nn.Module) -> list[str]:
     """Stop training what only serves pyramid levels that no head reads; names of the frozen parameters.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -209,6 +211,19 @@ def FusionStudent(cfg: CfgNode) -> nn.Module:
 
 
 META_ARCH_REGISTRY.register(FusionStudent)
+
+
+@contextmanager
+def told_sizes(backbone: nn.Module, sizes: list[tuple[int, int]]) -> Iterator[None]:
+    """Inside, a :class:`FusionBackbone` that is called without its detector knows where each image (h, w) ends."""
+    if not isinstance(backbone, FusionBackbone):
+        yield
+        return
+    backbone.image_sizes = sizes
+    try:
+        yield
+    finally:
+        backbone.image_sizes = None
 
 
 def _tell_sizes(detector: nn.Module, args: tuple) -> None:

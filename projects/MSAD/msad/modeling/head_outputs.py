@@ -75,8 +75,9 @@ def tap_heads(heads: Mapping[str, Head]) -> Iterator[HeadRecord]:
 
     def recording(name: str, original: Callable) -> Callable:
         def assign(*args):
+            kept = tuple(map(_as_they_are, args))
             result = original(*args)
-            record.assigned[name] = args, result
+            record.assigned[name] = kept, result
             return result
 
         return assign
@@ -87,6 +88,13 @@ def tap_heads(heads: Mapping[str, Head]) -> Iterator[HeadRecord]:
             assign = recording(name, getattr(head.assigner, head.assign))
             stack.enter_context(covered(head.assigner, head.assign, assign))
         yield record
+
+
+def _as_they_are(argument: Any) -> Any:
+    """Proposals with the fields that they have now, which a detector may replace (TRAIN_ON_PRED_BOXES does)."""
+    if isinstance(argument, list) and all(isinstance(item, Instances) for item in argument):
+        return [Instances(item.image_size, **item.get_fields()) for item in argument]
+    return argument
 
 
 def box_code(head: Head) -> tuple:

@@ -70,7 +70,7 @@ def student_config(teacher: CfgNode, resolution: str) -> CfgNode:
     if detector in WITH_ANCHORS:  # those of the others are in strides
         sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / 2**shift for size in level] for level in sizes]
-        cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE = cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE / 2**shift
+        cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE = round(cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE / 2**shift)
     for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
         cfg.INPUT[key] = downsampled_size((cfg.INPUT[key],) * 2, shift)[0]
     _make_levels(cfg, sorted(levels))

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,7 +16,7 @@ from torch import nn
 
 from ...config import load_config
 from ...data.checks import check_data
-from ...data.register import register_datasets
+from ...data.register import register_datasets, registered
 from ...distill.distiller import student_shapes
 from ...distill.losses.registry import compares_heads, lower_keys
 from ...distill.teachers import FrozenTeacher
@@ -42,26 +42,26 @@ logger = logging.getLogger(__name__)
 _SMALL_FILE = 32 * 2**20
 
 
-def check_training_sets(cfg: CfgNode, teacher: CfgNode) -> list[Finding]:
+def check_training_sets(cfg: CfgNode, teacher: CfgNode, teacher_classes: Sequence[str] | None) -> list[Finding]:
     """:func:`check_classes` of the training sets, as far as names are known by now.
 
     Classes must be equal where heads are copied (INIT_STUDENT) or compared (LD, Chen).
     """
-    names = [c.DATASETS.TRAIN[0] if c.DATASETS.TRAIN else "" for c in (cfg, teacher)]
-    if names[0] == names[1]:
-        return [Finding(OK, "classes", f"student and teacher train on {names[0]}")]
-    classes = [MetadataCatalog.get(n).get("thing_classes") if n in DatasetCatalog.list() else None for n in names]
+    if _training_set(cfg) == _training_set(teacher):
+        return [Finding(OK, "classes", f"student and teacher train on {_training_set(cfg)['NAME']}")]
     compared = any(compares_heads(entry.get("name")) for entry in map(lower_keys, cfg.DISTILL.LOSSES))
-    return check_classes(*classes, shared=compared or cfg.DISTILL.INIT_STUDENT != "none")
+    classes = _known_classes(_training_set(cfg)["NAME"], limit=0)
+    return check_classes(classes, teacher_classes, shared=compared or cfg.DISTILL.INIT_STUDENT != "none")
 
 
 def preflight_checks(
-    cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str]
+    cfg: CfgNode, student: nn.Module, teacher: FrozenTeacher, loaded: set[str], classes: Sequence[str] | None
 ) -> dict[str, Callable[[], list[Finding]]]:
     """The checks of one teacher that need nothing but the config and the models, by name.
 
     Args:
         loaded: names of the student's tensors that MODEL.WEIGHTS has.
+        classes: of the teacher's training set, where they are known.
     """
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
     teachers = {entry["NAME"]: entry for entry in teacher_entries(cfg)}
@@ -69,11 +69,11 @@ def preflight_checks(
     first, whole = teacher.name == first_teacher(cfg), teacher.scale == 1
     entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
     at_neck = [e for e in entries if not compares_heads(e.get("name")) and e.get("tap", NECK) == NECK]
-    matches = {entry.get("match", "by_stride") for entry in at_neck}
+    matches = {entry.get("match", "by_stride") for entry in at_neck if _reads(entry, teacher.name, teachers.values())}
     weighted = not (cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO)
     two_stage = isinstance(student, GeneralizedRCNN)
     return {
-        "classes": lambda: check_training_sets(cfg, config),
+        "classes": lambda: check_training_sets(cfg, config, classes),
         "pixels": lambda: check_pixels(cfg, config, first),
         "sizes": lambda: check_sizes(cfg, config, resolution) if whole else [],
         "levels": lambda: (
@@ -99,9 +99,10 @@ def preflight(
     """
     configs, found = {entry["NAME"]: entry.get("CONFIG") for entry in teacher_entries(cfg)}, []
     for teacher in teachers:
+        classes = None
         with contextlib.suppress(FileNotFoundError, ValueError):  # its data need not be usable: names are not known
-            _read_classes(load_config(configs[teacher.name]), _SMALL_FILE)
-        for check in preflight_checks(cfg, student, teacher, loaded).values():
+            classes = training_classes(load_config(configs[teacher.name]), _SMALL_FILE)
+        for check in preflight_checks(cfg, student, teacher, loaded, classes).values():
             found += [finding for finding in check() if finding not in found]
     return found
 
@@ -153,7 +154,8 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
         config = attempt("teacher", fix, lambda: load_config(entry["CONFIG"], options))  # noqa: B023
         if config is None:
             continue
-        attempt("data", "correct DATASETS.REGISTER of the teacher", lambda: _read_classes(config))  # noqa: B023
+        fix = "correct DATASETS.REGISTER of the teacher"
+        classes = attempt("data", fix, lambda: training_classes(config))  # noqa: B023
         model = attempt("teacher", "correct the teacher's config", lambda: build_model(config))  # noqa: B023
         if student is None or model is None:
             continue
@@ -163,7 +165,7 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
         teacher = FrozenTeacher(model, cfg.DISTILL.TEACHER_BN, name=entry["NAME"], scale=scale)
         teachers.append(teacher)
         fix = "correct the student's config, or DISTILL.STUDENT_RESOLUTION"
-        checks = attempt("student", fix, lambda: preflight_checks(cfg, student, teacher, loaded))  # noqa: B023
+        checks = attempt("student", fix, lambda: preflight_checks(cfg, student, teacher, loaded, classes))  # noqa: B023
         for name, check in (checks or {}).items():
             out += [finding for finding in attempt(name, fix, check) or [] if finding not in out]
         if images and trained and scale == 1:
@@ -187,19 +189,50 @@ def _student_ap(cfg: CfgNode, weights: str, images: int) -> float | None:
     return box_ap(cfg, load_model(cfg, weights), cfg.DATASETS.TEST[0], images) if cfg.DATASETS.TEST else None
 
 
-def _read_classes(teacher: CfgNode, limit: float = math.inf) -> None:
-    """Make the class names of the teacher's training set known, if the set is on this machine.
+def _reads(loss: dict[str, Any], teacher: str, entries: Iterable[dict]) -> bool:
+    """Whether a loss compares the student with a teacher, or with a mean that it is part of."""
+    source = loss.get("source")
+    if source is None:  # every source
+        return True
+    means = {entry["NAME"] for entry in entries if teacher in entry.get("MEAN_OF", ())}
+    return not {teacher, *means}.isdisjoint([source] if isinstance(source, str) else source)
 
-    An annotation file of more than ``limit`` bytes is not read.
+
+def _training_set(cfg: CfgNode) -> dict[str, Any]:
+    """The entry of DATASETS.REGISTER of the first training set; {NAME: ""} or its name alone if there is none."""
+    name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
+    return next((dict(e) for e in cfg.DATASETS.REGISTER if e.get("NAME") == name), {"NAME": name})
+
+
+def training_classes(cfg: CfgNode, limit: float = math.inf) -> list[str] | None:
+    """Class names of the first training set of a config, if the set is on this machine.
+
+    They are those of the config's own definition, also where another set has the same name in this process.
+
+    Args:
+        limit: bytes of an annotation file; larger ones are not read.
     """
-    register_datasets(teacher)
-    name = teacher.DATASETS.TRAIN[0] if teacher.DATASETS.TRAIN else ""
-    if name not in DatasetCatalog.list() or MetadataCatalog.get(name).get("thing_classes"):
-        return
-    file = MetadataCatalog.get(name).get("json_file", "")
-    if limit == math.inf or (os.path.isfile(file) and os.path.getsize(file) <= limit):
+    entry = _training_set(cfg)
+    if len(entry) == 1:
+        return _known_classes(entry["NAME"], limit)
+    own = cfg.clone()
+    own.defrost()
+    own.DATASETS.TRAIN, own.DATASETS.TEST = (f"{entry['NAME']} (the teacher's)",), ()
+    own.DATASETS.REGISTER = [{**entry, "NAME": own.DATASETS.TRAIN[0]}]
+    with registered(own):
+        return _known_classes(own.DATASETS.TRAIN[0], limit)
+
+
+def _known_classes(name: str, limit: float) -> list[str] | None:
+    if name not in DatasetCatalog.list():
+        return None
+    metadata = MetadataCatalog.get(name)
+    file = metadata.get("json_file", "")
+    readable = limit == math.inf or (os.path.isfile(file) and os.path.getsize(file) <= limit)
+    if readable and not metadata.get("thing_classes"):
         with contextlib.suppress(FileNotFoundError):
             DatasetCatalog.get(name)
+    return metadata.get("thing_classes")
 
 
 def report(findings: Sequence[Finding]) -> None:
