@@ -129,7 +129,8 @@ def _shake(model: nn.Module, seed: int) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-            module.weight.uniform_(0.8, 1.2, generator=generator)
+            if module.affine:
+                module.weight.uniform_(0.8, 1.2, generator=generator)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and "head." not in name:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))

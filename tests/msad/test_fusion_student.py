@@ -17,6 +17,7 @@ from torch import nn
 from msad import load_config
 from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
+from msad.distill.teachers import FrozenTeacher
 from msad.engine import DistillTrainer
 from msad.engine.hooks import FrozenBackbone
 from msad.engine.preflight import examine
@@ -352,6 +353,19 @@ def test_a_stock_teacher_pads_for_the_lowest_branch(make_distiller, tiny_model, 
     with EventStorage(0):
         losses = distiller(make_batch([(65, 70)]))
     assert losses["loss_distill/AlignedL1"] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("together", [False, True])
+def test_as_a_teacher_it_has_the_maps_of_its_own_forward_pass(fused_as, make_batch, together):
+    """Which know where images end, whatever else is in the batch."""
+    _, student = fused_as
+    batch = make_batch([(64, 64), (128, 192)][: 2 if together else 1])
+    with tap_neck(student) as own:
+        student(batch)
+    found = FrozenTeacher(student).features(batch, 0)
+    assert list(found) == LEVELS and student.backbone.image_sizes is None
+    torch.testing.assert_close(found, own)
 
 
 def test_branch_weights(run_cfg, project, tmp_path):

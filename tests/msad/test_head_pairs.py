@@ -187,6 +187,10 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_ld(tiny_model, 
             {"arch": "RetinaNet", "MODEL__ANCHOR_GENERATOR__SIZES": [[32, 40], [64, 80], [128, 1], [256, 2], [512, 3]]},
             {"arch": "RetinaNet"}, KINDS, r"equal anchors \(H pixels\)",
         ),
+        (
+            {"arch": "RetinaNet", "MODEL__ANCHOR_GENERATOR__OFFSET": 0.5}, {"arch": "RetinaNet"}, KINDS,
+            r"equal offset of the anchors in the dense heads; student: 0.5, teacher: 0",
+        ),
     ],
 )  # fmt: skip
 def test_different_heads_are_named(tiny_model, student, teacher, kinds, message):
@@ -357,6 +361,28 @@ def test_htc_with_its_semantic_branch_is_refused(tiny_model):
     htc = tiny_model("HTC", MODEL__META_ARCHITECTURE="HTC", MODEL__HTC__SEMANTIC_ON=True)
     with pytest.raises(TypeError, match="HTC with HTCROIHeads cannot be compared"):
         adapt(htc).heads()
+
+
+@pytest.mark.parametrize("on_predictions", [False, True])
+def test_proposals_are_those_that_the_heads_saw(tiny_model, make_batch, look, on_predictions):
+    """With TRAIN_ON_PRED_BOXES a box head replaces them, for the mask head, before the teacher's heads run."""
+    teacher = tiny_model("FasterRCNN", MODEL__ROI_BOX_HEAD__TRAIN_ON_PRED_BOXES=on_predictions).eval()
+    nn.init.normal_(teacher.roi_heads.box_predictor.bbox_pred.weight, std=0.5)
+    losses = between([{"NAME": "Look"}], {}, {})
+    distiller = Distiller(copy.deepcopy(teacher), [FrozenTeacher(teacher)], losses, get_resolution("H")).train()
+    for module in distiller.student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    step(distiller, make_batch(SIZES))
+    roi = look.seen[-1]
+    assert roi.name == "roi"
+    torch.testing.assert_close(roi.student_logits, roi.teacher_logits)
+    torch.testing.assert_close(roi.student_boxes, roi.teacher_boxes)
+    *_, target = roi.matched_deltas()
+    image, anchor = roi.positives
+    decoded = roi.decode(target, roi.anchors[anchor])
+    assert len(image)
+    torch.testing.assert_close(decoded, roi.targets[image, anchor], rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("resolution", ["H", "L"])

@@ -351,8 +351,12 @@ def test_classes_must_be_equal_where_heads_are_copied_or_compared(
 
 
 @pytest.mark.parametrize(
-    ("case", "known"), [("named", True), ("named as the student's", True), ("small", True), ("large", False), ("absent", False), ("broken", False)]
-)
+    ("case", "known"),
+    [
+        ("named", True), ("named as the student's", True), ("small", True),
+        ("large", False), ("absent", False), ("broken", False),
+    ],
+)  # fmt: skip
 def test_training_knows_the_classes_of_the_teachers_own_data(
     project, teacher_weights, tmp_path, turned, monkeypatch, caplog, case, known
 ):

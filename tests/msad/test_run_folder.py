@@ -160,8 +160,14 @@ def test_data_and_teachers_are_what_they_were(project, teacher_weights, tmp_path
     check_inputs(cfg, resumed=False)
     check_inputs(cfg, resumed=True)
     sets = "[{NAME: t, JSON: elsewhere.json, IMAGES: elsewhere}]"
-    teacher.write_text(f"_BASE_: {project}/teacher.yaml\nDATASETS: {{REGISTER: {sets}}}\n")
-    check_inputs(cfg, resumed=True)  # where its own data were does not matter
+    other = f"DATASETS: {{REGISTER: {sets}}}\nSOLVER: {{MAX_ITER: 7}}\nTEST: {{EVAL_PERIOD: 3}}\n"
+    score = "MODEL: {FCOS: {SCORE_THRESH_TEST: 0.3}}\n"
+    teacher.write_text(f"_BASE_: {project}/teacher.yaml\n{other}{score}")
+    check_inputs(cfg, resumed=True)  # what its features do not depend on
+    teacher.write_text(f"_BASE_: {project}/teacher.yaml\n{other}INPUT: {{FORMAT: RGB}}\n")
+    with pytest.raises(ValueError, match=r"CONFIG \(INPUT.FORMAT in .*teacher.yaml\) has another content"):
+        check_inputs(cfg, resumed=True)
+    teacher.write_text(f"_BASE_: {project}/teacher.yaml\n")
     moved = tmp_path / "moved.pth"
     moved.write_bytes(b"one")
     cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = str(moved)  # the same file elsewhere
@@ -177,6 +183,30 @@ def test_data_and_teachers_are_what_they_were(project, teacher_weights, tmp_path
     data["tiny_train"]["images"] = "y"
     with pytest.raises(ValueError, match=r"data set tiny_train \(images\) has another content"):
         check_inputs(cfg, resumed=True)
+
+
+def test_a_checkpoint_that_was_not_there_is_not_taken_for_content(begun, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "dataset_fingerprint", lambda cfg: {})
+    cfg = begun()
+    cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = str(tmp_path / "mistyped.pth")
+    check_inputs(cfg, resumed=False)
+    (tmp_path / "teacher.pth").write_bytes(b"one")
+    cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = str(tmp_path / "teacher.pth")
+    check_inputs(cfg, resumed=True)
+    assert len(json.loads((tmp_path / "run" / "inputs.json").read_text())["teachers"][0]["WEIGHTS"]) == 64
+
+
+def test_stages_that_have_not_begun_may_change(begun, tmp_path):
+    one, two = {"SOLVER": {"MAX_ITER": 4}}, {"SOLVER": {"MAX_ITER": 5}}
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(begun("DISTILL.STAGES", [one, two]).dump())
+    (tmp_path / "run" / "stage1").mkdir()
+    (tmp_path / "run" / "stage1" / "model_0000001.pth").write_bytes(b"")
+    _, (note,) = check_folder(begun("DISTILL.STAGES", [one, one]), "", resume=True)
+    assert note.startswith("DISTILL.STAGES has changed since the run began, from here on")
+    for stages in ([two, two], [], [two]):
+        with pytest.raises(ValueError, match=r"cannot be resumed with another DISTILL.STAGES"):
+            check_folder(begun("DISTILL.STAGES", stages), "", resume=True)
 
 
 def test_first_screen_says_what_will_happen(project, tiny_model):

@@ -71,6 +71,9 @@ HEADS = {
 }
 
 
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 @pytest.fixture
 def make_scalekd(tiny_cfg, tiny_model):
     """``make_scalekd(arch, scale, **options)``: a tiny student and a teacher of the kind, as training builds them."""
@@ -145,6 +148,19 @@ def test_neither_trains_the_other(make_scalekd, make_batch):
     sum(losses.values()).backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(step.assistant.parameters(), before))
     assert all(p.grad is not None for p in distiller.student.parameters())
+
+
+def test_the_assistants_features_leave_no_trace_in_the_students_statistics(make_scalekd, make_batch):
+    """BatchNorms of a head see them when predictions are compared; at inference they do not occur."""
+    found = []
+    for losses in ([{"NAME": "AlignedL1", "SOURCE": NAME, "MATCH": "by_index"}], [{"NAME": "Chen", "SOURCE": NAME}]):
+        distiller = make_scalekd("FCOS", losses=losses, student_options={"MODEL__FCOS__NORM": "BN"})
+        with EventStorage(0):
+            distiller(make_batch([(64, 96)] * 2))
+        state = distiller.student.state_dict()
+        found.append({k: v for k, v in state.items() if "head." in k and k.split(".")[-1] in BUFFERS})
+        assert found[-1] and all((v != 0).any() for v in found[-1].values())
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("arch", ["FCOS", "FasterRCNN"])

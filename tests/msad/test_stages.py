@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -65,6 +66,26 @@ def test_wrong_stages_are_named(project, teacher_weights, tmp_path, stage, error
     cfg.DISTILL.STAGES = [stage]
     with pytest.raises(error, match=message):
         stages.stage_configs(cfg)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "error", "message"),
+    [
+        ("teacher", "WEIGHTS", "gone.pth", FileNotFoundError, r"STAGES\[1\]: DISTILL.TEACHERS: no checkpoint gone.pth"),
+        ("teacher", "CONFIG", "gone.yaml", FileNotFoundError, r"STAGES\[1\]: .*gone.yaml"),
+        ("stage", "LOSSES", [{"NAME": "FitNot"}], ValueError, r"STAGES\[1\]: .*unknown loss 'FitNot'"),
+        ("stage", "DECAY_FROM", 2.0, ValueError, r"STAGES\[1\]: .*DECAY"),
+    ],
+)
+def test_a_mistake_in_a_later_stage_costs_no_training(
+    project, teacher_weights, tmp_path, place, key, value, error, message
+):
+    cfg = curriculum(project, teacher_weights, tmp_path)
+    cfg.DISTILL.STAGES = copy.deepcopy(STAGES)
+    (cfg.DISTILL.TEACHERS[1] if place == "teacher" else cfg.DISTILL.STAGES[1]["DISTILL"])[key] = value
+    with pytest.raises(error, match=message):
+        train(cfg)
+    assert not (tmp_path / "stage1").exists()
 
 
 def test_a_curriculum_killed_in_its_second_stage(project, teacher_weights, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from ..distill.teachers import Ensemble, FrozenTeacher
 from ..modeling.taps import NECK
 from ..resolution import get_resolution
 from .assistants import AssistantStep
-from .checkpoint import CheckedCheckpointer
+from .checkpoint import CheckedCheckpointer, require_checkpoint
 
 logger = logging.getLogger(__name__)
 # With values of the kind that is asked for.
@@ -65,29 +65,57 @@ def first_teacher(cfg: CfgNode) -> str | None:
     return next((entry["NAME"] for entry in teacher_entries(cfg) if "MEAN_OF" not in entry), None)
 
 
-def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
-    """Build and load the teacher of one entry of :func:`teacher_entries`, for the student of a config.
+def build_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
+    """The teacher of one entry of :func:`teacher_entries` for the student of a config, before its weights are loaded.
 
     Raises:
-        ValueError: a checkpoint that does not have all of the teacher's tensors, or a channel order that cannot be
-            made of the student's.
+        ValueError: a channel order that cannot be made of the student's.
         FileNotFoundError: CONFIG or WEIGHTS does not exist.
     """
     cfg = load_config(entry["CONFIG"], ["MODEL.DEVICE", student.MODEL.DEVICE])
     reverse = other_channel_order(student, cfg, initialises=entry.get("NAME") in (None, first_teacher(student)))
-    model = build_model(cfg)
     try:
-        CheckedCheckpointer(model).load_all(entry["WEIGHTS"], entry["CONFIG"])
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"DISTILL.TEACHERS: {error}") from None
+        require_checkpoint(entry["WEIGHTS"])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"DISTILL.TEACHERS: {error}") from None
     return FrozenTeacher(
-        model,
+        build_model(cfg),
         student.DISTILL.TEACHER_BN,
         reverse,
         name=entry.get("NAME", "teacher"),
         scale=float(entry.get("SCALE", 1.0)),
         downsample_mode=cfg.MSAD.DOWNSAMPLE,
     )
+
+
+def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
+    """:func:`build_teacher` with its weights.
+
+    Raises:
+        ValueError: also a checkpoint that does not have all of the teacher's tensors.
+    """
+    teacher = build_teacher(entry, student)
+    try:
+        CheckedCheckpointer(teacher.model).load_all(entry["WEIGHTS"], entry["CONFIG"])
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"DISTILL.TEACHERS: {error}") from None
+    return teacher
+
+
+def check_distillation(cfg: CfgNode) -> None:
+    """Build on the CPU all that a run will train, without any weights, and forget it.
+
+    Raises:
+        what the run would raise before its first iteration: see :func:`build_distillation`.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    with torch.random.fork_rng(devices=[]):
+        student = build_model(cfg)
+        teachers = [build_teacher(entry, cfg) for entry in teacher_entries(cfg) if "MEAN_OF" not in entry]
+        if teachers:
+            build_distiller(cfg, student, teachers)
 
 
 def other_channel_order(student: CfgNode, teacher: CfgNode, initialises: bool = True) -> bool:

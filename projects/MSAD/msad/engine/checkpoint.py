@@ -36,6 +36,12 @@ def load_branches(detector: nn.Module, entries: list[dict]) -> set[str]:
     return loaded
 
 
+def require_checkpoint(path: str) -> None:
+    """FileNotFoundError if a checkpoint that is no address is not there."""
+    if "://" not in path and not os.path.isfile(path.partition("?")[0]):
+        raise FileNotFoundError(f"no checkpoint {path}")
+
+
 class _Misfit(ValueError):
     """A checkpoint that cannot be used; the text follows the file's name."""
 
@@ -72,8 +78,7 @@ class CheckedCheckpointer(DetectionCheckpointer):
         self.missing_or_mismatched = self.unexpected = ()
         if not path:
             return {}
-        if "://" not in path and not os.path.isfile(path.partition("?")[0]):
-            raise FileNotFoundError(f"no checkpoint {path}")
+        require_checkpoint(path)
         try:
             return super().load(path, *args, **kwargs)
         except _Misfit as error:

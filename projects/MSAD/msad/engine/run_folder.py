@@ -115,7 +115,7 @@ def _resumed(cfg: CfgNode, old: CfgNode) -> tuple[CfgNode, list[str]]:
             notes.append(f"{key} {now} is ignored: the run goes on with {before}")
             *sections, name = key.split(".")
             reduce(getitem, sections, out)[name] = before
-        elif key.startswith(FIXED) and not _may_change(key, before, now):
+        elif key.startswith(FIXED) and not _may_change(key, before, now, Path(cfg.OUTPUT_DIR)):
             raise ValueError(
                 f"the run in {cfg.OUTPUT_DIR} cannot be resumed with another {key}: it was begun with {before}, now "
                 f"{now}; take its own value, or begin a new run in another OUTPUT_DIR"
@@ -135,7 +135,10 @@ def changes(old: CfgNode, new: CfgNode) -> Iterator[tuple[str, Any, Any]]:
             yield key, before, now
 
 
-def _may_change(key: str, before: Any, now: Any) -> bool:
+def _may_change(key: str, before: Any, now: Any, folder: Path) -> bool:
+    if key == "DISTILL.STAGES" and before and now:  # those to come may change
+        begun = max((n for n in range(1, len(before) + 1) if has_run(folder / f"stage{n}")), default=0)
+        return plain(before[:begun]) == plain(now[:begun])
     if key in LOOSE:
         before, now = ([{k: v for k, v in e.items() if k not in LOOSE[key]} for e in plain(x)] for x in (before, now))
         return before == now
@@ -180,10 +183,15 @@ def check_inputs(cfg: CfgNode, resumed: bool) -> None:
                     "another OUTPUT_DIR"
                 )
         for number, (then, now) in enumerate(zip(before["teachers"], inputs["teachers"])):
-            for key in then:
-                if then[key] != now.get(key):
-                    entry = cfg.DISTILL.TEACHERS[number]
-                    raise ValueError(_another(cfg, f"DISTILL.TEACHERS[{number}].{key}", entry[key]))
+            entry = cfg.DISTILL.TEACHERS[number]
+            where = f"DISTILL.TEACHERS[{number}]"
+            if "WEIGHTS" in then and then["WEIGHTS"] != now.get("WEIGHTS"):
+                raise ValueError(_another(cfg, f"{where}.WEIGHTS", entry["WEIGHTS"]))
+            if isinstance(then.get("CONFIG"), str):  # of a run that an earlier version began
+                continue
+            then, now = then.get("CONFIG", {}), now.get("CONFIG", {})
+            if differing := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
+                raise ValueError(_another(cfg, f"{where}.CONFIG", f"{', '.join(differing)} in {entry['CONFIG']}"))
         for name, now in inputs["data"].items():
             then = before["data"].get(name, now)
             parts = ", ".join(part for part in now if now[part] != then.get(part))
@@ -202,11 +210,18 @@ def _another(cfg: CfgNode, what: str, detail: str) -> str:
     )
 
 
-def _teacher(entry: Mapping[str, Any]) -> dict[str, str]:
+def _teacher(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a teacher is: its weights, and the settings by which it makes features, where they are not the defaults."""
     if "MEAN_OF" in entry:
         return {}
     weights = str(entry.get("WEIGHTS", ""))
-    cfg = load_config(entry["CONFIG"])
-    cfg.OUTPUT_DIR = cfg.MODEL.DEVICE = cfg.MODEL.WEIGHTS = ""
-    cfg.DATASETS.REGISTER = cfg.DISTILL.TEACHERS = []  # where its own training had its files
-    return {"WEIGHTS": file_sha256(weights) if Path(weights).is_file() else weights, "CONFIG": cfg.dump()}
+    settings = {
+        key: plain(value)
+        for key, default, value in changes(add_msad_config(get_cfg()), load_config(entry["CONFIG"]))
+        if key.startswith(("MODEL.", "MSAD.", "INPUT.FORMAT"))
+        and key not in KEPT
+        and not _may_change(key, default, value, Path())
+    }
+    if "://" in weights:
+        return {"CONFIG": settings, "WEIGHTS": weights}
+    return {"CONFIG": settings, **({"WEIGHTS": file_sha256(weights)} if Path(weights).is_file() else {})}

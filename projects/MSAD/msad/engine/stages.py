@@ -13,7 +13,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..config_values import nearest, valid_keys
-from .build import teacher_entries
+from ..finding import error_text
+from .build import check_distillation, teacher_entries
+from .first_screen import quiet_console
 from .scaling import SCHEDULE, set_iterations
 from .stage_summary import read_stages, write_summary
 
@@ -104,10 +106,26 @@ def finished(cfg: CfgNode) -> bool:
     return not cfg.DATASETS.TEST or any(stage.is_evaluated() for stage in read_stages([cfg]))
 
 
+def check_later_stages(configs: Sequence[CfgNode]) -> None:
+    """Build the networks and losses of all stages but the first, so that a mistake in one costs no training.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: as the stage would; says which.
+    """
+    for number, config in enumerate(configs[1:], start=1):
+        try:
+            with quiet_console():
+                check_distillation(config)
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            kind = next(kind for kind in (FileNotFoundError, KeyError, ValueError) if isinstance(error, kind))
+            raise kind(f"DISTILL.STAGES[{number}]: {error_text(error)}") from error
+
+
 def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], Any]) -> Any:
     """Train one stage after the other; with ``resume`` finished ones are skipped and an interrupted one continues.
 
-    One that was interrupted in its last evaluation is evaluated again.
+    One that was interrupted in its last evaluation is evaluated again. Before the first one trains, the later ones are
+    built once, see :func:`check_later_stages`.
 
     Only one stage's teachers are in memory at a time. After each stage, OUTPUT_DIR has a table and a curve over all
     stages so far, see :mod:`msad.engine.stage_summary`.
@@ -119,6 +137,7 @@ def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], An
         what ``train`` returned for the last stage; None if there was nothing left to train.
     """
     configs, results = stage_configs(cfg), None
+    check_later_stages(configs)
     for number, config in enumerate(configs, start=1):
         if resume and finished(config):
             logger.info("Stage %d of %d is finished: %s", number, len(configs), config.OUTPUT_DIR)
