@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         inputs = find_inputs(args.input)
         if not inputs:
-            raise ValueError(f"no images or videos in {' '.join(args.input)}")
+            raise ValueError(f"no images or videos in {' '.join(args.input)}; folders inside of it are not searched")
         outputs = choose_outputs(inputs, Path(args.output))
         check_paths(args, inputs, outputs)
         return draw_all(Demo(args), args, list(zip(inputs, outputs)))

@@ -68,6 +68,7 @@ def test_files_that_look_like_keys_are_inputs(parser, tmp_path, monkeypatch):
         ("SOLVER.MAX_ITER=3", "SOLVER.MAX_ITER=3: overrides are written KEY VALUE"),
         ("--reusme", "did you mean --resume?"),
         ("model.device cpu", "did you mean MODEL.DEVICE?"),
+        ("--sizes 4 -5", "argument --sizes: -5 is negative"),
     ],
 )
 def test_wrong_calls_name_what_is_wrong(parser, capsys, line, said):

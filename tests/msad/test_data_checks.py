@@ -3,10 +3,12 @@
 import copy
 
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from msad import load_config
 from msad.data import clean
+from msad.data.checks import check_data
 from msad.data.needs import Needs
 from msad.data.record_checks import check_records
 from msad.finding import ERROR, OK, WARNING
@@ -99,3 +101,27 @@ def test_what_is_not_known_is_not_compared(name):
 def test_a_test_set_without_annotations_is_no_error(name):
     (warning,) = found([image()], name, TWO._replace(training=False), WARNING)
     assert "detections are written, AP is not computed" in warning.text
+
+
+def test_classes_that_only_the_test_set_has(name):
+    """Crowds are neither learned from nor counted; a class that is nowhere is no matter of the test set."""
+    train = [image(_instance(5, 5, 20, 20, category=0), _instance(5, 5, 20, 20, category=1, iscrowd=1))]
+    test = [image(_instance(5, 5, 20, 20, category=1), _instance(30, 5, 20, 20, category=1), file="b.jpg")]
+    cfg = load_config("", ["DATASETS.TRAIN", (name,), "DATASETS.TEST", ("checks_val",)])
+    MetadataCatalog.get("checks_val").set(thing_classes=["a", "b"])
+    try:
+        for data_set, records in ((name, train), ("checks_val", test)):
+            DatasetCatalog.register(data_set, lambda records=records: records)
+
+        def said():
+            return [f for f in check_data(cfg, images=False)[1] if "never trained on" in f.text]
+
+        (finding,) = said()
+        assert finding.level == WARNING and finding.check == "data set 'checks_val'"
+        assert finding.text.endswith("whose AP of 0 counts in the mean: b (2)")
+        train[0]["annotations"][1]["iscrowd"] = 0
+        assert not said()
+    finally:
+        for data_set in (name, "checks_val"):
+            DatasetCatalog.remove(data_set)
+        MetadataCatalog.remove("checks_val")

@@ -87,6 +87,7 @@ def shipped(project, tmp_path_factory):
     (folder / "model.onnx").write_bytes(exporter.trace(graph, exporter.describe(cfg, graph, {})))
     shutil.copyfile(runner.__file__, folder / "run.py")
     (folder / "photos").mkdir()
+    (folder / "albums" / "inside").mkdir(parents=True)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (3, 70, 90, 3), dtype=np.uint8)
     cv2.imwrite(str(folder / "photos" / "a.jpg"), frames[0])
@@ -187,6 +188,7 @@ def test_never_writes_over_an_input(shipped, capsys):
     [
         (["{}/model.onnx"], "nothing to do: give --input or --camera"),
         (["{}/model.onnx", "--input", "{}/absent.jpg"], "no such file or folder: {}/absent.jpg"),
+        (["{}/model.onnx", "--input", "{}/albums"], "no images or videos in {}/albums; folders inside"),
         (["{}/absent.onnx", "--input", "{}/photos"], "absent.onnx cannot be loaded"),
         (["{}/run.py", "--input", "{}/photos"], "run.py cannot be loaded"),
     ],

@@ -42,6 +42,14 @@ def test_layouts(tmp_path, files, images):
         find_splits(tmp_path)
 
 
+def test_several_files_for_one_split_are_refused(tmp_path):
+    for name in ("train2014", "train2017", "val2017"):
+        write(tmp_path / f"annotations/instances_{name}.json", CONTENT)
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"one split, instances_train2014.json, instances_train2017.json: leave one"):
+        find_splits(tmp_path)
+
+
 def test_the_error_names_the_layouts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"(?s)annotations_train\.json.*_annotations\.coco.*instances_train"):
         find_splits(tmp_path)

@@ -128,6 +128,25 @@ def test_yolo_lists_moved_files_and_numbered_names(tmp_path):
         assert splits["val"].images == (root / "images/val").resolve()
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_yolo_labels_lie_beside_links(tmp_path, listed):
+    """And not beside the images that they point to; a byte order mark is no part of a number or a path."""
+    root = yolo(tmp_path / "set", "\ufeff0 0.5 0.5 0.2 0.4\n1 0.5 0.5 0.2 0.4\n")
+    (root / "images").rename(tmp_path / "store")
+    (root / "images").mkdir()
+    if listed:
+        for split in ("train", "val"):
+            (root / "images" / split).mkdir()
+            (root / "images" / split / "a.png").symlink_to(tmp_path / "store" / split / "a.png")
+        text(root / "train.txt", "\ufeffimages/train/a.png\n")
+        text(root / "data.yaml", yaml.safe_dump({"train": "train.txt", "val": "images/val", "names": ["cat", "dog"]}))
+    else:
+        for split in ("train", "val"):
+            (root / "images" / split).symlink_to(tmp_path / "store" / split)
+    content, said = read(find_splits(root, tmp_path / "out"))
+    assert [a["category_id"] for a in content["annotations"]] == [1, 2] and not said
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
@@ -208,3 +227,19 @@ def test_voc_as_roboflow_writes_it(tmp_path):
     (tmp_path / "valid/a.xml").unlink()
     with pytest.raises(FileNotFoundError, match="no XML file in valid/"):
         find_splits(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", ["", ".jpg", " 1", ".JPG  -1"])
+def test_voc_names_with_blanks(tmp_path, ending):
+    """Lines of image lists are file names, with the column of a list of one class or an ending if they have it."""
+    for number in (8, 9):
+        image(tmp_path / f"JPEGImages/photo {number}.v1.jpg")
+        text(tmp_path / f"Annotations/photo {number}.v1.xml", voc_xml(OBJECT.format("dog", "", 1, 1, 10, 20)))
+    names = [f"photo {number}.v1{ending}" for number in (8, 9)]
+    text(tmp_path / "ImageSets/Main/train.txt", "\ufeff" + "\n".join(names) + "\n")
+    text(tmp_path / "ImageSets/Main/val.txt", f"{names[0]}\n")
+    content, said = read(find_splits(tmp_path, tmp_path / "out"))
+    assert [i["file_name"] for i in content["images"]] == ["photo 8.v1.jpg", "photo 9.v1.jpg"] and not said
+    text(tmp_path / "ImageSets/Main/train.txt", "elsewhere\nnowhere\n")
+    with pytest.raises(ValueError, match=r"train.txt: none of its 2 XML files has .*elsewhere.xml does not exist"):
+        find_splits(tmp_path, tmp_path / "out2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +41,9 @@ def test_sizes_of_objects():
     # 400 x 1600 at a short side of 200 would be 800 wide; 333 are allowed, so everything shrinks to 333 / 1600.
     wide = measure_objects(records([96], width=1600), ["cat"])
     assert sides_at(wide, 200) == pytest.approx([96 * 83 / 400])
-    with pytest.raises(ValueError, match="no object"):
-        measure_objects(records([7], iscrowd=1), ["cat"])
+    with pytest.raises(ValueError, match="no object, only 2 crowds"):
+        measure_objects(records([7, 8], iscrowd=1), ["cat", "cat"])
+    assert measure_objects(records([7, 8, 9]), ["cat", "cat"]).per_class == {"cat (0)": 2, "cat (1)": 1}
 
 
 def test_the_least_size_that_leaves_objects_large_enough():
@@ -241,12 +243,20 @@ def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):
 def test_model_card(tmp_path):
     cost = {"input": [64, 96], "parameters": 1_500_000, "gmacs": {"total": 0.25}, "ms": {"total": 7.25}}
     box = {"AP": 40.04, "AP50": 60.0, "AP75": 41.0, "APs": 20.0, "APm": 50.0, "APl": float("nan")}
-    licences = [{"name": "CC0", "url": "u"}, {"id": 2}, {"name": "MIT"}]
-    (tmp_path / "a.json").write_text(json.dumps({"licenses": licences}))
-    assert read_licences(tmp_path / "a.json") == ["CC0 (u)", "MIT"]
+    licences = [{"id": 1, "name": "CC0", "url": "http:\\/\\/u"}, {"id": 2}, {"id": 3, "name": "MIT"}]
+
+    def file(name, *of_images):
+        images = [{"license": number} if number else {} for number in of_images]
+        (tmp_path / name).write_text(json.dumps({"licenses": licences, "images": images}))
+        return tmp_path / name
+
+    found = read_licences([file("a.json", 1, 1, 2), file("b.json", 1, 0)])
+    assert found == ["CC0 (http://u), 3 images", "not stated, 2 images"]  # nothing of MIT, which no image has
+    assert read_licences([file("c.json", 0, 2)]) == []
     facts = {
         "title": "birds", "detector": "fcos", "backbone": "tiny", "method": "msad", "scale": "1/2", "teacher": "",
-        "data": {"name": "birds", "train": 9, "val": 3, "objects": {"wren": 12, "rook": 5}, "licences": ["CC0 (u)"]},
+        "data": {"name": "birds", "train": 9, "val": 3, "objects": {"wren": 12, "rook": 5}, "licences": ["CC0 (u)"],
+                 "changes": []},
         "sizes": {"H": 128, "student": 64},
         "results": {"student_L": {"bbox": box}, "baseline_H": {"bbox": box, "segm": {**box, "AP": 1.0}}},
         "cost": {"student_L": cost}, "weights": {"start": "random numbers", "licence": "none used"},
@@ -259,7 +269,20 @@ def test_model_card(tmp_path):
     assert ["baseline_H, mask", "1.0", "60.0", "41.0", "20.0", "50.0", "-"] in rows
     assert ["student_L", "64x96", "1.50 M", "0.250", "7.2"] in rows
     assert ["wren", "12"] in rows and "Licence: CC0 (u)." in card and "licence: none used" in card
-    assert "not stated" in model_card({**facts, "data": {**facts["data"], "licences": []}})
+    assert "not stated" in model_card({**facts, "data": {**facts["data"], "licences": []}}) and "Left out" not in card
+    card = model_card({**facts, "data": {**facts["data"], "changes": ["a.xml does not exist (2 in all)"]}})
+    assert "Left out or changed when the annotations were read:\n\n- a.xml does not exist (2 in all)\n" in card
+
+
+def test_paths_of_a_card_are_those_from_its_folder(tmp_path):
+    folder = tmp_path / "out é 1" / "student"
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "onnx" / "run.py").touch()
+    (folder / "onnx" / "model.onnx").touch()
+    command = shlex.join(["python", str(folder / "onnx" / "run.py"), str(folder / "onnx" / "model.onnx")])
+    assert "'" in command
+    assert results._from_folder(folder, f"{command} --input X") == "python onnx/run.py onnx/model.onnx --input X"
+    assert results._from_folder(folder, f"{folder}/a.yaml builds it.") == "a.yaml builds it."
 
 
 def test_it_is_part_of_the_package():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 from load_tool import load_tool
 
@@ -154,6 +155,19 @@ def test_an_installed_package_and_a_yolo_folder(data, tmp_path):
 
 
 def test_bad_input_is_one_sentence(tool, data, tmp_path, capsys, monkeypatch):
+    def without_objects(split):
+        """A YOLO folder whose labels of a split are in pixels, which are left out."""
+        for part in ("train", "val"):
+            file = tmp_path / f"no_{split}/labels/{part}/a.txt"
+            file.parent.mkdir(parents=True)
+            file.write_text("0 50 50 20 20\n" if part == split else "0 0.5 0.5 0.2 0.2\n")
+            image = tmp_path / f"no_{split}/images/{part}/a.png"
+            image.parent.mkdir(parents=True)
+            cv2.imwrite(str(image), np.zeros((100, 100, 3), np.uint8))
+        file = tmp_path / f"no_{split}/data.yaml"
+        file.write_text("{train: images/train, val: images/val, names: [wren]}")
+        return file
+
     for argv, said in (
         ([tmp_path / "nowhere"], "no such folder"),
         ([tmp_path], "in none of the layouts"),
@@ -161,6 +175,9 @@ def test_bad_input_is_one_sentence(tool, data, tmp_path, capsys, monkeypatch):
         ([data, "--backbone", "resnet18"], "no package has its ImageNet weights"),
         ([data, "--short-side", "0"], "--short-side must be at least 1"),
         ([data, "SOLVER.MAX_ITR", "3"], "did you mean SOLVER.MAX_ITER"),
+        ([data, "--devices", "gpu"], "gpu"),
+        ([without_objects("train")], "the training images have no object; "),
+        ([without_objects("val")], "the validation images have no object; "),
     ):
         out, backbone = tmp_path / "out", [] if "--backbone" in argv else ["--backbone", "tiny"]
         assert tool.main([*map(str, argv), "--output", str(out), *backbone]) == 2

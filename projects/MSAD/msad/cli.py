@@ -33,7 +33,8 @@ _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*")
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; overrides of config keys become ``opts``, [KEY, VALUE, ...].
 
-    What is neither an option nor an override ends the program with the nearest option or key.
+    What is neither an option nor an override ends the program with the nearest option or key, and so does a whole
+    number below 0.
     """
     rest, opts, wrong = split_overrides(sys.argv[1:] if argv is None else argv)
     if wrong:
@@ -44,6 +45,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
         options = [option for action in parser._actions for option in action.option_strings]
         near = nearest(unknown[0] if unknown[0].startswith("-") else unknown[0].upper(), [*options, *_keys()])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{near} (config keys are overridden by KEY VALUE)")
+    for action in parser._actions:  # numbers of things and sizes, of which none is negative
+        values = getattr(args, action.dest, None)
+        for value in values if isinstance(values, list) else [values]:
+            if action.type is int and isinstance(value, int) and value < 0:
+                parser.error(f"argument {'/'.join(action.option_strings) or action.dest}: {value} is negative")
     args.opts = opts
     return args
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from detectron2.config import CfgNode
@@ -18,7 +19,7 @@ from ..finding import ERROR, WARNING, Finding, error_text, log_findings
 from .image_files import check_image_files
 from .low_res import FILE, check_low_res_files, reads_low_res, student_shift
 from .needs import needs_of
-from .record_checks import check_records, classes_of, judge_box
+from .record_checks import check_records, classes_of, judge_box, shorten
 from .tally import Tally, raise_errors
 
 
@@ -54,6 +55,7 @@ def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]]
                 check_low_res_files(tally, loaded[name], student_shift(cfg), cfg.DATASETS.CHECK_IMAGES)
             findings += tally.findings()
     findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
+    findings += _never_learned(train, test, loaded)
     return {name: loaded[name] for name in train if name in loaded}, findings
 
 
@@ -133,6 +135,27 @@ def clean(dicts: Iterable[dict], *, drop_empty: bool = False) -> list[dict]:
 def _fix_of(name: str) -> str:
     registered = name in DatasetCatalog.list()
     return "" if registered else "correct DATASETS.TRAIN or DATASETS.TEST, or add it to DATASETS.REGISTER"
+
+
+def _never_learned(train: list[str], test: list[str], loaded: dict[str, list[dict]]) -> list[Finding]:
+    """Classes whose objects are only in sets that are not trained on: their AP is 0 and counts in the mean."""
+    learned = set().union(*(_objects(loaded.get(name, ())) for name in train))
+    out = []
+    for name in test if learned else ():
+        classes = classes_of(name) or ()
+        found = {i: n for i, n in _objects(loaded.get(name, ())).items() if i not in learned and i < len(classes)}
+        if found:
+            said = shorten([f"{classes[i]} ({n})" for i, n in sorted(found.items())])
+            text = f"has objects of classes that are never trained on, whose AP of 0 counts in the mean: {said}"
+            fix = "train on objects of these classes too, or remove the classes"
+            out.append(Finding(WARNING, f"data set {name!r}", text, fix))
+    return out
+
+
+def _objects(records: Iterable[dict]) -> Counter:
+    """Number of objects, without crowds, by class index."""
+    annotations = (a for record in records for a in record.get("annotations", ()) if not a.get("iscrowd"))
+    return Counter(a["category_id"] for a in annotations if isinstance(a.get("category_id"), int))
 
 
 def _compare_sets(train: list[str], test: list[str], loaded: dict[str, list[dict]], keypoints: bool) -> list[Finding]:

@@ -47,7 +47,7 @@ def find_splits(folder: Path, converted: Path | None = None) -> dict[str, Split]
 
     Raises:
         FileNotFoundError: there is no such folder, or it is in none of the layouts; names what is missing and LAYOUTS.
-        ValueError: a file is not in the format of its layout.
+        ValueError: a file is not in the format of its layout, or there are several for a split.
     """
     if folder.is_file() and folder.suffix in (".yaml", ".yml"):
         return _convert(read_yolo(folder), folder, converted)
@@ -63,6 +63,9 @@ def find_splits(folder: Path, converted: Path | None = None) -> dict[str, Split]
         return _complete(folder, {s: Split(f, f.parent) for s, f in found.items()})
     coco = {s: sorted((folder / "annotations").glob(f"instances_{s}*.json")) for s in ("train", "val")}
     if any(coco.values()):
+        if several := next((found for found in coco.values() if len(found) > 1), None):
+            names = ", ".join(file.name for file in several)
+            raise ValueError(f"{folder / 'annotations'}: several files for one split, {names}: leave one of them there")
         chosen = {s: (f or [folder / "annotations" / f"instances_{s}.json"])[0] for s, f in coco.items()}
         return _complete(folder, {s: Split(f, _coco_images(folder, f)) for s, f in chosen.items()})
     if (folder / "data.yaml").is_file():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from .converted import SUFFIXES, CocoBuilder
@@ -48,8 +49,15 @@ def _listed(root: Path, names: tuple[str, ...]) -> _Part:
         raise FileNotFoundError(f"{root}: there is no {lists[0].relative_to(root)}")
     if not (root / "JPEGImages").is_dir():
         raise FileNotFoundError(f"{root}: there is no JPEGImages")
-    stems = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    stems = [_stem(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     return _Part(file.name, {stem: root / "Annotations" / f"{stem}.xml" for stem in stems}, root / "JPEGImages")
+
+
+def _stem(line: str) -> str:
+    """Of an image list's line: a name, which may have blanks or an ending, and in a list of one class 1, 0 or -1."""
+    name = re.sub(r"\s+(-1|0|1)$", "", line.strip())
+    path = PurePosixPath(name)
+    return path.stem if path.suffix.lower() in SUFFIXES else name
 
 
 def read_voc(parts: dict[str, _Part]) -> dict[str, tuple[Path, CocoBuilder]]:
@@ -64,7 +72,11 @@ def read_voc(parts: dict[str, _Part]) -> dict[str, tuple[Path, CocoBuilder]]:
         for item in tree.iter("object") if (name := _text(item, "name"))
     })  # fmt: skip
     if not classes:
-        raise ValueError(f"{parts['train'].images}: no XML file of the training split has an object with a name")
+        part, read = parts["train"], trees["train"]
+        first = next((f"{part.annotations[stem]} {problem}" for stem, (_, problem) in read.items() if problem), "")
+        example = f", e.g. {first}" if first else ""
+        raise ValueError(f"{part.images.parent}, {part.name}: none of its {len(read)} XML files has an object with a "
+                         f"name{example}")  # fmt: skip
     categories = [{"id": index + 1, "name": name} for index, name in enumerate(classes)]
     out = {}
     for split, part in parts.items():

@@ -102,7 +102,7 @@ def _images(place: Path) -> list[Path]:
     if place.is_dir():
         found = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
     else:
-        lines = [line.strip() for line in place.read_text().splitlines()]
+        lines = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines()]
         found = [Path(os.path.abspath(place.parent / line)) for line in lines if line]
     if not found:
         raise FileNotFoundError(f"{place}: there are no images")
@@ -126,7 +126,7 @@ def _add(builder: CocoBuilder, images: Sequence[Path], root: Path, points: tuple
         if not label.is_file():
             builder.drop("has no label file: taken as an image without objects", str(file))
             continue
-        for number, line in enumerate(label.read_text().splitlines(), start=1):
+        for number, line in enumerate(label.read_text(encoding="utf-8-sig").splitlines(), start=1):
             if line.strip():
                 _add_line(builder, record, line, f"{label}:{number}", points)
     _same_kind(builder)

@@ -13,6 +13,6 @@ def describe_data(cfg: CfgNode) -> dict:
         "name": cfg.DATASETS.TRAIN[0].removeprefix("data_").removesuffix("_train"),
         "images_train": len(train),
         "images_val": len(val),
-        "instances_train": sum(len(d["annotations"]) for d in train),
+        "instances_train": sum(not a.get("iscrowd") for d in train for a in d["annotations"]),
         "classes": list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes),
     }

@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -57,7 +58,8 @@ def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     with atomic_write(output / "model.onnx") as file:
         file.write(content)
     shutil.copyfile(Path(__file__).with_name("runner.py"), output / RUNNER)
-    return f"python {output / RUNNER} {output / 'model.onnx'} --input PATH --output DIR runs this model."
+    command = shlex.join(["python", str(output / RUNNER), str(output / "model.onnx")])
+    return f"{command} --input PATH --output DIR runs this model."
 
 
 def described_graph(cfg: CfgNode, weights: str) -> tuple[DetectionGraph, dict[str, Any]]:

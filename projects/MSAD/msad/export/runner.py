@@ -211,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
         sources = find_inputs(args.input)
         if args.output.resolve() in {path.resolve().parent for path in sources}:
             raise ValueError(f"{args.output} has inputs in it, which might be overwritten: choose another --output")
+        if args.input and not sources:
+            raise ValueError(f"no images or videos in {' '.join(args.input)}; folders inside of it are not searched")
         sources += [] if args.camera is None else [args.camera]
         if not sources:
             raise ValueError("nothing to do: give --input or --camera")

@@ -25,7 +25,7 @@ class Objects(NamedTuple):
         sides: sqrt(width x height) of each box, in pixels of its file (N,).
         frames: height, width of its image (N, 2).
         images: height, width of every image (M, 2).
-        per_class: number of objects by class.
+        per_class: number of objects by class; classes of one name have their index behind it.
         most: objects in the fullest image.
     """
 
@@ -50,9 +50,11 @@ def measure_objects(records: Sequence[dict], classes: Sequence[str]) -> Objects:
         labels.update(a["category_id"] for a in found)
         counts.append(len(found))
     if not sides:
-        raise ValueError("the training set has no object")
+        crowds = sum(len(record.get("annotations", ())) for record in records)
+        raise ValueError("no object" + (f", only {crowds} crowds" if crowds else ""))
     images = np.array([(record["height"], record["width"]) for record in records])
-    per_class = {name: labels[index] for index, name in enumerate(classes)}
+    names = [name if list(classes).count(name) == 1 else f"{name} ({index})" for index, name in enumerate(classes)]
+    per_class = {name: labels[index] for index, name in enumerate(names)}
     return Objects(np.array(sides), np.array(frames), images, per_class, max(counts))
 
 

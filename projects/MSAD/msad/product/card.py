@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,24 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 
 
-def read_licences(json_file: str | Path) -> list[str]:
-    """Licences that a COCO annotation file names, as "name (url)"."""
-    try:
-        found = json.loads(Path(json_file).read_text(encoding="utf-8-sig")).get("licenses") or []
-    except ValueError:
+def read_licences(json_files: Sequence[str | Path]) -> list[str]:
+    """Licences of the images of COCO annotation files: "name (url), N images", the commonest first.
+
+    Images without one are counted too, unless no image has one.
+    """
+    counts: Counter = Counter()
+    for file in json_files:
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        known = {entry.get("id"): entry for entry in content.get("licenses") or [] if isinstance(entry, Mapping)}
+        counts.update(_licence(known.get(image.get("license"), {})) for image in content["images"])
+    if not any(counts):
         return []
-    named = [entry for entry in found if isinstance(entry, Mapping) and entry.get("name")]
-    return [f"{entry['name']} ({entry['url']})" if entry.get("url") else str(entry["name"]) for entry in named]
+    return [f"{name or 'not stated'}, {number} image{'s' * (number != 1)}" for name, number in counts.most_common()]
+
+
+def _licence(entry: Mapping[str, Any]) -> str:
+    name, url = str(entry.get("name") or ""), str(entry.get("url") or "").replace("\\/", "/")
+    return f"{name} ({url})" if name and url else name or url
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -28,9 +39,10 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts: "title", "detector", "backbone", "method", "scale", "teacher": texts; "data": {"name", "train", "val":
-            numbers of images, "objects": by class, "licences"}; "sizes": {"H", "student": short side in pixels};
-            "results": {model: {task: {metric: value}}}, the student first; "cost": {model: {"gmacs", "ms",
-            "parameters", "input"}}; "weights": {"start", "licence"}; "files": [(file, what it is)]; "made_with": lines.
+            numbers of images, "objects": by class, "changes": what reading them left out, "licences"}; "sizes":
+            {"H", "student": short side in pixels}; "results": {model: {task: {metric: value}}}, the student first;
+            "cost": {model: {"gmacs", "ms", "parameters", "input"}}; "weights": {"start", "licence"}; "files": [(file,
+            what it is)]; "made_with": lines.
     """
     data, sizes = facts["data"], facts["sizes"]
     licences = "; ".join(data["licences"]) or "not stated in the annotations; ask whoever gave you the data"
@@ -49,6 +61,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "## Data", "",
         f"{data['name']}: {data['train']} images for training, {data['val']} for validation. Licence: {licences}.", "",
         _table((["class", "objects in training"], [[name, str(count)] for name, count in data["objects"].items()])), "",
+        *(["Left out or changed when the annotations were read:", "", *(f"- {text}" for text in data["changes"]), ""]
+          if data["changes"] else []),
         "## Licence of the weights", "",
         f"Training started from {facts['weights']['start']}; licence: {facts['weights']['licence']}. What may be done "
         "with the trained weights also depends on the licence of the data.", "",

@@ -72,6 +72,7 @@ def distill(
     choices = Choices(detector, backbone, scale, method, str(checkpoint), str(config), short_side, iterations, controls,
                       tuple(opts))  # fmt: skip
     output = Path(output)
+    slots = make_slots(jobs, threads, devices)
     project = Project(Path(data), output, choices, seed, devices)
     if project.pending():
         plan = project.plan(steps)
@@ -80,7 +81,7 @@ def distill(
             raise ValueError(f"{output}: not enough room on the disk for the checkpoints; see the last line")
         if not confirm(plan):
             return None
-    failed = project.study.run(make_slots(jobs, threads, devices), say)
+    failed = project.study.run(slots, say)
     if failed:
         folders = {run: project.study.folder(run) for run in failed}
         raise ValueError("; ".join(f"{run}: {error_of(folder)} (see {folder / 'log.txt'})" for run, folder in

@@ -46,7 +46,12 @@ class Project:
         sets = CfgNode({"DATASETS": {"REGISTER": self.entries, "TRAIN": names[0], "TEST": names[1]}})
         with registered(sets):
             train, val = (DatasetCatalog.get(entry["NAME"]) for entry in self.entries)
-            self.objects = measure_objects(train, content["classes"])
+            for split, records in (("training", train), ("validation", val)):
+                try:
+                    objects = measure_objects(records, content["classes"])
+                except ValueError as error:
+                    raise ValueError("; ".join([f"{data}: the {split} images have {error}", *self.changes])) from None
+                self.objects = objects if split == "training" else self.objects
         self.test_images = len(val)
         short = choices.short_side or (load_config(choices.config).INPUT.MIN_SIZE_TEST if choices.config else
                                        recommend(self.objects))  # fmt: skip

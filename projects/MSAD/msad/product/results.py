@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -121,6 +122,13 @@ def export_student(project: Project) -> dict[str, str]:
     return kept(folder / "made.json", key, make, [folder / "detectron2" / "model.pth"])
 
 
+def _from_folder(folder: Path, text: str) -> str:
+    """A sentence with the paths of files below ``folder`` as they are from there; quoted ones lose their quotes."""
+    for file in folder.rglob("*"):
+        text = text.replace(shlex.quote(str(file)) + " ", f"{file.relative_to(folder)} ")
+    return text.replace(f"{folder}/", "")
+
+
 def write_card(project: Project, data: dict, said: dict[str, str]) -> Path:
     """Write README.md of the student."""
     cfg, student = project.config(project.student), project.output / "student"
@@ -132,7 +140,7 @@ def write_card(project: Project, data: dict, said: dict[str, str]) -> Path:
     licence = (choice.licence or "none used") if start == choice.weights else "not known here; that of this file"
     # The folder of the card may be moved: paths are relative to it.
     texts = [said["detectron2"], said["onnx"] or f"not written: {said['no_onnx']}"]
-    files = [(name, text.replace(f"{student}/", "")) for name, text in zip(("detectron2/", "onnx/"), texts)]
+    files = [(name, _from_folder(student, text)) for name, text in zip(("detectron2/", "onnx/"), texts)]
     facts = {
         "title": f"{data['data']['name']}: a detector at {project.choices.scale} of the resolution",
         "detector": "the given model's architecture" if given else project.choices.detector,
@@ -141,7 +149,8 @@ def write_card(project: Project, data: dict, said: dict[str, str]) -> Path:
         "teacher": f"Teacher: {given}." if given else "",
         "data": {
             "name": data["data"]["name"], "train": data["data"]["images_train"], "val": data["data"]["images_val"],
-            "objects": project.objects.per_class, "licences": read_licences(project.entries[0]["JSON"]),
+            "objects": project.objects.per_class, "changes": project.changes,
+            "licences": read_licences([entry["JSON"] for entry in project.entries]),
         },
         "sizes": {"H": project.short, "student": cfg.INPUT.MIN_SIZE_TEST},
         "results": metrics, "cost": data["cost"],
