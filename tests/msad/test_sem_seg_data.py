@@ -170,6 +170,14 @@ class TestCocoMasks:
         metadata = MetadataCatalog.get("masks")
         assert metadata.stuff_classes == ["ground", "ring", "disc"] and metadata.evaluator_type == "sem_seg"
 
+    def test_polygons_of_too_few_points_are_left_out(self, folder):
+        """First or last, and an object that has no other."""
+        line = [0, 0, 5, 3]
+        objects = [self.annotation(7, [line, *self.SQUARE]), self.annotation(3, [line])]
+        (record,) = self.coco(folder, objects)
+        labels = np.asarray(Image.open(record["sem_seg_file_name"]))
+        assert labels.tolist() == [[2, 2, 2, 2, 0, 0]] * 4
+
     def test_changed_annotations_are_drawn_again(self, folder):
         first = self.coco(folder, [self.annotation(7, self.SQUARE)])[0]["sem_seg_file_name"]
         assert DatasetCatalog.get("masks")[0]["sem_seg_file_name"] == first

@@ -82,9 +82,12 @@ def test_a_retinanet_on_a_stock_backbone_gets_a_plain_student(tool):
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn_R_50_FPN_1x", "mask_rcnn_R_50_FPN_3x", "keypoint_rcnn_R_50_FPN_1x"])
-def test_detectron2s_own_rcnns_get_a_p1(name):
+def test_detectron2s_own_rcnns_get_a_p1(name, tmp_path):
     folder = {"f": "COCO-Detection", "m": "COCO-InstanceSegmentation", "k": "COCO-Keypoints"}[name[0]]
-    cfg = student_config(load_config(f"{folder}/{name}.yaml"), "L")  # found in detectron2's model zoo
+    given = load_config(f"{folder}/{name}.yaml", ["MODEL.PROPOSAL_GENERATOR.MIN_SIZE", 9])  # from its model zoo
+    cfg = student_config(given, "L")
+    (tmp_path / "student.yaml").write_text(cfg.dump())
+    assert load_config(tmp_path / "student.yaml").MODEL.PROPOSAL_GENERATOR.MIN_SIZE == 4
     assert cfg.MODEL.FPN.LEVELS == cfg.MODEL.RPN.IN_FEATURES == ["p1", "p2", "p3", "p4", "p5"]
     assert cfg.MODEL.ROI_HEADS.IN_FEATURES == ["p1", "p2", "p3", "p4"]
     assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[16], [32], [64], [128], [256]]
