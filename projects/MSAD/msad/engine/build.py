@@ -103,14 +103,11 @@ def load_teacher(entry: dict, student: CfgNode) -> FrozenTeacher:
 
 
 def check_distillation(cfg: CfgNode) -> None:
-    """Build on the CPU all that a run will train, without any weights, and forget it.
+    """Build all that a run will train, without any weights, and forget it.
 
     Raises:
         what the run would raise before its first iteration: see :func:`build_distillation`.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
     with torch.random.fork_rng(devices=[]):
         student = build_model(cfg)
         teachers = [build_teacher(entry, cfg) for entry in teacher_entries(cfg) if "MEAN_OF" not in entry]
