@@ -306,8 +306,9 @@ def test_roboflows_category_stays_if_it_is_declared_or_used(data):
 
 def test_classes_without_an_instance_are_said(data):
     data.each(lambda a: a.update(category_id=1), "train")
-    (warning,) = data.texts(WARNING)
-    assert "never has 1 of its 2 classes: dog" in warning
+    unused, unlearned = data.texts(WARNING)
+    assert "never has 1 of its 2 classes: dog" in unused
+    assert "'d_val': has objects of classes that are never trained on" in unlearned and ": dog (" in unlearned
 
 
 def test_names_that_no_data_set_has(data):

@@ -184,10 +184,8 @@ def _area(a: dict[str, Any], image: dict[str, Any]) -> float:
     """Area in square pixels: of the mask if there is a good one, else of the box."""
     mask = a.get("segmentation")
     try:
-        if isinstance(mask, list) and any(map(is_polygon, mask)):
-            return float(bitmap(mask, image["height"], image["width"]).sum())
-        if isinstance(mask, dict):
-            return float(mask_util.area(compressed(mask)))
+        if isinstance(mask, dict) or any(map(is_polygon, mask)):
+            return float(mask_util.area(_run_lengths(mask, image["height"], image["width"])))
     except Exception:  # what is wrong with the mask has been counted
         pass
     return float(max(a["bbox"][2], 0) * max(a["bbox"][3], 0))
@@ -208,9 +206,12 @@ def bitmap(mask: list | dict[str, Any], height: int, width: int) -> np.ndarray:
 
     What is no polygon is left out, as it is in training.
     """
-    if isinstance(mask, list):
-        polygons = list(filter(is_polygon, mask))
-        if not polygons:
-            return np.zeros((height, width), bool)
-        return mask_util.decode(mask_util.merge(mask_util.frPyObjects(polygons, height, width))).astype(bool)
-    return mask_util.decode(compressed(mask)).astype(bool)
+    return mask_util.decode(_run_lengths(mask, height, width)).astype(bool)
+
+
+def _run_lengths(mask: list | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    if isinstance(mask, dict):
+        return compressed(mask)
+    if polygons := list(filter(is_polygon, mask)):
+        return mask_util.merge(mask_util.frPyObjects(polygons, height, width))
+    return compressed({"size": [height, width], "counts": [height * width]})
