@@ -41,7 +41,7 @@ def test_sizes_of_objects():
     # 400 x 1600 at a short side of 200 would be 800 wide; 333 are allowed, so everything shrinks to 333 / 1600.
     wide = measure_objects(records([96], width=1600), ["cat"])
     assert sides_at(wide, 200) == pytest.approx([96 * 83 / 400])
-    with pytest.raises(ValueError, match="no object, only 2 crowds"):
+    with pytest.raises(ValueError, match="the images have no object, only 2 crowds"):
         measure_objects(records([7, 8], iscrowd=1), ["cat", "cat"])
     assert measure_objects(records([7, 8, 9]), ["cat", "cat"]).per_class == {"cat (0)": 2, "cat (1)": 1}
 
@@ -250,7 +250,7 @@ def test_model_card(tmp_path):
         (tmp_path / name).write_text(json.dumps({"licenses": licences, "images": images}))
         return tmp_path / name
 
-    found = read_licences([file("a.json", 1, 1, 2), file("b.json", 1, 0)])
+    found = read_licences([file("a.json", 1, "1", 2), file("b.json", 1, [3])])
     assert found == ["CC0 (http://u), 3 images", "not stated, 2 images"]  # nothing of MIT, which no image has
     assert read_licences([file("c.json", 0, 2)]) == []
     facts = {

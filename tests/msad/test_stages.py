@@ -88,6 +88,21 @@ def test_a_mistake_in_a_later_stage_costs_no_training(
     assert not (tmp_path / "stage1").exists()
 
 
+def test_stages_that_are_finished_need_their_teachers_no_more(project, teacher_weights, tmp_path, monkeypatch):
+    cfg = curriculum(project, teacher_weights, tmp_path)
+    cfg.DISTILL.STAGES = [*STAGES, STAGES[0]]
+    cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = "gone.pth"  # of the first and the third stage
+    done, built = {str(tmp_path / "stage1"), str(tmp_path / "stage2")}, []
+    monkeypatch.setattr(stages, "finished", lambda config: config.OUTPUT_DIR in done)
+    monkeypatch.setattr(stages, "write_summary", lambda *_: None)
+    stages.train_stages(cfg, True, lambda config, _: built.append(config.OUTPUT_DIR))
+    assert built == [str(tmp_path / "stage3")]  # which says by itself what it lacks
+    done.clear()
+    with pytest.raises(FileNotFoundError, match=r"STAGES\[2\]: DISTILL.TEACHERS: no checkpoint gone.pth"):
+        stages.train_stages(cfg, True, lambda config, _: built.append(config.OUTPUT_DIR))
+    assert len(built) == 1
+
+
 def test_a_curriculum_killed_in_its_second_stage(project, teacher_weights, tmp_path, monkeypatch):
     """By SIGKILL, in a process of its own, after stage 2 has saved its first checkpoint."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -142,6 +142,10 @@ def _may_change(key: str, before: Any, now: Any, folder: Path) -> bool:
     if key in LOOSE:
         before, now = ([{k: v for k, v in e.items() if k not in LOOSE[key]} for e in plain(x)] for x in (before, now))
         return before == now
+    return _is_free(key)
+
+
+def _is_free(key: str) -> bool:
     return key in FREE or (key.startswith("MODEL.") and key.endswith("_TEST"))
 
 
@@ -217,10 +221,8 @@ def _teacher(entry: Mapping[str, Any]) -> dict[str, Any]:
     weights = str(entry.get("WEIGHTS", ""))
     settings = {
         key: plain(value)
-        for key, default, value in changes(add_msad_config(get_cfg()), load_config(entry["CONFIG"]))
-        if key.startswith(("MODEL.", "MSAD.", "INPUT.FORMAT"))
-        and key not in KEPT
-        and not _may_change(key, default, value, Path())
+        for key, _, value in changes(add_msad_config(get_cfg()), load_config(entry["CONFIG"]))
+        if key.startswith(("MODEL.", "MSAD.", "INPUT.FORMAT")) and key not in KEPT and not _is_free(key)
     }
     if "://" in weights:
         return {"CONFIG": settings, "WEIGHTS": weights}

@@ -106,26 +106,26 @@ def finished(cfg: CfgNode) -> bool:
     return not cfg.DATASETS.TEST or any(stage.is_evaluated() for stage in read_stages([cfg]))
 
 
-def check_later_stages(configs: Sequence[CfgNode]) -> None:
-    """Build the networks and losses of all stages but the first, so that a mistake in one costs no training.
+def check_stages(configs: Mapping[int, CfgNode]) -> None:
+    """Build the networks and losses of stages, by number, so that a mistake in a later one costs no training.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: as the stage would; says which.
     """
-    for number, config in enumerate(configs[1:], start=1):
+    for number, config in configs.items():
         try:
             with quiet_console():
                 check_distillation(config)
         except (FileNotFoundError, KeyError, ValueError) as error:
             kind = next(kind for kind in (FileNotFoundError, KeyError, ValueError) if isinstance(error, kind))
-            raise kind(f"DISTILL.STAGES[{number}]: {error_text(error)}") from error
+            raise kind(f"DISTILL.STAGES[{number - 1}]: {error_text(error)}") from error
 
 
 def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], Any]) -> Any:
     """Train one stage after the other; with ``resume`` finished ones are skipped and an interrupted one continues.
 
-    One that was interrupted in its last evaluation is evaluated again. Before the first one trains, the later ones are
-    built once, see :func:`check_later_stages`.
+    One that was interrupted in its last evaluation is evaluated again. Before any trains, those after the first
+    that is to be trained are built once, see :func:`check_stages`.
 
     Only one stage's teachers are in memory at a time. After each stage, OUTPUT_DIR has a table and a curve over all
     stages so far, see :mod:`msad.engine.stage_summary`.
@@ -137,9 +137,10 @@ def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], An
         what ``train`` returned for the last stage; None if there was nothing left to train.
     """
     configs, results = stage_configs(cfg), None
-    check_later_stages(configs)
+    pending = {n: config for n, config in enumerate(configs, start=1) if not (resume and finished(config))}
+    check_stages({n: pending[n] for n in [*pending][1:]})
     for number, config in enumerate(configs, start=1):
-        if resume and finished(config):
+        if number not in pending:
             logger.info("Stage %d of %d is finished: %s", number, len(configs), config.OUTPUT_DIR)
             if comm.is_main_process():
                 write_summary(cfg.OUTPUT_DIR, configs)

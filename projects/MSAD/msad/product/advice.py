@@ -36,8 +36,11 @@ class Objects(NamedTuple):
     most: int
 
 
-def measure_objects(records: Sequence[dict], classes: Sequence[str]) -> Objects:
+def measure_objects(records: Sequence[dict], classes: Sequence[str], what: str = "the images") -> Objects:
     """Look at detectron2's dataset dicts; crowds are no objects.
+
+    Args:
+        what: the records are, for the error.
 
     Raises:
         ValueError: there is no object.
@@ -51,7 +54,7 @@ def measure_objects(records: Sequence[dict], classes: Sequence[str]) -> Objects:
         counts.append(len(found))
     if not sides:
         crowds = sum(len(record.get("annotations", ())) for record in records)
-        raise ValueError("no object" + (f", only {crowds} crowds" if crowds else ""))
+        raise ValueError(f"{what} have no object" + (f", only {crowds} crowds" if crowds else ""))
     images = np.array([(record["height"], record["width"]) for record in records])
     names = [name if list(classes).count(name) == 1 else f"{name} ({index})" for index, name in enumerate(classes)]
     per_class = {name: labels[index] for index, name in enumerate(names)}

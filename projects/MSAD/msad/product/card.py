@@ -22,8 +22,9 @@ def read_licences(json_files: Sequence[str | Path]) -> list[str]:
     counts: Counter = Counter()
     for file in json_files:
         content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-        known = {entry.get("id"): entry for entry in content.get("licenses") or [] if isinstance(entry, Mapping)}
-        counts.update(_licence(known.get(image.get("license"), {})) for image in content["images"])
+        listed = [entry for entry in content.get("licenses") or [] if isinstance(entry, Mapping) and "id" in entry]
+        known = {str(entry["id"]): entry for entry in listed}  # nothing checks the types of these ids
+        counts.update(_licence(known.get(str(image.get("license")), {})) for image in content["images"])
     if not any(counts):
         return []
     return [f"{name or 'not stated'}, {number} image{'s' * (number != 1)}" for name, number in counts.most_common()]

@@ -46,12 +46,11 @@ class Project:
         sets = CfgNode({"DATASETS": {"REGISTER": self.entries, "TRAIN": names[0], "TEST": names[1]}})
         with registered(sets):
             train, val = (DatasetCatalog.get(entry["NAME"]) for entry in self.entries)
-            for split, records in (("training", train), ("validation", val)):
-                try:
-                    objects = measure_objects(records, content["classes"])
-                except ValueError as error:
-                    raise ValueError("; ".join([f"{data}: the {split} images have {error}", *self.changes])) from None
-                self.objects = objects if split == "training" else self.objects
+        try:
+            self.objects = measure_objects(train, content["classes"], "the training images")
+            measure_objects(val, content["classes"], "the validation images")
+        except ValueError as error:
+            raise ValueError("; ".join([f"{data}: {error}", *self.changes])) from None
         self.test_images = len(val)
         short = choices.short_side or (load_config(choices.config).INPUT.MIN_SIZE_TEST if choices.config else
                                        recommend(self.objects))  # fmt: skip
