@@ -11,6 +11,7 @@ from msad.data import clean
 from msad.data.checks import check_data
 from msad.data.needs import Needs
 from msad.data.record_checks import check_records
+from msad.experiments.data_facts import describe_data
 from msad.finding import ERROR, OK, WARNING
 
 TWO = Needs(classes=2)
@@ -120,6 +121,10 @@ def test_classes_that_only_the_test_set_has(name):
         assert finding.level == WARNING and finding.check == "data set 'checks_val'"
         assert finding.text.endswith("whose AP of 0 counts in the mean: b (2)")
         train[0]["annotations"][1]["iscrowd"] = 0
+        assert describe_data(cfg)["instances_train"] == 2
+        train[0]["annotations"][0]["iscrowd"] = 1
+        assert describe_data(cfg)["instances_train"] == 1
+        train[0]["annotations"][0]["iscrowd"] = 0
         assert not said()
     finally:
         for data_set in (name, "checks_val"):
