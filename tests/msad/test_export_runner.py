@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.layers import paste_masks_in_image
 from detectron2.modeling import build_model
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
@@ -108,7 +110,8 @@ def test_runs_without_torch(shipped, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "5 images" in done.stdout and "fps" in done.stdout
-    assert done.stderr.splitlines()[-1] == "skipped: cannot read photos/broken.jpg"
+    said = "skipped: cannot read photos/broken.jpg (neither an image nor a video, or cut off)"
+    assert done.stderr.splitlines()[-1] == said
     written = {p.name for p in (tmp_path / "found").iterdir()}
     assert written == {"000_a.jpg", "001_a.jpg", "003_v.mp4", "detections.json"}
     drawn = cv2.imread(str(tmp_path / "found" / "000_a.jpg"))
@@ -157,6 +160,27 @@ def test_without_drawings_there_is_one_file(shipped, tmp_path):
     arguments = [str(shipped / "model.onnx"), "--input", str(shipped / "photos" / "a.jpg"), "--output", str(tmp_path)]
     assert runner.main([*arguments, "--no-drawing", "--threads", "1"]) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["detections.json"]
+
+
+def test_an_image_is_read_upright_or_not_at_all(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    small, large, exif = io.BytesIO(), io.BytesIO(), Image.Exif()
+    Image.fromarray(pixels[::4, ::4]).save(small, "JPEG")
+    exif[0x0112] = 6  # turned by a quarter
+    header = exif.tobytes() + small.getvalue()  # a thumbnail has an end of its own
+    Image.fromarray(pixels).save(large, "JPEG", exif=header)
+    jpeg, png = large.getvalue(), cv2.imencode(".png", pixels)[1].tobytes()
+    assert jpeg.count(b"\xff\xd9") == 2
+    file = tmp_path / "image"
+    for whole, upright in [(jpeg, (60, 40, 3)), (jpeg + b"a video of a phone" * 999, (60, 40, 3)), (png, (40, 60, 3))]:
+        file.write_bytes(whole)
+        assert runner.read_image(file).shape == upright
+    for size in [0, 1, 3, 30, len(header) // 2, len(header) + 60, len(jpeg) - 200, len(jpeg) - 2]:
+        file.write_bytes(jpeg[:size])
+        assert runner.read_image(file) is None, size
+    file.write_bytes(png[: len(png) // 2])
+    assert runner.read_image(file) is None
+    assert runner.read_image(tmp_path / "absent") is runner.read_image(tmp_path) is None
 
 
 def test_records_and_drawings_have_masks_and_keypoints():

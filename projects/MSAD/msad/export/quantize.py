@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
 from ..data.sampling import at_equal_distances
-from .runner import IMAGES, Detector, find_inputs, resize_shortest_edge
+from .runner import IMAGES, Detector, find_inputs, read_image, resize_shortest_edge
 
 if TYPE_CHECKING:
     import onnx
@@ -96,9 +95,9 @@ def calibration_inputs(about: dict, images: Sequence[Path]) -> Iterator[dict[str
     """Inputs of the model whose metadata are ``about``, an image at a time."""
     count = 0
     for file in images:
-        image = cv2.imread(str(file))
+        image = read_image(file)
         if image is None:
-            logger.warning("calibration: cannot read %s", file)
+            logger.warning("calibration: cannot read %s (no image, or cut off)", file)
             continue
         count += 1
         ordered = image if about["format"] == "BGR" else image[:, :, ::-1]

@@ -178,18 +178,35 @@ def find_inputs(paths: list[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def read_image(file: Path) -> np.ndarray | None:
+    """The image (h, w, 3) in BGR; None for what is no image or is cut off, where OpenCV would fill in the rest."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    whole = bool(data)
+    if data.startswith(b"\xff\xd8"):  # JPEG: segments, of which one may hold a thumbnail, then scans
+        at = 2
+        while at + 4 < len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        whole = data.find(b"\xff\xd9", at) >= 0
+    elif data.startswith(b"\x89PNG"):
+        whole = b"IEND" in data
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if whole else None
+
+
 def frames_of(sources: list, most: int | None):
     """(source, name, number, BGR image, frames a second or 0) of every frame; what cannot be read is said and left."""
     for place, source in enumerate(sources):
         capture, rate, number = None, 0.0, 0
         name = f"{place:03d}_{source.stem}" if isinstance(source, Path) else f"camera_{source}"
         if isinstance(source, Path) and source.suffix.lower() not in VIDEOS:
-            image = cv2.imread(str(source))
+            image = read_image(source)
         else:
             capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
             image, rate = capture.read()[1], capture.get(cv2.CAP_PROP_FPS) or 25.0
         if image is None:
-            print(f"skipped: cannot read {source}", file=sys.stderr)
+            print(f"skipped: cannot read {source} (neither an image nor a video, or cut off)", file=sys.stderr)
         while image is not None and number != most:
             yield source, name, number, image, rate
             image, number = capture.read()[1] if capture else None, number + 1
