@@ -233,12 +233,13 @@ def _wait(running: dict[subprocess.Popen, tuple], bar: tqdm, plan: Plan) -> list
 
 
 def _scores(result: dict) -> str:
-    """The main metric of every model of a run, box AP or mIoU of segmentors, and its time."""
-    for task, metric in (("bbox", "AP"), ("sem_seg", "mIoU")):
+    """AP of boxes, masks and keypoints, or mIoU, of every model of a run, and its time."""
+    parts = []
+    for title, task in (("AP", "bbox"), ("mask AP", "segm"), ("keypoint AP", "keypoints"), ("mIoU", "sem_seg")):
+        metric = title.split()[-1]
         scores = [f"{n} {v[task][metric]:.1f}" for n, v in result["results"].items() if metric in v.get(task, ())]
-        if scores:
-            return f"{metric} {', '.join(scores)} ({format_seconds(result['seconds'])})"
-    return f"no score ({format_seconds(result['seconds'])})"
+        parts += [f"{title} {', '.join(scores)}"] if scores else []
+    return f"{'; '.join(parts) or 'no score'} ({format_seconds(result['seconds'])})"
 
 
 def format_seconds(seconds: float) -> str:
