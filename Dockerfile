@@ -8,7 +8,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/msad
 COPY . .
+# Compiled here, because containers may not write there; files of packages that are for another Python are left out.
 RUN make install VENV=/opt/venv EXTRAS=pretrained,onnx,fast-eval TORCH_INDEX="${TORCH_INDEX}" \
+    && (/opt/venv/bin/python -m compileall -q -j 0 /opt/venv/lib > /dev/null || true) \
     && rm -rf /root/.cache
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /work

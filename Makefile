@@ -13,6 +13,8 @@ TORCH_INDEX ?=
 ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Python compiles what it imports: a fraction of what pip would compile, on one core.
+INSTALL := $(PIP) install -q --no-compile -c constraints.txt
 ENGINE_ID := $(shell printf '%s' '$(D2)' | cksum | cut -d' ' -f1)
 BASE := $(VENV)/.base
 ENGINE := $(VENV)/.engine-$(ENGINE_ID)
@@ -35,16 +37,16 @@ install: $(ENGINE)
 $(BASE): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt setuptools wheel
-	$(if $(TORCH_INDEX),$(PIP) install -q -c constraints.txt --index-url '$(TORCH_INDEX)' torch torchvision)
-	$(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	$(INSTALL) setuptools wheel
+	$(if $(TORCH_INDEX),$(INSTALL) --index-url '$(TORCH_INDEX)' torch torchvision)
+	$(INSTALL) -e '.[$(EXTRAS)]'
 	rm -f $(VENV)/.engine-*
 	touch $@
 
 $(ENGINE): $(BASE) $(wildcard lite/setup.py)
 	$(PIP) uninstall -q -y detectron2 detectron2-lite
 	rm -f $(VENV)/.engine-*
-	$(PIP) install -q -c constraints.txt --no-build-isolation --use-pep517 $(if $(wildcard $(D2)/setup.py),-e )'$(D2)'
+	$(INSTALL) --no-build-isolation --use-pep517 $(if $(wildcard $(D2)/setup.py),-e )'$(D2)'
 	touch $@
 
 clean:
