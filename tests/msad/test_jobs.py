@@ -104,7 +104,8 @@ def test_a_run_that_cannot_start_gives_its_slot_back(tmp_path):
 
 def test_a_run_is_reported_by_its_scores():
     results = {"teacher_H": {"bbox": {"AP": 40.12}}, "teacher_L": {"bbox": {"AP": 30.0}, "segm": {"AP": 25.0}}}
-    assert jobs._scores({"seconds": 90.0, "results": results}) == "AP teacher_H 40.1, teacher_L 30.0; mask AP teacher_L 25.0 (90 s)"
+    said = "AP teacher_H 40.1, teacher_L 30.0; mask AP teacher_L 25.0 (90 s)"
+    assert jobs._scores({"seconds": 90.0, "results": results}) == said
     assert jobs._scores({"seconds": 1.0, "results": {"x": {"sem_seg": {"mIoU": 41.04}}}}) == "mIoU x 41.0 (1 s)"
     assert jobs._scores({"seconds": 1.0, "results": {"x": {}}}) == "no score (1 s)"
 

@@ -26,7 +26,13 @@ from msad.engine.preflight.config_checks import (
     check_sizes,
     check_two_stage,
 )
-from msad.engine.preflight.model_checks import check_checkpoint, check_device, check_start, check_teacher_ap
+from msad.engine.preflight.model_checks import (
+    check_checkpoint,
+    check_device,
+    check_frozen,
+    check_start,
+    check_teacher_ap,
+)
 from msad.finding import ERROR, OK, WARNING, Finding, error_text
 from msad.resolution import get_resolution
 
@@ -175,16 +181,32 @@ def test_schedule(pair):
 
 
 def test_start_of_the_student(project):
-    student, teacher = (build_model(load_config(project / f"{name}.yaml")) for name in ("student", "fcos"))
-    everything = set(student.state_dict())
-    assert levels_of(check_start(student, teacher, "full", set())) == [OK]
-    assert levels_of(check_start(student, teacher, "none", everything)) == [OK]
-    for mode in ("none", "neck_and_head"):
-        (finding,) = check_start(student, teacher, mode, set())
-        assert finding.level == WARNING and "random" in finding.text and "MODEL.WEIGHTS" in finding.fix
+    student = build_model(load_config(project / "student.yaml"))
+    assert levels_of(check_start(student, set(student.state_dict()))) == [OK]
+    (finding,) = check_start(student, {name for name in student.state_dict() if ".bottom_up.stem" not in name})
+    assert finding.level == WARNING and "stem" in finding.text and "MODEL.WEIGHTS" in finding.fix
+    assert check_frozen(student, set()) == []  # all is trained
     student.backbone.bottom_up.stem.requires_grad_(False)
-    (finding,) = check_start(student, teacher, "none", set())
-    assert finding.level == ERROR and "frozen" in finding.text and "stem" in finding.text
+    assert levels_of(check_frozen(student, set(student.state_dict()))) == [OK]
+    (finding,) = check_frozen(student, set())
+    assert finding.level == ERROR and "random and frozen" in finding.text and "stem" in finding.text
+
+
+@pytest.mark.parametrize("detector", ["fcos", "teacher", "student"])
+def test_random_numbers_are_not_frozen(project, teacher_weights, tmp_path, detector):
+    """Without MODEL.WEIGHTS the first stages of detectron2's usual networks would stay random for ever."""
+    cfg = config(project, teacher_weights, detector, tmp_path / "run")
+    resnet = ["MODEL.FPN.BOTTOM_UP", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
+              "MODEL.BACKBONE.FREEZE_AT", 2]  # fmt: skip
+    cfg.merge_from_list([*resnet, "DISTILL.INIT_STUDENT", "neck_and_head"])
+    trainer = DistillTrainer(cfg)
+    with pytest.raises(ValueError, match="frozen layers: .* bottom-up network are random and frozen, e.g. .*stem"):
+        trainer.resume_or_load(False)
+    assert [f.check for f in examine(cfg, images=0) if f.level == ERROR] == ["frozen layers"]
+    torch.save({"model": trainer.checkpointer.model.state_dict()}, tmp_path / "weights.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    DistillTrainer(cfg).resume_or_load(False)
+    assert "frozen layers" in {f.check for f in examine(cfg, images=0) if f.level == OK}
 
 
 def test_checkpoints(project, teacher_weights, tmp_path):

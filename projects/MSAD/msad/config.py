@@ -30,8 +30,8 @@ def add_msad_config(cfg: CN) -> CN:
     # Entries {NAME, TYPE, ...}. TYPE "coco" (default) has JSON and IMAGES, and if wanted CLASSES, KEYPOINT_FLIP_PAIRS,
     # KEYPOINT_SIGMAS, LOW_RES_IMAGES (the student's own images), STUFF (label maps for HTC); CLASSES are the names that
     # the file must have, by ascending id. "visdrone" has IMAGES and ANNOTATIONS (folders) and PATCHES, "argoverse_hd"
-    # JSON and IMAGES, "sem_seg" IMAGES and LABELS (folders) and CLASSES. Paths are relative to $DETECTRON2_DATASETS.
-    # See docs/DATA.md.
+    # and "coco_sem_seg" JSON and IMAGES, "sem_seg" IMAGES and LABELS (folders) and CLASSES. Paths are relative to
+    # $DETECTRON2_DATASETS. See docs/DATA.md.
     cfg.DATASETS.REGISTER = []
     # Image files of a data set that are looked into before training (size, pixels, whether they are whole), taken at
     # equal distances; 0: all of them.

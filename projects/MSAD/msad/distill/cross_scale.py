@@ -104,7 +104,7 @@ class CrossScaleAssistant(Assistant):
             and keys from the teacher, values from the student, as in the text.
         heads: of each level's attention.
         ratio: of aggregation on the student's finest level: 8 where it is P3, 16 where it is P2. It halves with every
-            level and doubles with the teacher's grid; the second half of the heads has half of it.
+            level and doubles with the teacher's grid (QKV eq); the second half of the heads has half of it.
         multiscale: False: plain attention, all ratios 1.
 
     Raises:

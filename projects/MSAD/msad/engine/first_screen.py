@@ -66,7 +66,7 @@ def describe_levels(model: nn.Module) -> str:
 
 
 def first_screen(cfg: CfgNode, model: nn.Module, start_iter: int) -> list[str]:
-    """What a training will do, a line each for data, model, teachers, losses, schedule and folder.
+    """What a training will do, a line each for data, model, weights, teachers, losses, schedule and folder.
 
     The images and instances of the training sets are in the lines of their loader.
 
@@ -78,6 +78,7 @@ def first_screen(cfg: CfgNode, model: nn.Module, start_iter: int) -> list[str]:
     lines = [f"Training on {', '.join(cfg.DATASETS.TRAIN)}"]
     lines += [f"Evaluation on {describe_data(name)}" for name in cfg.DATASETS.TEST]
     lines.append(f"Model: {describe_model(cfg, model)}")
+    lines.append(f"Weights: {cfg.MODEL.WEIGHTS or 'MODEL.WEIGHTS is empty'}")
     for entry in cfg.DISTILL.TEACHERS:
         lines.append(f"Teacher: {entry.get('CONFIG')} with {entry.get('WEIGHTS')}")
     if cfg.DISTILL.TEACHERS:

@@ -209,4 +209,6 @@ class DistillTrainer(DefaultTrainer):
         if self.distiller is not None and not resumed:
             preflight.report(preflight.preflight(self.cfg, student, self.distiller.teachers, loaded))
             init_student(student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
+        elif not resumed:
+            preflight.report(preflight.check_frozen(student, loaded))
         self._trainer.data_loader.start_iter = self.start_iter

@@ -14,7 +14,6 @@ from torch import nn
 
 from ...data.mappers import inference_mapper
 from ...data.sampling import at_equal_distances
-from ...distill.init import copies
 from ...finding import ERROR, OK, WARNING, Finding, check, error_text
 from ..checkpoint import CheckedCheckpointer
 
@@ -29,26 +28,36 @@ def check_device(cfg: CfgNode) -> Generator:
     return cfg.MODEL.DEVICE
 
 
-@check("student's start")
-def check_start(student: nn.Module, teacher: nn.Module, mode: str, loaded: set[str]) -> Generator:
-    """Whether the student's bottom-up network starts from trained weights.
+def _bottom_up(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a detector's bottom-up network by name, also inside a multi-resolution teacher."""
+    named = model.named_parameters()
+    backbone = {name: p for name, p in named if name.removeprefix("detector.").startswith("backbone.")}
+    return {name: p for name, p in backbone.items() if ".bottom_up." in name} or backbone
+
+
+@check("frozen layers")
+def check_frozen(model: nn.Module, known: set[str]) -> Generator:
+    """Whether what the bottom-up network does not train is trained already.
 
     Args:
-        student, teacher: detectors.
-        mode: DISTILL.INIT_STUDENT.
-        loaded: names of the student's tensors that MODEL.WEIGHTS has.
+        known: names of the model's tensors that do not start from random values.
     """
-    known = loaded | set(copies(student, teacher, mode))
-    backbone = {name: p for name, p in student.named_parameters() if name.startswith("backbone.")}
-    ours = {name: p for name, p in backbone.items() if ".bottom_up." in name} or backbone
+    frozen = [name for name, parameter in _bottom_up(model).items() if not parameter.requires_grad]
+    random = [name for name in frozen if name not in known]
+    if random:
+        text = f"{len(random)} parameters of the bottom-up network are random and frozen, e.g. {random[0]}"
+        yield ERROR, text, "set MODEL.WEIGHTS to a pretrained network, or MODEL.BACKBONE.FREEZE_AT 0 to train them"
+    return f"{len(frozen)} parameters of the bottom-up network are not trained and have weights" if frozen else None
+
+
+@check("student's start")
+def check_start(student: nn.Module, known: set[str]) -> Generator:
+    """Whether the student's bottom-up network starts from trained weights; arguments as of :func:`check_frozen`."""
+    ours = _bottom_up(student)
     random = [name for name in ours if name not in known]
-    frozen = [name for name in random if not ours[name].requires_grad]
-    fix = "set MODEL.WEIGHTS to a pretrained network, or DISTILL.INIT_STUDENT full with a teacher of the same network"
-    if frozen:
-        text = f"{len(frozen)} parameters of its bottom-up network are random and frozen, e.g. {frozen[0]}"
-        yield ERROR, text, f"{fix}; or set MODEL.BACKBONE.FREEZE_AT 0"
-    elif random:
+    if random:
         share = f"{len(random)} of the {len(ours)} parameters of its bottom-up network"
+        fix = "set MODEL.WEIGHTS to a pretrained network, or DISTILL.INIT_STUDENT full with a teacher of the same one"
         yield WARNING, f"{share} start from random values, e.g. {random[0]}", fix
     return f"all {len(ours)} parameters of its bottom-up network are initialised"
 

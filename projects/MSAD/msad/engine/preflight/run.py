@@ -18,6 +18,7 @@ from ...config import load_config
 from ...data.checks import check_data
 from ...data.register import register_datasets, registered
 from ...distill.distiller import student_shapes
+from ...distill.init import copies
 from ...distill.losses.registry import compares_heads, lower_keys
 from ...distill.teachers import FrozenTeacher
 from ...finding import ERROR, OK, WARNING, Finding, error_text, log_findings
@@ -35,7 +36,7 @@ from .config_checks import (
     check_sizes,
     check_two_stage,
 )
-from .model_checks import box_ap, check_checkpoint, check_device, check_start, check_teacher_ap
+from .model_checks import box_ap, check_checkpoint, check_device, check_frozen, check_start, check_teacher_ap
 
 logger = logging.getLogger(__name__)
 # Bytes of an annotation file that is read for its class names when training starts: about a second.
@@ -72,6 +73,7 @@ def preflight_checks(
     matches = {entry.get("match", "by_stride") for entry in at_neck if _reads(entry, teacher.name, teachers.values())}
     weighted = not (cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO)
     two_stage = isinstance(student, GeneralizedRCNN)
+    known = loaded | set(copies(student, teacher.model, cfg.DISTILL.INIT_STUDENT)) if first else loaded
     return {
         "classes": lambda: check_training_sets(cfg, config, classes),
         "pixels": lambda: check_pixels(cfg, config, first),
@@ -82,9 +84,7 @@ def preflight_checks(
             else []
         ),
         "anchors": lambda: check_anchors(cfg, config, resolution.shift) if whole else [],
-        "student's start": lambda: (
-            check_start(student, teacher.model, cfg.DISTILL.INIT_STUDENT, loaded) if first else []
-        ),
+        "student's start": lambda: [*check_start(student, known), *check_frozen(student, known)] if first else [],
         "two-stage values": lambda: check_two_stage(entries, weighted) if two_stage else [],
         "schedule": lambda: check_schedule(cfg),
     }
@@ -124,6 +124,16 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
             out.append(Finding(ERROR, check, error_text(error), fix))
             return None
 
+    def load(model: nn.Module) -> set[str]:
+        """Names of the tensors that the weights from which the model begins have."""
+        if cfg.MODEL.WEIGHTS:
+            found, loaded = check_checkpoint("student", model, cfg.MODEL.WEIGHTS)
+            out.extend(found)
+            return loaded
+        branches = cfg.MSAD.FUSION_STUDENT.BRANCHES if cfg.MODEL.META_ARCHITECTURE == "FusionStudent" else []
+        fix = "correct WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES"
+        return attempt("student's weights", fix, lambda: load_branches(model, branches)) or set()
+
     out += check_device(cfg)
     if out[-1].level == ERROR:  # all else can be looked at on a CPU
         cfg = cfg.clone()
@@ -132,19 +142,12 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
     attempt("data", "correct DATASETS.REGISTER", lambda: register_datasets(cfg))
     out += check_data(cfg)[1] or [Finding(WARNING, "data", "DATASETS.TRAIN and DATASETS.TEST are empty", "name sets")]
     if not cfg.DISTILL.TEACHERS:
-        if (model := attempt("model", "correct the config", lambda: build_model(cfg))) and cfg.MODEL.WEIGHTS:
-            out += check_checkpoint("student", model, cfg.MODEL.WEIGHTS)[0]
+        if model := attempt("model", "correct the config", lambda: build_model(cfg)):
+            out += check_frozen(model, load(model))
         return out + check_schedule(cfg)
     entries = attempt("teacher", "correct DISTILL.TEACHERS", lambda: teacher_entries(cfg)) or []
     student = attempt("student", "correct the student's config", lambda: build_model(cfg))
-    loaded: set[str] = set()
-    if student is not None and cfg.MODEL.WEIGHTS:
-        found, loaded = check_checkpoint("student", student, cfg.MODEL.WEIGHTS)
-        out += found
-    elif student is not None and cfg.MODEL.META_ARCHITECTURE == "FusionStudent":
-        branches = cfg.MSAD.FUSION_STUDENT.BRANCHES
-        fix = "correct WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES"
-        loaded = attempt("student's weights", fix, lambda: load_branches(student, branches)) or set()
+    loaded = load(student) if student is not None else set()
     teachers = []
     for entry in entries:
         if "MEAN_OF" in entry:
