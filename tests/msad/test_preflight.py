@@ -196,9 +196,9 @@ def test_start_of_the_student(project):
 def test_random_numbers_are_not_frozen(project, teacher_weights, tmp_path, detector):
     """Without MODEL.WEIGHTS the first stages of detectron2's usual networks would stay random for ever."""
     cfg = config(project, teacher_weights, detector, tmp_path / "run")
-    resnet = ["MODEL.FPN.BOTTOM_UP", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64,
-              "MODEL.BACKBONE.FREEZE_AT", 2]  # fmt: skip
-    cfg.merge_from_list([*resnet, "DISTILL.INIT_STUDENT", "neck_and_head"])
+    resnet18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.BACKBONE.FREEZE_AT", 2]
+    cfg.merge_from_list(["MODEL.FPN.BOTTOM_UP", "build_resnet_backbone", *resnet18])
+    cfg.DISTILL.INIT_STUDENT = "neck_and_head"
     trainer = DistillTrainer(cfg)
     with pytest.raises(ValueError, match="frozen layers: .* bottom-up network are random and frozen, e.g. .*stem"):
         trainer.resume_or_load(False)
