@@ -200,7 +200,7 @@ def test_random_numbers_are_not_frozen(project, teacher_weights, tmp_path, detec
     cfg.merge_from_list(["MODEL.FPN.BOTTOM_UP", "build_resnet_backbone", *resnet18])
     cfg.DISTILL.INIT_STUDENT = "neck_and_head"
     trainer = DistillTrainer(cfg)
-    with pytest.raises(ValueError, match="frozen layers: .* bottom-up network are random and frozen, e.g. .*stem"):
+    with pytest.raises(ValueError, match=r"frozen layers: .* bottom-up network are random and frozen, e.g. .*stem"):
         trainer.resume_or_load(False)
     assert [f.check for f in examine(cfg, images=0) if f.level == ERROR] == ["frozen layers"]
     torch.save({"model": trainer.checkpointer.model.state_dict()}, tmp_path / "weights.pth")
