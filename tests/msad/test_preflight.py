@@ -185,11 +185,12 @@ def test_start_of_the_student(project):
     assert levels_of(check_start(student, set(student.state_dict()))) == [OK]
     (finding,) = check_start(student, {name for name in student.state_dict() if ".bottom_up.stem" not in name})
     assert finding.level == WARNING and "stem" in finding.text and "MODEL.WEIGHTS" in finding.fix
-    assert check_frozen(student, set()) == []  # all is trained
+    assert check_frozen(student, set(), 2) == []  # all is trained
     student.backbone.bottom_up.stem.requires_grad_(False)
-    assert levels_of(check_frozen(student, set(student.state_dict()))) == [OK]
-    (finding,) = check_frozen(student, set())
+    assert levels_of(check_frozen(student, set(student.state_dict()), 2)) == [OK]
+    (finding,) = check_frozen(student, set(), 2)
     assert finding.level == ERROR and "random and frozen" in finding.text and "stem" in finding.text
+    assert levels_of(check_frozen(student, set(), 0)) == [WARNING]  # a network's own constants
 
 
 @pytest.mark.parametrize("detector", ["fcos", "teacher", "student"])

@@ -210,5 +210,5 @@ class DistillTrainer(DefaultTrainer):
             preflight.report(preflight.preflight(self.cfg, student, self.distiller.teachers, loaded))
             init_student(student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
         elif not resumed:
-            preflight.report(preflight.check_frozen(student, loaded))
+            preflight.report(preflight.check_frozen(student, loaded, self.cfg.MODEL.BACKBONE.FREEZE_AT))
         self._trainer.data_loader.start_iter = self.start_iter

@@ -36,23 +36,25 @@ def _bottom_up(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @check("frozen layers")
-def check_frozen(model: nn.Module, known: set[str]) -> Generator:
+def check_frozen(model: nn.Module, known: set[str], freeze_at: int) -> Generator:
     """Whether what the bottom-up network does not train is trained already.
 
     Args:
         known: names of the model's tensors that do not start from random values.
+        freeze_at: MODEL.BACKBONE.FREEZE_AT; at 0 it is the network's own doing, and may be meant.
     """
     frozen = [name for name, parameter in _bottom_up(model).items() if not parameter.requires_grad]
     random = [name for name in frozen if name not in known]
     if random:
         text = f"{len(random)} parameters of the bottom-up network are random and frozen, e.g. {random[0]}"
-        yield ERROR, text, "set MODEL.WEIGHTS to a pretrained network, or MODEL.BACKBONE.FREEZE_AT 0 to train them"
+        fix = "set MODEL.WEIGHTS to a pretrained network, or of a student DISTILL.INIT_STUDENT full"
+        yield ERROR if freeze_at > 0 else WARNING, text, f"{fix}, or MODEL.BACKBONE.FREEZE_AT 0"
     return f"{len(frozen)} parameters of the bottom-up network are not trained and have weights" if frozen else None
 
 
 @check("student's start")
 def check_start(student: nn.Module, known: set[str]) -> Generator:
-    """Whether the student's bottom-up network starts from trained weights; arguments as of :func:`check_frozen`."""
+    """Whether the student's bottom-up network starts from trained weights; ``known`` as of :func:`check_frozen`."""
     ours = _bottom_up(student)
     random = [name for name in ours if name not in known]
     if random:

@@ -84,7 +84,8 @@ def preflight_checks(
             else []
         ),
         "anchors": lambda: check_anchors(cfg, config, resolution.shift) if whole else [],
-        "student's start": lambda: [*check_start(student, known), *check_frozen(student, known)] if first else [],
+        "student's start": lambda: check_start(student, known) if first else [],
+        "frozen layers": lambda: check_frozen(student, known, cfg.MODEL.BACKBONE.FREEZE_AT) if first else [],
         "two-stage values": lambda: check_two_stage(entries, weighted) if two_stage else [],
         "schedule": lambda: check_schedule(cfg),
     }
@@ -143,7 +144,7 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
     out += check_data(cfg)[1] or [Finding(WARNING, "data", "DATASETS.TRAIN and DATASETS.TEST are empty", "name sets")]
     if not cfg.DISTILL.TEACHERS:
         if model := attempt("model", "correct the config", lambda: build_model(cfg)):
-            out += check_frozen(model, load(model))
+            out += check_frozen(model, load(model), cfg.MODEL.BACKBONE.FREEZE_AT)
         return out + check_schedule(cfg)
     entries = attempt("teacher", "correct DISTILL.TEACHERS", lambda: teacher_entries(cfg)) or []
     student = attempt("student", "correct the student's config", lambda: build_model(cfg))
