@@ -334,6 +334,8 @@ def test_loss_curve_is_the_detection_loss_alone():
     assert x.tolist() == [10] and y.tolist() == [1.5]
     teacher = [{"iteration": 9, "H/loss_cls": 1.0, "H/loss_box": 0.25, "L/loss_cls": 4.0, "fused/loss_cls": 0.4}]
     assert loss_curve(teacher)[1].tolist() == [1.25]
+    assisted = [{"assistant/CrossScaleAssistant/loss_cls": 7.0, **student[0]}]
+    assert loss_curve(assisted)[1].tolist() == [1.5]
     assert loss_curve([{"iteration": 9, "loss_cls": float("nan")}])[1].size == 0
 
 

@@ -66,14 +66,15 @@ def ap_curve(records: list[dict], task: str = "bbox") -> tuple[np.ndarray, np.nd
 
 
 def loss_curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """(iterations, sum of the detection losses), both (n,), without distillation losses.
+    """(iterations, sum of the detection losses), both (n,), without distillation losses and those of assistants.
 
     Of a teacher with several branches it is the loss of its first branch: the sum over the branches would not compare
     with a single model.
     """
     points = []
     for record in records:
-        losses = {k: v for k, v in record.items() if "loss" in k and k != "total_loss" and "loss_distill" not in k}
+        losses = {k: v for k, v in record.items() if "loss" in k and k != "total_loss" and "loss_distill" not in k
+                  and not k.startswith("assistant/")}  # fmt: skip
         branch = next((k.split("/")[0] for k in losses if "/" in k), None)
         values = [v for k, v in losses.items() if branch is None or k.startswith(f"{branch}/")]
         if values and all(map(math.isfinite, values)):
