@@ -81,6 +81,28 @@ def test_a_retinanet_on_a_stock_backbone_gets_a_plain_student(tool):
         assert said in tool.built_by(student_config(load_config(f"{name}.yaml"), "L"))
 
 
+def test_converted_detectors_get_students():
+    student = student_config(load_config("Teachers/retinanet_R_50.yaml"), "L")
+    assert student.MODEL.META_ARCHITECTURE == "RetinaNetClippedFirst"
+    assert student.MODEL.ANCHOR_GENERATOR.SIZES[0][0] == 16 and student.MODEL.RETINANET.IN_FEATURES[0] == "p2"
+    assert student.MODEL.BACKBONE.NAME == "build_level_fpn_backbone"  # its P6 is made otherwise than by detectron2's
+
+
+@pytest.mark.parametrize("boxes", ["relu_stride", "exp"])
+@pytest.mark.parametrize(("resolution", "factor"), [("L", 2), ("EL", 4)])
+def test_an_fcos_student_begins_with_boxes_as_much_smaller_as_its_input(boxes, resolution, factor):
+    opts = ["MODEL.FCOS.SCALES", True, "MODEL.FCOS.BOXES", boxes]
+    teacher = build_model(given := load_config("quickstart/baseline_H.yaml", opts)).eval()
+    student = build_model(student_config(given, resolution)).eval()
+    student.head.load_state_dict(teacher.head.state_dict())
+    features = [torch.rand(1, 32, size, size) for size in (16, 8, 4)]
+    with torch.no_grad():
+        of_teacher, of_student = (model.head(features)[1] for model in (teacher, student))  # in strides of the level
+    for level, (ours, theirs) in enumerate(zip(of_student, of_teacher)):
+        stride = 8 << level
+        torch.testing.assert_close(ours * (stride / factor), theirs * stride / factor)
+
+
 @pytest.mark.parametrize("name", ["faster_rcnn_R_50_FPN_1x", "mask_rcnn_R_50_FPN_3x", "keypoint_rcnn_R_50_FPN_1x"])
 def test_detectron2s_own_rcnns_get_a_p1(name, tmp_path):
     folder = {"f": "COCO-Detection", "m": "COCO-InstanceSegmentation", "k": "COCO-Keypoints"}[name[0]]
@@ -106,7 +128,7 @@ def test_detectron2s_own_rcnns_get_a_p1(name, tmp_path):
 def test_what_has_no_student_is_said(name, resolution, said):
     cfg = load_config(name)
     if "fusion" in name:  # its detector's levels are moved, and its branches would not be
-        cfg.MODEL.META_ARCHITECTURE, said = "PanopticFPN", "PanopticFPN: students are made of RetinaNet, FCOS"
+        cfg.MODEL.META_ARCHITECTURE, said = "PanopticFPN", "PanopticFPN: students are made of RetinaNet, "
     with pytest.raises(ValueError, match=said):
         student_config(cfg, resolution)
 

@@ -129,8 +129,10 @@ def add_model_config(cfg: CN) -> None:
     cfg.MODEL.FCOS.SCORE_RULE = "sqrt_product"
     # A learned factor on the distances of each level, as in the original.
     cfg.MODEL.FCOS.SCALES = False
-    # With SCALES: "relu_stride" (distances are ReLU(x) strides) or "exp" (exp(x) pixels, the first version).
+    # With SCALES: "relu_stride" (distances are ReLU(x) strides) or "exp" (exp(x) EXP_UNITs, the first version).
     cfg.MODEL.FCOS.BOXES = "relu_stride"
+    # With "exp": pixels that exp(0) is. Divided by 2 for a student at L, as anchors are.
+    cfg.MODEL.FCOS.EXP_UNIT = 1.0
     # With SCALES: tower that predicts centerness, "reg" or "cls" (the first version).
     cfg.MODEL.FCOS.CENTERNESS_ON = "reg"
     # With SCALES: the last convolution of each tower is deformable and modulated (mmdetection's dcn_on_last_conv).

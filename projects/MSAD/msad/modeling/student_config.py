@@ -16,12 +16,13 @@ from ..resolution import downsampled_size, get_resolution, level_of
 # Detectors, and the keys that name the levels that they read.
 LEVEL_KEYS = {
     "RetinaNet": ("RETINANET.IN_FEATURES",),
+    "RetinaNetClippedFirst": ("RETINANET.IN_FEATURES",),
     "FCOS": ("FCOS.IN_FEATURES",),
     "MEInst": ("FCOS.IN_FEATURES",),
     "GFL": ("GFL.IN_FEATURES",),
     "GeneralizedRCNN": ("RPN.IN_FEATURES", "ROI_HEADS.IN_FEATURES"),
 }
-WITH_ANCHORS = ("RetinaNet", "GeneralizedRCNN")
+WITH_ANCHORS = ("RetinaNet", "RetinaNetClippedFirst", "GeneralizedRCNN")
 # Sections with the OUT_FEATURES of bottom-up networks; maps of strides 2, 4, ..., 32 have the same names in all.
 BOTTOM_UPS = {
     "build_resnet_backbone": "RESNETS",
@@ -71,6 +72,8 @@ def student_config(teacher: CfgNode, resolution: str) -> CfgNode:
         sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / 2**shift for size in level] for level in sizes]
         cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE = round(cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE / 2**shift)
+    if cfg.MODEL.FCOS.BOXES == "exp":
+        cfg.MODEL.FCOS.EXP_UNIT /= 2**shift
     for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
         cfg.INPUT[key] = downsampled_size((cfg.INPUT[key],) * 2, shift)[0]
     _make_levels(cfg, sorted(levels))

@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from ...config import detector_architecture
 from ...distill.losses.registry import loss_class
 from ...finding import ERROR, OK, WARNING, Finding, check
+from ...modeling.student_config import WITH_ANCHORS
 from ...resolution import Resolution
 from ..build import other_channel_order
 
@@ -120,7 +121,7 @@ def check_levels(
 def check_anchors(cfg: CfgNode, teacher: CfgNode, shift: int) -> Generator:
     """Anchors of the student, times 2^shift, are the teacher's; for detectors that have any."""
     detector = detector_architecture(cfg)
-    if detector != detector_architecture(teacher) or detector not in ("RetinaNet", "GeneralizedRCNN"):
+    if detector != detector_architecture(teacher) or detector not in WITH_ANCHORS:
         return None
     ours = [[side * 2**shift for side in level] for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
     theirs = [list(level) for level in teacher.MODEL.ANCHOR_GENERATOR.SIZES]

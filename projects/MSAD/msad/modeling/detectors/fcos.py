@@ -25,14 +25,15 @@ class ScaledFCOSHead(fcos.FCOSHead):
 
     Args:
         input_shape, conv_dims, kwargs: of detectron2's FCOSHead.
-        boxes: "relu_stride" (a distance is ReLU(scale x) strides) or "exp" (it is exp(scale x) pixels).
+        boxes: "relu_stride" (a distance is ReLU(scale x) strides) or "exp" (it is exp(scale x) units).
+        exp_unit: of "exp" in pixels of the network's input, positive.
         centerness_on: tower that centreness is predicted from: "reg" or "cls".
         deform_last: the last convolution of each tower is deformable and modulated.
     """
 
     def __init__(
         self, *, input_shape: list, conv_dims: list[int], boxes: str, centerness_on: str, deform_last: bool = False,
-        **kwargs,
+        exp_unit: float = 1.0, **kwargs,
     ) -> None:  # fmt: skip
         super().__init__(input_shape=input_shape, conv_dims=conv_dims, **kwargs)
         for tower in (self.cls_subnet, self.bbox_subnet) if deform_last else ():
@@ -42,6 +43,9 @@ class ScaledFCOSHead(fcos.FCOSHead):
             raise ValueError(f"MODEL.FCOS.BOXES must be one of {BOXES}, not {boxes!r}")
         if centerness_on not in ("reg", "cls"):
             raise ValueError(f"MODEL.FCOS.CENTERNESS_ON must be 'reg' or 'cls', not {centerness_on!r}")
+        if exp_unit <= 0:
+            raise ValueError(f"MODEL.FCOS.EXP_UNIT must be above 0, not {exp_unit}")
+        self.exp_unit = exp_unit
         self.exponential, self.centerness_on = boxes == "exp", centerness_on
         self.strides = [shape.stride for shape in input_shape]
         self.scales = nn.Parameter(torch.ones(len(input_shape)))
@@ -53,7 +57,7 @@ class ScaledFCOSHead(fcos.FCOSHead):
             for_class, for_box = self.cls_subnet(x), self.bbox_subnet(x)
             distance = scale * self.bbox_pred(for_box)
             if self.exponential:
-                distance = distance.float().exp() / stride  # detectron2 decodes ReLU(x) strides
+                distance = distance.float().exp() * (self.exp_unit / stride)  # detectron2 decodes ReLU(x) strides
             centerness = self.ctrness(for_class if self.centerness_on == "cls" else for_box)
             outputs.append((self.cls_score(for_class), distance, centerness))
         return tuple(list(levels) for levels in zip(*outputs))
@@ -110,7 +114,7 @@ class FCOS(ClipsBeforeNMS, fcos.FCOS):
         options = cfg.MODEL.FCOS
         own = {"boxes": options.BOXES, "centerness_on": options.CENTERNESS_ON, "deform_last": options.DEFORM_LAST}
         if options.SCALES:
-            return ScaledFCOSHead(**own, **kwargs)
+            return ScaledFCOSHead(**own, exp_unit=options.EXP_UNIT, **kwargs)
         if tuple(own.values()) != ("relu_stride", "reg", False):
             raise ValueError(
                 "MODEL.FCOS.BOXES 'exp', CENTERNESS_ON 'cls' and DEFORM_LAST need MODEL.FCOS.SCALES: True"
