@@ -120,6 +120,23 @@ def test_rcnn_configs(make):
         make(detector="mask_rcnn", content={"classes": ["cat"], "masks": False, "keypoints": 0})
 
 
+def test_what_a_method_fills_can_be_overridden(make):
+    opts = ("DISTILL.BALANCE.RATIO", "0.7", "DISTILL.WARMUP_ITERS", "7", "DISTILL.LOSSES", "[{'NAME': 'CWD'}]",
+            "MSAD.RESOLUTIONS", "['H','L','EL']", "INPUT.MIN_SIZE_TEST", "160")  # fmt: skip
+    teacher, student = make(opts=opts).values()
+    assert (student.DISTILL.BALANCE.RATIO, student.DISTILL.WARMUP_ITERS) == (0.7, 7)
+    assert [dict(loss) for loss in student.DISTILL.LOSSES] == [{"NAME": "CWD"}] and teacher.DISTILL.LOSSES == []
+    assert teacher.MSAD.RESOLUTIONS == ["H", "L", "EL"]
+    assert (teacher.INPUT.MIN_SIZE_TEST, student.INPUT.MIN_SIZE_TEST) == (160, 80)
+    assert make(method="scalekd", opts=("DISTILL.START_ITER", "5"))["student"].DISTILL.START_ITER == 5
+    for method, key, value, said in (
+        ("msad", "DISTILL.STUDENT_RESOLUTION", "EL", "DISTILL.STUDENT_RESOLUTION: --scale decides it"),
+        ("none", "DISTILL.W_DET", "2", "DISTILL.W_DET has no effect: --method none trains without a teacher"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(method=method, opts=(key, value))
+
+
 def test_other_methods(make):
     assert tuple(BUILDERS) == METHODS
     scalekd = make(method="scalekd", iterations=90)
@@ -238,6 +255,25 @@ def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):
         monkeypatch.setattr(results, "machine", lambda _, device=device: {"device": device})
         results.report(project)
     assert len(calls) == 2
+
+
+def test_without_an_onnx_file_the_student_is_still_exported(tmp_path, monkeypatch, project):
+    def refuse(*args):
+        raise RuntimeError("onnxruntime finds something else")
+
+    def write(cfg, weights, folder):
+        folder.mkdir(parents=True)
+        (folder / "model.pth").touch()
+        return "written"
+
+    monkeypatch.setattr(results, "export_onnx", refuse)
+    monkeypatch.setattr(results, "export", write)
+    (tmp_path / "w.pth").touch()
+    cfg = load_config(project / "fcos.yaml")
+    trained = SimpleNamespace(student="s", output=tmp_path)
+    trained.config, trained.weights = lambda name: cfg, lambda name: tmp_path / "w.pth"
+    said = results.export_student(trained)
+    assert said == {"detectron2": "written", "onnx": "", "no_onnx": "onnxruntime finds something else"}
 
 
 def test_model_card(tmp_path):

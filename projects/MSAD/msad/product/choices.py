@@ -23,7 +23,8 @@ class Choices:
         short_side: of H in pixels; None: as recommended for the data.
         iterations: of every training; None: as many as the data need.
         controls: also train what the student is to be compared with.
-        opts: KEY, VALUE, ... overrides of every config.
+        opts: KEY, VALUE, ... overrides of the detector's config at H, from which all others follow; those of MSAD and
+            DISTILL, which the method fills, are of its teacher and its student.
     """
 
     detector: str = "fcos"

@@ -65,14 +65,14 @@ def _msad(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Con
 
 def _scalekd(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
     """Zhu et al., CVPR 2023: the teacher sees the image at twice the student's size or more."""
-    two_stage = len(LEVEL_KEYS[base.MODEL.META_ARCHITECTURE]) == 2
+    student = _student(base, choices, [_entry(BASELINE, choices)], [])
+    two_stage = len(LEVEL_KEYS[student.MODEL.META_ARCHITECTURE]) == 2
     sdf, beta, nu = (0.07, 0.5, 0.4) if two_stage else (0.01, 0.2, 0.25)
-    losses = [
+    student.DISTILL.LOSSES = [
         {"NAME": "SDF", "SOURCE": "teacher", "TAP": "bottom_up", "MATCH": "by_index", "LEVELS": ["res5"],
          "WEIGHT": sdf},
         {"NAME": "Chen", "SOURCE": "CrossScaleAssistant", "BBOX": "direct", "WEIGHT": beta, "NU": nu},
     ]  # fmt: skip
-    student = _student(base, choices, [_entry(BASELINE, choices)], losses)
     student.DISTILL.ASSISTANTS = [{
         "NAME": "CrossScaleAssistant", "OPTIMIZER": "Adam", "BASE_LR": 3.0e-4, "WEIGHT_DECAY": 1.0e-4,
         "SCHEDULE": "constant", "RATIO": 16 if two_stage else 8, "MATCH": "by_stride",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -44,7 +45,7 @@ def detector_config(
     _fit_data(cfg, entries, content, objects)
     _fit_sizes(cfg, objects, short)
     _fit_iterations(cfg, choices, objects)
-    return _override(cfg, choices)
+    return _override(cfg, choices, lambda key: not key.startswith("DISTILL."))
 
 
 def _fit_iterations(cfg: CfgNode, choices: Choices, objects: Objects) -> None:
@@ -53,16 +54,35 @@ def _fit_iterations(cfg: CfgNode, choices: Choices, objects: Objects) -> None:
     cfg.SOLVER.CHECKPOINT_PERIOD = max(200, math.ceil(cfg.SOLVER.MAX_ITER / 5))
 
 
-def _override(cfg: CfgNode, choices: Choices) -> CfgNode:
-    if choices.opts:
-        given = load_config("", list(choices.opts))
-        for key in choices.opts[::2]:
-            *sections, name = key.split(".")
-            source, target = given, cfg
-            for section in sections:
-                source, target = source[section], target[section]
-            target[name] = source[name]
+def _override(cfg: CfgNode, choices: Choices, wanted: Callable[[str], bool]) -> CfgNode:
+    """Give ``cfg`` the user's values of the keys that are ``wanted``, in place."""
+    given = load_config("", list(choices.opts))
+    for key in filter(wanted, choices.opts[::2]):
+        *sections, name = key.split(".")
+        source, target = given, cfg
+        for section in sections:
+            source, target = source[section], target[section]
+        target[name] = source[name]
     return cfg
+
+
+def _override_method(configs: Configs, choices: Choices) -> None:
+    """Give teachers and students the user's values of the sections that a method fills, MSAD and DISTILL.
+
+    Raises:
+        ValueError: another choice decides a key, or no config would read it.
+    """
+    chosen = {"DISTILL.STUDENT_RESOLUTION": "--scale", "DISTILL.TEACHERS": "--method", "MSAD.DETECTOR": "--detector"}
+    for key in choices.opts[::2]:
+        if key in chosen:
+            raise ValueError(f"{key}: {chosen[key]} decides it")
+        if key.startswith("DISTILL.") and not any(cfg.DISTILL.TEACHERS for cfg in configs.values()):
+            raise ValueError(f"{key} has no effect: --method {choices.method} trains without a teacher")
+    for cfg in configs.values():
+        if cfg.DISTILL.TEACHERS:
+            _override(cfg, choices, lambda key: key.startswith("DISTILL."))
+        if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
+            _override(cfg, choices, lambda key: key.startswith("MSAD."))
 
 
 def _fit_data(cfg: CfgNode, entries: list[dict], content: dict, objects: Objects) -> None:
@@ -121,7 +141,7 @@ def given_config(choices: Choices, entries: list[dict], content: dict, objects: 
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (choices.short_side,), longest_side(choices.short_side)
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = choices.short_side, longest_side(choices.short_side)
     _fit_iterations(cfg, choices, objects)
-    return _override(cfg, choices)
+    return _override(cfg, choices, lambda key: not key.startswith("DISTILL."))
 
 
 def make_configs(choices: Choices, entries: list[dict], content: dict, objects: Objects, short: int) -> Configs:
@@ -129,7 +149,7 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
 
     Raises:
         ValueError: see :func:`detector_config`, :func:`given_config`, and
-            :func:`msad.modeling.student_config.student_config`.
+            :func:`msad.modeling.student_config.student_config`; an override that another choice decides.
     """
     data = entries, content, objects, short
     if choices.checkpoint:
@@ -138,6 +158,7 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
         base = detector_config(choices, choices.backbone, *data)
     larger = choose_backbone(choices.backbone).larger
     configs = BUILDERS[choices.method](base, choices, lambda: detector_config(choices, larger, *data))
+    _override_method(configs, choices)
     if choices.controls:
         low = base.clone()
         for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):

@@ -113,7 +113,7 @@ def export_student(project: Project) -> dict[str, str]:
         said = {"detectron2": export(cfg, str(weights), folder / "detectron2"), "onnx": "", "no_onnx": ""}
         try:
             said["onnx"] = export_onnx(cfg, str(weights), folder / "onnx")
-        except ValueError as error:  # packages that are not there, or a detector that has no such form
+        except (RuntimeError, ValueError) as error:  # no packages, no such form, or other detections than the model's
             said["no_onnx"] = str(error)
         return said
 
