@@ -18,7 +18,7 @@ from PIL import Image
 
 from msad import cli, load_config
 from msad.data import dataset_fingerprint
-from msad.data.checks import check_test_sets
+from msad.data.checks import check_data, check_test_sets
 from msad.data.loader import build_train_loader
 from msad.data.register import register_datasets
 from msad.engine.setup import load_model
@@ -177,6 +177,22 @@ class TestCocoMasks:
         (record,) = self.coco(folder, objects)
         labels = np.asarray(Image.open(record["sem_seg_file_name"]))
         assert labels.tolist() == [[2, 2, 2, 2, 0, 0]] * 4
+
+    @pytest.mark.parametrize("box", [{}, {"bbox": []}, {"bbox": [0, 0, float("nan"), 4]}, {"bbox": "none"}])
+    def test_masks_need_no_box(self, folder, box):
+        square = {"category_id": 7, "segmentation": self.SQUARE, **box}
+        rest = {**square, "category_id": 3, "segmentation": [[4, 0, 6, 0, 6, 4, 4, 4]]}
+        (record,) = self.coco(folder, [square, rest])
+        labels = np.asarray(Image.open(record["sem_seg_file_name"]))
+        assert labels.tolist() == [[2, 2, 2, 2, 1, 1]] * 4
+        assert not MetadataCatalog.get("masks").findings
+
+    def test_what_is_left_out_is_said_before_training(self, folder):
+        self.coco(folder, [self.annotation(7, [[0, 0, 5, 3], *self.SQUARE]), self.annotation(3, self.SQUARE)])
+        cfg = load_config("", ["DATASETS.TEST", "('masks',)", "MODEL.META_ARCHITECTURE", "SemanticSegmentor"])
+        said = [str(finding) for finding in check_data(cfg, images=False)[1]]
+        wanted = "annotation 1 has a polygon of fewer than three points, which is left out, in 'a.png'"
+        assert sum("'masks'" in text and wanted in text for text in said) == 1, said
 
     def test_changed_annotations_are_drawn_again(self, folder):
         first = self.coco(folder, [self.annotation(7, self.SQUARE)])[0]["sem_seg_file_name"]

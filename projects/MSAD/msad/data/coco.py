@@ -16,7 +16,17 @@ from ..finding import OK
 from .cache import cache_file, file_sha256, write_cache
 from .coco_annotations import compressed, is_polygon
 from .coco_file import check_content, read_json
-from .dataset_types import DATASET_TYPE_REGISTRY, NAMES, PATH, Key, add_dataset, check_entry, is_names, set_metadata
+from .dataset_types import (
+    DATASET_TYPE_REGISTRY,
+    NAMES,
+    PATH,
+    Key,
+    add_dataset,
+    check_entry,
+    is_names,
+    keep_findings,
+    set_metadata,
+)
 from .keypoints import keypoint_metadata
 from .tally import Tally, raise_errors
 
@@ -94,9 +104,9 @@ def _load(entry: dict[str, Any]) -> list[dict]:
         thing_dataset_id_to_contiguous_id=(
             {index + 1: index for index in contiguous.values()} if content["repaired"] else contiguous
         ),
-        findings=[finding._replace(check=f"data set {name!r}") for finding in tally.findings()],
         **points,
     )
+    keep_findings(name, tally)
     return _records(entry, content, contiguous)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,17 +30,22 @@ def is_whole(value: Any) -> bool:
 
 
 class AnnotationChecker:
-    """Checks one annotation after another; ``repaired`` if one was changed."""
+    """Checks one annotation after another; ``repaired`` if one was changed.
 
-    def __init__(self, tally: Tally, images: dict[int, dict], categories: set, count: int) -> None:
-        self.tally, self.images, self.categories = tally, images, categories
+    Args:
+        count: number of annotations.
+        masks: an annotation is used for its mask, and what its box is does not matter; otherwise for its box.
+    """
+
+    def __init__(self, tally: Tally, images: dict[int, dict], categories: set, count: int, masks: bool) -> None:
+        self.tally, self.images, self.categories, self.masks = tally, images, categories, masks
         self.of = f"{count} annotations"
         self.ids: set[int] = set()
         self.place = -1
         self.repaired = False
 
     def check(self, a: dict[str, Any]) -> bool:
-        """Whether it can be used, i.e. has a box of four finite numbers."""
+        """Whether it can be used: it has a mask, or else a box of four finite numbers."""
         self.place += 1
         add = partial(self._add, a)
         self._check_ids(a, add)
@@ -51,9 +56,11 @@ class AnnotationChecker:
         elif type(a["iscrowd"]) not in (int, bool) or a["iscrowd"] not in (0, 1):
             seen = f"has iscrowd {shown(a['iscrowd'])}"
             add(ERROR, "has another iscrowd than 0 and 1", "write 0 (one object) or 1 (a group)", seen)
-        usable = self._check_box(a, add)
+        usable = bool(a.get("segmentation")) if self.masks else self._check_box(a, add)
         if a.get("segmentation"):
             self._check_mask(a, add)
+        elif self.masks:
+            add(ERROR, "has no mask (segmentation)", "draw one, or remove the annotation")
         if a.get("keypoints"):
             self._check_keypoints(a, add)
         if usable:
@@ -157,10 +164,11 @@ class AnnotationChecker:
             add(WARNING, "has a wrong num_keypoints", "leave the key out: it is counted then", seen)
 
     def _check_area(self, a: dict, add: Callable) -> None:
+        box = (0, 0, 0, 0) if self.masks else a["bbox"]
         if "area" not in a:
-            a["area"], self.repaired = _area(a, self.images.get(a.get("image_id"), {})), True
+            a["area"], self.repaired = _area(a, self.images.get(a.get("image_id"), {}), box), True
             return
-        area, (_, _, width, height) = a["area"], a["bbox"]
+        area, (_, _, width, height) = a["area"], box
         fix = "write the area in square pixels, or leave the key out: it is computed then"
         if type(area) not in _NUMBERS or not math.isfinite(area) or area < 0:
             add(ERROR, "has an area that is no number", fix, f"has area {shown(area)}")
@@ -180,7 +188,7 @@ def _values(values: Any) -> str:
     return f"{shown(values)}: {names} instead of numbers"
 
 
-def _area(a: dict[str, Any], image: dict[str, Any]) -> float:
+def _area(a: dict[str, Any], image: dict[str, Any], box: Sequence[float]) -> float:
     """Area in square pixels: of the mask if there is a good one, else of the box."""
     mask = a.get("segmentation")
     try:
@@ -188,7 +196,7 @@ def _area(a: dict[str, Any], image: dict[str, Any]) -> float:
             return float(mask_util.area(_run_lengths(mask, image["height"], image["width"])))
     except Exception:  # what is wrong with the mask has been counted
         pass
-    return float(max(a["bbox"][2], 0) * max(a["bbox"][3], 0))
+    return float(max(box[2], 0) * max(box[3], 0))
 
 
 def is_polygon(values: list) -> bool:

@@ -43,21 +43,22 @@ def read_json(path: str) -> dict[str, Any]:
     return content
 
 
-def check_content(content: dict[str, Any], check: str) -> Tally:
+def check_content(content: dict[str, Any], check: str, *, masks: bool = False) -> Tally:
     """Look at every record; fill in ``area``, ``iscrowd`` and ``num_keypoints`` where they are absent, in place.
 
-    Annotations without a usable box are left out. ``content["repaired"]`` says whether the content is another one than
+    Annotations that cannot be used are left out. ``content["repaired"]`` says whether the content is another one than
     that of the file, in a way that matters to COCO's evaluation.
 
     Args:
         content: as :func:`read_json` returns it.
         check: name of the data set for the findings.
+        masks: annotations are used for their masks, and need no box; a box is what they need otherwise.
     """
     tally = Tally(check)
     categories = _check_categories(content["categories"], tally)
     images = _check_images(content["images"], tally)
     annotations = content.get("annotations", [])
-    checker = AnnotationChecker(tally, images, categories, len(annotations))
+    checker = AnnotationChecker(tally, images, categories, len(annotations), masks)
     usable = [checker.check(annotation) for annotation in annotations]
     if not all(usable):
         content["annotations"] = [a for a, use in zip(annotations, usable) if use]

@@ -14,13 +14,13 @@ from detectron2.utils.file_io import PathManager
 from .cache import file_sha256
 from .coco_annotations import bitmap
 from .coco_file import check_content, read_json
-from .dataset_types import DATASET_TYPE_REGISTRY, PATH, TEXT, add_dataset, check_entry, set_metadata
+from .dataset_types import DATASET_TYPE_REGISTRY, PATH, TEXT, add_dataset, check_entry, keep_findings, set_metadata
 from .label_maps import cached_label_map
 from .tally import raise_errors
 
 KEYS = {"JSON": PATH, "IMAGES": PATH, "BACKGROUND": TEXT.optional()}
 IGNORED = 255
-_VERSION = 1  # raise when maps are drawn otherwise, so that old ones are not used any more
+_VERSION = 2  # raise when maps are drawn otherwise, so that old ones are not used any more
 
 
 @DATASET_TYPE_REGISTRY.register()
@@ -54,19 +54,19 @@ def _load(entry: dict[str, Any]) -> list[dict]:
             raise FileNotFoundError(f"data set {name!r}: DATASETS.REGISTER: {key}: not found: {entry[key]}")
     try:
         content = read_json(file)
-        raise_errors(check_content(content, file).findings())
+        tally = check_content(content, file, masks=True)
+        raise_errors(tally.findings())
         categories = sorted(content["categories"], key=lambda category: category["id"])
         classes = [entry.get("BACKGROUND", "background"), *(category["name"] for category in categories)]
         _check_classes(name, file, classes)
         objects: dict[int, list[dict]] = {}
         for a in content.get("annotations", ()):
-            if not a.get("segmentation"):
-                raise ValueError(f"{file}: annotation {a['id']} has no mask (segmentation)")
             objects.setdefault(a["image_id"], []).append(a)
     except ValueError as error:
         raise ValueError(f"data set {name!r}: {error}") from None
     labels = {category["id"]: index for index, category in enumerate(categories, start=1)}
     set_metadata(name, stuff_classes=classes)
+    keep_findings(name, tally)
     digest = file_sha256(file)
     return [
         {

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from fvcore.common.registry import Registry
 
+from .tally import Tally
+
 DATASET_TYPE_REGISTRY = Registry("DATASET_TYPE")
 DATASET_TYPE_REGISTRY.__doc__ = "Functions ``(name, entry) -> None`` by the value of ``DATASETS.REGISTER[].TYPE``."
 
@@ -131,3 +133,8 @@ def set_metadata(name: str, **values: Any) -> None:
         if metadata.get(key) != value:
             metadata.__dict__.pop(key, None)
             setattr(metadata, key, value)
+
+
+def keep_findings(name: str, tally: Tally) -> None:
+    """Keep what is found while a data set is loaded in its metadata, where the checks before training look for it."""
+    set_metadata(name, findings=[finding._replace(check=f"data set {name!r}") for finding in tally.findings()])
