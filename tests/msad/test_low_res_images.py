@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
@@ -20,7 +22,7 @@ from msad.data.low_res import build_test_loader, follow, size_problem, to_low_re
 from msad.engine import DistillTrainer
 from msad.export.plain import by_itself
 from msad.finding import ERROR
-from msad.resolution import downsample, downsample_batch
+from msad.resolution import downsample, downsample_batch, downsample_labels
 
 
 def scene(height, width):
@@ -238,8 +240,52 @@ def test_annotations_are_scaled_with_the_file(tmp_path):
     assert scaled["annotations"] == [
         {"bbox": [5, 10, 2, 4], "segmentation": [[5, 10, 7, 10, 7, 14]], "keypoints": [5.75, 10.5, 2]}
     ]
-    with pytest.raises(ValueError, match=r"h\.png: run-length masks cannot be scaled"):
-        to_low_res({**record, "annotations": [{**annotation, "segmentation": {"size": [40, 60], "counts": "x"}}]})
+
+
+def encoded(mask):
+    return {"size": [*mask.shape], "counts": mask_util.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()}
+
+
+@pytest.fixture
+def encoded_masks(tmp_path, clean_catalogs):
+    """A detector's config for LOW_RES_IMAGES, 40 x 33 of 80 x 66; one object and a crowd, both as run lengths."""
+    mask = np.zeros((66, 80), bool)
+    mask[10:30, 21:40] = True  # starts in the middle of a small pixel
+    stuff = np.random.default_rng(0).integers(0, 3, mask.shape).astype(np.uint8)
+    for folder, pixels in (("H", scene(66, 80)), ("L", half(scene(66, 80))), ("S", stuff)):
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / "a.png"), pixels)
+    annotations = [{"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [21, 10, 19, 20], "iscrowd": i,
+                    "segmentation": encoded(mask)} for i in (0, 1)]  # fmt: skip
+    images = [{"id": 1, "file_name": "a.png", "width": 80, "height": 66}]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    folders = {"IMAGES": str(tmp_path / "H"), "LOW_RES_IMAGES": str(tmp_path / "L"), "STUFF": str(tmp_path / "S")}
+    name = f"encoded_{tmp_path.name}"
+    cfg = load_config("", [
+        "DATASETS.REGISTER", [{"NAME": name, "JSON": str(tmp_path / "a.json"), **folders}],
+        "DATASETS.TRAIN", (name,), "DATASETS.TEST", (name,), "DATASETS.LOW_RES", True, "DATALOADER.NUM_WORKERS", 0,
+        "MODEL.MASK_ON", True, "MODEL.ROI_HEADS.NUM_CLASSES", 1, "INPUT.MASK_FORMAT", "bitmask",
+        "INPUT.MIN_SIZE_TRAIN", (33,), "INPUT.MIN_SIZE_TEST", 33, "INPUT.RANDOM_FLIP", "none",
+        "SOLVER.IMS_PER_BATCH", 1,
+    ])  # fmt: skip
+    register_datasets(cfg)
+    return cfg, mask, stuff
+
+
+def test_run_lengths_and_label_maps_are_scaled_for_training(encoded_masks):
+    cfg, mask, stuff = encoded_masks
+    (item,) = next(iter(build_train_loader(cfg, seed=0)))
+    wanted = mask.reshape(33, 2, 40, 2).mean(axis=(1, 3)) >= 0.5
+    assert item["instances"].gt_masks.tensor.tolist() == [wanted.tolist()]  # and no crowd
+    assert item["instances"].gt_boxes.tensor.tolist() == [[10.5, 5, 20, 15]]
+    assert torch.equal(item["sem_seg"], downsample_labels(torch.from_numpy(stuff), 1).long())
+
+
+def test_evaluation_needs_no_masks(encoded_masks):
+    cfg, *_ = encoded_masks
+    ((item,),) = build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    assert item["image"].shape == (3, 33, 40) and (item["height"], item["width"]) == (66, 80)
 
 
 def test_wrong_files_are_found_before_training(thermal):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from ..files import atomic_write
@@ -37,6 +38,17 @@ def without_palette(file: str) -> str:
     """
     key = f"palette {Path(file).absolute()} {os.stat(file).st_mtime_ns}"
     return cached_label_map(key, lambda: _indices(file))
+
+
+def resized_label_map(file: str, width: int, height: int) -> str:
+    """Path of a copy of a label map, resized to ``width`` x ``height`` pixels: of each the label at its middle."""
+    key = f"resized {width} {height} {Path(file).absolute()} {os.stat(file).st_mtime_ns}"
+    return cached_label_map(key, lambda: _resized(file, (width, height)))
+
+
+def _resized(file: str, size: tuple[int, int]) -> np.ndarray:
+    labels = Image.fromarray(read_image(file, "L").squeeze(2))
+    return np.asarray(labels.resize(size, Image.Resampling.NEAREST), np.uint8)
 
 
 def _indices(file: str) -> np.ndarray:

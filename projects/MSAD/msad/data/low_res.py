@@ -10,7 +10,9 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
@@ -20,7 +22,9 @@ from PIL import Image
 
 from ..finding import ERROR, OK
 from ..resolution import downsampled_size, get_resolution
+from .coco_annotations import bitmap
 from .image_files import inspect_image, inspect_images
+from .label_maps import resized_label_map
 from .mappers import inference_mapper
 from .sampling import at_equal_distances
 from .tally import Tally
@@ -102,40 +106,49 @@ class LowResPairs:
 class LowResOnly:
     """Maps the files of LOW_RES_IMAGES in place of those of H: for evaluation, and for training without a teacher.
 
-    Annotations are scaled to the file; "height" and "width" of the item stay those of H, so that detections come out in
-    the frame of the annotations.
+    Annotations are scaled to the file, unless the mapper is one of tests; "height" and "width" of the item stay those
+    of H, so that detections come out in the frame of the annotations.
     """
 
     def __init__(self, mapper: Callable[[dict], dict]) -> None:
         self.mapper = mapper
+        self.unused = () if getattr(mapper, "is_train", True) else ("annotations", "sem_seg_file_name")
 
     def __call__(self, record: dict) -> dict:
-        sample = self.mapper(to_low_res(record))
+        sample = self.mapper(to_low_res({key: value for key, value in record.items() if key not in self.unused}))
         return {**sample, "height": record["height"], "width": record["width"]}
 
 
 def to_low_res(record: dict) -> dict:
-    """The dataset dict of the file in LOW_RES_IMAGES, with annotations in its pixels.
+    """The dataset dict of the file in LOW_RES_IMAGES, with annotations and label map in its pixels.
+
+    Crowds are left out: no mapper trains on them.
 
     Raises:
-        ValueError: an annotation has a run-length mask, which cannot be scaled.
+        OSError: the file cannot be read; names it.
     """
     file = inspect_image(record[FILE])
     if file.problem:
         raise OSError(f"{record[FILE]} cannot be read: {file.problem}")
-    sx, sy = file.width / record["width"], file.height / record["height"]
     out = {**record, "file_name": record[FILE], "width": file.width, "height": file.height}
     if "annotations" in record:
-        out["annotations"] = [_scaled(a, sx, sy, record) for a in record["annotations"]]
+        out["annotations"] = [_scaled(a, record, out) for a in record["annotations"] if not a.get("iscrowd")]
+    if "sem_seg_file_name" in record:
+        out["sem_seg_file_name"] = resized_label_map(record["sem_seg_file_name"], file.width, file.height)
     return out
 
 
-def _scaled(annotation: dict[str, Any], sx: float, sy: float, record: dict) -> dict[str, Any]:
+def _scaled(annotation: dict[str, Any], record: dict, to: dict) -> dict[str, Any]:
+    """An annotation of ``record`` in the pixels of the dataset dict ``to``."""
+    sx, sy = to["width"] / record["width"], to["height"] / record["height"]
     out = {**annotation, "bbox": [v * s for v, s in zip(annotation["bbox"], (sx, sy, sx, sy))]}
     mask = annotation.get("segmentation")
     if isinstance(mask, dict):
-        raise ValueError(f"{record['file_name']}: run-length masks cannot be scaled to LOW_RES_IMAGES, use polygons")
-    if mask:
+        # A pixel belongs to the object if at least half of its area does.
+        whole = bitmap(mask, record["height"], record["width"]).astype(np.float32)
+        small = cv2.resize(whole, (to["width"], to["height"]), interpolation=cv2.INTER_AREA) >= 0.5
+        out["segmentation"] = mask_util.encode(np.asfortranarray(small, np.uint8))
+    elif mask:
         out["segmentation"] = [[v * (sx, sy)[i % 2] for i, v in enumerate(polygon)] for polygon in mask]
     if annotation.get("keypoints"):
         out["keypoints"] = [v * (sx, sy, 1)[i % 3] for i, v in enumerate(annotation["keypoints"])]
