@@ -117,6 +117,24 @@ def test_yolo_keypoints(tmp_path):
     assert "has not 4 + 3 x 3 numbers behind the class" in read(find_splits(root, tmp_path / "out"))[1][0]
 
 
+def test_yolo_keypoints_that_cannot_be_used_are_said(tmp_path):
+    """Confidences for visibilities (save_txt writes these), pixels for fractions, and NaN."""
+    rows = ("0.5 0.5 0.97", "0.5 0.5 nan", "50 25 2", "nan 0.5 2", "0.5 inf 1", "nan nan 0", "1.2 0.5 1")
+    root = yolo(
+        tmp_path / "set", "".join(f"0 0.5 0.5 0.2 0.4 {row}\n" for row in rows), "0 0.5 0.5 0.2 0.4 0.5 0.5 2\n",
+        names=["mouse"], kpt_shape=[1, 3],
+    )  # fmt: skip
+    splits = find_splits(root, tmp_path / "out")
+    content, said = read(splits)
+    assert [a["keypoints"] for a in content["annotations"]] == [[0, 0, 0]] * 6 + [[120, 25, 1]]
+    assert [a["num_keypoints"] for a in content["annotations"]] == [0] * 6 + [1]
+    label = f"{root}/data.yaml, train: {root}/labels/train/a.txt"
+    assert said == [
+        f"{label}:1 has a keypoint whose visibility is none of 0, 1 and 2, taken as not labelled (2 in all)",
+        f"{label}:3 has a keypoint that is no fraction of the image, taken as not labelled (3 in all)",
+    ]
+
+
 def test_yolo_lists_moved_files_and_numbered_names(tmp_path):
     root = yolo(tmp_path / "set", "0 0.5 0.5 0.2 0.4\n")
     text(root / "train.txt", "./images/train/a.png\n")

@@ -147,8 +147,7 @@ def _add_line(builder: CocoBuilder, image: dict, line: str, culprit: str, points
     if not label.is_integer() or not 0 <= label < len(builder.categories):
         builder.drop(f"has a class that is none of 0 to {len(builder.categories) - 1}, left out", culprit)
         return
-    coordinates = values if is_polygon else values[:4]
-    if not all(-_MARGIN <= value <= 1 + _MARGIN for value in coordinates):
+    if not all(map(_is_fraction, values if is_polygon else values[:4])):
         builder.drop("has coordinates that are no fractions of the image, left out", culprit)
         return
     width, height = image["width"], image["height"]
@@ -161,17 +160,33 @@ def _add_line(builder: CocoBuilder, image: dict, line: str, culprit: str, points
     else:
         x, y, w, h = (value * side for value, side in zip(values, (width, height, width, height)))
         corners = x - w / 2, y - h / 2, x + w / 2, y + h / 2
-        more = _keypoints(values[4:], dims, width, height) if count else {}
+        more = _keypoints(builder, values[4:], dims, image, culprit) if count else {}
     builder.add_object(image, corners, int(label), culprit, **more)
 
 
-def _keypoints(values: Sequence[float], dims: int, width: int, height: int) -> dict[str, Any]:
-    """COCO's keypoints; without visibility in the file, (0, 0) is a point that is not there."""
-    out = []
+def _is_fraction(value: float) -> bool:
+    return -_MARGIN <= value <= 1 + _MARGIN  # not so for NaN
+
+
+def _keypoints(
+    builder: CocoBuilder, values: Sequence[float], dims: int, image: dict, culprit: str
+) -> dict[str, Any]:
+    """COCO's keypoints; without visibility in the file, (0, 0) is a point that is not there.
+
+    A point that cannot be used becomes one that is not labelled, which is counted.
+    """
+    out: list[float] = []
     for at in range(0, len(values), dims):
-        x, y = values[at] * width, values[at + 1] * height
-        visible = int(values[at + 2]) if dims == 3 else 2 * bool(x or y)
-        out += [round(x, 3), round(y, 3), visible] if visible in (1, 2) else [0, 0, 0]
+        x, y = values[at : at + 2]
+        visible = values[at + 2] if dims == 3 else 2 * bool(x or y)
+        point = [0, 0, 0]
+        if visible not in (0, 1, 2):
+            builder.drop("has a keypoint whose visibility is none of 0, 1 and 2, taken as not labelled", culprit)
+        elif visible and not (_is_fraction(x) and _is_fraction(y)):
+            builder.drop("has a keypoint that is no fraction of the image, taken as not labelled", culprit)
+        elif visible:
+            point = [round(x * image["width"], 3), round(y * image["height"], 3), int(visible)]
+        out += point
     return {"keypoints": out, "num_keypoints": sum(v > 0 for v in out[2::3])}
 
 
