@@ -247,12 +247,30 @@ def test_voc_as_roboflow_writes_it(tmp_path):
         find_splits(tmp_path, tmp_path / "out")
 
 
+def voc_image(root: Path, name: str) -> None:
+    image(root / f"JPEGImages/{name}.jpg")
+    text(root / f"Annotations/{name}.xml", voc_xml(OBJECT.format("dog", "", 1, 1, 10, 20)))
+
+
+@pytest.mark.parametrize("column", ["", "  1"])
+def test_voc_names_that_end_in_a_number(tmp_path, column):
+    """Which is no column of a list of one class, also where every line has one."""
+    for number in (0, 1, 2):
+        voc_image(tmp_path, f"frame {number}")
+    text(tmp_path / "ImageSets/Main/train.txt", f"frame 0{column}\nframe 1{column}\nframe 7{column}\n")
+    text(tmp_path / "ImageSets/Main/val.txt", f"frame 1{column}\n")
+    splits = find_splits(tmp_path, tmp_path / "out")
+    content, said = read(splits)
+    assert [i["file_name"] for i in content["images"]] == ["frame 0.jpg", "frame 1.jpg"]
+    assert len(said) == 1 and "Annotations/frame 7.xml does not exist" in said[0]
+    assert [i["file_name"] for i in read(splits, "val")[0]["images"]] == ["frame 1.jpg"]
+
+
 @pytest.mark.parametrize("ending", ["", ".jpg", " 1", ".JPG  -1"])
 def test_voc_names_with_blanks(tmp_path, ending):
     """Lines of image lists are file names, with the column of a list of one class or an ending if they have it."""
     for number in (8, 9):
-        image(tmp_path / f"JPEGImages/photo {number}.v1.jpg")
-        text(tmp_path / f"Annotations/photo {number}.v1.xml", voc_xml(OBJECT.format("dog", "", 1, 1, 10, 20)))
+        voc_image(tmp_path, f"photo {number}.v1")
     names = [f"photo {number}.v1{ending}" for number in (8, 9)]
     text(tmp_path / "ImageSets/Main/train.txt", "\ufeff" + "\n".join(names) + "\n")
     text(tmp_path / "ImageSets/Main/val.txt", f"{names[0]}\n")

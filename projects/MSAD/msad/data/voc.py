@@ -49,13 +49,22 @@ def _listed(root: Path, names: tuple[str, ...]) -> _Part:
         raise FileNotFoundError(f"{root}: there is no {lists[0].relative_to(root)}")
     if not (root / "JPEGImages").is_dir():
         raise FileNotFoundError(f"{root}: there is no JPEGImages")
-    stems = [_stem(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    return _Part(file.name, {stem: root / "Annotations" / f"{stem}.xml" for stem in stems}, root / "JPEGImages")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return _Part(file.name, _annotations(lines, root / "Annotations"), root / "JPEGImages")
 
 
-def _stem(line: str) -> str:
-    """Of an image list's line: a name, which may have blanks or an ending, and in a list of one class 1, 0 or -1."""
-    name = re.sub(r"\s+(-1|0|1)$", "", line.strip())
+def _annotations(lines: list[str], folder: Path) -> dict[str, Path]:
+    """Annotation files by stem of an image list, whose lines are names; in a list of one class 1, 0 or -1 follows.
+
+    As names may end in a blank and a number too, the lines are read in the way that finds more files.
+    """
+    names = (lines, [re.sub(r"\s+(-1|0|1)$", "", line) for line in lines])
+    readings = ({stem: folder / f"{stem}.xml" for stem in map(_stem, part)} for part in names)
+    return max(readings, key=lambda files: sum(file.is_file() for file in files.values()))
+
+
+def _stem(name: str) -> str:
+    """Of a file name, which may have blanks, dots and an ending."""
     path = PurePosixPath(name)
     return path.stem if path.suffix.lower() in SUFFIXES else name
 
