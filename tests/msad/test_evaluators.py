@@ -48,7 +48,7 @@ def test_a_set_without_a_type_has_coco_metrics(named, tiny_cfg, monkeypatch):
 
 def test_processes_of_one_job_do_not_read_half_a_file(tmp_path, tiny_cfg, monkeypatch):
     """Each writes Argoverse-HD's annotations: while one has only begun, another must find those of a third whole."""
-    content = {"images": [], "annotations": [], "categories": [], "sequences": [], "seq_dirs": []}
+    content = {"images": [], "categories": [{"id": 0, "name": "cat"}], "sequences": [], "seq_dirs": []}
     (tmp_path / "hd.json").write_text(json.dumps(content))
     MetadataCatalog.get("hd").set(evaluator_type="argoverse_hd", definition={"JSON": str(tmp_path / "hd.json")})
     read = []

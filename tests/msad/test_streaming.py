@@ -14,6 +14,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from msad import load_config
+from msad.data import check_data
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
 from msad.data.register import register_datasets
 from msad.evaluation.coco_stats import STATS, box_stats
@@ -218,7 +219,7 @@ def file(tmp_path):
 def test_images_get_files_and_no_object_has_the_id_0(file):
     read = read_content(file)
     assert [image["file_name"] for image in read["images"]][:2] == ["a/first/2.jpg", "a/first/0.jpg"]
-    assert [a["id"] for a in read["annotations"]] == [1, 2, 3, 4, 5, 6]
+    assert [a["id"] for a in read["annotations"]] == [6, 1, 2, 3, 4, 5]
     assert [(s.name, s.image_ids, s.fps) for s in sequences_of(read)] == [
         ("first", (0, 1, 2), 30.0),
         ("second", (10, 11, 12), 30.0),
@@ -233,7 +234,14 @@ def test_images_get_files_and_no_object_has_the_id_0(file):
         (lambda c: c["seq_dirs"].pop(), "2 sequences, but 1 seq_dirs"),
         (lambda c: c["images"][1].pop("fid"), "image 0 has no 'fid'"),
         (lambda c: c["images"][1].update(sid=2), "image 0 is of sequence 2, which does not exist"),
+        (lambda c: c["images"][1].update(sid="first"), "image 0 has sid 'first', not a whole number"),
+        (lambda c: c["images"][1].update(name=None), "image 0 has name None, not a text"),
         (lambda c: c["annotations"][3].update(image_id=99), "annotation 3 has image_id 99, which is not listed"),
+        (lambda c: c["annotations"][3].update(id=2), "annotation 2 has the id of another annotation"),
+        (lambda c: c["annotations"][3].pop("id"), "annotation number 3 has no id"),
+        (lambda c: c["annotations"][3].update(bbox=[1, 2, 3]), r"annotation 3 has bbox \[1, 2, 3\], 3 numbers"),
+        (lambda c: c["categories"][1].pop("name"), "category 1 has name None"),
+        (lambda c: c["images"][1].update(id=12), "image 'b/second/2.jpg' has the id of another"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, change, words):
@@ -283,6 +291,18 @@ def test_dataset_dicts_and_single_frame_metrics(registered, tmp_path):
     for folder in ("one", "two"):  # an evaluator can be made again, elsewhere
         build_evaluator(cfg, name, str(tmp_path / folder))
         assert (tmp_path / folder / f"{name}_coco.json").is_file()
+
+
+def test_what_is_left_out_is_said_before_training(registered, file):
+    name, cfg = registered
+    bad = content()
+    del bad["annotations"][3]["bbox"]
+    file.write_text(json.dumps(bad))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), (name,)
+    said = [str(finding) for finding in check_data(cfg, images=False)[1]]
+    wanted = f"data set {name!r}: annotation 3 has no bbox and is left out, in 'b/second/2.jpg' (1 of 6 annotations)"
+    assert sum(wanted in text for text in said) == 1, said
+    assert [len(record["annotations"]) for record in DatasetCatalog.get(name)] == [1, 1, 1, 0, 1, 1]
 
 
 def perfect(read):

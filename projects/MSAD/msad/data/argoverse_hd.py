@@ -7,19 +7,17 @@ COCO's format with sequences: ``sequences`` (names) and ``seq_dirs`` (folder of 
 from __future__ import annotations
 
 import functools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .dataset_types import DATASET_TYPE_REGISTRY, PATH, add_dataset, check_entry
-
-_SECTIONS = ("images", "annotations", "categories", "sequences", "seq_dirs")
+from .coco_file import check_content, read_json
+from .dataset_types import DATASET_TYPE_REGISTRY, PATH, add_dataset, check_entry, keep_findings, set_metadata
+from .tally import Tally, raise_errors
 
 
 @dataclass(frozen=True)
@@ -42,49 +40,45 @@ def argoverse_hd(name: str, entry: dict[str, Any]) -> None:
 
 
 def read_content(json_file: str | os.PathLike) -> dict[str, Any]:
-    """The annotation file as COCO's format wants it: images have ``file_name``, no annotation has the id 0.
+    """The annotation file as COCO's format wants it, see :func:`msad.data.coco_file.check_content`.
 
-    pycocotools marks a match by the id of the ground truth, so that an object of id 0 would never be found; if there
-    is one, all ids are one higher (the official numbers are computed with this defect: one object of the set).
+    Images have ``file_name``. No annotation has the id 0, by which pycocotools marks what was not found (the official
+    numbers are computed with this defect: one object of the set). Without annotations there is no such list.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON or not in this format; names the file and what is missing.
+        ValueError: not JSON or not in this format; names the file and what is wrong.
     """
-    if not PathManager.isfile(os.fspath(json_file)):
-        raise FileNotFoundError(f"Argoverse-HD: no such file: {json_file}")
-    with PathManager.open(os.fspath(json_file), "r") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{json_file} is not valid JSON: {error}") from None
-    for section in _SECTIONS:
-        if not isinstance(content, dict) or not isinstance(content.get(section), list):
-            raise ValueError(f"{json_file} is not in Argoverse-HD's format: it has no list {section!r}")
-    if len(content["sequences"]) != len(content["seq_dirs"]):
-        raise ValueError(
-            f"{json_file}: {len(content['sequences'])} sequences, but {len(content['seq_dirs'])} seq_dirs"
-        )
+    return _read(os.fspath(json_file))[0]
+
+
+def _read(file: str) -> tuple[dict[str, Any], Tally]:
+    """:func:`read_content`, and what is found in it."""
+    if not PathManager.isfile(file):
+        raise FileNotFoundError(f"Argoverse-HD: no such file: {file}")
+    content = read_json(file)
+    for section in ("sequences", "seq_dirs"):
+        texts = content.get(section)
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{file} is not in Argoverse-HD's format: it has no list {section!r} of texts")
+    count = len(content["sequences"])
+    if count != len(content["seq_dirs"]):
+        raise ValueError(f"{file}: {count} sequences, but {len(content['seq_dirs'])} seq_dirs")
     for image in content["images"]:
-        for key in ("id", "sid", "fid", "name", "width", "height"):
+        who = f"{file}: image {image.get('id')}"
+        for key in ("sid", "fid", "name"):
             if key not in image:
-                raise ValueError(f"{json_file}: image {image.get('id')} has no {key!r}")
-        if not 0 <= image["sid"] < len(content["sequences"]):
-            raise ValueError(f"{json_file}: image {image['id']} is of sequence {image['sid']}, which does not exist")
+                raise ValueError(f"{who} has no {key!r}")
+            if not (isinstance(image[key], str) if key == "name" else type(image[key]) is int):
+                wanted = "a text" if key == "name" else "a whole number"
+                raise ValueError(f"{who} has {key} {image[key]!r}, not {wanted}")
+        if not 0 <= image["sid"] < count:
+            raise ValueError(f"{who} is of sequence {image['sid']}, which does not exist")
         image["file_name"] = os.path.join(content["seq_dirs"][image["sid"]], image["name"])
-    known = {"image_id": {i["id"] for i in content["images"]}, "category_id": {c["id"] for c in content["categories"]}}
-    shift = any(annotation.get("id") == 0 for annotation in content["annotations"])
-    for annotation in content["annotations"]:
-        for key, values in known.items():
-            if annotation.get(key) not in values:
-                raise ValueError(
-                    f"{json_file}: annotation {annotation.get('id')} has {key} {annotation.get(key)!r}, "
-                    "which is not listed"
-                )
-        annotation["id"] += shift
-        annotation["iscrowd"] = int(annotation.get("iscrowd", 0))
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    return content
+    tally = check_content(content, file)
+    raise_errors(tally.findings())
+    del content["repaired"]
+    return content, tally
 
 
 def sequences_of(content: dict[str, Any], fps: float | None = None) -> list[Sequence]:
@@ -117,23 +111,26 @@ def category_ids(content: dict[str, Any]) -> list[int]:
 
 
 def _load(entry: dict[str, Any]) -> list[dict]:
-    """Dataset dicts of one entry, with "sequence" and "frame"; fills in the metadata of the classes."""
-    content = read_content(entry["JSON"])
+    """Dataset dicts of one entry, with "sequence" and "frame"; completes the metadata."""
+    content, tally = _read(entry["JSON"])
     if not os.path.isdir(entry["IMAGES"]):
         raise FileNotFoundError(f"data set {entry['NAME']!r}: IMAGES: no such folder: {entry['IMAGES']}")
     classes = {category: index for index, category in enumerate(category_ids(content))}
     names = {category["id"]: category["name"] for category in content["categories"]}
-    metadata = MetadataCatalog.get(entry["NAME"])
-    metadata.thing_classes = [names[category] for category in classes]
-    metadata.thing_dataset_id_to_contiguous_id = classes
+    set_metadata(
+        entry["NAME"],
+        thing_classes=[names[category] for category in classes],
+        thing_dataset_id_to_contiguous_id=classes,
+    )
+    keep_findings(entry["NAME"], tally)
     annotations: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:
+    for annotation in content.get("annotations", ()):
         annotations[annotation["image_id"]].append(
             {
                 "bbox": [float(value) for value in annotation["bbox"]],
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": classes[annotation["category_id"]],
-                "iscrowd": annotation["iscrowd"],
+                "iscrowd": int(annotation["iscrowd"]),
             }
         )
     return [
