@@ -71,6 +71,13 @@ def test_malformed_lines_are_named(tmp_path, line, words):
     assert "a.txt" in str(caught.value)
 
 
+def test_two_images_of_one_name_are_named(folder):
+    """Image ids and result files go by the name."""
+    cv2.imwrite(str(folder / "images" / "a.jpg"), np.zeros((80, 100, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"images/a\.jpg and .*images/a\.png have one name"):
+        load_visdrone(folder / "images", folder / "annotations")
+
+
 def test_objects_and_regions_of_whole_images(folder):
     (record,) = load_visdrone(folder / "images", folder / "annotations")
     assert (record["height"], record["width"], record["image_id"]) == (80, 100, "a")

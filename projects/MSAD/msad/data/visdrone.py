@@ -98,7 +98,7 @@ def load_visdrone(
 
     Raises:
         FileNotFoundError: a folder, an image or the annotations of an image are missing.
-        ValueError: there are no images, or an annotation file is malformed.
+        ValueError: there are no images or two of one name, or an annotation file is malformed.
     """
     images = Path(images)
     for folder in (images, *([] if annotations is None else [Path(annotations)])):
@@ -107,9 +107,12 @@ def load_visdrone(
     files = sorted(file for file in images.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"VisDrone: there are no images ({', '.join(IMAGE_SUFFIXES)}) in {images}")
+    by_name: dict[str, Path] = {}
+    for file in files:
+        if (other := by_name.setdefault(file.stem, file)) != file:
+            raise ValueError(f"VisDrone: {other} and {file} have one name, by which results are kept: remove one")
     if annotations is not None:
-        stems = {file.stem for file in files}
-        stray = sorted(file.stem for file in Path(annotations).glob("*.txt") if file.stem not in stems)
+        stray = sorted(file.stem for file in Path(annotations).glob("*.txt") if file.stem not in by_name)
         if stray:
             raise FileNotFoundError(
                 f"VisDrone: {len(stray)} files in {annotations} have no image in {images}, the first is {stray[0]}.txt"
