@@ -102,6 +102,24 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"x\.png has mode 'RGB'"):
             DatasetCatalog.get("segments")
 
+    @pytest.mark.parametrize("palette", [False, True])
+    def test_labels_belong_to_the_upright_image(self, folder, palette):
+        """Which is turned as its EXIF data say; so is a label map that has some."""
+        labels, exif = np.array([[0, 1, 1], [0, 0, 1]], np.uint8), Image.Exif()
+        exif[0x0112] = 6  # the first row becomes the last column
+        for turned in (False, True):
+            write(folder, "x", labels)
+            Image.fromarray(np.zeros((3, 2, 3), np.uint8)).save(folder / "images" / "x.png", exif=exif)
+            image = Image.fromarray(np.rot90(labels).copy() if turned else labels, "P" if palette else "L")
+            if palette:
+                image.putpalette([0, 0, 0, 200, 10, 10])
+            image.save(folder / "labels" / "x.png", **({"exif": exif} if turned else {}))
+            os.utime(folder / "labels" / "x.png", ns=(1, 1 + turned))
+            (record,) = load() if not turned else DatasetCatalog.get("segments")
+            assert (record["width"], record["height"]) == (3, 2)
+            mapped = DatasetMapper(load_config("", ["INPUT.MIN_SIZE_TEST", 0]), False)(record)
+            assert mapped["image"].shape == (3, 2, 3) and mapped["sem_seg"].tolist() == labels.tolist()
+
     @pytest.mark.parametrize("size", [20, 60])
     def test_damaged_label_maps_are_named(self, folder, size):
         write(folder, "x", np.random.default_rng(0).integers(0, 2, (32, 32)))

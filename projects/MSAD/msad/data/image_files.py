@@ -53,6 +53,12 @@ class ImageFile(NamedTuple):
     problem: str = ""
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) in pixels of an opened image as detectron2 reads it, turned as its EXIF orientation says."""
+    turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
+    return image.size[::-1] if turned else image.size
+
+
 def inspect_image(path: str) -> ImageFile:
     """Header and end of an image file; it is decoded only where these do not suffice."""
     try:
@@ -65,8 +71,7 @@ def inspect_image(path: str) -> ImageFile:
             tail = file.read()
             file.seek(0)
             with Image.open(file) as image:
-                width, height = image.size
-                turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
+                size, stored = upright_size(image), image.size
                 pixels = _PIXELS.get(image.mode.split(";")[0], "")
                 if head.startswith(_PNG) and head[24] == 16 and not pixels:
                     pixels = "16 bits a channel"
@@ -79,7 +84,7 @@ def inspect_image(path: str) -> ImageFile:
         return ImageFile(0, 0, problem="it does not exist")
     except Exception as error:  # decoders raise nearly anything at a broken file
         return ImageFile(0, 0, problem=" ".join(str(error).split()) or type(error).__name__)
-    return ImageFile(*((height, width) if turned else (width, height)), pixels, turned)
+    return ImageFile(*size, pixels, size != stored)
 
 
 def inspect_images(paths: Sequence[str]) -> list[ImageFile]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data.detection_utils import read_image
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..files import atomic_write
 from .cache import cache_file
@@ -53,4 +53,4 @@ def _resized(file: str, size: tuple[int, int]) -> np.ndarray:
 
 def _indices(file: str) -> np.ndarray:
     with Image.open(file) as opened:
-        return np.asarray(opened, np.uint8)
+        return np.asarray(ImageOps.exif_transpose(opened), np.uint8)

@@ -17,6 +17,7 @@ from detectron2.data.detection_utils import build_augmentation
 from PIL import Image
 
 from .dataset_types import DATASET_TYPE_REGISTRY, NAMES, PATH, TEXT, Key, add_dataset, check_entry
+from .image_files import upright_size
 from .label_maps import without_palette
 
 KEYS = {
@@ -121,7 +122,7 @@ def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int)
     """
     image, label = pair
     with Image.open(image) as opened:
-        size = opened.size
+        size = upright_size(opened)
     with _decoding(label) as opened:
         if opened.mode not in ("L", "P"):
             raise ValueError(
@@ -129,8 +130,9 @@ def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int)
                 "would not be read as those of classes"
             )
         read = label if opened.mode == "L" else without_palette(label)
-        if opened.size != size:
-            raise ValueError(f"label map {label} has {opened.size} pixels (width, height), its image {size}")
+        found = upright_size(opened)
+        if found != size:
+            raise ValueError(f"label map {label} has {found} pixels (width, height), its image {size}")
         present = np.flatnonzero(np.bincount(np.asarray(opened).ravel(), minlength=256))
     wrong = present[(present >= classes) & (present != ignored)]
     if len(wrong):

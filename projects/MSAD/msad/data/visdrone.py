@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from .dataset_types import DATASET_TYPE_REGISTRY, PATH, Key, add_dataset, check_entry
+from .image_files import upright_size
 
 # Categories 1 to 10, those that are evaluated.
 CLASSES = (
@@ -26,8 +27,6 @@ CLASSES = (
 IGNORED_REGION, OTHERS = 0, 11
 FIELDS = ("left", "top", "width", "height", "score", "category", "truncation", "occlusion")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-
-_EXIF_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 
 
 @DATASET_TYPE_REGISTRY.register()
@@ -119,7 +118,8 @@ def load_visdrone(
             )
     records = []
     for file in files:
-        width, height = _image_size(file)
+        with Image.open(file) as image:
+            width, height = upright_size(image)
         record = {"file_name": str(file), "image_id": file.stem, "height": height, "width": width}
         if annotations is not None:
             path = Path(annotations) / f"{file.stem}.txt"
@@ -128,13 +128,6 @@ def load_visdrone(
             record |= {"annotation_file": str(path), **_objects(read_rows(path))}
         records += split_into_patches(record) if patches else [record]
     return records
-
-
-def _image_size(file: Path) -> tuple[int, int]:
-    """(width, height) in pixels as detectron2 reads the image, from its header."""
-    with Image.open(file) as image:
-        turned = image.getexif().get(_EXIF_ORIENTATION) in _QUARTER_TURNS
-        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def _objects(rows: np.ndarray) -> dict[str, list]:
