@@ -10,7 +10,8 @@ lower (two at EL), with anchors and test sizes divided, the finer levels made, a
 teacher loads its weights and both detect in one image; the last line printed is the command that trains the student.
 The config is the config.yaml that a run of detectron2 leaves, any yaml of detectron2's keys, or a name in its model
 zoo; RetinaNet, FCOS, GFL, MEInst and Faster, Mask, Keypoint and Cascade R-CNN on feature pyramids. KEY VALUE overrides
-go to both. Without --data or --train-json, the data sets are those of the config.
+go to both. Without --data or --train-json, the data sets are those of the config; annotations of other formats than
+COCO's are converted into OUTPUT/data.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def data_opts(args: argparse.Namespace) -> list:
     """Overrides for --data or --train-json and its companions; [] without them."""
     if args.data:
         folder = Path(args.data)
-        entries = register_entries(folder, folder.resolve().name)
+        entries = register_entries(folder, folder.resolve().name, Path(args.output) / "data")
     elif args.train_json:
         files = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
         if not all(map(all, files.values())):

@@ -78,15 +78,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def data_opts(folder: Path, files: Sequence[Path], opts: Sequence, say: bool = True) -> list:
+def data_opts(folder: Path, converted: Path, files: Sequence[Path], opts: Sequence, say: bool = True) -> list:
     """Overrides that make the configs ``files`` train and test on ``folder``.
 
     Args:
+        converted: folder for annotations of other formats than COCO's.
         opts: further overrides of the configs.
         say: print what the detectors ignore.
     """
     # No data set of the engine's own is called so, whatever the folder's name is.
-    entries = register_entries(folder, f"data_{folder.resolve().name}")
+    entries = register_entries(folder, f"data_{folder.resolve().name}", converted)
     content = read_contents(entries)
     configs = [load_config(file, list(opts)) for file in files]
     train, val = (entry["NAME"] for entry in entries)
@@ -113,7 +114,7 @@ def make_study(args: argparse.Namespace) -> Comparison:
         print(f"Scenes: {SYNTHETIC['num_train']} for training, {SYNTHETIC['num_val']} for validation, in {folder}")
         make_dataset(folder, **SYNTHETIC)
     if folder is not None:
-        opts = data_opts(folder, list(files), opts, args.data is not None) + opts
+        opts = data_opts(folder, args.output / "data", list(files), opts, args.data is not None) + opts
     scale = 1.0
     if args.short_side:
         scale = args.short_side / load_config(args.configs / "Base.yaml").INPUT.MIN_SIZE_TEST

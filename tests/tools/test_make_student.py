@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from load_tool import load_tool
+from yolo_data import write_yolo
 
 from msad import load_config
 from msad.engine.setup import prepare, train
@@ -202,3 +203,12 @@ def test_a_folder_of_data(tool, trained, project, tmp_path):
     files = [(entry["NAME"], Path(entry["JSON"]).name) for entry in cfg.DATASETS.REGISTER]
     assert files == [("data_train", "annotations_train.json"), ("data_val", "annotations_val.json")]
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("data_train",), ("data_val",))
+
+
+def test_converted_data_lie_beside_the_student(tool, trained, tmp_path):
+    """A yaml that names the user's cache is dead once that is cleared."""
+    write_yolo(tmp_path / "mine", list("abcdef"))
+    assert tool.main([*trained("fcos"), "--data", str(tmp_path / "mine"), "--output", str(tmp_path / "out")]) == 0
+    entries = load_config(tmp_path / "out/student.yaml").DATASETS.REGISTER
+    files = [tmp_path / "out/data" / f"annotations_{split}.json" for split in ("train", "val")]
+    assert [entry["JSON"] for entry in entries] == [str(file) for file in files] and all(f.is_file() for f in files)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from load_tool import load_tool
+from yolo_data import write_yolo
 
 from msad import cli, load_config
 from msad.data.synthetic import make_dataset
@@ -92,13 +93,23 @@ def test_data_fit_any_detector(quickstart, tmp_path, capsys):
     make_dataset(tmp_path / "coco_2017", **{**SCENES, "num_train": 1, "num_val": 1, "classes": ("disc", "ring")})
     files = [REPOSITORY / "configs/quickstart/baseline_H.yaml", REPOSITORY / "configs/nuclei/gfl/student_L.yaml",
              REPOSITORY / "configs/quickstart/Base-RCNN.yaml"]  # fmt: skip
-    opts = quickstart.data_opts(tmp_path / "coco_2017", files, [])
+    opts = quickstart.data_opts(tmp_path / "coco_2017", tmp_path / "out", files, [])
     assert "masks are ignored" in (error := capsys.readouterr().err) and "keypoints are ignored" in error
     cfg = load_config(files[0], opts)
     assert (cfg.MODEL.FCOS.NUM_CLASSES, cfg.MODEL.GFL.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES) == (2, 2, 2)
     assert cfg.DATASETS.TRAIN == ("data_coco_2017_train",)  # not detectron2's own coco_2017_train
-    quickstart.data_opts(tmp_path / "coco_2017", files, ["MODEL.MASK_ON", True])
+    quickstart.data_opts(tmp_path / "coco_2017", tmp_path / "out", files, ["MODEL.MASK_ON", True])
     assert "masks" not in capsys.readouterr().err
+
+
+def test_converted_data_lie_in_the_output(quickstart, tmp_path):
+    """Which the runs' configs name, and not in the cache."""
+    write_yolo(tmp_path / "mine", ["cat", "dog"])
+    argv = ["--data", str(tmp_path / "mine"), "--output", str(tmp_path / "out"), "--variants", "baseline_L"]
+    study = quickstart.make_study(cli.parse(quickstart.make_parser(), argv))
+    entries = study.config(study.runs()[0]).DATASETS.REGISTER
+    files = [tmp_path / "out/data" / f"annotations_{split}.json" for split in ("train", "val")]
+    assert [entry["JSON"] for entry in entries] == [str(file) for file in files] and all(f.is_file() for f in files)
 
 
 @pytest.mark.slow

@@ -106,15 +106,16 @@ def _complete(folder: Path, splits: dict[str, Split]) -> dict[str, Split]:
     return splits
 
 
-def register_entries(folder: Path, prefix: str) -> list[dict]:
+def register_entries(folder: Path, prefix: str, converted: Path | None = None) -> list[dict]:
     """The entries of DATASETS.REGISTER for ``{prefix}_train`` and ``{prefix}_val`` of a folder in one of LAYOUTS.
 
-    What conversion from another format than COCO's left out or changed is logged as warnings.
+    Entries that outlive this process need a folder ``converted`` of their own (see :func:`find_splits`): the user's
+    cache may be cleared. What conversion from another format than COCO's left out or changed is logged as warnings.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`find_splits`.
     """
-    splits = find_splits(folder)
+    splits = find_splits(folder, converted)
     for finding in (finding for split in splits.values() for finding in split.changes):
         logger.warning("%s", finding)
     return entries_of(splits, prefix)
