@@ -189,9 +189,10 @@ def rfp() -> Shapes:
 
 
 ONE, THREE = [""], [".0", ".1", ".2"]
-CAFFE = "mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False; style='caffe'"
+SAID = "model = dict(data_preprocessor=dict(mean={}, std={}, bgr_to_rgb={}), backbone=dict(style='{}'))\n"
+CAFFE = SAID.format([103.53, 116.28, 123.675], [1.0, 1.0, 1.0], False, "caffe")
 DETECTRON = CAFFE.replace("103.53, 116.28, 123.675", "102.9801, 115.9465, 122.7717")
-RGB = "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True; style='pytorch'"
+RGB = SAID.format([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], True, "pytorch")
 RESNEXT = {"groups": 2, "width": 8}
 # By the name behind the "+" of a case; none is ResNet-50. Deformable are the last three stages, or two ("_c45").
 BODIES = {

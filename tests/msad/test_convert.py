@@ -22,9 +22,8 @@ from detectron2.modeling import build_model
 from msad import load_config
 from msad.convert import convert
 from msad.convert.backbones import merging_order, swin_indices
-from msad.convert.dense import anchor_order
 from msad.convert.files import Checkpoint, numbers, read_checkpoint, setting
-from msad.convert.rules import Rule, make_plan, reorder
+from msad.convert.rules import Rule, anchor_order, make_plan, reorder
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_mmdet.py"
 

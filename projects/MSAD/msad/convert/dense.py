@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
+from . import settings
 from .files import setting
-from .rules import Rule, Tensors, reorder
+from .rules import Rule, Tensors, anchor_order, reorder
 
 LEVELS = 5
-ANCHORS = 9  # of RetinaNet at a location: 3 sizes and 3 shapes
-
-
-def anchor_order(size: int) -> torch.Tensor:
-    """Where detectron2's rows are among mmdetection's: sizes outside and shapes inside, there it is the reverse."""
-    rows = torch.arange(size).view(3, 3, size // ANCHORS)
-    return rows.transpose(0, 1).flatten()
+STRIDES = [8, 16, 32, 64, 128]
 
 
 def _towers(tensors: Tensors, branch: str, target: str) -> list[Rule]:
@@ -53,32 +50,44 @@ def tower_biases(tensors: Tensors) -> Tensors:
     return zeros
 
 
+def _head(said: dict) -> dict:
+    """What the training config says of the head."""
+    return settings.part(settings.model(said), "bbox_head")
+
+
+def _config(said: dict, architecture: str, node: str, options: dict, **more: dict) -> dict:
+    """The config of a detector with these options, and with the thresholds that the training config tells."""
+    model = {"META_ARCHITECTURE": architecture, node: options, **more}
+    return settings.merge({"MODEL": model}, settings.detections(said, node))
+
+
 def _levels(first: int = 3) -> list[str]:
     return [f"p{level}" for level in range(first, first + LEVELS)]
 
 
 def retinanet(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
     """Rules and config of RetinaNet."""
+    said = settings.read(text)
+    head = _head(said)
+    scales = [4 * 2 ** (k / 3) for k in range(3)]
+    anchors = settings.anchors(head, "bbox_head", STRIDES, scales, [0.5, 1, 2])
+    sizes, shapes = len(anchors.sizes[0]), len(anchors.ratios)
+    order = reorder(partial(anchor_order, sizes=sizes, shapes=shapes))
     rules = [
         *_towers(tensors, "cls_convs", "cls_subnet"), *_towers(tensors, "reg_convs", "bbox_subnet"),
-        Rule(r"bbox_head\.retina_cls\.(weight|bias)", r"head.cls_score.\1", reorder(anchor_order)),
-        Rule(r"bbox_head\.retina_reg\.(weight|bias)", r"head.bbox_pred.\1", reorder(anchor_order)),
+        Rule(r"bbox_head\.retina_cls\.(weight|bias)", r"head.cls_score.\1", order),
+        Rule(r"bbox_head\.retina_reg\.(weight|bias)", r"head.bbox_pred.\1", order),
     ]  # fmt: skip
-    head = tensors["bbox_head.retina_reg.weight"]
-    if head.shape[0] != 4 * ANCHORS:
-        raise ValueError(f"bbox_head.retina_reg has {head.shape[0]} rows; detectron2's RetinaNet has {4 * ANCHORS}")
-    sizes = [[4.0 * 2**level * 2 ** (k / 3) for k in range(3)] for level in range(3, 3 + LEVELS)]
+    rows = tensors["bbox_head.retina_reg.weight"].shape[0]
+    if rows != 4 * sizes * shapes:
+        raise ValueError(f"bbox_head.retina_reg has {rows} rows; {sizes} sizes and {shapes} shapes of anchors have "
+                         f"{4 * sizes * shapes}")  # fmt: skip
     options = {
-        "NUM_CLASSES": tensors["bbox_head.retina_cls.weight"].shape[0] // ANCHORS, "IN_FEATURES": _levels(),
+        "NUM_CLASSES": tensors["bbox_head.retina_cls.weight"].shape[0] // (sizes * shapes), "IN_FEATURES": _levels(),
         "NUM_CONVS": len(_widths(tensors)), "NORM": _norm(tensors), "SMOOTH_L1_LOSS_BETA": 0.0,
+        "BBOX_REG_WEIGHTS": settings.box_weights(head, "bbox_head", (1.0,) * 4),
     }  # fmt: skip
-    return rules, {
-        "MODEL": {
-            "META_ARCHITECTURE": "RetinaNetClippedFirst",
-            "RETINANET": options,
-            "ANCHOR_GENERATOR": {"SIZES": sizes, "ASPECT_RATIOS": [[0.5, 1.0, 2.0]]},
-        }
-    }
+    return rules, _config(said, "RetinaNetClippedFirst", "RETINANET", options, ANCHOR_GENERATOR=anchors.config())
 
 
 def fcos(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
@@ -90,6 +99,8 @@ def fcos(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
         Rule(r"bbox_head\.(?:conv|fcos)_centerness\.(weight|bias)", r"head.ctrness.\1"),
         Rule(r"bbox_head\.scales\.(\d)\.scale", r"head.scales[\1]"),
     ]  # fmt: skip
+    said = settings.read(text)
+    settings.require(_head(said), "bbox_head", strides=(STRIDES,))
     # Without a config: the models with normalised distances have biases in front of GN, and those of the first version
     # have none.
     told = setting(text, "norm_on_bbox")
@@ -104,7 +115,7 @@ def fcos(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
         "NMS_THRESH_TEST": 0.6 if normalised else 0.5,
         "DEFORM_LAST": f"bbox_head.cls_convs.{len(_widths(tensors)) - 1}.conv.conv_offset.weight" in tensors,
     }  # fmt: skip
-    return rules, {"MODEL": {"META_ARCHITECTURE": "FCOS", "FCOS": options}}
+    return rules, _config(said, "FCOS", "FCOS", options)
 
 
 def gfl(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
@@ -115,12 +126,18 @@ def gfl(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
         Rule(r"bbox_head\.gfl_reg\.(weight|bias)", r"head.bbox_pred.\1"),
         Rule(r"bbox_head\.scales\.(\d)\.scale", r"head.scales[\1]"),
     ]  # fmt: skip
+    said = settings.read(text)
+    anchors = settings.anchors(_head(said), "bbox_head", STRIDES, [8], [1])
+    squares = [[stride * anchors.sizes[0][0] / STRIDES[0]] for stride in STRIDES]
+    if anchors != (squares, [1.0]):
+        raise ValueError(f"the training config has {anchors}; GFL has one square a location, of equally many strides")
     options = {
         "NUM_CLASSES": tensors["bbox_head.gfl_cls.weight"].shape[0], "IN_FEATURES": _levels(),
         "CONV_DIMS": _widths(tensors), "NORM": _norm(tensors), "OFFSET": 0.0, "CLIP_BEFORE_NMS": True,
+        "ANCHOR_SIZE": anchors.sizes[0][0] / STRIDES[0],
         "REG_MAX": tensors["bbox_head.gfl_reg.weight"].shape[0] // 4 - 1,
     }  # fmt: skip
-    return rules, {"MODEL": {"META_ARCHITECTURE": "GFL", "GFL": options}}
+    return rules, _config(said, "GFL", "GFL", options)
 
 
 def reppoints(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
@@ -141,13 +158,15 @@ def reppoints(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
     out = tensors["bbox_head.reppoints_cls_out.weight"]
     if tensors["bbox_head.reppoints_pts_init_out.weight"].shape[0] != 18:
         raise ValueError("bbox_head.reppoints_pts_init_out: only RepPoints with nine free points are known")
+    said = settings.read(text)
+    settings.require(_head(said), "bbox_head", point_strides=(STRIDES,))
     told = setting(text, "transform_method")
     options = {
         "NUM_CLASSES": out.shape[0], "POINT_DIM": out.shape[1], "IN_FEATURES": _levels(),
         "CONV_DIMS": _widths(tensors), "NORM": _norm(tensors),
         "TRANSFORM": told or ("moment" if "bbox_head.moment_transfer" in tensors else "minmax"),
     }  # fmt: skip
-    return rules, {"MODEL": {"META_ARCHITECTURE": "RepPoints", "REPPOINTS": options}}
+    return rules, _config(said, "RepPoints", "REPPOINTS", options)
 
 
 # What tells each kind, and what it is called; P7 of FCOS alone is made of ReLU(P6).

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from ..config import add_msad_config
-from . import backbones, dense
+from . import backbones, dense, settings
 from .files import Checkpoint, numbers, setting
 from .rcnn import rcnn
 from .rules import Plan, Tensors, make_plan
@@ -61,7 +61,8 @@ def convert(checkpoint: Checkpoint, pixels: str = "", style: str = "") -> Conver
     plan = make_plan(list(tensors), rules)
     if plan.unknown:
         raise ValueError(f"{len(plan.unknown)} tensors of the {kind} are unknown: {_some(plan.unknown)}")
-    config = merge({"VERSION": 2}, body, config, _pixels(text, pixels), _sizes())
+    size = settings.test_size(settings.read(text))
+    config = settings.merge({"VERSION": 2}, body, size, config, _pixels(text, pixels))
     out = plan.to_detectron2(tensors)
     added = backbones.swin_indices(out)
     if kind in ("RetinaNet", "FCOS", "GFL"):
@@ -101,7 +102,7 @@ def _body(tensors: Tensors, kind: str, stride_in_1x1: bool) -> tuple[list, dict]
     if "neck.lateral_convs.0.conv.weight" not in tensors:
         raise ValueError("no known neck: there is no neck.lateral_convs.0.conv.weight")
     neck = backbones.neck_config(tensors, maps, relu=kind == "FCOS")
-    config = merge(config, neck)
+    config = settings.merge(config, neck)
     if "RESNETS" in config["MODEL"]:
         config["MODEL"]["RESNETS"]["OUT_FEATURES"] = config["MODEL"]["FPN"]["IN_FEATURES"]
     return rules, config
@@ -135,19 +136,6 @@ def _pixels(text: str, pixels: str) -> dict:
             )
         order = "RGB" if swapped == "True" else "BGR"
     return {"INPUT": {"FORMAT": order}, "MODEL": {"PIXEL_MEAN": mean, "PIXEL_STD": std}}
-
-
-def _sizes() -> dict:
-    return {"INPUT": {"MIN_SIZE_TEST": 800, "MAX_SIZE_TEST": 1333}}
-
-
-def merge(*parts: dict) -> dict:
-    """Nested dicts in one; of values that occur twice, the last."""
-    out: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            out[key] = merge(out.get(key, {}), value) if isinstance(value, dict) else value
-    return out
 
 
 def check(tensors: Tensors, config: dict, kind: str) -> None:

@@ -30,6 +30,12 @@ def reorder(index: Callable[[int], torch.Tensor], dim: int = 0) -> Transform:
     return Transform(lambda x: x.index_select(dim, index(x.shape[dim])), backward)
 
 
+def anchor_order(size: int, sizes: int = 3, shapes: int = 3) -> torch.Tensor:
+    """Where detectron2's rows are among mmdetection's: sizes outside and shapes inside, there it is the reverse."""
+    rows = torch.arange(size).view(shapes, sizes, size // (sizes * shapes))
+    return rows.transpose(0, 1).flatten()
+
+
 class Rule(NamedTuple):
     """One kind of tensors.
 

@@ -1,0 +1,202 @@
+"""What the training config inside a checkpoint of mmdetection says of anchors, box coders, thresholds and test size.
+
+Each function turns a part of it into detectron2's values, and refuses by name what these cannot express. What a config
+does not say has the value that mmdetection's own configs give it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any, NamedTuple
+
+
+def read(text: str) -> dict[str, Any]:
+    """The variables of the text of a config: dicts, lists, numbers; other expressions are kept as text.
+
+    Raises:
+        ValueError: the text is not Python.
+    """
+    text = re.sub(r"\A\s*\S+\.py\s*\n", "", text)  # older files begin with the path of their config
+    try:
+        body = ast.parse(text).body
+    except SyntaxError as error:
+        raise ValueError(f"the training config in the file cannot be read as Python: {error}") from None
+    known: dict[str, Any] = {}
+    for line in body:
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            known[line.targets[0].id] = _value(line.value, known)
+    return known
+
+
+def _value(node: ast.expr, known: dict[str, Any]) -> Any:
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in known:
+        return known[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(item, known) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return {_value(k, known): _value(v, known) for k, v in zip(node.keys, node.values) if k is not None}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {word.arg: _value(word.value, known) for word in node.keywords if word.arg}
+    try:
+        return ast.literal_eval(node)  # signed numbers
+    except ValueError:
+        return ast.unparse(node)
+
+
+def merge(*parts: dict) -> dict:
+    """Nested dicts in one; of values that occur twice, the last."""
+    out: dict[str, Any] = {}
+    for one in parts:
+        for key, value in one.items():
+            out[key] = merge(out.get(key, {}), value) if isinstance(value, dict) else value
+    return out
+
+
+def part(config: Any, *keys: str) -> dict[str, Any]:
+    """The dict at a path of ``config``; {} where there is none."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def model(config: dict) -> dict[str, Any]:
+    """The detector's dict: in a distillation the student's, {} if the config has none."""
+    found = part(config, "model")
+    while inner := next((found[key] for key in ("student", "architecture", "detector") if part(found, key)), None):
+        found = inner
+    return found
+
+
+def test(config: dict) -> dict[str, Any]:
+    """``test_cfg`` of the detector; version 1.x has it beside the model."""
+    return part(model(config), "test_cfg") or part(config, "test_cfg")
+
+
+def require(told: dict, where: str, **wanted: tuple) -> None:
+    """ValueError unless each of these keys is absent or has one of the values."""
+    for key, values in wanted.items():
+        if key in told and told[key] not in values:
+            raise ValueError(
+                f"the training config's {where}.{key} is {told[key]!r}, which a converted config cannot express; "
+                f"known: {', '.join(map(repr, values))}"
+            )
+
+
+def _numbers(value: Any, where: str, count: int = 0) -> list[float]:
+    """``value`` as positive numbers, ``count`` of them where it is given; ValueError names ``where`` otherwise."""
+    good = isinstance(value, list) and value and count in (0, len(value))
+    if not good or not all(isinstance(x, int | float) and x > 0 for x in value):
+        raise ValueError(f"the training config's {where} is {value!r} instead of {count or 'some'} positive numbers")
+    return value
+
+
+class Anchors(NamedTuple):
+    """Anchors of each location.
+
+    Attributes:
+        sizes: of each level, square roots of their areas in pixels.
+        ratios: of height to width.
+    """
+
+    sizes: list[list[float]]
+    ratios: list[float]
+
+    def config(self) -> dict:
+        return {"SIZES": self.sizes, "ASPECT_RATIOS": [self.ratios]}
+
+
+def anchors(head: dict, where: str, strides: list[int], scales: list[float], ratios: list[float]) -> Anchors:
+    """Anchors of a head on maps of these strides; ``scales`` (in strides) and ``ratios`` where it tells none."""
+    name = f"{where}.anchor_generator"
+    told = part(head, "anchor_generator") or {key.removeprefix("anchor_"): value for key, value in head.items()
+                                              if key.startswith(("anchor_", "octave_", "scales_per_"))}  # fmt: skip
+    require(
+        told, name, type=("AnchorGenerator",), strides=(strides,), center_offset=(0,), scale_major=(True,),
+        centers=(None,),
+    )  # fmt: skip
+    bases = _numbers(told.get("base_sizes") or strides, f"{name}.base_sizes", len(strides))
+    if told.get("octave_base_scale") is not None:
+        octave = [told["octave_base_scale"], told.get("scales_per_octave")]
+        first, count = _numbers(octave, f"{name}.octave_base_scale, scales_per_octave")
+        scales = [first * 2 ** (k / count) for k in range(int(count))]
+    elif told.get("scales") is not None:
+        scales = _numbers(told["scales"], f"{name}.scales")
+    ratios = _numbers(told.get("ratios") or ratios, f"{name}.ratios")
+    return Anchors([[float(base * scale) for scale in scales] for base in bases], [float(x) for x in ratios])
+
+
+def box_weights(head: dict, where: str, stds: tuple[float, ...]) -> list[float]:
+    """BBOX_REG_WEIGHTS of a head; ``stds`` where it tells none."""
+    name = f"{where}.bbox_coder"
+    told = part(head, "bbox_coder") or {key: head[key] for key in ("target_means", "target_stds") if key in head}
+    require(
+        told, name, type=("DeltaXYWHBBoxCoder",), target_means=([0.0] * 4,), clip_border=(True,),
+        add_ctr_clamp=(False,),
+    )  # fmt: skip
+    return [1 / std for std in _numbers(told.get("target_stds") or list(stds), f"{name}.target_stds", 4)]
+
+
+def _first(told: dict, where: str, *keys: str) -> float | None:
+    """The number under the first of these keys that is there; None if none is."""
+    key = next((key for key in keys if told.get(key) is not None), None)
+    if key is None:
+        return None
+    if not isinstance(told[key], int | float) or told[key] < 0:
+        raise ValueError(f"the training config's {where}.{key} is {told[key]!r} instead of a number of at least 0")
+    return told[key]
+
+
+def _limits(told: dict, where: str) -> tuple[float | None, int | None, int | None]:
+    """Threshold of the suppression, candidates before and boxes after it."""
+    nms = part(told, "nms")
+    require(nms, f"{where}.nms", type=("nms",), class_agnostic=(False,))
+    require(told, where, min_bbox_size=(0, -1), mask_thr_binary=(0.5,))
+    iou = _first({**told, **nms}, f"{where}.nms", "iou_threshold", "iou_thr", "nms_thr")
+    counts = _first(told, where, "nms_pre"), _first(told, where, "max_per_img", "max_num", "nms_post")
+    if 0 in counts:
+        raise ValueError(f"the training config's {where} keeps 0 boxes: {told}")
+    return iou, *counts
+
+
+def _said(**values: float | None) -> dict:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def detections(config: dict, node: str, *path: str) -> dict:
+    """Thresholds of the detections under MODEL.``node``, and their number; ``path`` of them in ``test_cfg``."""
+    where, told = ".".join(("test_cfg", *path)), part(test(config), *path)
+    iou, before, after = _limits(told, where)
+    score = _first(told, where, "score_thr")
+    own = _said(SCORE_THRESH_TEST=score and float(score), NMS_THRESH_TEST=iou and float(iou))
+    if not path:  # a dense detector's candidates; those of a second stage are all suppressed
+        own |= _said(TOPK_CANDIDATES_TEST=before)
+    return {"MODEL": {node: own}, "TEST": _said(DETECTIONS_PER_IMAGE=after)}
+
+
+def proposals(config: dict) -> dict:
+    """MODEL.RPN's suppression and numbers of proposals in tests."""
+    iou, before, after = _limits(part(test(config), "rpn"), "test_cfg.rpn")
+    return _said(NMS_THRESH=iou, PRE_NMS_TOPK_TEST=before, POST_NMS_TOPK_TEST=after)
+
+
+def test_size(config: dict, short: int = 800, longest: int = 1333) -> dict:
+    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; ``short`` and ``longest`` where the config tells none."""
+    data = part(config, "test_dataloader", "dataset") or part(config, "data", "test")
+    steps = data.get("pipeline") or config.get("test_pipeline") or []
+    if not isinstance(steps, list):
+        raise ValueError(f"the training config's test pipeline is {steps!r} instead of a list")
+    for step in map(part, steps):
+        for one in (step, *map(part, step.get("transforms", ()))):
+            kind = one.get("type", "")
+            if "Resize" in kind:
+                require({"type": kind}, "test pipeline", type=("Resize",))
+                require(one, "Resize of the test pipeline", keep_ratio=(True,), scale_factor=(None,))
+            require(one, f"{kind} of the test pipeline", flip=(False,))
+            scale = one.get("img_scale", one.get("scale"))
+            if scale is not None:
+                pair = scale[0] if isinstance(scale, list) and len(scale) == 1 else scale
+                short, longest = sorted(_numbers(pair, f"scale of {kind} in the test pipeline", 2))
+    return {"INPUT": {"MIN_SIZE_TEST": int(short), "MAX_SIZE_TEST": int(longest)}}
