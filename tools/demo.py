@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from detectron2.data.transforms import ResizeShortestEdge
 from tqdm import tqdm
 
 from msad import cli
@@ -100,10 +101,15 @@ class Demo:
         self.records: list[dict] = []  # of --json
 
     def detect(self, image: np.ndarray, source: Path | None = None) -> dict:
-        """Title -> what is to be drawn in a BGR image; ``source`` is its file, for --low-res-images."""
+        """Title -> what is to be drawn in a BGR image; ``source`` is its file, for --low-res-images.
+
+        Unreadable if a model's test size leaves nothing of a side."""
         found = {}
         for title, model in self.models.items():
             own = self.low_res and model is self.student
+            sides = model.cfg.INPUT.MIN_SIZE_TEST, model.cfg.INPUT.MAX_SIZE_TEST
+            if not own and all(sides) and 0 in ResizeShortestEdge.get_output_shape(*image.shape[:2], *sides):
+                raise Unreadable(f"{image.shape[1]}x{image.shape[0]} pixels are too narrow for INPUT.MIN_SIZE_TEST")
             found[title] = as_content(self._see_own_image(image, source) if own else model(image))
         return {title: content.above(self.threshold) for title, content in found.items()}
 
@@ -206,9 +212,10 @@ def draw_all(demo: Demo, args: argparse.Namespace, pairs: list[tuple[Path, Path]
                 tqdm.write(f"skipped {source}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         stopped = True
-    if args.json:
-        with atomic_write(args.json, "w") as file:
-            json.dump(demo.records, file, indent=1)
+    finally:  # what was found is kept, whatever happens
+        if args.json:
+            with atomic_write(args.json, "w") as file:
+                json.dump(demo.records, file, indent=1)
     status = "stopped, " if stopped else ""
     print(f"{status}{made} of {len(pairs)} inputs drawn into {args.output}" + f", {skipped} skipped" * (skipped > 0))
     return 130 if stopped else 0 if made else 1

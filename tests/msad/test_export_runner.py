@@ -156,6 +156,26 @@ def test_a_camera_runs_until_it_is_told_to_stop(shipped, tmp_path, monkeypatch, 
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == count and video.get(cv2.CAP_PROP_FPS) == 25
 
 
+def test_an_error_keeps_what_was_found(shipped, tmp_path, capsys):
+    """A drawing that cannot be written ends the run; detections and the video so far are there."""
+    (tmp_path / "001_a.jpg").mkdir()
+    inputs = [str(shipped / "photos" / name) for name in ("v.avi", "a.jpg", "a.png")]
+    with pytest.raises(SystemExit) as stop:
+        runner.main([str(shipped / "model.onnx"), "--input", *inputs, "--output", str(tmp_path)])
+    assert stop.value.code == 2 and f"cannot write {tmp_path}/001_a" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "detections.json").read_text())) == 4
+    assert cv2.VideoCapture(str(tmp_path / "000_v.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+def test_an_image_of_which_nothing_would_be_left_is_passed_over(shipped, tmp_path, capsys):
+    inputs = [str(tmp_path / "line.png"), str(shipped / "photos" / "a.jpg")]
+    cv2.imwrite(inputs[0], np.zeros((1, 600, 3), np.uint8))
+    assert runner.main([str(shipped / "model.onnx"), "--input", *inputs, "--output", str(tmp_path / "out")]) == 0
+    assert f"skipped: {inputs[0]}: 600x1 pixels would be" in capsys.readouterr().err
+    (entry,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert entry["file"] == inputs[1]
+
+
 def test_without_drawings_there_is_one_file(shipped, tmp_path):
     arguments = [str(shipped / "model.onnx"), "--input", str(shipped / "photos" / "a.jpg"), "--output", str(tmp_path)]
     assert runner.main([*arguments, "--no-drawing", "--threads", "1"]) == 0

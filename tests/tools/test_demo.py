@@ -246,6 +246,24 @@ def test_ctrl_c_keeps_what_is_done(demo, world, tmp_path, monkeypatch, capsys):
     assert "stopped, 2 of 3 inputs" in capsys.readouterr().out
 
 
+def test_an_error_keeps_what_was_found(demo, world, tmp_path, capsys):
+    """A drawing that cannot be written ends the run, with the detections of the images so far."""
+    (tmp_path / "out" / "val_000001.jpg").mkdir(parents=True)
+    out = tmp_path / "found.json"
+    images = world / "data" / "images"
+    assert call(demo, world, "--input", images, "--output", tmp_path / "out", "--json", out) == 2
+    assert "val_000001.jpg" in capsys.readouterr().err
+    assert [Path(record["file"]).stem for record in json.loads(out.read_text())] == ["val_000000", "val_000001"]
+
+
+def test_an_image_of_which_nothing_would_be_left_is_passed_over(demo, world, tmp_path, capsys):
+    images = [world / "data" / "images" / "val_000000.jpg", tmp_path / "line.png"]
+    cv2.imwrite(str(images[1]), np.zeros((1, 600, 3), np.uint8))
+    assert call(demo, world, "--input", *images, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert "1 of 2 inputs" in said.out and "600x1 pixels are too narrow" in said.err
+
+
 def test_class_names(demo, world, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     entries = register_entries(world / "data", f"demo_{tmp_path.name}")

@@ -41,12 +41,16 @@ def _resize_rows(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_shortest_edge(image: np.ndarray, short: int, longest: int) -> np.ndarray:
-    """As detectron2 resizes test images: the short side to ``short``, unless the other would exceed ``longest``."""
+    """As detectron2 resizes test images: the short side to ``short``, unless the other would exceed ``longest``.
+
+    ValueError if nothing would be left of the short side."""
     if short <= 0:
         return image
     scale = short / min(image.shape[:2])
     scale *= min(1.0, longest / (scale * max(image.shape[:2])))
     height, width = (int(side * scale + 0.5) for side in image.shape[:2])
+    if not height or not width:
+        raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels would be {width}x{height} at the model's size")
     return _resize_rows(_resize_rows(image.swapaxes(0, 1), width).swapaxes(0, 1), height)
 
 
@@ -241,7 +245,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for source, name, number, image, rate in frames_of(sources, args.frames):
             start = time.perf_counter()
-            found = detector([image])[0]
+            try:
+                found = detector([image])[0]
+            except ValueError as error:  # too narrow an image
+                print(f"skipped: {source}: {error}", file=sys.stderr)
+                continue
             seconds += time.perf_counter() - start
             found = {key: value[found["scores"] >= args.threshold] for key, value in found.items()}
             entry = {"file": str(source), "frame": number, "width": image.shape[1], "height": image.shape[0]}
@@ -258,9 +266,10 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error(f"cannot write {target}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-    for video in videos.values():
-        video.release()
-    (args.output / "detections.json").write_text(json.dumps(results))
+    finally:  # what was found is kept, whatever happens
+        for video in videos.values():
+            video.release()
+        (args.output / "detections.json").write_text(json.dumps(results))
     speed = f", {1e3 * seconds / len(results):.1f} ms each, {len(results) / seconds:.1f} fps" if results else ""
     print(f"{len(results)} images{speed}; {sum(len(r['detections']) for r in results)} detections in {args.output}")
     return int(not results)
