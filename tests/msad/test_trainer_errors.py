@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from runs import assert_equal_weights, left_by_a_killed_run, train
 from torch import nn
@@ -17,7 +18,9 @@ from msad import load_config
 from msad.engine import DistillTrainer
 from msad.engine.build import load_teacher
 from msad.engine.checkpoint import CheckedCheckpointer
+from msad.engine.preflight import examine
 from msad.engine.setup import load_model
+from msad.finding import ERROR
 
 # --- bad input ----------------------------------------------------------------------------------------------------
 
@@ -140,6 +143,28 @@ def test_empty_data_set_is_named(student_config, project, tmp_path, emptied):
     entry = annotate(project, tmp_path, name, lambda content: [content[key].clear() for key in emptied])
     with pytest.raises((ValueError, AssertionError), match=name):
         DistillTrainer(student_config("fcos", DATASETS__REGISTER=[entry], DATASETS__TRAIN=(name,)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("lvis", {}, "has evaluator_type 'lvis'; there are"),
+        ("visdrone", {"crop": (0, 0, 8, 8)}, "has patches of images .*; test on whole images"),
+    ],
+)
+def test_what_an_evaluator_refuses_is_said_before_training(student_config, kind, more, message):
+    cfg = student_config("fcos", DATASETS__TEST=("judged",))
+    records = [{**record, **more} for record in DatasetCatalog.get("tiny_val")]
+    DatasetCatalog.register("judged", lambda: records)
+    classes = MetadataCatalog.get("tiny_val").thing_classes
+    MetadataCatalog.get("judged").set(evaluator_type=kind, thing_classes=classes)
+    try:
+        with pytest.raises(ValueError, match=f"evaluation: data set 'judged' {message}.*Fix: correct DATASETS.TEST"):
+            DistillTrainer(cfg)
+        assert [f.check for f in examine(cfg, images=0) if f.level == ERROR] == ["evaluation"]
+    finally:
+        DatasetCatalog.remove("judged")
+        MetadataCatalog.remove("judged")
 
 
 class Poison(HookBase):

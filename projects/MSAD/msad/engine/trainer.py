@@ -17,11 +17,12 @@ from torch import nn
 
 from ..data.loader import build_train_loader
 from ..data.low_res import build_test_loader
+from ..data.tally import raise_errors
 from ..distill.distiller import Distiller
 from ..distill.init import init_student
 from ..distill.schedules import paper_weights
 from ..evaluation.detection_loss import validation_loss
-from ..evaluation.evaluators import build_evaluator
+from ..evaluation.evaluators import build_evaluator, check_evaluators
 from ..modeling.features import freeze_unused_levels
 from ..modeling.ignored_regions import IgnoredRegions
 from ..modeling.teacher import MultiScaleTeacher
@@ -116,7 +117,10 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_train_loader(cfg, seed=cfg.SEED)
+        """detectron2's of the checked data; ValueError also for what an evaluation would refuse after the training."""
+        loader = build_train_loader(cfg, seed=cfg.SEED)
+        raise_errors(check_evaluators(cfg))
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

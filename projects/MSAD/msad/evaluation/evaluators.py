@@ -1,24 +1,28 @@
 """Evaluators by the ``evaluator_type`` of a data set, as detectron2's own training script chooses them.
 
 A further type is one function ``(cfg, name of the data set, output folder) -> DatasetEvaluator``, registered under the
-name of the type.
+name of the type. If it refuses some data sets, what tells them is in CHECKS, which is asked before a training.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, SemSegEvaluator
 from fvcore.common.registry import Registry
 
 from ..data.argoverse_hd import read_content
 from ..files import atomic_write
-from .visdrone_evaluator import VisDroneEvaluator
+from ..finding import ERROR, Finding
+from .visdrone_evaluator import VisDroneEvaluator, require_whole_images
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
+# By type: a function of a data set's name and dicts that raises ValueError for what the evaluator cannot judge.
+CHECKS: dict[str, Callable[[str, list[dict]], None]] = {"visdrone": require_whole_images}
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
@@ -27,11 +31,34 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     Raises:
         ValueError: no evaluator is registered for its type; says which there are.
     """
+    return EVALUATOR_REGISTRY.get(_kind(dataset_name))(cfg, dataset_name, output_folder)
+
+
+def _kind(dataset_name: str) -> str:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind not in EVALUATOR_REGISTRY:
         known = ", ".join(sorted(name for name, _ in EVALUATOR_REGISTRY))
         raise ValueError(f"data set {dataset_name!r} has evaluator_type {kind!r}; there are evaluators for {known}")
-    return EVALUATOR_REGISTRY.get(kind)(cfg, dataset_name, output_folder)
+    return kind
+
+
+def check_evaluators(cfg: CfgNode) -> list[Finding]:
+    """An error for each of DATASETS.TEST that its evaluator would refuse; sets that cannot be loaded are left out."""
+    found = []
+    for name in cfg.DATASETS.TEST:
+        try:
+            if check := CHECKS.get(_kind(name)):
+                check(name, _records(name))
+        except ValueError as error:
+            found.append(Finding(ERROR, "evaluation", str(error), "correct DATASETS.TEST"))
+    return found
+
+
+def _records(dataset_name: str) -> list[dict]:
+    try:
+        return DatasetCatalog.get(dataset_name)
+    except (AssertionError, LookupError, OSError, TypeError, ValueError):  # msad.data.checks says what is wrong
+        return []
 
 
 @EVALUATOR_REGISTRY.register()

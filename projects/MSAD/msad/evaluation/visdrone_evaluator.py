@@ -47,6 +47,13 @@ def write_results(folder: str | os.PathLike, results: dict[str, np.ndarray]) -> 
         (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
+def require_whole_images(dataset_name: str, records: list[dict]) -> None:
+    """ValueError if dataset dicts show patches of images."""
+    cut = next((record["image_id"] for record in records if "crop" in record), None)
+    if cut is not None:
+        raise ValueError(f"data set {dataset_name!r} has patches of images ({cut}, ...); test on whole images")
+
+
 class VisDroneEvaluator(DatasetEvaluator):
     """AP and AR of VisDrone-DET (see :mod:`msad.evaluation.visdrone`) as the task "bbox".
 
@@ -61,9 +68,7 @@ class VisDroneEvaluator(DatasetEvaluator):
         self._name = dataset_name
         self._output_dir = output_dir
         self._records = DatasetCatalog.get(dataset_name)
-        cut = next((record["image_id"] for record in self._records if "crop" in record), None)
-        if cut is not None:
-            raise ValueError(f"data set {dataset_name!r} has patches of images ({cut}, ...); test on whole images")
+        require_whole_images(dataset_name, self._records)
         self.reset()
 
     def reset(self) -> None:

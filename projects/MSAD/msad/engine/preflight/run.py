@@ -21,6 +21,7 @@ from ...distill.distiller import student_shapes
 from ...distill.init import copies
 from ...distill.losses.registry import compares_heads, lower_keys
 from ...distill.teachers import FrozenTeacher
+from ...evaluation.evaluators import check_evaluators
 from ...finding import ERROR, OK, WARNING, Finding, error_text, log_findings
 from ...modeling.adapters import adapt
 from ...modeling.taps import NECK
@@ -142,6 +143,7 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
         cfg.MODEL.DEVICE = "cpu"
     attempt("data", "correct DATASETS.REGISTER", lambda: register_datasets(cfg))
     out += check_data(cfg)[1] or [Finding(WARNING, "data", "DATASETS.TRAIN and DATASETS.TEST are empty", "name sets")]
+    out += check_evaluators(cfg)
     if not cfg.DISTILL.TEACHERS:
         if model := attempt("model", "correct the config", lambda: build_model(cfg)):
             out += check_frozen(model, load(model), cfg.MODEL.BACKBONE.FREEZE_AT)
