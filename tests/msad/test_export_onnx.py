@@ -264,6 +264,14 @@ def test_what_cannot_be_exported_is_named(tiny_cfg, tiny_model):
         detection_graph(model)
 
 
+@pytest.mark.parametrize("order", ["L", "YUV-BT.601"])
+def test_other_channels_than_red_green_and_blue_are_refused(order, tiny_cfg, tmp_path):
+    """They would be read from files as detectron2 makes them, which the program beside the model cannot."""
+    with pytest.raises(ValueError, match=f"INPUT.FORMAT is '{order}'; an exported model reads BGR or RGB images"):
+        exporter.export_onnx(tiny_cfg(INPUT__FORMAT=order), "absent.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_metadata_names_what_the_data_set_knows(project, tiny_model):
     cfg = load_config(project / "student.yaml")
     graph = detection_graph(build_model(cfg))

@@ -60,6 +60,13 @@ def test_no_resizing_where_the_model_wants_none():
     assert runner.resize_shortest_edge(image, 0, 100) is image
 
 
+def test_the_order_of_channels_is_the_models():
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    size = {"min_size": 0, "max_size": 0}
+    assert (runner.network_input(image, {"format": "BGR", **size}) == image).all()
+    assert (runner.network_input(image, {"format": "RGB", **size}) == image[:, :, ::-1]).all()
+
+
 def test_pastes_and_encodes_masks_as_detectron2_and_coco():
     rng = np.random.default_rng(0)
     masks = cv2.GaussianBlur(rng.random((28, 28, 20)).astype(np.float32), (9, 9), 0).transpose(2, 0, 1)

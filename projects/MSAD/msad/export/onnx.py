@@ -46,8 +46,8 @@ def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: the checkpoint does not have all tensors of the model, this kind of detector cannot be exported, or
-            a package is not installed; says which.
+        ValueError: the checkpoint does not have all tensors of the model, this kind of detector or INPUT.FORMAT cannot
+            be exported, or a package is not installed; says which.
         RuntimeError: onnxruntime finds something else than the model, or there is nothing to compare.
     """
     require("onnx", "onnxruntime")
@@ -64,6 +64,8 @@ def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
 
 def described_graph(cfg: CfgNode, weights: str) -> tuple[DetectionGraph, dict[str, Any]]:
     """The graph of a trained model, and what :func:`describe` says of it; errors as of :func:`export_onnx`."""
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; an exported model reads BGR or RGB images")
     cfg, model = load_by_itself(cfg, weights)
     try:
         graph = detection_graph(model)

@@ -20,7 +20,7 @@ from ..evaluation.cost import count_macs
 from .evaluate import evaluate_exported
 from .onnx import export_onnx
 from .quantize import quantize
-from .runner import Detector, resize_shortest_edge
+from .runner import Detector, network_input
 
 
 @dataclass
@@ -83,12 +83,7 @@ def measure(
 
 def _test_images(about: dict, dataset: str, count: int) -> list:
     """The first images of a data set, (h, w, 3) as the model is given them."""
-    found = []
-    for record in DatasetCatalog.get(dataset)[:count]:
-        image = cv2.imread(record["file_name"])
-        ordered = image if about["format"] == "BGR" else image[:, :, ::-1]
-        found.append(resize_shortest_edge(ordered, about["min_size"], about["max_size"]))
-    return found
+    return [network_input(cv2.imread(r["file_name"]), about) for r in DatasetCatalog.get(dataset)[:count]]
 
 
 def _input(image) -> dict:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.sampling import at_equal_distances
-from .runner import IMAGES, Detector, find_inputs, read_image, resize_shortest_edge
+from .runner import IMAGES, Detector, find_inputs, network_input, read_image
 
 if TYPE_CHECKING:
     import onnx
@@ -100,8 +100,7 @@ def calibration_inputs(about: dict, images: Sequence[Path]) -> Iterator[dict[str
             logger.warning("calibration: cannot read %s (no image, or cut off)", file)
             continue
         count += 1
-        ordered = image if about["format"] == "BGR" else image[:, :, ::-1]
-        small = resize_shortest_edge(ordered, about["min_size"], about["max_size"])
+        small = network_input(image, about)
         yield {"images": np.ascontiguousarray(small)[None], "sizes": np.array([small.shape[:2]], np.int64)}
     if not count:
         raise ValueError(f"calibration: none of {len(images)} files can be read as an image")

@@ -54,6 +54,12 @@ def resize_shortest_edge(image: np.ndarray, short: int, longest: int) -> np.ndar
     return _resize_rows(_resize_rows(image.swapaxes(0, 1), width).swapaxes(0, 1), height)
 
 
+def network_input(image: np.ndarray, about: dict) -> np.ndarray:
+    """A BGR image (h, w, 3) in the channel order and size of a model that says ``about`` of itself."""
+    ordered = image if about["format"] == "BGR" else image[:, :, ::-1]
+    return resize_shortest_edge(ordered, about["min_size"], about["max_size"])
+
+
 def paste(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> np.ndarray:
     """A mask (S, S) of probabilities inside ``box``, bilinearly resampled: (height, width) bool, true from 0.5 on."""
     whole = np.zeros((height, width), bool)
@@ -102,8 +108,7 @@ class Detector:
         """Detections of BGR images (h, w, 3), best first, in the pixels of each, as arrays: boxes (M, 4), scores (M,),
         classes (M,), and where the model has them masks (M, h, w) and keypoints (M, K, 3). With ``sizes``, they are as
         in images of these heights and widths that show the same."""
-        ordered = [image if self.about["format"] == "BGR" else image[:, :, ::-1] for image in images]
-        small = [resize_shortest_edge(x, self.about["min_size"], self.about["max_size"]) for x in ordered]
+        small = [network_input(image, self.about) for image in images]
         sizes = [image.shape[:2] for image in images] if sizes is None else sizes
         return [to_size(found, x.shape, size) for found, x, size in zip(self.run(small), small, sizes)]
 
