@@ -101,11 +101,12 @@ def test_integers_find_nearly_the_same(exported, images, tmp_path):
     assert 0 < np.abs(best[0] - best[1]).mean() < 0.1 * best[0].mean()
 
 
-def test_unreadable_calibration_images(exported, images, tmp_path, caplog):
+def test_calibration_images_that_cannot_be_used(exported, images, tmp_path, caplog):
     about = Detector(exported[2]).about
     (tmp_path / "a.jpg").write_bytes(b"no image")
+    cv2.imwrite(str(tmp_path / "line.png"), np.zeros((1, 900, 3), np.uint8))
     with caplog.at_level(logging.WARNING):
-        assert len(list(calibration_inputs(about, [tmp_path / "a.jpg", images[0]]))) == 1
-    assert "a.jpg" in caplog.text
-    with pytest.raises(ValueError, match="none of 1 files can be read"):
+        assert len(list(calibration_inputs(about, [tmp_path / "a.jpg", tmp_path / "line.png", images[0]]))) == 1
+    assert "a.jpg" in caplog.text and "line.png: 900x1 pixels would be" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 files can be used"):
         list(calibration_inputs(about, [tmp_path / "a.jpg"]))

@@ -47,7 +47,7 @@ def quantize(model: str | Path, images: Sequence[Path], output: str | Path) -> i
         the number of layers that became integer.
 
     Raises:
-        ValueError: none of the images can be read.
+        ValueError: none of the images can be used.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -99,8 +99,12 @@ def calibration_inputs(about: dict, images: Sequence[Path]) -> Iterator[dict[str
         if image is None:
             logger.warning("calibration: cannot read %s (no image, or cut off)", file)
             continue
+        try:
+            small = network_input(image, about)
+        except ValueError as error:  # too narrow an image
+            logger.warning("calibration: %s: %s", file, error)
+            continue
         count += 1
-        small = network_input(image, about)
         yield {"images": np.ascontiguousarray(small)[None], "sizes": np.array([small.shape[:2]], np.int64)}
     if not count:
-        raise ValueError(f"calibration: none of {len(images)} files can be read as an image")
+        raise ValueError(f"calibration: none of {len(images)} files can be used")
