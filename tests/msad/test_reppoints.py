@@ -283,6 +283,15 @@ def test_losses_equal_a_slow_computation(tiny_model, make_batch):
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_reported_is_no_tensor(tiny_model, make_batch, monkeypatch):
+    """The storage makes a number of it, for which a device would have to be waited for."""
+    reported = {}
+    monkeypatch.setattr(EventStorage, "put_scalar", lambda self, name, value, **_: reported.update({name: value}))
+    with EventStorage():
+        tiny_model("RepPoints").train()(make_batch([(64, 96), (64, 96)]))
+    assert isinstance(reported["num_pos_anchors"], float)
+
+
 def test_gradients_of_the_stages(tiny_model, make_batch):
     """The second stage's loss reaches the first stage's points through the offsets alone, at a tenth."""
     model = detector(tiny_model, levels=[3])

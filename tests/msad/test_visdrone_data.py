@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msad import load_config
 from msad.data.regions import RegionMapper
@@ -197,6 +198,35 @@ def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
         object_ = (centres >= 4).all(dim=1) & (centres <= 28).all(dim=1)
         assert ((centres[:, 0] < 48) & (centres[:, 1] > 32) | object_).all()
         assert len(seen[1]) > 0 and (seen[1].proposal_boxes.get_centers()[:, 0] > 48).any()
+
+
+class Copies(TorchDispatchMode):
+    """Number of tensors that were moved to another device, or made of numbers on it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arch", ["FCOS", "FasterRCNN"])
+def test_nothing_is_copied_to_the_device_inside_of_the_head(tiny_model, make_batch, arch):
+    """Regions and boxes are moved once, with the batch; "meta" stands for an accelerator."""
+    model = tiny_model(arch, levels=range(2, 7)).train().to("meta")
+    IgnoredRegions(model)
+    batch = make_batch([(64, 96), (64, 96)])
+    for item in batch:
+        item["ignored_regions"] = torch.tensor([[0.5, 0.0, 1.0, 1.0]])
+    (take,) = model._forward_pre_hooks.values()
+    head = model.proposal_generator.rpn_head if hasattr(model, "proposal_generator") else model.head
+    (width,) = {shape.channels for shape in model.backbone.output_shape().values()}
+    features = [torch.zeros(2, width, 16 >> level, 24 >> level, device="meta") for level in range(5)]
+    with Copies() as copies:
+        take(model, (batch,))
+        assert copies.count == 4  # regions and boxes of each image
+        head(features)
+    assert copies.count == 4
 
 
 def test_hooks_change_nothing_without_regions_or_in_evaluation(tiny_model, make_batch, same_detections):

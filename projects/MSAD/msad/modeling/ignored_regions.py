@@ -49,12 +49,15 @@ class IgnoredRegions:
         if not any(len(item.get("ignored_regions", ())) for item in batch):
             self._regions = None
             return
+        device = getattr(model, "detector", model).pixel_mean.device
         self._regions, self._objects = [], []
         for item in batch:
             height, width = item["image"].shape[-2:]
             regions = item.get("ignored_regions", torch.zeros(0, 4))
-            self._regions.append(regions * regions.new_tensor([width, height, width, height]))
-            self._objects.append(item["instances"].gt_boxes.tensor)
+            regions = regions * regions.new_tensor([width, height, width, height])
+            # Here, once, and not in the middle of the head, where a copy would wait for all that is under way.
+            self._regions.append(regions.to(device, non_blocking=True))
+            self._objects.append(item["instances"].gt_boxes.tensor.to(device, non_blocking=True))
 
     def _without_scores(self, _head: nn.Module, _args: tuple, output: tuple) -> tuple | None:
         if self._regions is None:
@@ -65,10 +68,7 @@ class IgnoredRegions:
     @torch.no_grad()
     def _mask(self, image: int, points: torch.Tensor, margin: float) -> torch.Tensor:
         """(P,) whether ``points`` (P, 2), in pixels, lie in a region and not within ``margin`` of an object."""
-        regions = self._regions[image].to(points.device)
-        objects = self._objects[image].to(points.device)
-        margins = objects.new_tensor([-margin, -margin, margin, margin])
-        return _inside(points, regions) & ~_inside(points, objects + margins)
+        return _inside(points, self._regions[image]) & ~_inside(points, self._objects[image], margin)
 
     def _masked(self, scores: torch.Tensor, stride: int) -> torch.Tensor:
         """``scores`` (N, A, h, w) of a level."""
@@ -92,7 +92,8 @@ class IgnoredRegions:
         return tuple(args), kwargs
 
 
-def _inside(points: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """(P,) whether each of ``points`` (P, 2) lies in one of ``boxes`` (B, 4)."""
-    x, y = points[:, :1], points[:, 1:]
-    return ((x >= boxes[:, 0]) & (y >= boxes[:, 1]) & (x <= boxes[:, 2]) & (y <= boxes[:, 3])).any(dim=1)
+def _inside(points: torch.Tensor, boxes: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
+    """(P,) whether each of ``points`` (P, 2) lies in one of ``boxes`` (B, 4) or within ``margin`` of it."""
+    points = points[:, None]
+    first, last = boxes[:, :2] - margin, boxes[:, 2:] + margin
+    return ((points >= first) & (points <= last)).all(dim=2).any(dim=1)

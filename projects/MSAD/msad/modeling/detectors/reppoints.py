@@ -239,13 +239,14 @@ class RepPoints(DenseDetector):
         # At least one for each image, as if each were a batch of its own.
         counts = torch.stack([x.sum(dim=1).clamp(min=1).sum() for x in positive])
         first_count, second_count = mean_of_processes(counts.float())
-        get_event_storage().put_scalar("num_pos_anchors", positive[1].sum() / len(gt_instances))
+        places = [x.nonzero(as_tuple=True) for x in positive]
+        get_event_storage().put_scalar("num_pos_anchors", len(places[1][0]) / len(gt_instances))
 
         target = F.one_hot(labels.clamp(min=0), self.num_classes + 1)[..., :-1].to(logits)
         focal = sigmoid_focal_loss(logits, target, self.focal_alpha, self.focal_gamma)
         box_losses = [
-            self._box_loss(found, matched, chosen, locations)
-            for found, matched, chosen in zip(boxes, (nearest, refined), positive)
+            self._box_loss(found, matched, place, locations)
+            for found, matched, place in zip(boxes, (nearest, refined), places)
         ]
         return {
             "loss_cls": (focal.sum(dim=2) * (labels >= 0)).sum() / second_count,
@@ -254,10 +255,11 @@ class RepPoints(DenseDetector):
         }
 
     def _box_loss(
-        self, boxes: torch.Tensor, matched: torch.Tensor, positive: torch.Tensor, locations: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum over the positives (N, R) of boxes (N, R, 4)."""
-        image, place = positive.nonzero(as_tuple=True)
+        self, boxes: torch.Tensor, matched: torch.Tensor, positive: tuple[torch.Tensor, torch.Tensor],
+        locations: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """Sum over the positives, P images and P points, of boxes (N, R, 4)."""
+        image, place = positive
         unit = self.point_scale * (locations[place, 2] - locations[place, 0])[:, None]
         return F.smooth_l1_loss(boxes[image, place] / unit, matched[image, place] / unit, beta=BETA, reduction="sum")
 
