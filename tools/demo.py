@@ -19,7 +19,7 @@ from msad import cli
 from msad.data.low_res import LowResOnly
 from msad.data.mappers import inference_mapper
 from msad.data.media import Unreadable, choose_outputs, find_inputs, is_video, open_video, read_picture
-from msad.engine.predictor import GroundTruth, class_metadata, is_segmentor, load_predictor
+from msad.engine.predictor import GroundTruth, class_metadata, class_names, is_segmentor, load_predictor
 from msad.files import atomic_write
 from msad.visualization import LabelMap, Objects, Panel, as_content, draw_objects, save_panels
 from msad.visualization.objects import as_json
@@ -143,7 +143,7 @@ class Demo:
 
     def record(self, source: Path, image: np.ndarray, found: dict, **more: int) -> None:
         """Keep what the student, the last model, found, for --json."""
-        detections = as_json(list(found.values())[-1], self.metadata.get("thing_classes") or ())
+        detections = as_json(list(found.values())[-1], class_names(self.metadata))
         size = {"width": image.shape[1], "height": image.shape[0]}
         self.records.append({"file": str(source), **more, **size, "detections": detections})
 

@@ -462,6 +462,17 @@ def test_a_segmentor_beside_the_masks_of_annotations(demo, segments, tmp_path):
     assert set(cv2.imread(record["sem_seg_file_name"], cv2.IMREAD_UNCHANGED).ravel().tolist()) == {0, *found}
 
 
+def test_json_of_a_segmentor_names_the_classes(demo, segments, tmp_path):
+    truth, out = segments / "data" / "annotations_val.json", tmp_path / "found.json"
+    image = segments / "data" / "images" / "val_000000.jpg"
+    arguments = ["--input", image, "--output", tmp_path / "out", "--ground-truth", truth, "--json", out]
+    assert call(demo, segments, *arguments, model="segmentor") == 0
+    (record,) = json.loads(out.read_text())
+    names = demo.GroundTruth(str(truth), True).metadata.stuff_classes
+    assert record["detections"]
+    assert all(found["category"] == names[found["category_id"]] for found in record["detections"])
+
+
 def test_a_segmentor_on_a_video(demo, segments, tmp_path):
     assert call(demo, segments, "--input", segments / "drive.mp4", "--output", tmp_path, model="segmentor") == 0
     found, _ = frames(tmp_path / "drive.mp4")

@@ -90,7 +90,7 @@ def class_metadata(cfg: CfgNode, ground_truth: GroundTruth | None, config_file: 
     model = _model_metadata(cfg, config_file)
     if ground_truth is None or ground_truth.folder:
         return model
-    ours, theirs = _class_names(model), _class_names(ground_truth.metadata)
+    ours, theirs = class_names(model), class_names(ground_truth.metadata)
     if is_segmentor(cfg):  # an annotation file has no name for the background
         ours, theirs = ours[1:], theirs[1:]
     if ours and ours != theirs:
@@ -100,7 +100,8 @@ def class_metadata(cfg: CfgNode, ground_truth: GroundTruth | None, config_file: 
     return model if ours and is_segmentor(cfg) else ground_truth.metadata
 
 
-def _class_names(metadata: Metadata) -> list[str]:
+def class_names(metadata: Metadata) -> list[str]:
+    """Names of a detector's or a segmentor's classes; none where they are not known."""
     return list(metadata.get("thing_classes") or metadata.get("stuff_classes") or ())
 
 
@@ -110,7 +111,7 @@ def _model_metadata(cfg: CfgNode, config_file: str) -> Metadata:
     for name in cfg.DATASETS.TEST[:1]:
         if name not in DatasetCatalog.list():
             continue
-        if not _class_names(MetadataCatalog.get(name)):
+        if not class_names(MetadataCatalog.get(name)):
             try:
                 DatasetCatalog.get(name)  # its file knows the names
             except FileNotFoundError as error:
