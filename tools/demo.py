@@ -11,15 +11,19 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from detectron2.data.transforms import ResizeShortestEdge
 from tqdm import tqdm
 
 from msad import cli
-from msad.data.low_res import LowResOnly
-from msad.data.mappers import inference_mapper
 from msad.data.media import Unreadable, choose_outputs, find_inputs, is_video, open_video, read_picture
-from msad.engine.predictor import GroundTruth, class_metadata, class_names, is_segmentor, load_predictor
+from msad.engine.predictor import (
+    GroundTruth,
+    class_metadata,
+    class_names,
+    is_segmentor,
+    load_predictor,
+    predict_low_res,
+)
 from msad.files import atomic_write
 from msad.visualization import LabelMap, Objects, Panel, as_content, draw_objects, save_panels
 from msad.visualization.objects import as_json
@@ -97,7 +101,6 @@ class Demo:
         self.threshold = args.threshold
         self.student = student
         self.low_res = Path(args.low_res_images) if args.low_res_images else None
-        self.low_res_mapper = LowResOnly(inference_mapper(student.cfg))
         self.records: list[dict] = []  # of --json
 
     def detect(self, image: np.ndarray, source: Path | None = None) -> dict:
@@ -117,11 +120,9 @@ class Demo:
         """What the student finds in its own file, in the pixels of ``image``."""
         record = {"file_name": str(source), "low_res_file_name": str(self.low_res / source.name)}
         try:
-            item = self.low_res_mapper({**record, "height": image.shape[0], "width": image.shape[1]})
+            return predict_low_res(self.student, {**record, "height": image.shape[0], "width": image.shape[1]})
         except OSError as error:
             raise Unreadable(f"--low-res-images: {error}") from None
-        with torch.no_grad():
-            return self.student.model([item])[0]
 
     def image(self, source: Path, target: Path) -> None:
         """One picture: the detections, or a row of panels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
 from runs import config
@@ -19,7 +21,9 @@ from runs import config
 from msad import load_config
 from msad.data import build_train_loader, check_data, register_datasets
 from msad.data.low_res import build_test_loader, follow, size_problem, to_low_res
+from msad.data.mappers import inference_mapper
 from msad.engine import DistillTrainer
+from msad.experiments.panels import draw_panels
 from msad.export.plain import by_itself
 from msad.finding import ERROR
 from msad.resolution import downsample, downsample_batch, downsample_labels
@@ -126,6 +130,27 @@ def thermal(project, teacher_weights, tmp_path, clean_catalogs):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names["tiny_train"],), (names["tiny_val"],)
     register_datasets(cfg)
     return cfg, low
+
+
+def test_panels_show_what_a_student_finds_in_its_own_files(thermal, tmp_path, monkeypatch):
+    """A model without LOW_RES_IMAGES beside it sees the H images; all answers are in their pixels."""
+    cfg, low = thermal
+    plain = cfg.clone()
+    plain.DISTILL.TEACHERS = []
+    predictors, seen, drawn = {}, {}, []
+    for title, config_ in (("student", cfg), ("plain", plain)):
+        predictors[title] = DefaultPredictor(config_)
+        seen[title] = []
+        predictors[title].model.register_forward_pre_hook(lambda _, args, own=seen[title]: own.extend(args[0]))
+    monkeypatch.setattr("msad.experiments.panels.save_panels", lambda path, panels, *_, **__: drawn.extend(panels))
+    study = SimpleNamespace(finished=lambda: ["student"], seeds=[0], config=lambda run: cfg)
+    draw_panels(study, tmp_path / "panels.jpg", predictors, count=2)
+    assert len(drawn) == 2
+    for panel, ours, theirs in zip(drawn, seen["student"], seen["plain"]):
+        small = inference_mapper(cfg)({"file_name": str(low / panel.caption)})["image"]
+        assert torch.equal(ours["image"], small) and not torch.equal(theirs["image"].byte(), small)
+        sizes = {panel.columns[title]["instances"].image_size for title in predictors}
+        assert sizes == {panel.image.shape[:2]}
 
 
 def test_loader_gives_both_images(thermal):

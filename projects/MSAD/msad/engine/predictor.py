@@ -13,6 +13,8 @@ from detectron2.data.catalog import Metadata
 from detectron2.engine import DefaultPredictor
 
 from ..config import load_config
+from ..data.low_res import LowResOnly
+from ..data.mappers import inference_mapper
 from ..data.register import register_datasets
 from ..export.names import read_names
 from .checkpoint import CheckedCheckpointer
@@ -34,6 +36,16 @@ def load_predictor(config_file: str, weights: str, device: str | None, opts: lis
     predictor = DefaultPredictor(cfg)
     CheckedCheckpointer(predictor.model).load_all(weights, config_file)
     return predictor
+
+
+def predict_low_res(predictor: DefaultPredictor, record: dict) -> dict:
+    """What a model finds in the file of LOW_RES_IMAGES of a dataset dict, in pixels of the dict's own image.
+
+    OSError if the file cannot be read.
+    """
+    item = LowResOnly(inference_mapper(predictor.cfg))(record)
+    with torch.no_grad():
+        return predictor.model([item])[0]
 
 
 def is_segmentor(cfg: CfgNode) -> bool:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import cv2
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
+from ..data.low_res import FILE, reads_low_res
 from ..data.register import registered
 from ..data.sampling import at_equal_distances
 from ..data.sem_seg import is_segmentation
+from ..engine.predictor import predict_low_res
 from ..visualization import LabelMap, Panel, save_panels
 from .comparison import Comparison
 from .jobs import Run
-
-Predictor = Callable[[np.ndarray], dict[str, Any]]
 
 
 def load_predictors(study: Comparison, names: Iterable[str]) -> dict[str, DefaultPredictor]:
@@ -35,12 +33,12 @@ def load_predictors(study: Comparison, names: Iterable[str]) -> dict[str, Defaul
 
 
 def draw_panels(
-    study: Comparison, path: Path, predictors: Mapping[str, Predictor], count: int = 4, threshold: float = 0.5
+    study: Comparison, path: Path, predictors: Mapping[str, DefaultPredictor], count: int = 4, threshold: float = 0.5
 ) -> None:
     """Write a picture: a row an image, the ground truth and then a column a model.
 
     Args:
-        predictors: by title: BGR image -> {"instances"} or {"sem_seg"}.
+        predictors: by title; those of students with LOW_RES_IMAGES see these, and the picture shows the H image.
         count: of images, at equal distances in the data set that the first finished variant is tested on.
         threshold: least score of the detections that are shown.
     """
@@ -53,6 +51,9 @@ def draw_panels(
             truth = record
             if is_segmentation(records):
                 truth = LabelMap.read(record["sem_seg_file_name"], metadata.ignore_label)
-            columns = {"ground truth": truth, **{title: predict(image) for title, predict in predictors.items()}}
+            columns = {"ground truth": truth}
+            for title, predict in predictors.items():
+                low = FILE in record and reads_low_res(predict.cfg)
+                columns[title] = predict_low_res(predict, record) if low else predict(image)
             panels.append(Panel(image[:, :, ::-1], columns, Path(record["file_name"]).name))
         save_panels(path, panels, metadata, threshold=threshold)
