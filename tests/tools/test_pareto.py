@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from load_tool import load_tool
 
 from msad import load_config
 from msad.export import pareto as measuring
+from msad.export.pareto import Candidate
 from msad.visualization.pareto import pareto_figure
 
 
@@ -60,6 +62,25 @@ def test_the_line_joins_the_best():
         one["best"] = one["name"] != "slower"
     _, time = pareto_figure(rows).axes
     assert [list(line.get_xdata()) for line in time.lines] == [[5, 10, 11], [5, 10]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "other is a segmentor; only the AP of boxes"),
+        (["DATASETS.TEST", ("without_boxes",)], "other: data set 'without_boxes' has no annotated boxes"),
+    ],
+)
+def test_models_without_boxes_are_refused_before_any_export(project, tmp_path, monkeypatch, options, message):
+    DatasetCatalog.register("without_boxes", lambda: [{"file_name": "a.png", "annotations": []}])
+    cfg = load_config(project / "student.yaml")
+    other = load_config(project / "student.yaml", options)
+    monkeypatch.setattr(measuring, "export_onnx", lambda *args: pytest.fail("exported"))
+    try:
+        with pytest.raises(ValueError, match=message):
+            measuring.measure([Candidate("good", cfg, "w.pth"), Candidate("other", other, "w.pth")], tmp_path)
+    finally:
+        DatasetCatalog.remove("without_boxes")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..data.register import register_datasets
 from ..engine.checkpoint import CheckedCheckpointer
+from ..engine.predictor import is_segmentor
 from ..engine.setup import evaluate
 from ..evaluation.cost import count_macs
 from .evaluate import evaluate_exported
@@ -50,7 +52,12 @@ def measure(
         dicts with "name", "engine", "AP" (of boxes, in percent), "gmacs" of one image (that of the first one's size),
         "milliseconds" by number of threads, from a resized image to detections inside it, mean over images, and
         "best": no other one of the same engine has a higher AP with as few milliseconds (at the first of ``threads``).
+
+    Raises:
+        ValueError: a model or its test data have no boxes; said before anything is exported.
     """
+    for candidate in candidates:
+        require_boxes(candidate)
     rows, calls = [], []
     for candidate in candidates:
         cfg, files = candidate.cfg, {}
@@ -79,6 +86,16 @@ def measure(
     for row in rows:
         row["best"] = not any(_beats(other, row, threads[0]) for other in rows)
     return rows
+
+
+def require_boxes(candidate: Candidate) -> None:
+    """ValueError if a model or its test data have no boxes, whose AP is measured."""
+    register_datasets(candidate.cfg)
+    name = candidate.cfg.DATASETS.TEST[0]
+    if is_segmentor(candidate.cfg):
+        raise ValueError(f"{candidate.name} is a segmentor; only the AP of boxes is measured")
+    if not any(record.get("annotations") for record in DatasetCatalog.get(name)):
+        raise ValueError(f"{candidate.name}: data set {name!r} has no annotated boxes, whose AP is measured")
 
 
 def _test_images(about: dict, dataset: str, count: int) -> list:
