@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, DatasetMapper
 from PIL import Image
 from spoiled_data import HEIGHT, WIDTH, Data
 
+from msad import load_config
 from msad.data import build_train_loader
 from msad.finding import ERROR, OK, WARNING
 
@@ -114,3 +117,68 @@ def test_files_are_looked_into_once(data, monkeypatch):
     monkeypatch.undo()
     save(data, mode="RGBA")
     assert len(data.texts(WARNING)) == 1  # it has another size and time
+
+
+PALETTE = [value for index in range(256) for value in (index // 2, 255 - index, 9)]
+
+
+@pytest.fixture
+def stuff(data):
+    """``stuff(labels, mode)``: label maps of all images, for a semantic branch of 5 classes."""
+
+    def write(labels, mode="L"):
+        (data.root / "stuff").mkdir(exist_ok=True)
+        for content in data.splits.values():
+            for record in content["images"]:
+                image = Image.fromarray(labels).convert(mode) if mode == "RGB" else Image.fromarray(labels, mode)
+                if mode == "P":
+                    image.putpalette(PALETTE)
+                image.save(data.root / "stuff" / record["file_name"])
+        data.entry = {"STUFF": str(data.root / "stuff")}
+        data.cfg.MODEL.HTC.SEMANTIC_ON, data.cfg.MODEL.HTC.SEMANTIC_CLASSES = True, 5
+
+    return write
+
+
+def labels_of(*values):
+    labels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    labels[0, : len(values)] = values
+    return labels
+
+
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_labels_beyond_the_classes_of_the_semantic_branch(data, stuff, mode):
+    stuff(labels_of(0, 4, 255), mode)
+    assert data.texts(ERROR) == []
+    image = Image.fromarray(labels_of(0, 5, 255), mode)
+    if mode == "P":
+        image.putpalette(PALETTE)
+    image.save(data.root / "stuff" / "train_2.png")
+    os.utime(data.root / "stuff" / "train_2.png", ns=(1, 1))
+    wanted = (
+        f"{data.image('train_2.png')} has a label map that cannot be used: it has the label 5; classes are 0 to 4, "
+        "ignored is 255 (1 of 4 label maps). correct it, or MODEL.HTC.SEMANTIC_CLASSES"
+    )
+    assert data.texts(ERROR) == [wanted]
+    data.cfg.MODEL.HTC.SEMANTIC_ON = False
+    assert data.texts(ERROR) == []
+
+
+def test_indices_of_a_palette_are_the_labels_of_the_semantic_branch(data, stuff):
+    stuff(labels_of(0, 1, 2), "P")
+    data.register()
+    (record, *_) = DatasetCatalog.get("d_train")
+    mapped = DatasetMapper(load_config("", ["INPUT.MIN_SIZE_TEST", 0]), False)(record)["sem_seg"]
+    assert mapped.tolist() == labels_of(0, 1, 2).tolist()
+
+
+def test_label_maps_of_another_form_are_named_before_training(data, stuff):
+    stuff(labels_of(0, 1), "RGB")
+    assert "train_0.png has mode 'RGB', not one channel of 8 bits" in data.texts(ERROR)[0]
+    stuff(labels_of(0, 1)[:-1])
+    assert f"train_0.png has ({WIDTH}, {HEIGHT - 1}) pixels (width, height), its image" in data.texts(ERROR)[0]
+    stuff(labels_of(0, 1))
+    path = data.root / "stuff" / "train_3.png"
+    path.write_bytes(path.read_bytes()[:60])
+    (said,) = data.texts(ERROR)
+    assert "cannot be used: label map" in said and "train_3.png cannot be read: " in said

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from ..config_values import nearest
 from ..finding import ERROR, WARNING, Finding, error_text, log_findings
 from .image_files import check_image_files
+from .label_maps import check_label_maps
 from .low_res import FILE, check_low_res_files, reads_low_res, student_shift
 from .needs import needs_of
 from .record_checks import check_records, classes_of, judge_box, shorten
@@ -53,6 +54,9 @@ def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]]
             check_image_files(tally, loaded[name], name in train, cfg.DATASETS.CHECK_IMAGES)
             if reads_low_res(cfg) and any(FILE in record for record in loaded[name]):
                 check_low_res_files(tally, loaded[name], student_shift(cfg), cfg.DATASETS.CHECK_IMAGES)
+            if cfg.MODEL.HTC.SEMANTIC_ON and (name in train or cfg.TEST.LOSS_IMAGES > 0):
+                classes, ignored = cfg.MODEL.HTC.SEMANTIC_CLASSES, cfg.MODEL.HTC.SEMANTIC_IGNORE
+                check_label_maps(tally, loaded[name], classes, ignored, cfg.DATASETS.CHECK_IMAGES)
             findings += tally.findings()
     findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
     findings += _never_learned(train, test, loaded)

@@ -28,6 +28,7 @@ from .dataset_types import (
     set_metadata,
 )
 from .keypoints import keypoint_metadata
+from .label_maps import readable_label_map
 from .tally import Tally, raise_errors
 
 KEYS = {
@@ -209,14 +210,24 @@ def _records(entry: dict[str, Any], content: dict[str, Any], contiguous: dict[in
         if "STUFF" in entry:
             record["sem_seg_file_name"] = os.path.join(entry["STUFF"], os.path.splitext(image["file_name"])[0] + ".png")
         records.append(record)
-    maps = [record["sem_seg_file_name"] for record in records] if "STUFF" in entry else []
-    missing = [path for path in maps if not PathManager.isfile(path)]
-    if missing:
-        raise FileNotFoundError(
-            f"data set {entry['NAME']!r}: DATASETS.REGISTER: STUFF: {len(missing)} of {len(maps)} label maps are "
-            f"missing, the first is {missing[0]}"
-        )
+    if "STUFF" in entry:
+        _read_label_maps(entry, records)
     return records
+
+
+def _read_label_maps(entry: dict[str, Any], records: list[dict]) -> None:
+    """Look for the label maps of STUFF, and at those that are no remote files; copies take the place of palettes."""
+    where, files = f"data set {entry['NAME']!r}: DATASETS.REGISTER: STUFF", [r["sem_seg_file_name"] for r in records]
+    missing = [path for path in files if not PathManager.isfile(path)]
+    if missing:
+        count = f"{len(missing)} of {len(files)}"
+        raise FileNotFoundError(f"{where}: {count} label maps are missing, the first is {missing[0]}")
+    for record, file in zip(records, files):
+        if os.path.isfile(file):
+            try:
+                record["sem_seg_file_name"] = readable_label_map(file, (record["width"], record["height"]))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
 
 
 def _convert(annotation: dict[str, Any], contiguous: dict[int, int]) -> dict[str, Any] | None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -18,7 +16,7 @@ from PIL import Image
 
 from .dataset_types import DATASET_TYPE_REGISTRY, NAMES, PATH, TEXT, Key, add_dataset, check_entry
 from .image_files import upright_size
-from .label_maps import without_palette
+from .label_maps import THREADS, readable_label_map, wrong_labels
 
 KEYS = {
     "IMAGES": PATH,
@@ -29,7 +27,6 @@ KEYS = {
     "LABEL_SUFFIX": TEXT.optional(),
     "LIST": PATH.optional(),
 }
-_THREADS = 4  # label maps that are decoded at once
 
 
 @DATASET_TYPE_REGISTRY.register()
@@ -88,7 +85,7 @@ def _load(entry: dict[str, Any], ignored: int) -> list[dict]:
             )
     pairs = [(paths["IMAGES"][name], paths["LABELS"][name]) for name in wanted]
     check = functools.partial(_check_pair, len(entry["CLASSES"]), ignored)
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(check, pairs, [os.stat(label).st_mtime_ns for _, label in pairs]))
     return [
         {"file_name": image, "sem_seg_file_name": label, "image_id": name, "width": width, "height": height}
@@ -123,33 +120,13 @@ def _check_pair(classes: int, ignored: int, pair: tuple[str, str], changed: int)
     image, label = pair
     with Image.open(image) as opened:
         size = upright_size(opened)
-    with _decoding(label) as opened:
-        if opened.mode not in ("L", "P"):
-            raise ValueError(
-                f"label map {label} has mode {opened.mode!r}, not one channel of 8 bits ('L' or 'P'): its numbers "
-                "would not be read as those of classes"
-            )
-        read = label if opened.mode == "L" else without_palette(label)
-        found = upright_size(opened)
-        if found != size:
-            raise ValueError(f"label map {label} has {found} pixels (width, height), its image {size}")
-        present = np.flatnonzero(np.bincount(np.asarray(opened).ravel(), minlength=256))
-    wrong = present[(present >= classes) & (present != ignored)]
-    if len(wrong):
+    read = readable_label_map(label, size)
+    wrong = wrong_labels(label, classes, ignored)
+    if wrong:
         raise ValueError(
             f"label map {label} has the label {wrong[0]}; classes are 0 to {classes - 1}, ignored is {ignored}"
         )
     return read, *size
-
-
-@contextmanager
-def _decoding(label: str) -> Iterator[Image.Image]:
-    """The opened label map; ValueError that names it where it cannot be decoded in the block."""
-    try:
-        with Image.open(label) as opened:
-            yield opened
-    except (OSError, SyntaxError) as error:  # what Pillow raises at damaged files, not always with their name
-        raise ValueError(f"label map {label} cannot be read: {error}") from None
 
 
 def is_segmentation(dicts: list[dict]) -> bool:
