@@ -187,21 +187,23 @@ def find_inputs(paths: list[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read_image(file: Path) -> np.ndarray | None:
-    """The image (h, w, 3) in BGR; None for what is no image or is cut off, where OpenCV would fill in the rest."""
-    try:
-        data = file.read_bytes()
-    except OSError:
-        return None
-    whole = bool(data)
+def is_whole(data: bytes) -> bool:
+    """Whether an image file has an end, where its format has one: some versions of OpenCV fill in what is cut off."""
     if data.startswith(b"\xff\xd8"):  # JPEG: segments, of which one may hold a thumbnail, then scans
         at = 2
         while at + 4 < len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        whole = data.find(b"\xff\xd9", at) >= 0
-    elif data.startswith(b"\x89PNG"):
-        whole = b"IEND" in data
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if whole else None
+        return data.find(b"\xff\xd9", at) >= 0
+    return b"IEND" in data if data.startswith(b"\x89PNG") else bool(data)
+
+
+def read_image(file: Path) -> np.ndarray | None:
+    """The image (h, w, 3) in BGR; None for what is no image or is cut off."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if is_whole(data) else None
 
 
 def frames_of(sources: list, most: int | None):
