@@ -210,9 +210,9 @@ class DistillTrainer(DefaultTrainer):
             loaded = student.state_dict().keys() - set(self.checkpointer.missing_or_mismatched)
         elif self.cfg.MODEL.META_ARCHITECTURE == "FusionStudent" and not resumed:
             loaded = load_branches(student, self.cfg.MSAD.FUSION_STUDENT.BRANCHES)
-        if self.distiller is not None and not resumed:
+        if not resumed and self.distiller is None:
+            preflight.report(preflight.check_frozen(student, loaded, self.cfg.MODEL.BACKBONE.FREEZE_AT))
+        elif not resumed:
             preflight.report(preflight.preflight(self.cfg, student, self.distiller.teachers, loaded))
             init_student(student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
-        elif not resumed:
-            preflight.report(preflight.check_frozen(student, loaded, self.cfg.MODEL.BACKBONE.FREEZE_AT))
         self._trainer.data_loader.start_iter = self.start_iter

@@ -45,7 +45,7 @@ def detector_config(
     _fit_data(cfg, entries, content, objects)
     _fit_sizes(cfg, objects, short)
     _fit_iterations(cfg, choices, objects)
-    return _override(cfg, choices, lambda key: not key.startswith("DISTILL."))
+    return _override(cfg, choices, lambda key: not _is_of_method(key))
 
 
 def _fit_iterations(cfg: CfgNode, choices: Choices, objects: Objects) -> None:
@@ -66,6 +66,10 @@ def _override(cfg: CfgNode, choices: Choices, wanted: Callable[[str], bool]) -> 
     return cfg
 
 
+def _is_of_method(key: str) -> bool:
+    return key.startswith("DISTILL.")
+
+
 def _override_method(configs: Configs, choices: Choices) -> None:
     """Give teachers and students the user's values of the sections that a method fills, MSAD and DISTILL.
 
@@ -76,11 +80,11 @@ def _override_method(configs: Configs, choices: Choices) -> None:
     for key in choices.opts[::2]:
         if key in chosen:
             raise ValueError(f"{key}: {chosen[key]} decides it")
-        if key.startswith("DISTILL.") and not any(cfg.DISTILL.TEACHERS for cfg in configs.values()):
+        if _is_of_method(key) and not any(cfg.DISTILL.TEACHERS for cfg in configs.values()):
             raise ValueError(f"{key} has no effect: --method {choices.method} trains without a teacher")
     for cfg in configs.values():
         if cfg.DISTILL.TEACHERS:
-            _override(cfg, choices, lambda key: key.startswith("DISTILL."))
+            _override(cfg, choices, _is_of_method)
         if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
             _override(cfg, choices, lambda key: key.startswith("MSAD."))
 
@@ -141,7 +145,7 @@ def given_config(choices: Choices, entries: list[dict], content: dict, objects: 
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (choices.short_side,), longest_side(choices.short_side)
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = choices.short_side, longest_side(choices.short_side)
     _fit_iterations(cfg, choices, objects)
-    return _override(cfg, choices, lambda key: not key.startswith("DISTILL."))
+    return _override(cfg, choices, lambda key: not _is_of_method(key))
 
 
 def make_configs(choices: Choices, entries: list[dict], content: dict, objects: Objects, short: int) -> Configs:
