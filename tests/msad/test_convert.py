@@ -22,7 +22,7 @@ from detectron2.modeling import build_model
 from msad import load_config
 from msad.convert import convert
 from msad.convert.backbones import merging_order, swin_indices
-from msad.convert.files import Checkpoint, numbers, read_checkpoint, setting
+from msad.convert.files import Checkpoint, read_checkpoint
 from msad.convert.rules import Rule, anchor_order, make_plan, reorder
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_mmdet.py"
@@ -321,12 +321,6 @@ def test_unreadable_files_are_named(tmp_path):
         read_checkpoint(str(path), "teacher.")
 
 
-def test_what_a_config_says():
-    text = "img_norm_cfg = dict(\n    mean=[1.5, 2, 3], std=[1.0,1.0,1.0], to_rgb=False)\nstyle='caffe',\nx=True"
-    assert numbers(text, "mean") == [1.5, 2, 3] and numbers(text, "median") is None
-    assert setting(text, "to_rgb") == "False" and setting(text, "style") == "caffe" and setting(text, "y") is None
-
-
 # --- nothing is passed over -------------------------------------------------------------------------------------------
 
 
@@ -392,7 +386,8 @@ def test_a_config_of_version_2_and_older_names():
         name.replace("conv_cls", "fcos_cls").replace("conv_reg", "fcos_reg").replace("conv_cent", "fcos_cent"): value
         for name, value in given.tensors.items()
     }
-    text = given.config.replace("bgr_to_rgb", "to_rgb") + "\nnorm_on_bbox=False"
+    said = given.config.rstrip()[:-1].replace("data_preprocessor", "unknown") + ", bbox_head=dict(norm_on_bbox=False))"
+    text = f"{said}\nimg_norm_cfg = dict(mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], to_rgb=False)"
     found = convert(Checkpoint(renamed, [], [], text))
     same = convert(given)
     assert found.config == same.config and found.config["MODEL"]["FCOS"]["BOXES"] == "exp"

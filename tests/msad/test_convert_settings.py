@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 
 from msad import load_config
 from msad.convert import convert, settings
-from msad.convert.files import Checkpoint
+from msad.convert.files import Checkpoint, read_checkpoint
 
 TWO_STAGE = """
     rpn_head=dict(
@@ -126,6 +126,11 @@ def test_anchor_of_gfl_and_the_model_that_is_built(tmp_path):
         ("retinanet", "bbox_head=dict(anchor_generator=dict(ratios=[1.0]))", "36 rows; 3 sizes and 1 shapes"),
         ("retinanet", "test_cfg=dict(max_per_img=-1)", "max_per_img is -1"),
         ("gfl", "bbox_head=dict(anchor_generator=dict(ratios=[2.0]))", "one square a location"),
+        ("faster", "roi_head=dict(bbox_roi_extractor=dict(type='GenericRoIExtractor'))", "GenericRoIExtractor"),
+        ("faster", "roi_head=dict(bbox_roi_extractor=dict(finest_scale=28))", r"_extractor\.finest_scale is 28"),
+        ("cascade", "roi_head=dict(bbox_roi_extractor=[dict(), dict(finest_scale=28)])", "differs between stages"),
+        ("faster", "roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(type='RoIPool')))", "RoIPool"),
+        ("fcos", "bbox_head=dict(norm_on_bbox='yes')", r"bbox_head\.norm_on_bbox is 'yes'"),
         ("fcos", "bbox_head=dict(strides=[4, 8, 16, 32, 64])", r"bbox_head\.strides"),
         ("reppoints", "bbox_head=dict(point_strides=[4, 8, 16, 32, 64])", r"bbox_head\.point_strides"),
     ],
@@ -172,11 +177,63 @@ model = dict(type='RetinaNet', bbox_head=dict(octave_base_scale=4, scales_per_oc
 test_cfg = dict(nms=dict(type='nms', iou_thr=0.25))
 """
     said = settings.read(text)
-    head = settings.part(settings.model(said), "bbox_head")
+    head = settings.part(said, "model", "bbox_head")
     assert settings.anchors(head, "", [8, 16], [1], [1]).ratios == [0.5, 1.0]
     assert settings.box_weights(head, "", (1.0,) * 4) == [1, 1, 1, 2]
     assert settings.detections(said, "RETINANET")["MODEL"]["RETINANET"] == {"NMS_THRESH_TEST": 0.25}
-    wrapped = settings.read("model = dict(teacher=dict(x=1), student=dict(architecture=dict(x=2)))")
-    assert settings.model(wrapped) == {"x": 2}
     with pytest.raises(ValueError, match=r"cannot be read as Python.*line 2"):
         settings.read("a = 1\nb = = 2")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "model"),
+    [("", {"x": 2}), ("student.", {"x": 2}), ("module.teacher.", {"x": 1}), ("teacher", {"x": 1}), ("ema.", {})],
+)
+def test_which_model_of_a_distillation(prefix, model):
+    text = "model = dict(data_preprocessor=dict(y=3), teacher=dict(x=1), student=dict(architecture=dict(x=2)))"
+    said = settings.read(text, prefix)
+    assert said["model"] == model and said["data_preprocessor"] == {"y": 3}
+
+
+def test_a_distillations_teacher_is_described_by_its_own_dict(tmp_path):
+    tensors, text = mmdet_layout.tensors("retinanet")
+    teacher = text.rstrip().removeprefix("model = dict(")[:-1].replace("'pytorch'", "'caffe'")
+    text = f"{text.rstrip()[:-1]}, teacher=dict({teacher}, {DENSE}))"
+    path = tmp_path / "kd.pth"
+    both = {f"{name}.{key}": value for name in ("teacher", "student") for key, value in tensors.items()}
+    torch.save({"state_dict": both, "meta": {"config": text}}, path)
+    student, teacher = (convert(read_checkpoint(str(path), prefix)).config["MODEL"] for prefix in (None, "teacher."))
+    assert not student["RESNETS"]["STRIDE_IN_1X1"] and teacher["RESNETS"]["STRIDE_IN_1X1"]
+    assert teacher["RETINANET"]["SCORE_THRESH_TEST"] == 0.2 and "SCORE_THRESH_TEST" not in student["RETINANET"]
+
+
+NORM = "mean=[1.5, 2, 0], std=[1.0, 4, 1.0]"
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        (f"data_preprocessor = dict({NORM}, bgr_to_rgb=True)\nimg_norm_cfg = dict(mean=[1, 1, 1])", "RGB"),
+        (f"model = dict(data_preprocessor=dict({NORM}, bgr_to_rgb=False))", "BGR"),
+        (f"img_norm_cfg = dict({NORM}, to_rgb=False)", "BGR"),
+        (f"test_pipeline = [dict(type='MultiScaleFlipAug', transforms=[dict(type='Normalize', {NORM}, to_rgb=True)])]\n"
+         "img_norm_cfg = dict(mean=[1, 1, 1], std=[1, 1, 1], to_rgb=False)", "RGB"),
+    ],
+)  # fmt: skip
+def test_where_the_pixels_stand(text, order):
+    assert settings.pixels(settings.read(text)) == (order, [1.5, 2, 0], [1, 4, 1])
+
+
+@pytest.mark.parametrize("said", ["", "x=1", f"{NORM}, to_rgb=_base_.swap", "mean=[1, 2], std=[1, 2], to_rgb=True"])
+def test_pixels_that_are_not_told(said):
+    assert settings.pixels(settings.read(f"img_norm_cfg = dict({said})")) is None
+
+
+def test_the_extractors_of_regions():
+    roi = "dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size={}, sampling_ratio={}{}))"
+    box, mask = roi.format(7, 2, ""), roi.format(14, 0, ", aligned=False")
+    model = converted("mask+dcn1", f"roi_head=dict(bbox_roi_extractor={box}, mask_roi_extractor={mask})")["MODEL"]
+    expected = {"POOLER_TYPE": "ROIAlignV2", "POOLER_RESOLUTION": 7, "POOLER_SAMPLING_RATIO": 2}
+    assert expected.items() <= model["ROI_BOX_HEAD"].items()
+    expected = {"POOLER_TYPE": "ROIAlign", "POOLER_RESOLUTION": 14, "POOLER_SAMPLING_RATIO": 0}
+    assert expected.items() <= model["ROI_MASK_HEAD"].items()

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 
 from . import settings
-from .files import setting
 from .rules import Rule, Tensors, anchor_order, reorder
 
 LEVELS = 5
@@ -52,7 +51,7 @@ def tower_biases(tensors: Tensors) -> Tensors:
 
 def _head(said: dict) -> dict:
     """What the training config says of the head."""
-    return settings.part(settings.model(said), "bbox_head")
+    return settings.part(said, "model", "bbox_head")
 
 
 def _config(said: dict, architecture: str, node: str, options: dict, **more: dict) -> dict:
@@ -65,9 +64,8 @@ def _levels(first: int = 3) -> list[str]:
     return [f"p{level}" for level in range(first, first + LEVELS)]
 
 
-def retinanet(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+def retinanet(tensors: Tensors, said: dict) -> tuple[list[Rule], dict]:
     """Rules and config of RetinaNet."""
-    said = settings.read(text)
     head = _head(said)
     scales = [4 * 2 ** (k / 3) for k in range(3)]
     anchors = settings.anchors(head, "bbox_head", STRIDES, scales, [0.5, 1, 2])
@@ -90,7 +88,7 @@ def retinanet(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
     return rules, _config(said, "RetinaNetClippedFirst", "RETINANET", options, ANCHOR_GENERATOR=anchors.config())
 
 
-def fcos(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+def fcos(tensors: Tensors, said: dict) -> tuple[list[Rule], dict]:
     """Rules and config of FCOS, first version or with normalised distances ("center-normbbox-centeronreg")."""
     rules = [
         *_towers(tensors, "cls_convs", "cls_subnet"), *_towers(tensors, "reg_convs", "bbox_subnet"),
@@ -99,14 +97,13 @@ def fcos(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
         Rule(r"bbox_head\.(?:conv|fcos)_centerness\.(weight|bias)", r"head.ctrness.\1"),
         Rule(r"bbox_head\.scales\.(\d)\.scale", r"head.scales[\1]"),
     ]  # fmt: skip
-    said = settings.read(text)
-    settings.require(_head(said), "bbox_head", strides=(STRIDES,))
+    head = _head(said)
+    truth = (True, False)
+    settings.require(head, "bbox_head", strides=(STRIDES,), norm_on_bbox=truth, centerness_on_reg=truth)
     # Without a config: the models with normalised distances have biases in front of GN, and those of the first version
     # have none.
-    told = setting(text, "norm_on_bbox")
-    normalised = told == "True" if told else "bbox_head.reg_convs.0.conv.bias" in tensors
-    told = setting(text, "centerness_on_reg")
-    on_reg = told == "True" if told else normalised
+    normalised = head.get("norm_on_bbox", "bbox_head.reg_convs.0.conv.bias" in tensors)
+    on_reg = head.get("centerness_on_reg", normalised)
     cls = next(tensors[n] for n in ("bbox_head.conv_cls.weight", "bbox_head.fcos_cls.weight") if n in tensors)
     options = {
         "NUM_CLASSES": cls.shape[0], "IN_FEATURES": _levels(), "CONV_DIMS": _widths(tensors), "NORM": _norm(tensors),
@@ -118,7 +115,7 @@ def fcos(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
     return rules, _config(said, "FCOS", "FCOS", options)
 
 
-def gfl(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+def gfl(tensors: Tensors, said: dict) -> tuple[list[Rule], dict]:
     """Rules and config of GFL."""
     rules = [
         *_towers(tensors, "cls_convs", "cls_subnet"), *_towers(tensors, "reg_convs", "bbox_subnet"),
@@ -126,7 +123,6 @@ def gfl(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
         Rule(r"bbox_head\.gfl_reg\.(weight|bias)", r"head.bbox_pred.\1"),
         Rule(r"bbox_head\.scales\.(\d)\.scale", r"head.scales[\1]"),
     ]  # fmt: skip
-    said = settings.read(text)
     anchors = settings.anchors(_head(said), "bbox_head", STRIDES, [8], [1])
     squares = [[stride * anchors.sizes[0][0] / STRIDES[0]] for stride in STRIDES]
     if anchors != (squares, [1.0]):
@@ -140,7 +136,7 @@ def gfl(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
     return rules, _config(said, "GFL", "GFL", options)
 
 
-def reppoints(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+def reppoints(tensors: Tensors, said: dict) -> tuple[list[Rule], dict]:
     """Rules and config of RepPoints with moments."""
     rules = []
     for branch, target in (("cls_convs", "cls_subnet"), ("reg_convs", "pts_subnet")):
@@ -158,13 +154,13 @@ def reppoints(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
     out = tensors["bbox_head.reppoints_cls_out.weight"]
     if tensors["bbox_head.reppoints_pts_init_out.weight"].shape[0] != 18:
         raise ValueError("bbox_head.reppoints_pts_init_out: only RepPoints with nine free points are known")
-    said = settings.read(text)
-    settings.require(_head(said), "bbox_head", point_strides=(STRIDES,))
-    told = setting(text, "transform_method")
+    head = _head(said)
+    settings.require(head, "bbox_head", point_strides=(STRIDES,))
+    of_tensors = "moment" if "bbox_head.moment_transfer" in tensors else "minmax"
     options = {
         "NUM_CLASSES": out.shape[0], "POINT_DIM": out.shape[1], "IN_FEATURES": _levels(),
         "CONV_DIMS": _widths(tensors), "NORM": _norm(tensors),
-        "TRANSFORM": told or ("moment" if "bbox_head.moment_transfer" in tensors else "minmax"),
+        "TRANSFORM": head.get("transform_method", of_tensors),
     }  # fmt: skip
     return rules, _config(said, "RepPoints", "REPPOINTS", options)
 

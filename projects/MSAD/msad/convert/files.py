@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import types
 from typing import Any, NamedTuple
 
@@ -23,12 +22,14 @@ class Checkpoint(NamedTuple):
         left_out: names of tensors that are not the detector's, such as a distillation's teacher.
         classes: names of the classes, if the file has them.
         config: text of the training config, "" if the file has none.
+        prefix: that was asked for, "" if none was.
     """
 
     tensors: dict[str, torch.Tensor]
     left_out: list[str]
     classes: list[str]
     config: str
+    prefix: str = ""
 
 
 class _Inert:
@@ -102,7 +103,7 @@ def read_checkpoint(path: str, prefix: str | None = None) -> Checkpoint:
     inner, left_out = _without_prefix(tensors, prefix)
     if not inner:
         raise ValueError(f"{path} has no tensors that begin with {prefix!r}, but e.g. {next(iter(tensors))}")
-    return Checkpoint(inner, left_out, _classes(meta), _config(meta))
+    return Checkpoint(inner, left_out, _classes(meta), _config(meta), prefix or "")
 
 
 def _without_prefix(tensors: dict, prefix: str | None) -> tuple[dict, list[str]]:
@@ -127,17 +128,4 @@ def _classes(meta: dict) -> list[str]:
 
 
 def _config(meta: dict) -> str:
-    told = next((meta[key] for key in ("config", "cfg") if isinstance(meta.get(key), str)), "")
-    return told
-
-
-def numbers(config: str, key: str) -> list[float] | None:
-    """The list of numbers that ``key`` has in the text of a config, where it is first set; None if it is not."""
-    found = re.search(rf"\b{key}\s*=\s*\[([^\]]*)\]", config)
-    return [float(x) for x in found[1].split(",") if x.strip()] if found else None
-
-
-def setting(config: str, key: str) -> str | None:
-    """The word, number or truth value that ``key`` has in the text of a config, where it is first set."""
-    found = re.search(rf"\b{key}\s*=\s*['\"]?([\w.\-]+)", config)
-    return found[1] if found else None
+    return next((meta[key] for key in ("config", "cfg") if isinstance(meta.get(key), str)), "")

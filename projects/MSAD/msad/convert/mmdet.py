@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 
 from ..config import add_msad_config
 from . import backbones, dense, settings
-from .files import Checkpoint, numbers, setting
+from .files import Checkpoint
 from .rcnn import rcnn
 from .rules import Plan, Tensors, make_plan
 
@@ -54,15 +54,14 @@ def convert(checkpoint: Checkpoint, pixels: str = "", style: str = "") -> Conver
         ValueError: an unknown detector or part of one, tensors left on either side, or what the file does not tell
             and was not given; names all of it.
     """
-    tensors, text = checkpoint.tensors, checkpoint.config
-    kind, rules, config = _head(tensors, text)
-    body_rules, body = _body(tensors, kind, _style(tensors, text, style))
+    tensors, said = checkpoint.tensors, settings.read(checkpoint.config, checkpoint.prefix)
+    kind, rules, config = _head(tensors, said)
+    body_rules, body = _body(tensors, kind, _style(tensors, said, style))
     rules = [*body_rules, *backbones.neck_rules(tensors), *rules]
     plan = make_plan(list(tensors), rules)
     if plan.unknown:
         raise ValueError(f"{len(plan.unknown)} tensors of the {kind} are unknown: {_some(plan.unknown)}")
-    size = settings.test_size(settings.read(text))
-    config = settings.merge({"VERSION": 2}, body, size, config, _pixels(text, pixels))
+    config = settings.merge({"VERSION": 2}, body, settings.test_size(said), config, _pixels(said, pixels))
     out = plan.to_detectron2(tensors)
     added = backbones.swin_indices(out)
     if kind in ("RetinaNet", "FCOS", "GFL"):
@@ -72,12 +71,12 @@ def convert(checkpoint: Checkpoint, pixels: str = "", style: str = "") -> Conver
     return Converted(kind, out, config, plan, list(added))
 
 
-def _head(tensors: Tensors, text: str) -> tuple[str, list, dict]:
+def _head(tensors: Tensors, said: dict) -> tuple[str, list, dict]:
     for name, (kind, describe) in dense.KINDS.items():
         if name in tensors:
-            return kind, *describe(tensors, text)
+            return kind, *describe(tensors, said)
     if "rpn_head.rpn_conv.weight" in tensors and any(name.startswith("roi_head.") for name in tensors):
-        rules, config = rcnn(tensors, text)
+        rules, config = rcnn(tensors, said)
         model = config["MODEL"]
         heads = model["ROI_HEADS"]["NAME"]
         cascade = "Cascade " if heads.startswith("Cascade") else ""
@@ -108,13 +107,13 @@ def _body(tensors: Tensors, kind: str, stride_in_1x1: bool) -> tuple[list, dict]
     return rules, config
 
 
-def _style(tensors: Tensors, text: str, style: str) -> bool:
+def _style(tensors: Tensors, said: dict, style: str) -> bool:
     """Whether the first 1x1 convolution of a block is strided; False where there is none."""
     if style and style not in STYLES:
         raise ValueError(f"the style must be one of {STYLES}, not {style!r}")
     if "backbone.layer1.0.conv3.weight" not in tensors:
         return False
-    told = setting(text, "style")
+    told = settings.part(said, "model", "backbone").get("style")
     if not style and told not in STYLES:
         raise ValueError(
             "the file does not tell the style of its ResNet; give it: pytorch, or caffe if it has 'caffe' in its name"
@@ -122,19 +121,13 @@ def _style(tensors: Tensors, text: str, style: str) -> bool:
     return (style or told) == "caffe"
 
 
-def _pixels(text: str, pixels: str) -> dict:
+def _pixels(said: dict, pixels: str) -> dict:
     if pixels and pixels not in PIXELS:
         raise ValueError(f"the pixels must be one of {list(PIXELS)}, not {pixels!r}")
-    if pixels:
-        order, mean, std = PIXELS[pixels]
-    else:
-        mean, std = numbers(text, "mean"), numbers(text, "std")
-        swapped = setting(text, "bgr_to_rgb") or setting(text, "to_rgb")
-        if not (mean and std and swapped and len(mean) == len(std) == 3):
-            raise ValueError(
-                f"the file does not tell the mean and the deviation of its pixels; give one of {list(PIXELS)}"
-            )
-        order = "RGB" if swapped == "True" else "BGR"
+    found = PIXELS[pixels] if pixels else settings.pixels(said)
+    if found is None:
+        raise ValueError(f"the file does not tell the mean and the deviation of its pixels; give one of {list(PIXELS)}")
+    order, mean, std = found
     return {"INPUT": {"FORMAT": order}, "MODEL": {"PIXEL_MEAN": mean, "PIXEL_STD": std}}
 
 

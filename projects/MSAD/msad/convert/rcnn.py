@@ -17,10 +17,9 @@ def _stage(match: re.Match) -> str:
     return match["stage"] or ""
 
 
-def rcnn(tensors: Tensors, text: str) -> tuple[list[Rule], dict]:
+def rcnn(tensors: Tensors, said: dict) -> tuple[list[Rule], dict]:
     """Rules and config of an R-CNN, whichever it is."""
-    said = settings.read(text)
-    rpn = settings.part(settings.model(said), "rpn_head")
+    rpn = settings.part(said, "model", "rpn_head")
     anchors = settings.anchors(rpn, "rpn_head", STRIDES, [8], [0.5, 1, 2])
     order = reorder(partial(anchor_order, sizes=len(anchors.sizes[0]), shapes=len(anchors.ratios)))
     stage = r"(?P<stage>\.\d|)"
@@ -92,14 +91,15 @@ def _config(tensors: Tensors, said: dict) -> dict:
         },
         "ROI_BOX_HEAD": {
             "NAME": "FastRCNNConvFCHead", "NUM_FC": sum(f"{box}shared_fcs.{k}.weight" in tensors for k in range(5)),
-            "FC_DIM": tensors[f"{box}shared_fcs.0.weight"].shape[0], "POOLER_RESOLUTION": 7,
+            "FC_DIM": tensors[f"{box}shared_fcs.0.weight"].shape[0], **settings.pooler(_roi_head(said), "bbox", 7),
             "CLS_AGNOSTIC_BBOX_REG": agnostic, "SMOOTH_L1_BETA": 1.0 if cascade else 0.0,
             "BBOX_REG_WEIGHTS": weights[0],
         },
     }  # fmt: skip
     if masks:
         model["ROI_MASK_HEAD"] = {
-            "NAME": "HTCMaskHead" if htc else "MaskRCNNConvUpsampleHead", "POOLER_RESOLUTION": 14,
+            "NAME": "HTCMaskHead" if htc else "MaskRCNNConvUpsampleHead",
+            **settings.pooler(_roi_head(said), "mask", 14),
             "NUM_CONV": sum(f"{mask}convs.{k}.conv.weight" in tensors for k in range(9)),
             "CONV_DIM": tensors[f"{mask}convs.0.conv.weight"].shape[0],
             "CLS_AGNOSTIC_MASK": tensors[f"{mask}conv_logits.weight"].shape[0] == 1 and classes > 1,
@@ -117,10 +117,15 @@ def _config(tensors: Tensors, said: dict) -> dict:
     return {"MODEL": model}
 
 
+def _roi_head(said: dict) -> dict:
+    """What the training config says of the second stage; version 1.x has it beside the first."""
+    model = settings.part(said, "model")
+    return settings.part(model, "roi_head") or model
+
+
 def _box_weights(said: dict, stages: int) -> list[list[float]]:
     """BBOX_REG_WEIGHTS of the box head of each stage."""
-    model = settings.model(said)
-    told = (settings.part(model, "roi_head") or model).get("bbox_head", {})
+    told = _roi_head(said).get("bbox_head", {})
     heads = told if isinstance(told, list) else [told] * stages
     if len(heads) != stages:
         raise ValueError(f"the training config has {len(heads)} bbox_heads, but the file's tensors are of {stages}")

@@ -1,4 +1,4 @@
-"""What the training config inside a checkpoint of mmdetection says of anchors, box coders, thresholds and test size.
+"""What the training config inside a checkpoint of mmdetection says of its detector, its pixels and its tests.
 
 Each function turns a part of it into detectron2's values, and refuses by name what these cannot express. What a config
 does not say has the value that mmdetection's own configs give it.
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 
-def read(text: str) -> dict[str, Any]:
+def read(text: str, prefix: str = "") -> dict[str, Any]:
     """The variables of the text of a config: dicts, lists, numbers; other expressions are kept as text.
+
+    ``model`` is the dict of the detector alone, where the config is of a distillation: of the one whose tensors have
+    ``prefix``, of the student if that is "".
 
     Raises:
         ValueError: the text is not Python.
@@ -26,7 +30,17 @@ def read(text: str) -> dict[str, Any]:
     for line in body:
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
             known[line.targets[0].id] = _value(line.value, known)
+    whole = part(known, "model")
+    known.setdefault("data_preprocessor", part(whole, "data_preprocessor"))
+    known["model"] = _detector(whole, prefix)
     return known
+
+
+def _detector(model: dict, prefix: str) -> dict[str, Any]:
+    found = part(model, *(key for key in prefix.split(".") if key not in ("", "module")))
+    while inner := next((found[key] for key in ("student", "architecture", "detector") if part(found, key)), None):
+        found = inner
+    return found
 
 
 def _value(node: ast.expr, known: dict[str, Any]) -> Any:
@@ -62,17 +76,9 @@ def part(config: Any, *keys: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def model(config: dict) -> dict[str, Any]:
-    """The detector's dict: in a distillation the student's, {} if the config has none."""
-    found = part(config, "model")
-    while inner := next((found[key] for key in ("student", "architecture", "detector") if part(found, key)), None):
-        found = inner
-    return found
-
-
 def test(config: dict) -> dict[str, Any]:
     """``test_cfg`` of the detector; version 1.x has it beside the model."""
-    return part(model(config), "test_cfg") or part(config, "test_cfg")
+    return part(config, "model", "test_cfg") or part(config, "test_cfg")
 
 
 def require(told: dict, where: str, **wanted: tuple) -> None:
@@ -139,6 +145,24 @@ def box_weights(head: dict, where: str, stds: tuple[float, ...]) -> list[float]:
     return [1 / std for std in _numbers(told.get("target_stds") or list(stds), f"{name}.target_stds", 4)]
 
 
+def pooler(head: dict, kind: str, resolution: int) -> dict:
+    """POOLER_* of the box or mask head, which all stages share; ``resolution`` where ``head`` tells none."""
+    where = f"{kind}_roi_extractor"
+    told = head.get(where) or {}
+    stages = told if isinstance(told, list) else [told]
+    if any(stage != stages[0] for stage in stages):
+        raise ValueError(f"the training config's {where} differs between stages: {told}")
+    layer = part(stages[0], "roi_layer")
+    require(stages[0], where, type=("SingleRoIExtractor",), featmap_strides=([4, 8, 16, 32],), finest_scale=(56,))
+    require(layer, f"{where}.roi_layer", type=("RoIAlign",), aligned=(True, False), pool_mode=("avg",))
+    size = _first(layer, f"{where}.roi_layer", "output_size", "out_size")
+    samples = _first(layer, f"{where}.roi_layer", "sampling_ratio", "sample_num")
+    return {
+        "POOLER_TYPE": "ROIAlignV2" if layer.get("aligned", True) else "ROIAlign",
+        "POOLER_RESOLUTION": resolution if size is None else int(size), "POOLER_SAMPLING_RATIO": int(samples or 0),
+    }  # fmt: skip
+
+
 def _first(told: dict, where: str, *keys: str) -> float | None:
     """The number under the first of these keys that is there; None if none is."""
     key = next((key for key in keys if told.get(key) is not None), None)
@@ -182,21 +206,41 @@ def proposals(config: dict) -> dict:
     return _said(NMS_THRESH=iou, PRE_NMS_TOPK_TEST=before, POST_NMS_TOPK_TEST=after)
 
 
-def test_size(config: dict, short: int = 800, longest: int = 1333) -> dict:
-    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; ``short`` and ``longest`` where the config tells none."""
+def _test_steps(config: dict) -> Iterator[dict]:
+    """The steps of the test pipeline, those inside of others too."""
     data = part(config, "test_dataloader", "dataset") or part(config, "data", "test")
     steps = data.get("pipeline") or config.get("test_pipeline") or []
     if not isinstance(steps, list):
         raise ValueError(f"the training config's test pipeline is {steps!r} instead of a list")
     for step in map(part, steps):
-        for one in (step, *map(part, step.get("transforms", ()))):
-            kind = one.get("type", "")
-            if "Resize" in kind:
-                require({"type": kind}, "test pipeline", type=("Resize",))
-                require(one, "Resize of the test pipeline", keep_ratio=(True,), scale_factor=(None,))
-            require(one, f"{kind} of the test pipeline", flip=(False,))
-            scale = one.get("img_scale", one.get("scale"))
-            if scale is not None:
-                pair = scale[0] if isinstance(scale, list) and len(scale) == 1 else scale
-                short, longest = sorted(_numbers(pair, f"scale of {kind} in the test pipeline", 2))
+        yield step
+        yield from map(part, step.get("transforms", ()))
+
+
+def pixels(config: dict) -> tuple[str, list[float], list[float]] | None:
+    """Order of the channels, and their means and deviations in that order; None if the config does not tell them."""
+    places = [
+        part(config, "model", "data_preprocessor"), part(config, "data_preprocessor"),
+        *(step for step in _test_steps(config) if step.get("type") == "Normalize"), part(config, "img_norm_cfg"),
+    ]  # fmt: skip
+    for told in places:
+        swapped = told.get("bgr_to_rgb", told.get("to_rgb"))
+        values = told.get("mean"), told.get("std")
+        if isinstance(swapped, bool) and all(isinstance(value, list) and len(value) == 3 for value in values):
+            return "RGB" if swapped else "BGR", *([float(x) for x in value] for value in values)
+    return None
+
+
+def test_size(config: dict, short: int = 800, longest: int = 1333) -> dict:
+    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; ``short`` and ``longest`` where the config tells none."""
+    for one in _test_steps(config):
+        kind = one.get("type", "")
+        if "Resize" in kind:
+            require({"type": kind}, "test pipeline", type=("Resize",))
+            require(one, "Resize of the test pipeline", keep_ratio=(True,), scale_factor=(None,))
+        require(one, f"{kind} of the test pipeline", flip=(False,))
+        scale = one.get("img_scale", one.get("scale"))
+        if scale is not None:
+            pair = scale[0] if isinstance(scale, list) and len(scale) == 1 else scale
+            short, longest = sorted(_numbers(pair, f"scale of {kind} in the test pipeline", 2))
     return {"INPUT": {"MIN_SIZE_TEST": int(short), "MAX_SIZE_TEST": int(longest)}}
