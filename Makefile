@@ -13,7 +13,9 @@ TORCH_INDEX ?=
 ARGS ?=
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-# Python compiles what it imports: a fraction of what pip would compile, on one core.
+# Python compiles what it imports: a fraction of what pip would compile, on one core. It must be let keep that: without
+# it every process would compile anew, for longer than it imports.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PIP) install -q --no-compile -c constraints.txt
 ENGINE_ID := $(shell printf '%s' '$(D2)' | cksum | cut -d' ' -f1)
 BASE := $(VENV)/.base
