@@ -41,7 +41,7 @@ A name, option, value or level that does not exist is an error that says which a
 | `SOURCE` | every teacher that is in no mean | name or names of teachers, means or assistants |
 | `TAP` | `neck` | where features are read; `bottom_up`: the backbone's stages; of segmentors also `decoder`, `scores` |
 | `LEVELS` | all that have a partner | names of the teacher's levels (neck: H frame) |
-| `MATCH` | `by_stride` | levels of equal grid; `by_index`: the i-th of both sides, the student's resized |
+| `MATCH` | `by_stride` | levels of equal grid; `by_index`: the i-th (of stages: from the last), the student's resized |
 | `ADAPTATION` | `auto` | 1x1 convolution on the student's features: `auto` (where channels differ), `always`, `none` |
 | `ADAPTATION_NORM` | `""` | normalisation after it (`BN`, ...) |
 
@@ -64,6 +64,7 @@ Every entry has
 | `WEIGHT_DECAY` | `0.0` | of all of its parameters |
 | `SCHEDULE` | `solver` | the student's schedule, or `constant` |
 | `HEAD_LEARNS` | `False` | whether its detection losses train the student's head too |
+| `WAITS` | `False` | it learns from `DISTILL.START_ITER` on and not from the beginning; needs `SCHEDULE: constant` |
 
 and the options of its assistant:
 

@@ -269,6 +269,23 @@ def test_it_rests_when_distillation_is_over(cfg, make_batch):
         assert not any("distill" in name for name in distiller(make_batch([(64, 64)] * 2)))
 
 
+def test_one_that_waits_learns_when_distillation_begins(cfg, make_batch):
+    cfg.DISTILL.START_ITER, cfg.DISTILL.WARMUP_ITERS = 2, 0
+    distiller = DistillTrainer.build_model(assisted(cfg, WAITS=True, SCHEDULE="constant")).train()
+    (step,) = distiller.assistants
+    weight, moved, given = step.assistant.mix.weight, [], []
+    distiller.on_context.append(lambda context: given.append(NAME in context.sources))
+    for iteration in range(4):
+        before = weight.detach().clone()
+        with EventStorage(iteration):
+            losses = distiller(make_batch([(64, 64)] * 2))
+        moved.append(not torch.equal(weight, before))
+        assert all(value.isfinite() for value in losses.values())
+    assert moved == [False, False, True, True]
+    assert given == [True, False, True, True]  # the first step tries what will be compared
+    assert step.is_finite()
+
+
 def test_mixed_precision(cfg, make_batch):
     distiller = DistillTrainer.build_model(cfg).train()
     with EventStorage(0), torch.autocast("cpu", torch.bfloat16):
@@ -307,6 +324,8 @@ def test_a_resumed_assistant_repeats_the_uninterrupted_one(project, teacher_weig
         ([{**ENTRY, "WEIGHT_DECAY": -1}], "WEIGHT_DECAY must be at least 0, not -1"),
         ([{**ENTRY, "HEAD_LEARNS": "False"}], "HEAD_LEARNS must be True or False, without quotation marks"),
         ([{**ENTRY, "OPTIMIZER": 3}], "OPTIMIZER must be a text, not 3"),
+        ([{**ENTRY, "WAITS": 1, "SCHEDULE": "constant"}], "WAITS must be True or False"),
+        ([{**ENTRY, "WAITS": True}], "ToyAssistant: WAITS needs SCHEDULE: constant"),
         ([{"BASE_LR": 1.0}], r"DISTILL\.ASSISTANTS\[0\].*needs NAME"),
     ],
 )

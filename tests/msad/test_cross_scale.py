@@ -78,6 +78,26 @@ def test_plain_attention_and_wrong_options():
         CrossScaleAssistant(shapes(3, 8), {"t": shapes(3, 8)}, heads=3)
 
 
+def test_ratios_of_each_level():
+    """As they are given, whatever the teacher's grid, and a group of heads for each."""
+    given = [[6, 3, 2, 1], [4, 2], [1]]
+    assistant = CrossScaleAssistant(shapes(3, 8), {"t": shapes(2, 8)}, heads=4, ratios=given)
+    assert [[m.ratio for m in level.of_keys] for level in assistant.attention.values()] == given
+    assert [level.heads for level in assistant.attention.values()] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("ratios", [[[4, 2]], [[4], [2], [0]], [[4], [2], []], [[4], [2], [True]], [4, 2, 1]])
+def test_wrong_ratios_are_named(ratios):
+    with pytest.raises(ValueError, match="RATIOS must be 3 lists of whole numbers above 0, one for each level, not"):
+        build_assistants([{"NAME": NAME, "RATIOS": ratios}], shapes(3, 8), {"t": shapes(3, 8)})
+
+
+def test_a_level_without_a_partner_is_named():
+    """The student's heads, which the assistant learns from, need all levels."""
+    with pytest.raises(ValueError, match=r"p6 of the student \(H frame\) has no partner in t under MATCH: by_stride"):
+        CrossScaleAssistant(shapes(4, 8), {"t": shapes(3, 8)}, match="by_stride")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [("HEADS", "4", "a whole number"), ("HEADS", 0, "above 0"), ("RATIO", "8", "a whole number"),

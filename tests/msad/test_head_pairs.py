@@ -17,7 +17,7 @@ from torch import nn
 
 from msad import load_config
 from msad.distill.distiller import Distiller
-from msad.distill.head_pairs import check_heads, pair_heads
+from msad.distill.head_pairs import check_heads, check_kind, pair_heads
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.distill.teachers import FrozenTeacher
 from msad.modeling.adapters import adapt
@@ -222,10 +222,17 @@ def narrow(cfg):
 def test_yaml_files_pair_heads_that_compare(path):
     cfg = load_config(path, NARROW)
     student, teacher = (build_model(narrow(c)) for c in (cfg, load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"], NARROW)))
-    of_teacher = [e for e in cfg.DISTILL.LOSSES if e["NAME"] in ("LD", "Chen") and "SOURCE" not in e]
-    for loss in between(of_teacher, {}, {}):
-        shift = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
-        check_heads(student, getattr(teacher, "detector", teacher), shift, loss.heads, loss.name)
+    compared = [dict(entry) for entry in cfg.DISTILL.LOSSES if entry["NAME"] in ("LD", "Chen")]
+    assistants = {entry["NAME"] for entry in cfg.DISTILL.ASSISTANTS}
+    of_assistant = [entry.pop("SOURCE", "") in assistants for entry in compared]
+    losses = between(compared, {}, {})
+    assert len(losses) == len(compared) > 0
+    for loss, of_students_head in zip(losses, of_assistant):
+        if of_students_head:
+            check_kind(student, "student", loss.heads, loss.name)
+        else:
+            shift = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
+            check_heads(student, getattr(teacher, "detector", teacher), shift, loss.heads, loss.name)
 
 
 def test_a_module_without_heads():

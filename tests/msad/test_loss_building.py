@@ -62,6 +62,14 @@ def test_a_short_pyramid_is_paired_as_far_as_it_goes():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("levels", "expected"), [(["p5"], "p5-p5"), (None, "p3-p3 p4-p4 p5-p5")])
+def test_stages_of_networks_are_paired_from_the_last(levels, expected):
+    """One side may also show its stem."""
+    for student, teacher in ((range(3, 6), range(2, 6)), (range(2, 6), range(3, 6))):
+        pairs = pair_levels(shapes(student), shapes(teacher), "by_index", levels, from_last=True)
+        assert " ".join(f"{p.student}-{p.teacher}" for p in pairs) == expected
+
+
 @pytest.mark.parametrize("name", ["FKD", "MGD", "FitNet"])
 def test_the_order_of_levels_does_not_matter(name):
     """FKD's modules depend on the place of a level, and all weights on the order in which they are drawn."""

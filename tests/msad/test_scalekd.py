@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.engine import HookBase, create_ddp_model, defaults, launch
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from runs import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
@@ -21,9 +23,12 @@ from msad.distill.schedules import distillation_factor
 from msad.distill.teachers import FrozenTeacher
 from msad.engine import DistillTrainer
 from msad.engine.build import build_distiller, teacher_entries
+from msad.export import export
+from msad.modeling.ignored_regions import IgnoredRegions
 
 NAME = "CrossScaleAssistant"
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "ScaleKD").glob("*_S_*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs" / "ScaleKD"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if re.search(r"_S(_|$)", path.stem))
 SCALEKD = {
     "ASSISTANTS": [
         {"NAME": NAME, "BASE_LR": 3e-4, "WEIGHT_DECAY": 1e-4, "SCHEDULE": "constant", "HEADS": 4, "RATIO": 4}
@@ -89,10 +94,10 @@ def make_scalekd(tiny_cfg, tiny_model):
 
 @pytest.mark.parametrize("arch", HEADS)
 def test_every_detector(make_scalekd, make_batch, arch):
-    """Two steps, the second with an image without objects: everything of the student learns, and the assistant does."""
+    """Steps with, without and with some objects: everything of the student learns, and the assistant does."""
     distiller = make_scalekd(arch)
     (step,) = distiller.assistants
-    for iteration, boxes in enumerate(([2, 3], [0, 2])):
+    for iteration, boxes in enumerate(([2, 3], [0, 0], [0, 2])):
         before = {name: p.clone() for name, p in step.assistant.state_dict().items()}
         with EventStorage(iteration):
             losses = distiller(make_batch([(64, 96)] * 2, boxes=boxes))
@@ -176,18 +181,63 @@ def test_mixed_precision(make_scalekd, make_batch, arch):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
 
 
-def test_inference_costs_what_the_student_costs(make_scalekd, make_batch):
-    """Equal multiply-adds, tensors and detections of the student in a distiller and by itself."""
-    distiller = make_scalekd("FCOS").eval()
-    batch = make_batch([(64, 96)])
+def test_inference_costs_what_the_student_costs(make_scalekd, tiny_model, make_batch):
+    """A distilled student has the tensors, multiply-adds and detections of a model that was never in a distiller."""
+    distiller, plain = make_scalekd("FCOS"), tiny_model("FCOS").eval()
+    batch = make_batch([(64, 96)] * 2)
+    with EventStorage(0):
+        sum(distiller(batch).values()).backward()
+    distiller.eval()
+    assert distiller.student.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(distiller.student.state_dict())
     inside, alone = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with torch.no_grad():
         with inside:
             found = distiller(batch)
         with alone:
-            expected = distiller.student(batch)
+            expected = plain(batch)
     assert inside.get_total_flops() == alone.get_total_flops() > 0
     assert torch.equal(found[0]["instances"].scores, expected[0]["instances"].scores)
+
+
+def test_a_larger_map_of_the_teacher_is_averaged_to_the_students_grid(make_scalekd, make_batch):
+    distiller, contexts, compared = make_scalekd("FCOS"), [], []
+    distiller.on_context.append(contexts.append)
+    (sdf,) = (entry.loss for entry in distiller.losses if entry.name.startswith("SDF"))
+    sdf.register_forward_pre_hook(lambda module, args: compared.append(args[1]["res5"]))
+    with EventStorage(0):
+        distiller(make_batch([(64, 96)] * 2))
+    ((context,), (reached,)) = contexts, compared
+    whole = context.taps["bottom_up"]["teacher"]["res5"]
+    assert whole.shape[-2:] == (4, 6) and context.taps["bottom_up"]["student"]["res5"].shape[-2:] == (2, 3)
+    torch.testing.assert_close(reached, torch.nn.functional.avg_pool2d(whole, 2))
+
+
+def test_the_assistant_learns_nothing_inside_of_an_ignored_region(make_scalekd, make_batch):
+    """Its features pass the student's head, and what regions do there holds for them too."""
+    distiller, taken = make_scalekd("FCOS", 1.0), []
+    IgnoredRegions(distiller.student)
+
+    def keep(_module, _args, output):
+        for scores in output[0]:
+            if scores.requires_grad:
+                scores.retain_grad()
+                taken.append(scores)
+
+    distiller.student.head.register_forward_hook(keep)
+    batch = make_batch([(64, 96)], boxes=1)
+    batch[0]["instances"].gt_boxes.tensor[:] = torch.tensor([[4.0, 4.0, 20.0, 28.0]])
+    batch[0]["ignored_regions"] = torch.tensor([[0.5, 0.0, 1.0, 1.0]])
+    with EventStorage(0):
+        losses = distiller(batch)
+    of_assistant = [scores for scores in taken if scores.grad is not None]
+    assert of_assistant and len(of_assistant) < len(taken)
+    sum(losses.values()).backward()
+    fine = [scores for scores in taken if scores.shape[-1] >= 6]  # p3, p4: the object is more than a stride away
+    assert {scores.shape[-1] for scores in fine} == {12, 6} and len(fine) >= 4
+    for scores in fine:
+        half = scores.shape[-1] // 2
+        assert (scores.grad[..., half:] == 0).all() and (scores.grad[..., :half] != 0).any()
 
 
 @pytest.mark.parametrize(
@@ -219,6 +269,19 @@ def test_the_head_learns_from_the_assistant_if_asked(project, teacher_weights, t
     taught.backward()
     assert all(p.grad is not None for p in distiller.student.head.parameters())
     assert all(p.grad is None for p in distiller.student.backbone.parameters())
+
+
+def test_no_trace_in_what_is_exported(project, teacher_weights, tmp_path):
+    cfg = scalekd(project, teacher_weights, tmp_path / "run")
+    trainer, _, _ = train(cfg)
+    export(cfg, str(tmp_path / "run" / "model_final.pth"), tmp_path / "out")
+    for name in ("config.yaml", "README.md"):
+        text = (tmp_path / "out" / name).read_text() if (tmp_path / "out" / name).exists() else ""
+        assert NAME not in text and "SDF" not in text
+    assert "META_ARCHITECTURE" in (tmp_path / "out" / "config.yaml").read_text()
+    saved = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
+    assert saved.keys() == {"model"} or set(saved) <= {"model", "__author__", "matching_heuristics"}
+    assert saved["model"].keys() == trainer.distiller.student.state_dict().keys()
 
 
 def test_no_trace_in_the_students_checkpoint_and_exact_resume(project, teacher_weights, tmp_path):
@@ -365,10 +428,37 @@ def test_yaml_files(path):
     assert {entry.get("RATIO", 8) for entry in cfg.DISTILL.ASSISTANTS} <= {16 if "rcnn" in path.stem else 8}
 
 
+WIDTHS = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
+WIDTHS += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.GFL.CONV_DIMS", [32]]
+WIDTHS += ["MODEL.FCOS.CONV_DIMS", [32], "MODEL.RETINANET.NUM_CONVS", 1, "MODEL.REPPOINTS.CONV_DIMS", [32]]
+WIDTHS += ["MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.ROI_BOX_HEAD.FC_DIM", 16]
+WIDTHS += ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3]  # of make_batch
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_yaml_files_train(path, make_batch):
+    """A step of narrow networks of each file: stages, levels, channels and heads of all of its parts exist."""
+    cfg = load_config(path, WIDTHS)
+    (entry,) = teacher_entries(cfg)
+    models = []
+    for one in (cfg, load_config(entry["CONFIG"], WIDTHS)):
+        if one.MODEL.RESNETS.DEPTH < 50:
+            one.MODEL.RESNETS.RES2_OUT_CHANNELS = 64  # detectron2 has no others
+        torch.manual_seed(0)
+        models.append(build_model(one))
+    teacher = FrozenTeacher(models[1], name=entry["NAME"], scale=entry.get("SCALE", 1.0))
+    distiller = build_distiller(cfg, models[0], [teacher]).train()
+    with EventStorage(0):
+        losses = distiller(make_batch([(64, 96)] * 2))
+    compared = {name.split("/")[1].split("@")[0] for name in losses if name.startswith("loss_distill/")}
+    assert compared == {loss["NAME"] for loss in cfg.DISTILL.LOSSES}
+    assert all(value.isfinite() for value in losses.values())
+
+
 @pytest.mark.parametrize("pixels", [0, 6, 12])
 def test_table_1(pixels):
     """Chen's losses under the raw teacher; nothing but the place of its boxes differs."""
-    cfg = load_config(CONFIGS[0].parent / f"retinanet_R_50_moved_{pixels}px.yaml")
+    cfg = load_config(FOLDER / f"retinanet_R_50_moved_{pixels}px.yaml")
     (entry,) = cfg.DISTILL.LOSSES
     assert entry == {
         "NAME": "Chen", "SOURCE": "teacher", "BBOX": "direct", "BOX_SHIFT": float(pixels), "WEIGHT": 0.2, "NU": 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -35,6 +36,48 @@ def test_a_branch_is_a_residual_bottleneck():
     y = b(torch.nn.functional.conv2d(y, module.spread[0].weight, padding=1)).relu()
     expected = module.flatten[0]((x + c(module.expand[0](y))).relu())
     torch.testing.assert_close(module(x), expected)
+
+
+def dilated(x, weight, dilation):
+    """A 3x3 convolution location by location: nine neighbours, ``dilation`` apart, zeros beyond the border."""
+    n, _, h, w = x.shape
+    out = torch.zeros(n, weight.shape[0], h, w)
+    for row, column in itertools.product(range(h), range(w)):
+        for i, j in itertools.product(range(3), range(3)):
+            y, z = row + (i - 1) * dilation, column + (j - 1) * dilation
+            if 0 <= y < h and 0 <= z < w:
+                out[:, :, row, column] += x[:, :, y, z] @ weight[:, :, i, j].T
+    return out
+
+
+def embedding(module, x, dilations):
+    """All branches of shared weights, one after the other."""
+    a, b, c = module.norms[0]
+    found = []
+    for dilation in dilations:
+        y = dilated(a(module.reduce[0](x)).relu(), module.spread[0].weight, dilation)
+        found.append(module.flatten[0]((x + c(module.expand[0](b(y).relu()))).relu()))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_by_hand(reduction):
+    """Student -> MLP -> embeddings of dilations 1, 2, 3, against the teacher's; one loss for all of them."""
+    loss = sdf(reduction=reduction)
+    s, t = torch.randn(2, 8, 5, 4), torch.randn(2, 16, 5, 4)
+    first, _, second = loss.adapt["res5"]
+    adapted = second(first(s).clamp(min=0))
+    difference = embedding(loss.student["res5"], adapted, (1, 2, 3)) - embedding(loss.teacher["res5"], t, (1, 2, 3))
+    assert difference.shape == (3, 2, 4, 5, 4)
+    expected = (difference**2).sum() / 2  # images
+    if reduction == "mean":
+        expected = expected / (3 * 4 * 5 * 4)
+    torch.testing.assert_close(loss({"res5": s}, {"res5": t}, make_context([], iteration=1))["l2"], expected)
+
+
+def test_unknown_reduction():
+    with pytest.raises(ValueError, match="REDUCTION must be mean or sum, not 'none'"):
+        sdf(reduction="none")
 
 
 @pytest.mark.parametrize(("side", "trained"), [("frozen", False), ("shared", None), ("trainable", True)])

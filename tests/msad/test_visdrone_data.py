@@ -11,11 +11,13 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msad import load_config
+from msad.data.checks import load_train_dicts
 from msad.data.regions import RegionMapper
 from msad.data.register import register_datasets
 from msad.data.visdrone import CLASSES, load_visdrone, read_rows
@@ -171,7 +173,7 @@ def class_scores(detector):
     return taken
 
 
-@pytest.mark.parametrize("arch", ["FCOS", "RetinaNet", "GFL", "FasterRCNN", "CascadeRCNN", "HTC"])
+@pytest.mark.parametrize("arch", ["FCOS", "RetinaNet", "GFL", "RepPoints", "FasterRCNN", "CascadeRCNN", "HTC"])
 def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
     model = tiny_model(arch, levels=range(2, 7)).train()
     taken = class_scores(model)
@@ -366,6 +368,16 @@ def test_entries_are_checked(tmp_path):
         register(IMAGES="a", PATCHES=2)
 
 
+YAML = Path(__file__).parents[2] / "configs" / "ScaleKD" / "Base-VisDrone.yaml"
+
+
+@pytest.mark.parametrize(("size", "expected"), [((1500, 2000), (2999, 3999)), ((1080, 1920), (2249, 3999))])
+def test_tests_are_at_a_longer_side_of_3999(size, expected):
+    (resize,) = build_augmentation(load_config(YAML), is_train=False)
+    transform = resize.get_transform(np.zeros((*size, 3), np.uint8))
+    assert (transform.new_h, transform.new_w) == expected
+
+
 DATA = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).absolute() / "visdrone_format_sample"
 
 
@@ -376,6 +388,19 @@ def forget_data_sets():
     for name in set(DatasetCatalog.list()) - before:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def test_patches_without_objects_are_trained_on(folder, forget_data_sets):
+    cfg = load_config(YAML)
+    (entry, _) = cfg.DATASETS.REGISTER
+    places = {"IMAGES": str(folder / "images"), "ANNOTATIONS": str(folder / "annotations")}
+    cfg.DATASETS.REGISTER = [{**entry, **places}, {**entry, **places, "NAME": "visdrone_val", "PATCHES": False}]
+    register_datasets(cfg)
+    dicts = load_train_dicts(cfg)
+    assert [item["image_id"] for item in dicts] == ["a_0", "a_1", "a_2", "a_3"]
+    assert [len(item["annotations"]) for item in dicts] == [2, 0, 0, 1]
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    assert len(load_train_dicts(cfg)) == 2
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data set in {DATA}")

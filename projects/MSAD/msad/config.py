@@ -85,8 +85,8 @@ def add_msad_config(cfg: CN) -> CN:
     # is in no mean), TAP: where features are read, LEVELS: H-frame levels, ...}; docs/CONFIG.md ends with all. Empty:
     # the student is only initialised from the teacher (the no-KD baseline of every comparison).
     cfg.DISTILL.LOSSES = []
-    # Entries {NAME: registered assistant, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, HEAD_LEARNS, ...}: sources that
-    # are trained beside the student, each with its own optimizer; docs/CONFIG.md ends with all options.
+    # Entries {NAME: registered assistant, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, HEAD_LEARNS, WAITS, ...}: sources
+    # that are trained beside the student, each with its own optimizer; docs/CONFIG.md ends with all options.
     cfg.DISTILL.ASSISTANTS = []
     # Entries {TEACHERS: [names], and any sections of the config with what differs, as SOLVER: {MAX_ITER: 1000}}: the
     # student is trained in one run a stage, each from the student of the one before, in OUTPUT_DIR/stage1, stage2, ...
@@ -103,8 +103,8 @@ def add_msad_config(cfg: CN) -> CN:
     cfg.DISTILL.TEACHER_BN = "eval"
     # Weight of the student's detection losses (gamma of the paper).
     cfg.DISTILL.W_DET = 1.0
-    # Iterations without distillation losses at the beginning, in which assistants learn already (ScaleKD: 30000 of
-    # 90000).
+    # Iterations without distillation losses at the beginning, in which assistants learn already unless they WAIT
+    # (ScaleKD: 30000 of 90000).
     cfg.DISTILL.START_ITER = 0
     # Iterations at the beginning in which the student's backbone in front of the neck is not trained (ScaleKD: 10000 of
     # 90000).

@@ -22,6 +22,7 @@ DISTILL_ASSISTANT_REGISTRY = Registry("DISTILL_ASSISTANT")
 # BASE_LR is the student's.
 TRAINING_OPTIONS = {
     "optimizer": "Adam", "base_lr": 0.0, "weight_decay": 0.0, "schedule": "solver", "head_learns": False,
+    "waits": False,
 }  # fmt: skip
 INJECTED_ARGUMENTS = ("self", "student", "sources")
 
@@ -64,7 +65,7 @@ def build_assistants(
     """The assistants of DISTILL.ASSISTANTS by name, which is that of their class.
 
     Args:
-        entries: {NAME, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, HEAD_LEARNS, options of the assistant}.
+        entries: {NAME, OPTIMIZER, BASE_LR, WEIGHT_DECAY, SCHEDULE, HEAD_LEARNS, WAITS, options of the assistant}.
         student, sources: shapes at the neck.
         seed: initial weights are a function of it and of the name alone.
 

@@ -90,6 +90,10 @@ class CrossScaleAttention(nn.Module):
         return out.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
+def _are_ratios(level: tuple) -> bool:
+    return bool(level) and all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in level)
+
+
 @DISTILL_ASSISTANT_REGISTRY.register()
 class CrossScaleAssistant(Assistant):
     """Refines the teacher's features for the student's grid, level by level, and is trained by the student's heads.
@@ -105,10 +109,13 @@ class CrossScaleAssistant(Assistant):
         heads: of each level's attention.
         ratio: of aggregation on the student's finest level: 8 where it is P3, 16 where it is P2. It halves with every
             level and doubles with the teacher's grid (QKV eq); the second half of the heads has half of it.
+        ratios: of each level, finest first, a list of one ratio for each group of heads, in place of ``ratio``; as
+            they are, whatever the teacher's grid.
         multiscale: False: plain attention, all ratios 1.
 
     Raises:
-        ValueError: an unknown teacher, ``qkv`` or pairing.
+        ValueError: an unknown teacher, ``qkv`` or pairing, a level of the student without a partner, or ratios that are
+            no whole numbers above 0, one list for each level.
     """
 
     positive = ("heads", "ratio")
@@ -122,6 +129,7 @@ class CrossScaleAssistant(Assistant):
         qkv: str = "eq",
         heads: int = 8,
         ratio: int = 8,
+        ratios: tuple = (),
         multiscale: bool = True,
     ) -> None:
         super().__init__()
@@ -135,15 +143,26 @@ class CrossScaleAssistant(Assistant):
         self.qkv = qkv
         theirs = sources[self.teacher]
         self.pairs = pair_levels(student, theirs, match)
+        if alone := student.keys() - {pair.student for pair in self.pairs}:
+            raise ValueError(
+                f"DISTILL.ASSISTANTS: CrossScaleAssistant: {', '.join(sorted(alone))} of the student (H frame) has no "
+                f"partner in {self.teacher} under MATCH: {match}, and its heads need all levels"
+            )
+        given = [tuple(level) if isinstance(level, list | tuple) else () for level in ratios]
+        if ratios and (len(given) != len(self.pairs) or not all(map(_are_ratios, given))):
+            raise ValueError(
+                f"DISTILL.ASSISTANTS: CrossScaleAssistant: RATIOS must be {len(self.pairs)} lists of whole numbers "
+                f"above 0, one for each level, not {ratios!r}"
+            )
         self._shapes = {pair.student: student[pair.student] for pair in self.pairs}
         self.attention = nn.ModuleDict()
         for position, pair in enumerate(self.pairs):
             s, t = student[pair.student], theirs[pair.teacher]
             finer = max(round(s.stride / t.stride), 1) if qkv == "eq" else 1
             first = max(ratio // 2**position, 1) * finer if multiscale else 1
-            ratios = (first, max(first // 2, 1))
+            own = given[position] if given and multiscale else (first, max(first // 2, 1))
             channels = (s.channels, t.channels, t.channels) if qkv == "eq" else (t.channels, t.channels, s.channels)
-            self.attention[pair.student] = CrossScaleAttention(*channels, s.channels, heads, ratios)
+            self.attention[pair.student] = CrossScaleAttention(*channels, s.channels, heads, own)
 
     def shapes(self) -> dict[str, ShapeSpec]:
         return self._shapes

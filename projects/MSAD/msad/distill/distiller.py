@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Protocol
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -30,6 +31,14 @@ from .head_pairs import check_heads, check_kind, pair_heads
 from .teachers import Ensemble, FrozenTeacher
 
 
+class AssistantCall(Protocol):
+    """What :attr:`Distiller.assistants` has."""
+
+    waits: bool
+
+    def __call__(self, context: DistillContext) -> None: ...
+
+
 class Distiller(nn.Module):
     """Detection losses of a student at low resolution plus distillation losses against its sources.
 
@@ -44,13 +53,15 @@ class Distiller(nn.Module):
         ensembles: means of teachers.
         w_det: weight of the student's detection losses.
         factor: iteration -> factor on the distillation losses.
-        start_iter: until then ``factor`` is 0 because distillation has not begun; assistants learn nevertheless.
+        start_iter: until then ``factor`` is 0 because distillation has not begun; assistants learn nevertheless, if
+            they do not wait.
         downsample_mode: see :func:`msad.resolution.downsample`.
         balance: sets the weights of the losses, which then must have weight 1; None: they are as they are.
 
     Attributes:
-        assistants: called with the context of each step that distils, before the losses; each trains an assistant and
-            adds its features to ``context.sources``.
+        assistants: called with the context of each step that distils, before the losses, and unless their attribute
+            ``waits`` is true of those before the first; each trains an assistant and adds its features to
+            ``context.sources``.
         on_context: called with the context of each training step, after the assistants. Where there are several
             processes they must be the same in all, because teachers run for them.
     """
@@ -82,7 +93,7 @@ class Distiller(nn.Module):
         self.start_iter = start_iter
         self.downsample_mode = downsample_mode
         self.balance = balance
-        self.assistants: list[Callable[[DistillContext], None]] = []
+        self.assistants: list[AssistantCall] = []
         self.on_context: list[Callable[[DistillContext], None]] = []
         self._taps = sorted({loss.tap for loss in losses} - {NECK})
         self._compares_heads = False
@@ -122,7 +133,9 @@ class Distiller(nn.Module):
             return self.student(batched_inputs)
         iteration = get_event_storage().iter
         factor = self._current_factor(iteration)
-        assistants = self.assistants if factor is not None or iteration < self.start_iter else []
+        assistants = self.assistants if factor is not None else []
+        if factor is None and iteration < self.start_iter:
+            assistants = [train for train in self.assistants if not train.waits]
         with ExitStack() as step:
             if assistants:  # their losses are of the ground truth that the student's own are of
                 step.enter_context(adapt(self.student).assign_once())

@@ -50,11 +50,13 @@ class AssistantStep:
         cfg: of the run.
         entry: its DISTILL.ASSISTANTS entry: OPTIMIZER ("Adam", "AdamW", "SGD"; default "Adam"), BASE_LR (default
             SOLVER.BASE_LR), WEIGHT_DECAY (default 0), SCHEDULE ("solver": that of the student; "constant"),
-            HEAD_LEARNS (default False: the student's heads also learn from the assistant's features, detached).
+            HEAD_LEARNS (default False: the student's heads also learn from the assistant's features, detached), WAITS
+            (default False: it learns from the beginning, and not first at DISTILL.START_ITER; needs the constant
+            schedule, since the other would begin with it).
         student: whose heads the assistant's losses may go through; they get no gradients from them.
 
     Raises:
-        ValueError: an unknown optimizer or schedule, or an option of another kind.
+        ValueError: an unknown optimizer or schedule, an option of another kind, or WAITS with a schedule.
     """
 
     def __init__(self, name: str, assistant: Assistant, cfg: CfgNode, entry: dict, student: nn.Module) -> None:
@@ -67,6 +69,9 @@ class AssistantStep:
                 f"DISTILL.ASSISTANTS: {name}: OPTIMIZER must be one of {', '.join(OPTIMIZERS)} and SCHEDULE one of "
                 f"{', '.join(SCHEDULES)}, not {kind!r} and {schedule!r}"
             )
+        self.waits, self.start_iter = options["waits"], cfg.DISTILL.START_ITER if options["waits"] else 0
+        if self.waits and schedule != "constant":
+            raise ValueError(f"DISTILL.ASSISTANTS: {name}: WAITS needs SCHEDULE: constant")
         self.name, self.assistant, self.student = name, assistant.train(), student
         self.model = defaults.create_ddp_model(assistant, broadcast_buffers=False)
         device = torch.device(cfg.MODEL.DEVICE).type
@@ -88,7 +93,17 @@ class AssistantStep:
             self._step(context)
 
     def _step(self, context: DistillContext) -> None:
-        own, self._total = context.detached(), None
+        own = context.detached()
+        if context.iteration >= self.start_iter:  # the first iteration of a training tries all losses
+            self._learn(own)
+        with torch.no_grad():
+            context.sources[self.name] = self.assistant.features(own)
+        if self.head_learns:
+            taught = context.run_losses(context.sources[self.name])
+            context.detection.update({f"{key}@{self.name}": self.w_det * value for key, value in taught.items()})
+
+    def _learn(self, own: DistillContext) -> None:
+        self._total = None
         with untouched(self.student):
             losses = self.model(own)
         self.optimizer.zero_grad()
@@ -101,12 +116,7 @@ class AssistantStep:
         if self.scheduler is not None:
             self.scheduler.step()
         torch.clear_autocast_cache()  # it has the weights of before the step
-        with torch.no_grad():
-            context.sources[self.name] = self.assistant.features(own)
-        if self.head_learns:
-            taught = context.run_losses(context.sources[self.name])
-            context.detection.update({f"{key}@{self.name}": self.w_det * value for key, value in taught.items()})
-        if (context.iteration + 1) % LOG_PERIOD == 0:
+        if (own.iteration + 1) % LOG_PERIOD == 0:
             for name, value in losses.items():
                 get_event_storage().put_scalar(name, float(value.detach()))
 

@@ -27,7 +27,11 @@ class LevelPair(NamedTuple):
 
 
 def pair_levels(
-    student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], match: str, levels: Sequence[str] = ()
+    student: dict[str, ShapeSpec],
+    teacher: dict[str, ShapeSpec],
+    match: str,
+    levels: Sequence[str] = (),
+    from_last: bool = False,
 ) -> list[LevelPair]:
     """Pair the levels of two pyramids; pairs are in order of the teacher's strides, finest first.
 
@@ -36,6 +40,8 @@ def pair_levels(
         match: "by_stride": levels of equal stride, and so of equal grid; those of equal name where there are several.
             "by_index": the i-th of the student with the i-th of the teacher, whatever their strides.
         levels: the teacher's levels that take part, in any order; none: all that have a partner.
+        from_last: by_index counts from the coarsest, as is right for the stages of networks: they end in the last one,
+            and may or may not show their stem.
 
     Raises:
         ValueError: a level without a partner, or of another stride under by_stride; names it.
@@ -43,7 +49,7 @@ def pair_levels(
     if match not in MATCHES:
         raise ValueError(f"DISTILL.LOSSES: MATCH must be one of {', '.join(MATCHES)}, not {match!r}")
     by_index = match == "by_index"
-    partner = dict(zip(teacher, student)) if by_index else _by_stride(student, teacher)
+    partner = _by_index(student, teacher, from_last) if by_index else _by_stride(student, teacher)
     levels = list(levels) if levels else [name for name in teacher if name in partner]
     if not levels:
         raise ValueError(
@@ -66,6 +72,11 @@ def pair_levels(
             )
     pairs = [LevelPair(partner[t], t, (student[partner[t]].stride, teacher[t].stride)) for t in levels]
     return sorted(pairs, key=lambda pair: pair.strides[1])
+
+
+def _by_index(student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec], from_last: bool) -> dict[str, str]:
+    order = reversed if from_last else iter
+    return dict(zip(order(teacher), order(student)))
 
 
 def _by_stride(student: dict[str, ShapeSpec], teacher: dict[str, ShapeSpec]) -> dict[str, str]:

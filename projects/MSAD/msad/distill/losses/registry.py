@@ -222,7 +222,7 @@ def _build_loss(
     common = {key: options.pop(key, COMMON_OPTIONS[key]) for key in OF_FEATURES}
     tap, match = common["tap"], common["match"]
     ours, theirs = student(tap), teacher(tap)
-    pairs = pair_levels(ours, theirs, match, common["levels"])
+    pairs = pair_levels(ours, theirs, match, common["levels"], from_last=tap != NECK)
     adaptation, norm = common["adaptation"], common["adaptation_norm"]
     wanted = inspect.signature(cls.__init__).parameters
     if "student_channels" in wanted:

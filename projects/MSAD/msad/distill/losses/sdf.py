@@ -59,7 +59,7 @@ class ScaleDecoupled(nn.Module):
 
 @DISTILL_LOSS_REGISTRY.register()
 class SDF(nn.Module):
-    """Mean squared difference of the scale-decoupled embeddings of both sides; one loss for all branches.
+    """Squared difference of the scale-decoupled embeddings of both sides; one loss for all branches.
 
     Meant for the last stage of both backbones: TAP: bottom_up, LEVELS: [res5], MATCH: by_index. A teacher whose map is
     larger (input at twice the size) is average-pooled to the student's grid. The student's map first passes an MLP to
@@ -75,6 +75,8 @@ class SDF(nn.Module):
         share_weights: of the branches of a side.
         teacher_side: "frozen" (random weights that stay), "shared" (the student's module, without gradient) or
             "trainable" (a module of its own, trained by this loss).
+        reduction: of the squared differences of an image, "mean" or "sum" over channels and locations; the mean over
+            images either way.
     """
 
     default_weight = 0.01  # one-stage detectors
@@ -91,13 +93,16 @@ class SDF(nn.Module):
         dilations: tuple[int, ...] = (1, 2, 3),
         share_weights: bool = True,
         teacher_side: str = "frozen",
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"DISTILL.LOSSES: SDF: REDUCTION must be mean or sum, not {reduction!r}")
         if teacher_side not in TEACHER_SIDES:
             raise ValueError(
                 f"DISTILL.LOSSES: SDF: TEACHER_SIDE must be one of {', '.join(TEACHER_SIDES)}, not {teacher_side!r}"
             )
-        self.teacher_side, self.levels = teacher_side, levels
+        self.teacher_side, self.levels, self.reduction = teacher_side, levels, reduction
         self.adapt, self.student, self.teacher = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for name in levels:
             s, t = student_channels[name], channels[name]
@@ -128,9 +133,11 @@ class SDF(nn.Module):
             # In this order: what autocast casts without gradient it would use again, without gradient, in older torch.
             found = self.student[name](self.adapt[name](s))
             target = self._teacher_embedding(name, teacher[name])
-            total = total + F.mse_loss(at_least_float32(found), at_least_float32(target))
+            found, target = at_least_float32(found), at_least_float32(target)
+            whole = F.mse_loss(found, target, reduction=self.reduction)
+            total = total + (whole / len(s) if self.reduction == "sum" else whole)
             if self.teacher_side != "frozen" and context.iteration % MONITOR_PERIOD == 0:
-                self._monitor(name, at_least_float32(target.detach()))
+                self._monitor(name, target.detach())
         return {"l2": total}
 
     def _monitor(self, level: str, embedding: torch.Tensor) -> None:
