@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 from msad import load_config
 from msad.data import register_datasets
+from msad.distill.teachers import FrozenTeacher
 from msad.engine import DistillTrainer
+from msad.engine.build import build_distiller
 from msad.modeling.backbones.efficientnet_lite import EfficientNetLite
 
 ROOT = Path(__file__).parents[2] / "configs"
@@ -70,6 +73,21 @@ def test_a_student_takes_a_step_under_its_teacher(project, tmp_path, detector):
     assert any(k.startswith("loss_distill/AlignedL1") and value > 0 for k, value in losses.items())
 
 
+@pytest.mark.parametrize(("detector", "own"), [("mask_rcnn", "loss_mask"), ("keypoint_rcnn", "loss_keypoint")])
+def test_masks_and_keypoints_take_a_step(make_batch, detector, own):
+    options = [*SHRINK, "MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3]  # of make_batch
+    cfg = load_config(ROOT / f"effnet/{detector}_S_L_1x.yaml", options)
+    teacher = build_model(load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"], options))
+    cfg.DISTILL.WARMUP_ITERS = 0
+    distiller = build_distiller(cfg, build_model(cfg), [FrozenTeacher(teacher)]).train()
+    with EventStorage(0):
+        losses = distiller(make_batch([(64, 96)] * 2))
+    assert {own, "loss_box_reg", "loss_rpn_cls"} <= losses.keys() and all(x.isfinite() for x in losses.values())
+    assert all(x > 0 for name, x in losses.items() if "AlignedL1" in name or name == own)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in distiller.student.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_light_head_is_light(detector):
     """It has at most 60 % of the student's parameters behind the neck, and the same neck."""
@@ -92,7 +110,7 @@ def shifted(levels):
     return [f"p{int(name[1:]) - 1}" for name in levels]
 
 
-@pytest.mark.parametrize("folder", ["nuclei_effnet", "diagrams", "nuclei_mask_effnet", "mouse_effnet"])
+@pytest.mark.parametrize("folder", ["nuclei_effnet", "diagrams", "nuclei_mask_effnet", "mouse_effnet", "aerial_effnet"])
 def test_rows_of_a_study_differ_in_what_they_are_called_after(folder):
     """Set the stated difference back, and a row is the baseline at H."""
 
@@ -137,7 +155,7 @@ def test_rows_of_a_study_differ_in_what_they_are_called_after(folder):
 
 def test_diagrams_are_not_flipped():
     """Arrows, the marks inside of symbols and writing have a side."""
-    for path in (ROOT / "diagrams").glob("*.yaml"):
+    for path in (ROOT / "diagrams").rglob("*.yaml"):
         assert load_config(path).INPUT.RANDOM_FLIP == "none", path
 
 
