@@ -108,7 +108,7 @@ def test_ratio_is_met_in_front_of_the_neck(project, teacher_weights, tmp_path, m
     cfg.DISTILL.WARMUP_ITERS = 0
     distiller = DistillTrainer(cfg).distiller
     assert distiller.balance.places == ("neck", "bottom_up.res5")
-    with EventStorage(0), tap(distiller.student, ["bottom_up"]) as taken:
+    with EventStorage(0), tap(distiller.student, {"bottom_up": ["res3", "res5"]}) as taken:
         output = distiller(make_batch([(64, 64), (64, 96)]))
     res5 = taken["bottom_up"]["res5"]
 

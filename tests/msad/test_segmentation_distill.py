@@ -112,7 +112,7 @@ def test_weights_by_gradients():
     cfg.DISTILL.STUDENT_RESOLUTION, cfg.DISTILL.WARMUP_ITERS, cfg.DISTILL.BALANCE.RATIO = "H", 0, 0.5
     cfg.DISTILL.LOSSES = [{"NAME": "LAD", "TAP": "decoder"}, {"NAME": "CWD", "TAP": "scores"}]
     model = build_distiller(cfg, student, [FrozenTeacher(segmentor(24, 2)[1])])
-    with tap(student, ["decoder", "scores"]) as taken:
+    with tap(student, {"decoder": ["decoder"], "scores": ["scores"]}) as taken:
         found = step(model, batch())
     for name, place in (("LAD", "decoder"), ("CWD", "scores")):
         (maps,) = taken[place].values()

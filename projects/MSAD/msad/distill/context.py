@@ -107,8 +107,8 @@ class DistillContext:
         sources: neck features by name of the teacher, ensemble or assistant, without gradients; H-frame names, cut to
             the student's grid, where their strides are powers of two, and the teacher's own names elsewhere.
         detection: the student's own losses, weighted as they are trained.
-        taps: {tap: {"student" or name of a teacher: features}} of taps other than the neck, under the names that the
-            tapped module gives them.
+        taps: {tap: {"student" or name of a teacher: features}} of taps other than the neck: the levels that losses
+            read, under the names that the tapped module gives them.
         pair_heads: name of a source -> :meth:`heads` of it.
         run_losses: neck features under H-frame names -> losses of the student's heads on them, with the step's ground
             truth.

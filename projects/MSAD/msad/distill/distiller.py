@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -95,9 +96,12 @@ class Distiller(nn.Module):
         self.balance = balance
         self.assistants: list[AssistantCall] = []
         self.on_context: list[Callable[[DistillContext], None]] = []
-        self._taps = sorted({loss.tap for loss in losses} - {NECK})
+        self._read: dict[str, dict[str, set[str]]] = defaultdict(dict)  # levels that losses read, by source and tap
         self._compares_heads = False
         for loss in losses:
+            if loss.tap != NECK:
+                self._read["student"].setdefault(loss.tap, set()).update(pair.student for pair in loss.pairs)
+                self._read[loss.source].setdefault(loss.tap, set()).update(pair.teacher for pair in loss.pairs)
             if loss.heads:
                 self._check_heads(loss.source, loss.heads, loss.name)
                 self._compares_heads = True
@@ -160,11 +164,11 @@ class Distiller(nn.Module):
         for item, own in zip(inputs, small):  # a teacher's branch at this resolution need not make them again
             if "low_res_image" not in item:
                 item["downsampled_images"] = {(shift, self.downsample_mode): own["image"]}
-        context = DistillContext(inputs, get_event_storage().iter, taps={name: {} for name in self._taps})
+        context = DistillContext(inputs, get_event_storage().iter, taps=defaultdict(dict))
         # The teachers run first: what they need is free again before the student keeps its activations.
         if distils or self.on_context:
             for teacher in self._running():
-                with tap(teacher.detector, self._taps) as tapped:
+                with tap(teacher.detector, self._read[teacher.name]) as tapped:
                     context.sources[teacher.name] = teacher.features(inputs, self.max_shift)
                 self._keep(context, teacher.name, tapped)
         record: HeadRecord | None = None
@@ -172,7 +176,7 @@ class Distiller(nn.Module):
             if distils and self._compares_heads:
                 record = step.enter_context(tap_heads(adapt(self.student).heads()))
             neck = step.enter_context(tap_neck(self.student))
-            tapped = step.enter_context(tap(self.student, self._taps))
+            tapped = step.enter_context(tap(self.student, self._read["student"]))
             context.detection = {name: self.w_det * value for name, value in self.student(small).items()}
         self._keep(context, "student", tapped)
         context.student = shift_levels(neck, shift) if adapt(self.student).levels else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -75,22 +75,25 @@ def tap_shapes(detector: nn.Module, name: str, scale: float = 1.0) -> dict[str, 
 
 
 @contextmanager
-def tap(detector: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Features]]:
+def tap(detector: nn.Module, levels: Mapping[str, Collection[str]]) -> Iterator[dict[str, Features]]:
     """Inside, a forward pass of ``detector`` also fills the yielded dict: features by tap.
 
-    Of several passes through one module, as of the branches of a multi-resolution teacher, the first one counts: H.
+    Those that are not among the ``levels`` of their tap are not kept: the finest of a network can be larger than all
+    that a training step has to hold. Of several passes through one module, as of the branches of a multi-resolution
+    teacher, the first one counts: H.
     """
     taken: dict[str, Features] = {}
     handles = []
 
     def keep(name: str, features: Callable[[object], Features]) -> Callable:
         def hook(_module, _args, output) -> None:
-            taken.setdefault(name, features(output))
+            if name not in taken:
+                taken[name] = {level: x for level, x in features(output).items() if level in levels[name]}
 
         return hook
 
     try:
-        for name in names:
+        for name in levels:
             found = get_tap(name)
             handles.append(found.module(detector).register_forward_hook(keep(name, found.features)))
         yield taken
