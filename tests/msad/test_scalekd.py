@@ -213,6 +213,7 @@ def test_a_larger_map_of_the_teacher_is_averaged_to_the_students_grid(make_scale
         "teacher": ["res5"], "student": ["res5"]
     }  # fmt: skip
     whole = context.taps["bottom_up"]["teacher"]["res5"]
+    assert len(whole) == 2, "an image at a time, since each is as large as four of the student's"
     assert whole.shape[-2:] == (4, 6) and context.taps["bottom_up"]["student"]["res5"].shape[-2:] == (2, 3)
     torch.testing.assert_close(reached, torch.nn.functional.avg_pool2d(whole, 2))
 
