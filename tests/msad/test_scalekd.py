@@ -201,7 +201,8 @@ def test_inference_costs_what_the_student_costs(make_scalekd, tiny_model, make_b
 
 
 def test_a_larger_map_of_the_teacher_is_averaged_to_the_students_grid(make_scalekd, make_batch):
-    distiller, contexts, compared = make_scalekd("FCOS"), [], []
+    # At twice the input bilinear interpolation would be the same.
+    distiller, contexts, compared = make_scalekd("FCOS", 4.0), [], []
     distiller.on_context.append(contexts.append)
     (sdf,) = (entry.loss for entry in distiller.losses if entry.name.startswith("SDF"))
     sdf.register_forward_pre_hook(lambda module, args: compared.append(args[1]["res5"]))
@@ -213,9 +214,9 @@ def test_a_larger_map_of_the_teacher_is_averaged_to_the_students_grid(make_scale
         "teacher": ["res5"], "student": ["res5"]
     }  # fmt: skip
     whole = context.taps["bottom_up"]["teacher"]["res5"]
-    assert len(whole) == 2, "an image at a time, since each is as large as four of the student's"
-    assert whole.shape[-2:] == (4, 6) and context.taps["bottom_up"]["student"]["res5"].shape[-2:] == (2, 3)
-    torch.testing.assert_close(reached, torch.nn.functional.avg_pool2d(whole, 2))
+    assert len(whole) == 2, "an image at a time, since each is as large as sixteen of the student's"
+    assert whole.shape[-2:] == (8, 12) and context.taps["bottom_up"]["student"]["res5"].shape[-2:] == (2, 3)
+    torch.testing.assert_close(reached, torch.nn.functional.avg_pool2d(whole, 4))
 
 
 def test_the_assistant_learns_nothing_inside_of_an_ignored_region(make_scalekd, make_batch):
