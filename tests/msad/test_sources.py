@@ -15,7 +15,6 @@ from msad.distill.teachers import Ensemble, FrozenTeacher
 from msad.engine.build import teacher_entries
 from msad.modeling.adapters import adapt
 from msad.modeling.features import run_neck
-from msad.modeling.taps import tap
 from msad.resolution import RESOLUTIONS, batch_images
 
 SIZES = [(96, 128), (80, 100)]
@@ -144,32 +143,6 @@ def test_what_a_scaled_teacher_sees(tiny_model, make_batch):
         expected = run_neck(model.backbone, images.tensor, adapt(model).levels)
     for level in expected:
         torch.testing.assert_close(found[level], expected[level])
-
-
-@pytest.mark.parametrize(
-    ("scale", "passes"), [(0.5, [5]), (1.0, [5]), (1.5, [2, 2, 1]), (2.0, [1] * 5), (9.0, [1] * 5)]
-)
-def test_larger_images_pass_a_few_at_a_time(tiny_model, make_batch, monkeypatch, scale, passes):
-    """As many as have the pixels of the batch at H; maps are those of one pass, at the neck and in front of it."""
-    teacher = FrozenTeacher(tiny_model(), scale=scale)
-    batch = make_batch([(32, 40), (40, 32), (24, 24), (40, 40), (8, 8)])
-    seen, read = [], {"bottom_up": ["res5", "res3"]}
-    teacher.model.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    with tap(teacher.detector, read, len(batch)) as few:
-        maps = teacher.features(batch, 1)
-    assert seen == passes
-    monkeypatch.setattr(teacher, "_images_at_once", lambda count: count)
-    with tap(teacher.detector, read, len(batch)) as whole:
-        torch.testing.assert_close(maps, teacher.features(batch, 1))
-    assert few["bottom_up"].keys() == {"res3", "res5"} and len(few["bottom_up"]["res5"]) == 5
-    torch.testing.assert_close(few["bottom_up"], whole["bottom_up"])
-
-
-def test_statistics_of_a_batch_are_of_the_whole(tiny_model, make_batch):
-    teacher, seen = FrozenTeacher(tiny_model(), "batch", scale=2.0), []
-    teacher.model.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    teacher.features(make_batch([(32, 40)] * 3), 1)
-    assert seen == [3]
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan")])

@@ -168,7 +168,7 @@ class Distiller(nn.Module):
         # The teachers run first: what they need is free again before the student keeps its activations.
         if distils or self.on_context:
             for teacher in self._running():
-                with tap(teacher.detector, self._read[teacher.name], len(inputs)) as tapped:
+                with tap(teacher.detector, self._read[teacher.name]) as tapped:
                     context.sources[teacher.name] = teacher.features(inputs, self.max_shift)
                 self._keep(context, teacher.name, tapped)
         record: HeadRecord | None = None

@@ -52,7 +52,7 @@ class FrozenTeacher:
             raise ValueError(f"DISTILL.TEACHERS: {name}: SCALE must be above 0, not {scale}")
         self.model = model.eval().requires_grad_(False)
         self.reverse_channels = reverse_channels
-        self.name, self.scale, self.downsample_mode, self.batch_norm = name, scale, downsample_mode, batch_norm
+        self.name, self.scale, self.downsample_mode = name, scale, downsample_mode
         shift = -math.log2(scale)
         self.shift = round(shift) if shift == round(shift) else None
         if batch_norm == "batch":
@@ -115,24 +115,11 @@ class FrozenTeacher:
             detector.pixel_std,
             pad_divisibility(max(detector.backbone.size_divisibility, 1), 0, max_shift),
         )
-        at_once = self._images_at_once(len(inputs))
-        found: list[Features] = []
-        for first in range(0, len(inputs), at_once):
-            batch = images.tensor[first : first + at_once]
-            if not self.adapter.levels:  # a segmentor, which is read at taps alone
-                self.adapter.run_decoder(detector.backbone(batch))
-                continue
-            with told_sizes(detector.backbone, images.image_sizes[first : first + at_once]):
-                found.append(run_neck(detector.backbone, batch, self.adapter.levels))
-        if len(found) < 2:
-            return found[0] if found else {}
-        return {level: torch.cat([maps[level] for maps in found]) for level in found[0]}
-
-    def _images_at_once(self, count: int) -> int:
-        """Of larger images so many as have the pixels of ``count`` at H: more would take more memory than a student."""
-        if self.scale <= 1 or self.batch_norm == "batch":
-            return count
-        return max(int(count / self.scale**2), 1)
+        if not self.adapter.levels:  # a segmentor, which is read at taps alone
+            self.adapter.run_decoder(detector.backbone(images.tensor))
+            return {}
+        with told_sizes(detector.backbone, images.image_sizes):
+            return run_neck(detector.backbone, images.tensor, self.adapter.levels)
 
     def run_head(self, name: str, features: Features, boxes: list[Boxes]) -> tuple:
         """Output of the teacher's head ``name`` on ``features``; ``boxes`` of each image are in H pixels."""

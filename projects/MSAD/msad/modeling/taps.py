@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from detectron2.layers import ShapeSpec
 from torch import nn
 
@@ -76,24 +75,20 @@ def tap_shapes(detector: nn.Module, name: str, scale: float = 1.0) -> dict[str, 
 
 
 @contextmanager
-def tap(
-    detector: nn.Module, levels: Mapping[str, Collection[str]], batch: int = 1
-) -> Iterator[dict[str, Features]]:
+def tap(detector: nn.Module, levels: Mapping[str, Collection[str]]) -> Iterator[dict[str, Features]]:
     """Inside, a forward pass of ``detector`` also fills the yielded dict: features by tap.
 
     Those that are not among the ``levels`` of their tap are not kept: the finest of a network can be larger than all
-    that a training step has to hold. Several passes through one module are joined until they are of ``batch`` images;
-    of later ones, as of the other branches of a multi-resolution teacher, nothing is kept.
+    that a training step has to hold. Of several passes through one module, as of the branches of a multi-resolution
+    teacher, the first one counts: H.
     """
     taken: dict[str, Features] = {}
     handles = []
 
     def keep(name: str, features: Callable[[object], Features]) -> Callable:
         def hook(_module, _args, output) -> None:
-            new = {level: x for level, x in features(output).items() if level in levels[name]}
-            known = taken.setdefault(name, new)
-            if known is not new and all(len(x) < batch for x in known.values()):
-                taken[name] = {level: torch.cat([known[level], x]) for level, x in new.items()}
+            if name not in taken:
+                taken[name] = {level: x for level, x in features(output).items() if level in levels[name]}
 
         return hook
 
