@@ -13,7 +13,7 @@ from msad.experiments.judgement import no_percentages, summary
 from msad.experiments.report import write_report
 from msad.experiments.rows import check_metric, rows_of
 from msad.experiments.statistics import estimate
-from msad.experiments.tables import accuracy_table, cost_table, format_tables
+from msad.experiments.tables import accuracy_table, class_table, cost_table, format_tables
 
 LONGER = "baseline_L_shifted@equal_iterations"
 
@@ -223,6 +223,26 @@ def test_three_seeds_decide(student, text):
     assert text in sentences[-1] and sentences[0].startswith("Means of 3 seeds")
 
 
+def test_many_classes_have_a_table_of_their_own(seeded, tmp_path):
+    """A line a class, means over the seeds that all have it, in the order of the classes."""
+    classes = ("traffic-light", "car", "bus", "van", "tram", "truck", "bicycle")
+    for run in seeded["runs"]:
+        for result in run.get("results", {}).values():
+            result["bbox"] |= {f"AP-{name}": 10.0 * i + run["seed"] for i, name in enumerate(classes)}
+    seeded["runs"][0]["results"]["a"]["bbox"]["AP-car"] = float("nan")
+    headers, cells = class_table(seeded)
+    assert headers == ["class", "a", "b", "c"] and [line[0] for line in cells] == list(classes)
+    assert cells[:3] == [["traffic-light", "1.0", "1.0", "0.0"], ["car", "-", "11.0", "10.0"],
+                         ["bus", "21.0", "21.0", "20.0"]]  # fmt: skip
+    page = Page(write_report(seeded, tmp_path, "A study").read_text(encoding="utf-8"))
+    assert headers in page.rows and cells[0] in page.rows
+    assert "| `tram` " in (tmp_path / "report.md").read_text(encoding="utf-8")
+    for run in seeded["runs"]:
+        for result in run.get("results", {}).values():
+            del result["bbox"]["AP-bus"]
+    assert class_table(seeded) == ([], [])
+
+
 def test_no_percentages_of_what_has_not_converged(data):
     assert no_percentages(data) == []
     far = copy.deepcopy(data)
@@ -266,7 +286,7 @@ def test_report_files(data, seeded, tmp_path):
     assert not page.open
     tables = accuracy_table(data), cost_table(data)
     assert page.rows == [line for headers, cells in tables for line in (headers, *cells)]
-    assert page.images == ["results.png", "ap_vs_gmacs.png", "ap_vs_ms.png", "panels.jpg"]
+    assert page.images == ["results.png", "ap_vs_cost.png", "panels.jpg"]
     assert all((tmp_path / link).is_file() for link in page.links)
     assert "://" not in text and "width=device-width" in text  # nothing from the network
     shown = " ".join(page.text)

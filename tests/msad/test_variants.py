@@ -168,6 +168,9 @@ def test_networks_that_are_alike_are_measured_once(project):
     configs["t"] = load_config(project / "teacher.yaml")
     costs = measure_costs({name: (cfg, build_model(cfg).eval()) for name, cfg in configs.items()}, rounds=2)
     assert costs["a"] is costs["b"] and set(costs) == {"a", "b", "c", "t_H", "t_L", "t_fused"}
+    networks = {name: entry["network"] for name, entry in costs.items()}
+    assert networks["a"] == networks["c"] and len(set(networks.values())) == 4  # c has another input
+    assert costs["a"]["input"] != costs["c"]["input"]
     assert costs["t_fused"]["gmacs"]["total"] > costs["t_H"]["gmacs"]["total"] > costs["t_L"]["gmacs"]["total"]
     assert all(entry["ms"]["total"] > 0 and entry["parameters"] > 0 for entry in costs.values())
 

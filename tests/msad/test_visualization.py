@@ -15,6 +15,7 @@ from pycocotools import mask as rle
 
 from msad.data.synthetic import make_dataset
 from msad.visualization import (
+    CostRow,
     IntervalRow,
     LabelMap,
     Objects,
@@ -31,7 +32,8 @@ from msad.visualization import (
     variant_styles,
 )
 from msad.visualization.colours import class_colour
-from msad.visualization.intervals import ap_vs_cost_figure, intervals_figure
+from msad.visualization.costs import CURVE, ap_vs_cost_figure
+from msad.visualization.intervals import intervals_figure
 from msad.visualization.panels import panels_figure
 from msad.visualization.plots import ap_curve, curves_figure, loss_curve, read_metrics, smooth
 from msad.visualization.weights import sweep_lines_figure
@@ -378,15 +380,16 @@ def test_curves_of_many_runs_fit_and_differ(tmp_path):
 
 # --- charts -----------------------------------------------------------------------------------------------------------
 
-STUDY = [
-    IntervalRow("baseline_H", 38.2, 0.4, [37.8, 38.2, 38.6], cost=10.4),
-    IntervalRow("baseline_L", 29.8, 0.3, cost=2.6),
-    IntervalRow("baseline_L_multiscale", 30.1, cost=2.6),
-    IntervalRow("baseline_L_shifted@equal_iterations", 33.4, cost=5.1),
-    IntervalRow("teacher_H", 39.2, variant="teacher", cost=10.4),
-    IntervalRow("teacher_fused", 40.1, 0.4, variant="teacher", cost=15.8),
-    IntervalRow("student_L", 35.2, 0.3, cost=5.1),
+COSTS = [
+    CostRow(IntervalRow("baseline_H", 38.2, 0.4, [37.8, 38.2, 38.6]), {"GMACs": 10.4, "ms": 40.0}, "stock", 256),
+    CostRow(IntervalRow("baseline_L", 29.8, 0.3), {"GMACs": 2.6, "ms": 15.0}, "stock", 128),
+    CostRow(IntervalRow("baseline_L_multiscale", 30.1), {"GMACs": 2.6, "ms": 16.0}, "stock", 128),
+    CostRow(IntervalRow("baseline_L_shifted@equal_iterations", 33.4), {"GMACs": 5.1, "ms": 22.0}, "shifted", 128),
+    CostRow(IntervalRow("teacher_H", 39.2, variant="teacher"), {"GMACs": 10.4}, "teacher H", 256),
+    CostRow(IntervalRow("teacher_fused", 40.1, 0.4, variant="teacher"), {"GMACs": 15.8}, "teacher fused", 256),
+    CostRow(IntervalRow("student_L", 35.2, 0.3), {"GMACs": 5.1, "ms": 21.0}, "shifted", 128),
 ]
+STUDY = [row.row for row in COSTS]
 STYLES = variant_styles(row.variant or row.name for row in STUDY)
 
 
@@ -405,21 +408,35 @@ def test_styles_are_distinct_and_the_same_in_curves_and_bars(tmp_path):
 
 
 def test_every_dot_is_named_and_has_its_interval(tmp_path):
-    rows = [*STUDY, IntervalRow("costless", 20.0), IntervalRow("failed", float("nan"), cost=3.0)]
-    figure = ap_vs_cost_figure(rows, "GMACs", STYLES)
-    order = sorted(STUDY, key=lambda row: -row.mean)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [row.name for row in order]
-    dots = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in figure.axes[0].containers]
-    assert dots == [(row.cost, row.mean) for row in order]
-    bars = [c.get_segments()[0] for container in figure.axes[0].containers for c in container.lines[2]]
+    rows = [*COSTS, CostRow(IntervalRow("costless", 20.0), {}), CostRow(IntervalRow("failed", float("nan")), {"ms": 3})]
+    figure = ap_vs_cost_figure(rows, STYLES)
+    order = sorted(COSTS, key=lambda row: -row.row.mean)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*(row.row.name for row in order), CURVE]
+    for axes, cost in zip(figure.axes, ("GMACs", "ms"), strict=True):
+        dots = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in axes.containers]
+        assert dots == [(row.costs[cost], row.row.mean) for row in order if cost in row.costs]
+        assert axes.get_xlabel() == cost
+    axes = figure.axes[0]
+    bars = [c.get_segments()[0] for container in axes.containers for c in container.lines[2]]
     assert len(bars) == 4 and np.allclose(bars[0], [[15.8, 39.7], [15.8, 40.5]])
     # Two branches of a teacher have one colour and other fillings.
-    one, other = (c.lines[0] for c in figure.axes[0].containers if c.get_label().startswith("teacher"))
+    one, other = (c.lines[0] for c in axes.containers if c.get_label().startswith("teacher"))
     assert one.get_color() == other.get_color() and one.get_markerfacecolor() != other.get_markerfacecolor()
     assert_nothing_clipped(figure)
     with pytest.raises(ValueError, match="no model"):
-        plot_ap_vs_cost([IntervalRow("costless", 20.0)], tmp_path / "no.png", "GMACs", STYLES)
-    assert cv2.imread(str(plot_ap_vs_cost(STUDY[:1], tmp_path / "one.png", "GMACs", STYLES))) is not None
+        plot_ap_vs_cost([CostRow(IntervalRow("costless", 20.0), {})], tmp_path / "no.png", STYLES)
+    assert cv2.imread(str(plot_ap_vs_cost(COSTS[:1], tmp_path / "one.png", STYLES))) is not None
+
+
+def test_a_line_joins_a_network_at_several_input_sizes():
+    """Of two trainings at one size the better one; networks with one size have none."""
+    figure = ap_vs_cost_figure(COSTS, STYLES)
+    for axes, ends in zip(figure.axes, ([2.6, 10.4], [16.0, 40.0]), strict=True):
+        (curve,) = (line for line in axes.lines if line.get_label() == CURVE)
+        assert list(curve.get_xdata()) == ends and list(curve.get_ydata()) == [30.1, 38.2]
+        assert [text.get_text() for text in axes.texts] == ["128 px", "256 px"]
+    alone = [row._replace(network="") for row in COSTS]
+    assert not any(line.get_label() == CURVE for axes in ap_vs_cost_figure(alone, STYLES).axes for line in axes.lines)
 
 
 def test_results_chart_shows_every_value(tmp_path):

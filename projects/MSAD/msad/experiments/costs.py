@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -127,8 +128,8 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
         models: name -> (config, model in eval mode).
 
     Returns:
-        name -> {"input": padded (height, width), "parameters", "parameters_by_part", "gmacs" and "ms" by part and
-        "total"}.
+        name -> {"network": a text that models share which differ in weights and input alone, "input": padded
+        (height, width), "parameters", "parameters_by_part", "gmacs" and "ms" by part and "total"}.
     """
     same: dict[tuple, list[str]] = {}
     passes: dict[tuple, tuple] = {}
@@ -147,7 +148,8 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
             if key not in costs:
                 passes[key] = (select, model, inputs)
                 costs[key] = {
-                    "input": list(size), "parameters": sum(p.numel() for p in model.parameters()),
+                    "network": _digest(cfg, branch), "input": list(size),
+                    "parameters": sum(p.numel() for p in model.parameters()),
                     "parameters_by_part": count_parameters(model), "gmacs": _rounded(macs),
                 }  # fmt: skip
     times: dict[tuple, list[dict]] = {key: [] for key in passes}
@@ -171,6 +173,10 @@ def _architecture(cfg: CfgNode) -> str:
     model.defrost()
     model.WEIGHTS = ""
     return f"{model.dump()}{cfg.MSAD.dump()}{cfg.TEST.DETECTIONS_PER_IMAGE}"
+
+
+def _digest(cfg: CfgNode, branch: str | None) -> str:
+    return hashlib.sha1(f"{_architecture(cfg)}{branch or ''}".encode()).hexdigest()[:12]
 
 
 def _rounded(parts: dict[str, float]) -> dict[str, float]:

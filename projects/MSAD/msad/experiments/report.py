@@ -15,14 +15,23 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..visualization import IntervalRow, plot_ap_vs_cost, plot_curves, plot_intervals, plot_sweep_lines, variant_styles
+from ..visualization import (
+    CostRow,
+    IntervalRow,
+    plot_ap_vs_cost,
+    plot_curves,
+    plot_intervals,
+    plot_sweep_lines,
+    variant_styles,
+)
 from . import gallery
 from .jobs import format_seconds
 from .judgement import summary
 from .rows import AP, Row, failures, full_resolution, rows_of
-from .tables import Table, accuracy_table, cost_table, format_table
+from .tables import Table, accuracy_table, class_table, cost_table, format_table
 
 PANELS = "panels.jpg"
+_COST_AXES = {"gmacs": "GMACs of the whole model per image", "ms": "ms of the whole model per image"}
 _ACCURACY = (
     "AP is COCO's average precision (0-100) on the validation images, averaged over IoU 0.50-0.95; APs, APm and APl "
     "are those of small, medium and large objects; mIoU is the mean over classes of the intersection of predicted and "
@@ -30,6 +39,7 @@ _ACCURACY = (
     "interval of the mean (Student's t), and differences seed by seed with theirs; a star says that it excludes zero, "
     "which one in twenty models without any effect achieves by chance. A dash means that there is no number."
 )
+_CLASSES = "The metric of each class, mean over the seeds."
 _COST = (
     "Training seconds (by the clock and of the processors) and iterations are the model's own; a student needs those "
     "of its teacher besides. GMACs and ms are those of the whole model, an R-CNN's with the proposals that it makes, "
@@ -62,7 +72,9 @@ def write_report(
     out_dir.mkdir(parents=True, exist_ok=True)
     page = {
         "title": title, "facts": dict(_facts(data)), "summary": summary(data, metric),
-        "tables": {"Accuracy": (accuracy_table(data, metric), _ACCURACY), "Cost": (cost_table(data), _COST)},
+        "tables": {name: (table, note) for name, table, note in (
+            ("Accuracy", accuracy_table(data, metric), _ACCURACY), ("Classes", class_table(data, metric), _CLASSES),
+            ("Cost", cost_table(data), _COST)) if table[0]},
         "failed": failures(data), "pictures": draw_charts(data, out_dir, metric, curves or {}),
         "variants": {name: (v.get("title", ""), v.get("description") or f"{v['file']}")
                      for name, v in (data.get("variants") or {}).items()},
@@ -98,11 +110,10 @@ def draw_charts(data: dict, out_dir: Path, metric: str, curves: Mapping[str, Pat
     if reference is not None and (changes := [p for row in rows if (p := _change(row, reference, metric))]):
         draw("differences.png", f"Differences to {reference.name}, seed by seed.", plot_intervals, changes,
              f"{metric} minus {reference.name}", styles, 0.0)  # fmt: skip
-    for file, key, unit in (("ap_vs_gmacs.png", "gmacs", "GMACs"), ("ap_vs_ms.png", "ms", "milliseconds")):
-        points = [_point(row, metric, row.total(key)) for row in rows if row.total(key) is not None]
-        if len(points) > 1:
-            draw(file, f"Validation {metric} against {unit} of the whole model: upper left is better.", plot_ap_vs_cost,
-                 points, f"{unit} of the whole model per image", styles, f"validation {metric}")  # fmt: skip
+    points = [_cost_point(row, metric) for row in rows]
+    if sum(bool(point.costs) for point in points) > 1:
+        draw("ap_vs_cost.png", f"Validation {metric} against costs of the whole model: upper left is better.",
+             plot_ap_vs_cost, points, styles, f"validation {metric}")  # fmt: skip
     lines: dict[str, list] = {}
     keys: dict[str, None] = {}
     for row in rows:
@@ -124,10 +135,15 @@ def draw_charts(data: dict, out_dir: Path, metric: str, curves: Mapping[str, Pat
     return pictures
 
 
-def _point(row: Row, metric: str, cost: float | None = None) -> IntervalRow:
+def _point(row: Row, metric: str) -> IntervalRow:
     value = row.estimate(metric)
     values = list(row.values(metric).values())
-    return IntervalRow(row.name, value.mean, value.half, values, row.variant["name"], cost)
+    return IntervalRow(row.name, value.mean, value.half, values, row.variant["name"])
+
+
+def _cost_point(row: Row, metric: str) -> CostRow:
+    costs = {axis: row.total(key) for key, axis in _COST_AXES.items() if row.total(key) is not None}
+    return CostRow(_point(row, metric), costs, row.cost.get("network", ""), min(row.cost.get("input") or [0]))
 
 
 def _change(row: Row, reference: Row, metric: str) -> IntervalRow | None:

@@ -46,6 +46,20 @@ def accuracy_table(data: dict, metric: str = AP) -> Table:
     return _table(rows, columns, always=name)
 
 
+def class_table(data: dict, metric: str = AP) -> Table:
+    """TASK/METRIC of each class, a line a class and a column a model: means over seeds.
+
+    Empty where there are so few classes that :func:`accuracy_table` has them.
+    """
+    task, name = metric.split("/", 1)
+    rows = [row for row in rows_of(data) if row.estimate(metric) is not None]
+    keys = _class_keys(rows, task, name)
+    if len(keys) <= MAX_CLASSES:
+        return [], []
+    cells = [[_fixed(row.mean(f"{task}/{key}"), 1) or MISSING for row in rows] for key in keys]
+    return ["class", *(row.name for row in rows)], [[key.split("-", 1)[1], *line] for key, line in zip(keys, cells)]
+
+
 def cost_table(data: dict) -> Table:
     """What training and inference take."""
     rows = rows_of(data)
@@ -75,10 +89,15 @@ def _table(rows: list[Row], columns: Columns, always: str = "") -> Table:
 
 def _few_classes(rows: list[Row], task: str, name: str) -> list[str]:
     """Metrics of classes that a row has, if there are 2 to MAX_CLASSES: the mean over rare ones says little."""
+    found = _class_keys(rows, task, name)
+    return found if 2 <= len(found) <= MAX_CLASSES else []
+
+
+def _class_keys(rows: list[Row], task: str, name: str) -> list[str]:
+    """Metrics of single classes, those that a row has."""
     keys = dict.fromkeys(k for row in rows for run in row.runs.values() for k in run["metrics"].get(task) or ())
     prefix = "IoU-" if name == "mIoU" else f"{name}-"
-    found = [k for k in keys if k.startswith(prefix) and any(row.mean(f"{task}/{k}") is not None for row in rows)]
-    return found if 2 <= len(found) <= MAX_CLASSES else []
+    return [k for k in keys if k.startswith(prefix) and any(row.mean(f"{task}/{k}") is not None for row in rows)]
 
 
 def format_tables(data: dict, metric: str = AP, style: str = "simple") -> str:

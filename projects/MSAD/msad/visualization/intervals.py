@@ -1,4 +1,4 @@
-"""Models of a comparison with their confidence intervals and every seed; accuracy against cost."""
+"""Models of a comparison with their confidence intervals and every seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .plots import STYLE, save_figure
 class IntervalRow(NamedTuple):
     """One model: name, mean, half the width of its confidence interval (None for one seed), the value of each seed.
 
-    ``variant`` is the name whose style it has, ``cost`` of an inference in any unit, None if it is not known.
+    ``variant`` is the name whose style it has.
     """
 
     name: str
@@ -26,7 +26,6 @@ class IntervalRow(NamedTuple):
     half: float | None = None
     per_seed: Sequence[float] = ()
     variant: str = ""
-    cost: float | None = None
 
 
 def plot_intervals(rows: Sequence[IntervalRow], path: str | Path, *args, **options) -> Path:
@@ -58,7 +57,7 @@ def intervals_figure(
         for y, row in enumerate(rows):
             style = styles[row.variant or row.name]
             if bars:
-                axes.barh(y, row.mean, height=0.62, color=_pale(style.colour), edgecolor=style.colour, linewidth=0.8,
+                axes.barh(y, row.mean, height=0.62, color=pale(style.colour), edgecolor=style.colour, linewidth=0.8,
                           hatch=style.hatch)  # fmt: skip
                 right = max([row.mean + (row.half or 0.0), *row.per_seed])
                 spread = f" ± {row.half:.1f}" if row.half is not None else ""
@@ -86,41 +85,7 @@ def intervals_figure(
     return figure
 
 
-def plot_ap_vs_cost(rows: Sequence[IntervalRow], path: str | Path, *args) -> Path:
-    """Write the chart of :func:`ap_vs_cost_figure`."""
-    return save_figure(ap_vs_cost_figure(rows, *args), path)
-
-
-def ap_vs_cost_figure(
-    rows: Sequence[IntervalRow], cost_label: str, styles: Mapping[str, VariantStyle], label: str = "validation AP"
-) -> Figure:
-    """The metric against the cost, a dot a model with its interval, named in the legend from best to worst.
-
-    Raises:
-        ValueError: no row has both.
-    """
-    rows = _drawable([row for row in rows if row.cost is not None])
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.4, 4.4), layout="constrained")
-        axes = figure.add_subplot()
-        seen: dict[str, int] = {}
-        for row in sorted(rows, key=lambda row: -row.mean):
-            variant = row.variant or row.name
-            style, again = styles[variant], seen.get(variant, 0)
-            seen[variant] = again + 1
-            # Further branches of one teacher: the same colour, other fillings.
-            axes.errorbar(row.cost, row.mean, row.half, color=style.colour, marker=style.marker, markersize=8,
-                          capsize=3, linewidth=1.2, linestyle="none", label=row.name,
-                          markerfacecolor=(style.colour, "white", _pale(style.colour))[again % 3])  # fmt: skip
-        axes.set_xlabel(cost_label)
-        axes.set_ylabel(label)
-        axes.set_xlim(0, 1.08 * max([*(row.cost for row in rows), 1e-9]))
-        axes.margins(y=0.12)
-        figure.legend(loc="outside right upper", fontsize=9)
-    return figure
-
-
-def _pale(colour: str) -> tuple[float, ...]:
+def pale(colour: str) -> tuple[float, ...]:
     return tuple(1 - 0.4 * (1 - v) for v in to_rgb(colour))
 
 

@@ -1,0 +1,82 @@
+"""Comparisons that were run apart, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config import load_config
+from ..engine.setup import load_model
+from .costs import measure_costs
+from .run import read_json
+
+
+class Part(NamedTuple):
+    """A finished comparison or quickstart: its folder, and what is added to the names of its variants."""
+
+    folder: Path
+    suffix: str = ""
+
+
+def join(parts: Sequence[Part]) -> dict:
+    """The data of one report from those of several; differences are then taken seed by seed over all of them.
+
+    The reference is the first part's that has one. What parts say of costs is left out: milliseconds compare only where
+    models take turns (:func:`joined_costs`).
+
+    Raises:
+        ValueError: a folder has no report.json of a comparison, or two have the same variant with the same seed, or
+            other files under one name; names them.
+    """
+    variants, runs, owners = {}, [], {}
+    found = [_read(part.folder) for part in parts]
+    for (folder, suffix), data in zip(parts, found):
+        other = f"; rename those of one folder with SUFFIX={folder}"
+        for name, variant in data["variants"].items():
+            known = variants.setdefault(name + suffix, variant)
+            if Path(known["file"]).name != Path(variant["file"]).name:
+                raise ValueError(f"{name + suffix} is {known['file']} and, in {folder}, {variant['file']}{other}")
+        for run in data["runs"]:
+            old, new, seed = run["variant"], run["variant"] + suffix, run["seed"]
+            if (new, seed) in owners:
+                raise ValueError(f"{new} with seed {seed} is in {owners[new, seed]} and in {folder}{other}")
+            owners[new, seed] = folder
+            renamed = {name.replace(old, new, 1): result for name, result in run.get("results", {}).items()}
+            runs.append({**run, "variant": new, **({"results": renamed} if renamed else {})})
+    references = [data["reference"] + part.suffix for part, data in zip(parts, found) if data.get("reference")]
+    names = dict.fromkeys(name for data in found for name in data.get("versions", ()))
+    return {
+        "engine": _all_of(data.get("engine") for data in found),
+        "versions": {name: _all_of(data.get("versions", {}).get(name) for data in found) for name in names},
+        "data": next((data["data"] for data in found if data.get("data")), None),
+        "seeds": sorted({seed for data in found for seed in data.get("seeds", ())}),
+        "reference": next(iter(references), ""), "variants": variants, "runs": runs,
+    }  # fmt: skip
+
+
+def _read(folder: Path) -> dict:
+    data = read_json(folder / "report.json")
+    if data is None or not {"variants", "runs"} <= data.keys():
+        raise ValueError(f"{folder} has no report.json of compare.py or quickstart.py")
+    return data
+
+
+def _all_of(values) -> str:
+    return " and ".join(dict.fromkeys(value for value in values if value))
+
+
+def joined_costs(parts: Sequence[Part]) -> dict[str, dict]:
+    """Costs of all variants whose weights are still there, of the first seed that has them, measured in turns.
+
+    See :func:`msad.experiments.costs.measure_costs`.
+    """
+    models = {}
+    for folder, suffix in parts:
+        for run in sorted(_read(folder)["runs"], key=lambda run: run["seed"]):
+            home, name = folder / f"seed{run['seed']}" / run["variant"], run["variant"] + suffix
+            weights = home / "model_final.pth"
+            if name not in models and weights.is_file():
+                cfg = load_config(home / "config.yaml")
+                models[name] = cfg, load_model(cfg, str(weights))
+    return measure_costs(models)

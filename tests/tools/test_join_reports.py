@@ -1,0 +1,97 @@
+"""tools/join_reports.py: comparisons that were run apart, as one report."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from load_tool import load_tool
+
+from msad import load_config
+from msad.experiments.joining import Part, join
+
+
+@pytest.fixture
+def call(capsys):
+    module = load_tool("join_reports")
+    return lambda *args: (module.main(list(map(str, args))), capsys.readouterr())
+
+
+def write_part(folder, aps, reference="", engine="detectron2 0.6", **names):
+    """A comparison's report.json. ``aps``: variant -> AP of each seed from 0 on, None where it failed."""
+    runs = []
+    for name, values in aps.items():
+        shown = names.get(name, name)
+        for seed, ap in enumerate(values):
+            found = {"error": "no GPU"} if ap is None else {"results": {shown: {"bbox": {"AP": ap, "AP50": 2 * ap}}}}
+            runs.append({"variant": name, "seed": seed, "iterations": 6, "seconds": 3.0, **found})
+    variants = {name: {"file": f"configs/{name}.yaml", "title": "", "teacher": name == "teacher"} for name in aps}
+    seeds = list(range(max(map(len, aps.values()))))
+    data = {"engine": engine, "versions": {"torch": "2.12"}, "seeds": seeds, "reference": reference,
+            "variants": variants, "runs": runs}  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(data))
+    return folder
+
+
+def test_differences_go_across_the_parts(call, tmp_path):
+    """By hand: 31 - 30, 33 - 31 are 1.5 on average; the third seed of the reference has no partner."""
+    students = write_part(tmp_path / "a", {"student": [31.0, 33.0, None], "teacher": [40.0]}, teacher="teacher_fused")
+    alone = write_part(tmp_path / "b", {"plain": [30.0, 31.0, 34.0]}, "plain", "detectron2 0.7")
+    longer = write_part(tmp_path / "c", {"plain": [35.0]})
+    before = [(folder / "report.json").read_text() for folder in (students, alone, longer)]
+    status, printed = call(students, alone, f"longer={longer}", "--output", tmp_path / "all")
+    assert status == 0 and "student, seed 2: no GPU" in (tmp_path / "all" / "report.md").read_text()
+    data = json.loads((tmp_path / "all" / "report.json").read_text())
+    assert data["reference"] == "plain" and data["seeds"] == [0, 1, 2]
+    assert data["engine"] == "detectron2 0.6 and detectron2 0.7" and data["versions"] == {"torch": "2.12"}
+    assert list(data["variants"]) == ["student", "teacher", "plain", "plain@longer"]
+    lines = {line.split()[0]: line for line in reversed(printed.out.splitlines()) if line.strip()}
+    assert "+1.50" in lines["student"] and "2 of 2" in lines["student"]
+    assert "+5.00" in lines["plain@longer"] and "40.0" in lines["teacher_fused"]
+    assert [(folder / "report.json").read_text() for folder in (students, alone, longer)] == before
+    assert "GMACs" not in printed.out and not (tmp_path / "all" / "ap_vs_cost.png").exists()
+
+
+def test_costs_are_measured_together(call, project, tmp_path):
+    """The same yaml at two input sizes is one network; a model whose weights are gone has no costs."""
+    for part, side in (("a", 64), ("b", 128)):
+        write_part(tmp_path / part, {"fcos": [20.0, 21.0], **({"gone": [22.0]} if part == "a" else {})})
+        cfg = load_config(project / "fcos.yaml", ["INPUT.MIN_SIZE_TEST", side, "INPUT.MAX_SIZE_TEST", side])
+        run = tmp_path / part / "seed1" / "fcos"
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(cfg.dump())
+        torch.save({"model": build_model(cfg).state_dict()}, run / "model_final.pth")
+    status, printed = call(tmp_path / "a", f"large={tmp_path / 'b'}", "--costs", "--output", tmp_path / "all")
+    assert status == 0 and printed.err.endswith("note: no costs of gone: their weights are gone\n")
+    cost = json.loads((tmp_path / "all" / "report.json").read_text())["cost"]
+    assert cost.keys() == {"fcos", "fcos@large"} and cost["fcos"]["network"] == cost["fcos@large"]["network"]
+    assert 3 < cost["fcos@large"]["gmacs"]["total"] / cost["fcos"]["gmacs"]["total"] < 5  # twice the side
+    assert (tmp_path / "all" / "ap_vs_cost.png").stat().st_size > 5000
+    assert "ap_vs_cost.png" in (tmp_path / "all" / "report.html").read_text()
+
+
+def test_what_cannot_be_joined_is_named(call, tmp_path):
+    one, other = (write_part(tmp_path / name, {"plain": [30.0]}) for name in "ab")
+    with pytest.raises(ValueError, match=rf"plain with seed 0 is in {one} and in {other}; .*SUFFIX={other}"):
+        join([Part(one), Part(other)])
+    data = json.loads((other / "report.json").read_text())
+    data["runs"][0]["seed"] = 1
+    (other / "report.json").write_text(json.dumps(data))
+    assert [run["seed"] for run in join([Part(one), Part(other)])["runs"]] == [0, 1]
+    data["variants"]["plain"]["file"] = "elsewhere/plainer.yaml"
+    (other / "report.json").write_text(json.dumps(data))
+    status, printed = call(one, other, "--output", tmp_path / "all")
+    assert status == 2 and "plain is configs/plain.yaml and" in printed.err and "elsewhere/plainer.yaml" in printed.err
+    status, printed = call(one, "--reference", "none", "--output", tmp_path / "all")
+    assert status == 2 and "--reference none is none of the models plain" in printed.err
+    status, printed = call(one, "--metric", "segm/AP", "--output", tmp_path / "all")
+    assert status == 2 and "bbox/AP50" in printed.err
+    status, printed = call(one, "--output", one)
+    assert status == 2 and str(one) in printed.err
+    status, printed = call(one, "--output", tmp_path / "all", "SOLVER.BASE_LR", "1")
+    assert status == 2 and "nothing is trained" in printed.err
+    shutil.rmtree(other)
+    status, printed = call(one, other, "--output", tmp_path / "all")
+    assert status == 2 and f"{other} has no report.json" in printed.err and not (tmp_path / "all").exists()
