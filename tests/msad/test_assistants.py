@@ -295,6 +295,32 @@ def test_mixed_precision(cfg, make_batch):
     assert step.assistant.mix.weight.grad.isfinite().all() and step.assistant.mix.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", ["Adam", "SGD"])
+def test_scaled_gradients_step_like_unscaled_ones(kind):
+    """Half precision scales losses by a power of two, so the step is the same; after an overflow there is none."""
+    (step, context), (plain, same) = step_alone(OPTIMIZER=kind), step_alone(OPTIMIZER=kind)
+    plain.assistant.load_state_dict(step.assistant.state_dict())
+    same.student["p3"].copy_(context.student["p3"])
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2)
+    for _ in range(2):
+        with EventStorage(19):
+            step(context)
+            plain(same)
+    assert_equal_weights(step.assistant.state_dict(), plain.assistant.state_dict())
+    assert step.scaler.get_scale() == 2.0**15  # two good steps
+    before = {name: p.clone() for name, p in step.assistant.state_dict().items()}
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    context.student["p3"].mul_(1000.0)
+    with EventStorage(19):
+        step(context)
+    assert_equal_weights(step.assistant.state_dict(), before)
+    assert step.is_finite() and step.scaler.get_scale() == 2.0**126
+    again, _ = step_alone(OPTIMIZER=kind)
+    again.scaler = torch.amp.GradScaler("cpu")
+    again.load_state_dict(step.state_dict())
+    assert again.scaler.get_scale() == 2.0**126
+
+
 def test_a_resumed_assistant_repeats_the_uninterrupted_one(project, teacher_weights, tmp_path):
     def run(folder, resume=False):
         return train(assisted(config(project, teacher_weights, "student", tmp_path / folder)), resume)
