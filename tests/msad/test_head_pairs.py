@@ -12,10 +12,9 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
-from helpers import between, make_context
+from helpers import between, load_narrow, make_context
 from torch import nn
 
-from msad import load_config
 from msad.distill.distiller import Distiller
 from msad.distill.head_pairs import check_heads, check_kind, pair_heads
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
@@ -207,21 +206,12 @@ def test_the_distiller_checks_when_it_is_built(make_distiller, tiny_model):
 
 HEADS = re.compile(r"NAME: (LD|Chen)\b")
 YAMLS = [p for p in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if HEADS.search(p.read_text())]
-NARROW = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
-NARROW += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.FPN.OUT_CHANNELS", 8, "MODEL.GFL.CONV_DIMS", [32]]
-
-
-def narrow(cfg):
-    if cfg.MODEL.RESNETS.DEPTH < 50:
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64  # detectron2 has no others
-    cfg.MODEL.FPN.NORM = cfg.MODEL.FPN.TOP_NORM = ""  # groups of so few channels
-    return cfg
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_yaml_files_pair_heads_that_compare(path):
-    cfg = load_config(path, NARROW)
-    student, teacher = (build_model(narrow(c)) for c in (cfg, load_config(cfg.DISTILL.TEACHERS[0]["CONFIG"], NARROW)))
+    cfg = load_narrow(path)
+    student, teacher = (build_model(c) for c in (cfg, load_narrow(cfg.DISTILL.TEACHERS[0]["CONFIG"])))
     compared = [dict(entry) for entry in cfg.DISTILL.LOSSES if entry["NAME"] in ("LD", "Chen")]
     assistants = {entry["NAME"] for entry in cfg.DISTILL.ASSISTANTS}
     of_assistant = [entry.pop("SOURCE", "") in assistants for entry in compared]

@@ -15,6 +15,7 @@ from detectron2.engine import HookBase, create_ddp_model, defaults, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from helpers import load_narrow
 from runs import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -478,22 +479,13 @@ def test_yaml_files(path):
     assert {entry.get("RATIO", 8) for entry in cfg.DISTILL.ASSISTANTS} <= {16 if "rcnn" in path.stem else 8}
 
 
-WIDTHS = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
-WIDTHS += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16, "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.GFL.CONV_DIMS", [32]]
-WIDTHS += ["MODEL.FCOS.CONV_DIMS", [32], "MODEL.RETINANET.NUM_CONVS", 1, "MODEL.REPPOINTS.CONV_DIMS", [32]]
-WIDTHS += ["MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.ROI_BOX_HEAD.FC_DIM", 16]
-WIDTHS += ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3]  # of make_batch
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_yaml_files_train(path, make_batch):
     """A step of narrow networks of each file: stages, levels, channels and heads of all of its parts exist."""
-    cfg = load_config(path, WIDTHS)
+    cfg = load_narrow(path)
     (entry,) = teacher_entries(cfg)
     models = []
-    for one in (cfg, load_config(entry["CONFIG"], WIDTHS)):
-        if one.MODEL.RESNETS.DEPTH < 50:
-            one.MODEL.RESNETS.RES2_OUT_CHANNELS = 64  # detectron2 has no others
+    for one in (cfg, load_narrow(entry["CONFIG"])):
         torch.manual_seed(0)
         models.append(build_model(one))
     teacher = FrozenTeacher(models[1], name=entry["NAME"], scale=entry.get("SCALE", 1.0))
