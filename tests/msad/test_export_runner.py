@@ -183,6 +183,17 @@ def test_an_image_of_which_nothing_would_be_left_is_passed_over(shipped, tmp_pat
     assert entry["file"] == inputs[1]
 
 
+def test_a_defect_is_no_unusable_image(shipped, tmp_path, monkeypatch):
+    def fail(self, images):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(runner.Detector, "run", fail)
+    photo = str(shipped / "photos" / "a.jpg")
+    args = [str(shipped / "model.onnx"), "--input", photo, "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="a defect"):
+        runner.main(args)
+
+
 def test_without_drawings_there_is_one_file(shipped, tmp_path):
     arguments = [str(shipped / "model.onnx"), "--input", str(shipped / "photos" / "a.jpg"), "--output", str(tmp_path)]
     assert runner.main([*arguments, "--no-drawing", "--threads", "1"]) == 0

@@ -40,17 +40,21 @@ def _resize_rows(image: np.ndarray, size: int) -> np.ndarray:
     return (total >> PRECISION).astype(np.uint8)
 
 
+class TooNarrow(ValueError):
+    """Nothing would be left of an image at the model's size."""
+
+
 def resize_shortest_edge(image: np.ndarray, short: int, longest: int) -> np.ndarray:
     """As detectron2 resizes test images: the short side to ``short``, unless the other would exceed ``longest``.
 
-    ValueError if nothing would be left of the short side."""
+    TooNarrow if nothing would be left of the short side."""
     if short <= 0:
         return image
     scale = short / min(image.shape[:2])
     scale *= min(1.0, longest / (scale * max(image.shape[:2])))
     height, width = (int(side * scale + 0.5) for side in image.shape[:2])
     if not height or not width:
-        raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels would be {width}x{height} at the model's size")
+        raise TooNarrow(f"{image.shape[1]}x{image.shape[0]} pixels would be {width}x{height} at the model's size")
     return _resize_rows(_resize_rows(image.swapaxes(0, 1), width).swapaxes(0, 1), height)
 
 
@@ -254,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             start = time.perf_counter()
             try:
                 found = detector([image])[0]
-            except ValueError as error:  # too narrow an image
+            except TooNarrow as error:
                 print(f"skipped: {source}: {error}", file=sys.stderr)
                 continue
             seconds += time.perf_counter() - start
