@@ -148,10 +148,8 @@ class ToIterableDataset(torchdata.IterableDataset):
             raise AssertionError(f"{type(dataset).__name__} is iterable already.")
         if not isinstance(sampler, torchdata.Sampler):
             raise AssertionError(f"Expected a torch Sampler, got {type(sampler).__name__}.")
-        self.dataset = dataset
-        self.sampler = sampler
-        self.shard_sampler = shard_sampler
-        self.shard_chunk_size = shard_chunk_size
+        self.dataset, self.sampler = dataset, sampler
+        self.shard_sampler, self.shard_chunk_size = shard_sampler, shard_chunk_size
 
     def __iter__(self) -> Iterator:
         worker = torchdata.get_worker_info() if self.shard_sampler else None

@@ -28,16 +28,11 @@ class _DeformConvBase(nn.Module):
                 raise ValueError(f"{type(self).__name__}: {in_channels} input channels do not divide by {name}={count}")
         if out_channels % groups:
             raise ValueError(f"{type(self).__name__}: {out_channels} output channels do not divide by groups={groups}")
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = _pair(padding)
-        self.dilation = _pair(dilation)
-        self.groups = groups
-        self.deformable_groups = deformable_groups
-        self.norm = norm
-        self.activation = activation
+        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
+        self.padding, self.dilation = _pair(padding), _pair(dilation)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.groups, self.deformable_groups = groups, deformable_groups
+        self.norm, self.activation = norm, activation
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.bias = None
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")

@@ -25,10 +25,8 @@ class ROIAlign(nn.Module):
                 behavior of the first RoIAlign.
         """
         super().__init__()
-        self.output_size = output_size
-        self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
+        self.output_size, self.spatial_scale = output_size, spatial_scale
+        self.sampling_ratio, self.aligned = sampling_ratio, aligned
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """

@@ -12,19 +12,16 @@ from torch import Tensor
 class Conv2d(torch.nn.Conv2d):
     """`torch.nn.Conv2d` followed by an optional normalization and activation."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, norm: torch.nn.Module | None = None, activation: Callable | None = None, **kwargs):
         """
         Args:
-            norm (nn.Module, optional): applied to the output; keyword only.
-            activation (callable, optional): applied after `norm`; keyword only.
+            norm: applied to the output.
+            activation: applied after `norm`.
             args, kwargs: those of `torch.nn.Conv2d`. As in detectron2, `padding_mode` has no effect:
                 padding is with zeros.
         """
-        norm = kwargs.pop("norm", None)
-        activation = kwargs.pop("activation", None)
         super().__init__(*args, **kwargs)
-        self.norm = norm
-        self.activation = activation
+        self.norm, self.activation = norm, activation
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)

@@ -133,17 +133,13 @@ class AugInput:
         if not isinstance(image, np.ndarray) or image.ndim not in (2, 3):
             what = f"shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise AssertionError(f"An image must be a numpy array of shape HxW or HxWxC, got {what}.")
-        self.image = image
-        self.boxes = boxes
-        self.sem_seg = sem_seg
+        self.image, self.boxes, self.sem_seg = image, boxes, sem_seg
 
     def transform(self, tfm: Transform) -> None:
         """Apply ``tfm`` to everything held, in place."""
-        self.image = tfm.apply_image(self.image)
-        if self.boxes is not None:
-            self.boxes = tfm.apply_box(self.boxes)
-        if self.sem_seg is not None:
-            self.sem_seg = tfm.apply_segmentation(self.sem_seg)
+        for name, apply in (("image", tfm.apply_image), ("boxes", tfm.apply_box), ("sem_seg", tfm.apply_segmentation)):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else apply(held))
 
     def apply_augmentations(self, augmentations: list[Augmentation | Transform]) -> TransformList:
         """Run the augmentations in order and return the transforms that they chose."""

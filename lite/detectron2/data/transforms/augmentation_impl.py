@@ -205,10 +205,8 @@ class RandomRotation(Augmentation):
     ):
         if sample_style not in ("range", "choice"):
             raise AssertionError(f"sample_style must be 'range' or 'choice', got {sample_style!r}.")
-        if isinstance(angle, (float, int)):
-            angle = (angle, angle)
-        if center is not None and isinstance(center[0], (float, int)):
-            center = (center, center)
+        angle = (angle,) * 2 if np.isscalar(angle) else angle
+        center = (center,) * 2 if center is not None and np.isscalar(center[0]) else center
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> Transform:

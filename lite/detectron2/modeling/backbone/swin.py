@@ -81,10 +81,8 @@ class _WindowAttention(nn.Module):
         y, x = axis.repeat_interleave(window_size), axis.repeat(window_size)
         dy, dx = (p[:, None] - p[None, :] + window_size - 1 for p in (y, x))  # query minus key
         self.register_buffer("relative_position_index", dy * span + dx)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
