@@ -30,7 +30,8 @@ from .judgement import summary
 from .rows import AP, Row, failures, full_resolution, rows_of
 from .tables import Table, accuracy_table, class_table, cost_table, format_table
 
-PANELS = "panels.jpg"
+PANELS, COSTS = "panels.jpg", "ap_vs_cost.png"
+_WIDE = (PANELS, COSTS)
 _COST_AXES = {"gmacs": "GMACs of the whole model per image", "ms": "ms of the whole model per image"}
 _ACCURACY = (
     "AP is COCO's average precision (0-100) on the validation images, averaged over IoU 0.50-0.95; APs, APm and APl "
@@ -112,8 +113,9 @@ def draw_charts(data: dict, out_dir: Path, metric: str, curves: Mapping[str, Pat
              f"{metric} minus {reference.name}", styles, 0.0)  # fmt: skip
     points = [_cost_point(row, metric) for row in rows]
     if sum(bool(point.costs) for point in points) > 1:
-        draw("ap_vs_cost.png", f"Validation {metric} against costs of the whole model: upper left is better.",
-             plot_ap_vs_cost, points, styles, f"validation {metric}")  # fmt: skip
+        draw(COSTS, f"Validation {metric} against costs of the whole model: upper left is better. A line joins models "
+             "that are the same network at several input sizes.", plot_ap_vs_cost, points, styles,
+             f"validation {metric}")  # fmt: skip
     lines: dict[str, list] = {}
     keys: dict[str, None] = {}
     for row in rows:
@@ -202,7 +204,7 @@ def _html(title, facts, summary, tables, failed, pictures, variants, command, ti
         pictures = [picture for picture in pictures if picture.file != PANELS]
         body.append(_GALLERY.format(count=len(shown["images"]), least=gallery.LEAST_SCORE))
     figures = "".join(
-        f'<figure class="{"wide" if p.file.startswith("panel") else "chart"}">'
+        f'<figure class="{"wide" if p.file in _WIDE else "chart"}">'
         f'<a href="{e(p.file)}"><img src="{e(p.file)}" alt="{e(p.caption)}" loading="lazy"></a>'
         f"<figcaption>{e(p.caption)}</figcaption></figure>"
         for p in pictures
