@@ -11,7 +11,7 @@ from msad import load_config
 from msad.engine.stages import stage_configs
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import Run, Slot, error_of
-from msad.experiments.run import exclusive_lock, is_finished, train_and_evaluate
+from msad.experiments.run import check_same, exclusive_lock, is_finished, train_and_evaluate
 from msad.experiments.variants import Variant, at_equal_time, sweep
 
 SMALL = ["SOLVER.IMS_PER_BATCH", 2]
@@ -206,7 +206,7 @@ def test_runs_in_processes_and_failures_stay_alone(files, tmp_path):
     before = (plain / "model_final.pth").stat().st_mtime_ns
     assert comparison.prepare(Run("plain", 0)) is False
     other = Comparison(files("plain"), tmp_path / "out", SMALL, iterations=2)
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match=r"another configuration \(SOLVER.MAX_ITER 1, now 2"):
         other.run([Slot(1)], lines.append)
     assert error_of(plain) is None and (plain / "model_final.pth").stat().st_mtime_ns == before
 
@@ -221,9 +221,36 @@ def test_students_learn_from_the_trained_teacher(files, tmp_path):
     assert set(student["results"]) == {"msad"}
     log = (comparison.folder(Run("msad", 0)) / "log.txt").read_text()
     assert "teacher/model_final.pth" in log and "Student initialised from the teacher" in log
+    # A folder that was moved holds the same runs: places differ, contents do not.
+    shutil.copytree(tmp_path / "out", tmp_path / "moved")
+    moved = Comparison(files("msad"), tmp_path / "moved", SMALL, iterations=1, teacher_iterations=1)
+    assert not any(moved.prepare(run) for run in moved.runs())
     # Another teacher under the same name is another student.
     shutil.copy(tmp_path / "out/seed0/msad/model_final.pth", tmp_path / "out/seed0/teacher/model_final.pth")
     assert comparison.prepare(Run("msad", 0)) and (tmp_path / "out/seed0/msad~1/result.json").is_file()
+
+
+def test_what_a_run_does_not_know_yet_is_no_difference(project, tmp_path):
+    """Keys that a later version adds, at their defaults, leave runs of the earlier one what they are."""
+    cfg = load_config(project / "fcos.yaml", ["OUTPUT_DIR", str(tmp_path / "run")])
+    cfg.freeze()
+    assert not is_finished(cfg)
+    (tmp_path / "run" / "result.json").write_text("{}")
+    file, known = tmp_path / "run" / "config.yaml", json.loads((tmp_path / "run" / "identity.json").read_text())
+    text = file.read_text()
+    assert "  W_DET: 1.0\n" in text
+    file.write_text(text.replace("  W_DET: 1.0\n", ""))
+    (tmp_path / "run" / "identity.json").write_text(json.dumps({**known, "config": "of that text"}))
+    assert is_finished(cfg)
+    other = load_config(project / "fcos.yaml", ["OUTPUT_DIR", str(tmp_path / "run"), "DISTILL.W_DET", 2.0])
+    with pytest.raises(ValueError, match=r"another configuration \(DISTILL.W_DET 1.0, now 2.0\)"):
+        check_same(other)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"its config\.yaml is gone"):
+        check_same(other)
+    (tmp_path / "run" / "identity.json").unlink()
+    with pytest.raises(ValueError, match=r"has no identity\.json"):
+        check_same(cfg)
 
 
 def test_a_curriculum_is_one_run(files, project, tmp_path):

@@ -32,7 +32,7 @@ from .. import __version__
 from ..config import load_config
 from ..data.fingerprint import dataset_fingerprint, file_sha256
 from ..data.register import registered
-from ..engine.run_folder import has_run
+from ..engine.run_folder import changes, has_run, same_but_places
 from ..engine.setup import engine_name, evaluate, evaluate_branches, load_model, prepare
 from ..engine.stages import FINAL, stage_configs, total_iterations, train_stages
 from ..engine.trainer import DistillTrainer
@@ -49,11 +49,15 @@ def identity(cfg: CfgNode) -> dict:
     """By what a run is recognised: its config, data, the weights that it starts from and learns from, and the code."""
     weights = [cfg.MODEL.WEIGHTS, *(entry.get("WEIGHTS", "") for entry in map_teachers(cfg))]
     return {
-        "config": hashlib.sha256(cfg.dump().encode()).hexdigest(),
+        "config": _digest(cfg),
         "code": _code(),
         "weights": [file_sha256(file) if os.path.isfile(file) else file for file in weights],
         "data": _data(cfg.DATASETS.dump(), os.getenv("DETECTRON2_DATASETS", "")),
     }
+
+
+def _digest(cfg: CfgNode) -> str:
+    return hashlib.sha256(cfg.dump().encode()).hexdigest()
 
 
 @functools.lru_cache
@@ -93,8 +97,10 @@ def is_finished(cfg: CfgNode, say=print) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder):
         before = _before(folder)
-        if before is not None and before != now:
+        if before is not None:
             check_same(cfg)
+            before["config"] = now["config"]  # equal but for places
+        if before not in (None, now):
             trained = [{n: d.get(n) for n in cfg.DATASETS.TRAIN} for d in (before["data"], now["data"])]
             if before["weights"] == now["weights"] and trained[0] == trained[1]:
                 say(f"{folder}: the test data have changed, it is evaluated again")
@@ -114,15 +120,38 @@ def is_finished(cfg: CfgNode, say=print) -> bool:
 
 
 def check_same(cfg: CfgNode) -> None:
-    """ValueError if the OUTPUT_DIR of ``cfg`` holds a run of another config or engine."""
+    """ValueError if the OUTPUT_DIR of ``cfg`` holds a run of another config or engine; names what differs.
+
+    Where the folder, the teachers and the data lie is no difference, so folders may be moved. Nor is a key that the run
+    does not know yet, unless ``cfg`` changes it.
+    """
     before = _before(Path(cfg.OUTPUT_DIR))
-    if before is not None and before["config"] != hashlib.sha256(cfg.dump().encode()).hexdigest():
-        other = "configuration"
-    elif before is not None and before["code"] != _code():
+    if before is None:
+        return
+    if not before["code"]:
+        other = "kind, which has no identity.json"
+    elif before["code"] != _code():
         other = f"engine or version ({', '.join(before['code'])})"
+    elif differing := _differences(cfg, before):
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        other = f"configuration ({', '.join(differing[:3])}{more})"
     else:
         return
     raise ValueError(f"{cfg.OUTPUT_DIR} holds a run of another {other}; choose another --output or delete it")
+
+
+def _differences(cfg: CfgNode, before: dict) -> list[str]:
+    """What is not as in the config.yaml of the run in ``cfg``'s OUTPUT_DIR, "KEY value, now value"."""
+    if before["config"] == _digest(cfg):
+        return []
+    file = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if not file.is_file():
+        return ["its config.yaml is gone"]
+    try:
+        old = load_config(file)
+    except (KeyError, ValueError) as error:
+        return [f"its config.yaml cannot be read: {error}"]
+    return [f"{key} {was}, now {now}" for key, was, now in changes(old, cfg) if not same_but_places(key, was, now)]
 
 
 def train_and_evaluate(folder: Path) -> dict:
