@@ -10,7 +10,8 @@ First the data are looked at: sizes of the objects, a recommendation for the inp
 from a few measured steps. After your consent (--yes) teacher and student are trained and evaluated. DIR then holds
 student/ (for detectron2, as ONNX with its runner, and a model card), report/report.html, and the runs. An interrupted
 command goes on when it is repeated; a finished step is made again only if what it depends on has changed.
-KEY VALUE overrides go to all configs. In Python: msad.distill(DATA, DIR, ...).
+KEY VALUE overrides go to the detector at H, from which the others follow, those of DISTILL to the students.
+In Python: msad.distill(DATA, DIR, ...).
 
 DATA is a folder with
 """

@@ -31,7 +31,7 @@ from msad.data.loader import build_train_loader
 from msad.distill.context import DistillContext
 from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
-from msad.distill.losses import DISTILL_LOSS_REGISTRY, build_losses
+from msad.distill.losses.registry import build_losses, compares_heads, lower_keys
 from msad.distill.schedules import distillation_factor
 from msad.engine.build import load_teacher, teacher_entries
 from msad.engine.checkpoint import CheckedCheckpointer
@@ -45,7 +45,7 @@ from msad.resolution import downsample_batch, get_resolution, shift_levels
 def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Train ``student`` as ``cfg`` says, in place; yields the weighted loss terms of every iteration."""
     device = cfg.MODEL.DEVICE
-    # 1. The teacher: frozen, in evaluation mode. It sees H; the student sees H reduced by 2^shift.
+    # 1. The teacher: frozen, in evaluation mode. It sees H; the student sees H downsampled by 2^shift.
     (entry,) = teacher_entries(cfg)
     teacher = load_teacher(entry, cfg)
     resolution = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION)
@@ -103,19 +103,20 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
 
 def check(cfg: CfgNode) -> None:
     """Raise ValueError if ``cfg`` asks for something that is left out here."""
-    heads = [e["NAME"] for e in cfg.DISTILL.LOSSES if getattr(DISTILL_LOSS_REGISTRY.get(e["NAME"]), "heads", ())]
-    for what, wrong in {
+    refused = {
         "needs one DISTILL.TEACHERS entry": len(cfg.DISTILL.TEACHERS) != 1,
         "knows no DISTILL.WEIGHTING or BALANCE": cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO,
         "knows no SOLVER.AMP or REFERENCE_WORLD_SIZE": cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.REFERENCE_WORLD_SIZE > 1,
         "knows no DISTILL.FREEZE_BACKBONE_ITERS": cfg.DISTILL.FREEZE_BACKBONE_ITERS,
         "knows no fusion students": cfg.MODEL.META_ARCHITECTURE == "FusionStudent",
-        "knows no MATCH: by_index, no TAP and no SCALE": any(
-            {"MATCH", "TAP", "SCALE"} & set(entry) for entry in (*cfg.DISTILL.LOSSES, *cfg.DISTILL.TEACHERS)
-        ),
         "knows no DISTILL.ASSISTANTS or STAGES": cfg.DISTILL.ASSISTANTS or cfg.DISTILL.STAGES,
-        f"compares no head predictions (DISTILL.LOSSES: {', '.join(heads)})": heads,
-    }.items():
+    }
+    for entry in map(lower_keys, (*cfg.DISTILL.LOSSES, *cfg.DISTILL.TEACHERS)):
+        name = entry.get("name", "teacher")
+        refused[f"compares no head predictions, as {name} does"] = compares_heads(name)
+        for key, usual in {"match": "by_stride", "tap": "neck", "scale": 1.0}.items():
+            refused[f"knows no {key.upper()}: {entry.get(key)}, as {name} has"] = entry.get(key, usual) != usual
+    for what, wrong in refused.items():
         if wrong:
             raise ValueError(f"plain_distill.py {what}")
 

@@ -60,8 +60,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parse(parser, argv)
     if args.real_time and (args.schedule == "infinite" or args.runtime_ms or args.performance != 1):
         parser.error("--real-time runs this device: --schedule infinite, --runtime-ms and --performance are simulated")
-    if args.stride < 1 or (args.fps is not None and args.fps <= 0) or min(args.sizes or [1]) < 1:
-        parser.error("--stride, --fps and --sizes must be positive")
+    for name in ("stride", "fps", "sizes", "runtime_ms", "performance"):
+        value = getattr(args, name)
+        if value is not None and np.min(value) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {np.min(value):g}")
     if args.schedule == "infinite" and args.stride != 1:
         parser.error("--stride needs one device")
     return args

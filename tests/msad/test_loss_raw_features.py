@@ -69,12 +69,12 @@ def test_equals_numpy(name):
 
 
 def test_units_have_names():
-    for unit, name in {"layer": "LAD", "pixel": "PAD", "location": "PAD", "channel": "CAD"}.items():
+    for unit, name in {"layer": "LAD", "pixel": "PAD", "channel": "CAD"}.items():
         assert value("Angular", {"p3": S}, {"p3": T}, UNIT=unit) == value(name, {"p3": S}, {"p3": T})
 
 
 def test_unknown_unit():
-    with pytest.raises(ValueError, match="UNIT must be one of layer, pixel, location, channel, not 'image'"):
+    with pytest.raises(ValueError, match="UNIT must be one of layer, pixel, channel, not 'image'"):
         value("Angular", {"p3": S}, {"p3": T}, UNIT="image")
 
 

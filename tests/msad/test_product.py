@@ -22,6 +22,7 @@ from msad.product.plan import Measured, Plan, measure
 from msad.product.recipe import make_configs, write_configs
 from msad.product.steps import kept
 
+FEATURES = ["res2", "res3", "res4", "res5"]
 ENTRIES = [{"NAME": f"own_{split}", "JSON": f"/data/{split}.json", "IMAGES": "/data"} for split in ("train", "val")]
 
 
@@ -132,9 +133,28 @@ def test_what_a_method_fills_can_be_overridden(make):
     for method, key, value, said in (
         ("msad", "DISTILL.STUDENT_RESOLUTION", "EL", "DISTILL.STUDENT_RESOLUTION: --scale decides it"),
         ("none", "DISTILL.W_DET", "2", "DISTILL.W_DET has no effect: --method none trains without a teacher"),
+        ("scalekd", "MSAD.W_FUSE", "0.1", "MSAD.W_FUSE has no effect: --method scalekd trains no multi-resolution"),
     ):
         with pytest.raises(ValueError, match=said):
             make(method=method, opts=(key, value))
+
+
+def test_overrides_of_a_given_model_come_before_its_checks(make, tmp_path):
+    """What an error advises helps: without masks in the data, a model that learns them is taken with MASK_ON False."""
+    keys = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.MASK_ON", True, "MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    keys += ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.OUT_FEATURES", FEATURES]
+    keys += ["MODEL.FPN.IN_FEATURES", FEATURES, "MODEL.RPN.IN_FEATURES", [f"p{level}" for level in range(2, 7)]]
+    keys += ["MODEL.ROI_HEADS.IN_FEATURES", [f"p{level}" for level in range(2, 6)]]
+    keys += ["MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256], [512]]]
+    (tmp_path / "mine.yaml").write_text(load_config("", keys).dump())
+    (tmp_path / "mine.pth").write_bytes(b"")
+    mine = {"checkpoint": str(tmp_path / "mine.pth"), "config": str(tmp_path / "mine.yaml")}
+    mine["content"] = {"classes": ["cat", "dog"], "masks": False, "keypoints": 0}
+    with pytest.raises(ValueError, match=r"the data have none: add MODEL\.MASK_ON False"):
+        make(**mine)
+    configs = make(**mine, opts=("MODEL.MASK_ON", "False", "INPUT.MIN_SIZE_TEST", "640"), short_side=400)
+    assert not any(cfg.MODEL.MASK_ON for cfg in configs.values())
+    assert configs["student"].INPUT.MIN_SIZE_TEST == 320  # what is said last counts
 
 
 def test_other_methods(make):

@@ -13,7 +13,7 @@ from msad.experiments.judgement import no_percentages, summary
 from msad.experiments.report import write_report
 from msad.experiments.rows import check_metric, rows_of
 from msad.experiments.statistics import estimate
-from msad.experiments.tables import accuracy_table, class_table, cost_table, format_tables
+from msad.experiments.tables import accuracy_table, class_table, cost_table, format_table, format_tables
 
 LONGER = "baseline_L_shifted@equal_iterations"
 
@@ -186,7 +186,7 @@ def test_tables_fit_a_page_of_1300_pixels(data):
 def test_markdown_and_terminal_tables_agree(seeded):
     seeded["runs"] += runs("x|y", 1.0)
     headers, cells = accuracy_table(seeded)
-    lines = format_tables(seeded, style="github").split("\n\n")[0].splitlines()
+    lines = format_table((headers, cells), "github").splitlines()
     parsed = [[part.strip() for part in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     assert parsed[0] == headers
     assert parsed[2:] == [["`" + line[0].replace("|", r"\|") + "`", *line[1:]] for line in cells]
@@ -293,7 +293,7 @@ def test_report_files(data, seeded, tmp_path):
     for fact in (*summary(data), data["command"], "torch 2.12.0", "1,200 training images", "1 h 02 min", "KeyError: x"):
         assert fact in shown
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert format_tables(data, style="github").split("\n\n")[0] in markdown and data["command"] in markdown
+    assert format_table(accuracy_table(data), "github") in markdown and data["command"] in markdown
     assert all(sentence in markdown for sentence in summary(data))
     assert cv2.imread(str(tmp_path / "results.png")).shape[1] > 600
 

@@ -132,8 +132,10 @@ def test_command_line(tool, project, teacher_weights, tmp_path, monkeypatch, cap
     assert "needs one DISTILL.TEACHERS entry" in capsys.readouterr().err
     for message, change in {
         "fusion students": ["MODEL.META_ARCHITECTURE", "FusionStudent"],
-        "no head predictions (DISTILL.LOSSES: Chen)": ["DISTILL.LOSSES", [{"NAME": "CWD"}, {"NAME": "Chen"}]],
-        "by_index": ["DISTILL.LOSSES", [{"NAME": "CWD", "MATCH": "by_index"}]],
+        "no head predictions, as Chen does": ["DISTILL.LOSSES", [{"NAME": "CWD"}, {"NAME": "Chen"}]],
+        "knows no MATCH: by_index, as CWD has": ["DISTILL.LOSSES", [{"NAME": "CWD", "MATCH": "by_index"}]],
+        "knows no SCALE: 2.0, as teacher has": ["DISTILL.TEACHERS", [{**teachers[0], "SCALE": 2.0}]],
+        "did you mean AlignedL1?": ["DISTILL.LOSSES", [{"NAME": "AlignedL2", "MATCH": "by_stride", "TAP": "neck"}]],
         "SOLVER.AMP": ["SOLVER.AMP.ENABLED", True],
         "BALANCE": ["DISTILL.BALANCE.RATIO", 0.5],
     }.items():

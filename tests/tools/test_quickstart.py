@@ -55,7 +55,7 @@ def test_from_scenes_to_report(quickstart, tmp_path, capsys):
     assert again["runs"] == data["runs"] and again["seconds"] > data["seconds"]
 
     # Results of another configuration are not mixed in.
-    assert quickstart.main(["--output", str(tmp_path), "--iterations", "5", "--rows", "baseline_L"]) == 2
+    assert quickstart.main(["--output", str(tmp_path), "--iterations", "5", "--variants", "baseline_L"]) == 2
     assert "another configuration" in capsys.readouterr().err
 
 
@@ -117,7 +117,7 @@ def test_corrected_labels_are_trained_again(tmp_path):
     """In processes of its own, as a user repeats a command."""
     make_dataset(tmp_path / "data", **SCENES)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    args = ["--data", tmp_path / "data", "--output", tmp_path / "out", "--iterations", "2", "--rows", "baseline_L"]
+    args = ["--data", tmp_path / "data", "--output", tmp_path / "out", "--iterations", "2", "--variants", "baseline_L"]
     command = [sys.executable, SCRIPT, *args, "SOLVER.IMS_PER_BATCH", "2"]
     run = tmp_path / "out/seed0/baseline_L"
     assert subprocess.run(command, env=env).returncode == 0

@@ -144,6 +144,13 @@ def test_errors_are_one_sentence(call, videos, project, tmp_path):
         call("--real-time", "--runtime-ms", 5)
 
 
+@pytest.mark.parametrize("option", ["--performance", "--fps", "--stride", "--sizes", "--runtime-ms"])
+def test_what_must_be_positive(call, capsys, option):
+    with pytest.raises(SystemExit):
+        call(option, 0)
+    assert f"{option} must be positive, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"no data set in {VIDEOS}")
 def test_real_videos(tool, videos, tmp_path, capsys):
     content = json.loads((VIDEOS / "annotations_val.json").read_text())  # the shortest of its sequences

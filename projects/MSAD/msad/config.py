@@ -91,9 +91,9 @@ def add_msad_config(cfg: CN) -> CN:
     # Entries {TEACHERS: [names], and any sections of the config with what differs, as SOLVER: {MAX_ITER: 1000}}: the
     # student is trained in one run a stage, each from the student of the one before, in OUTPUT_DIR/stage1, stage2, ...
     cfg.DISTILL.STAGES = []
-    # Resolution of the student: H, L (1/2) or EL (1/4); the loader's images are H and are reduced to it on the device.
-    # Pyramid levels align at halvings only, so another ratio is an error. For a student with a short side of S pixels,
-    # scale H: INPUT.MIN_SIZE_TRAIN 2 S (L) or 4 S (EL), for the teacher too.
+    # Resolution of the student: H, L (1/2) or EL (1/4); the loader's images are H and are downsampled to it on the
+    # device. Pyramid levels align at halvings only, so another ratio is an error. For a student with a short side of S
+    # pixels, scale H: INPUT.MIN_SIZE_TRAIN 2 S (L) or 4 S (EL), for the teacher too.
     cfg.DISTILL.STUDENT_RESOLUTION = "L"
     # What the student copies from the teacher before training: "full", "neck_and_head" or "none". Tensors are matched
     # by name and shape; a part of a head is copied whole or not at all, and only from a head of the same class.

@@ -127,8 +127,8 @@ def downsample_labels(labels: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 def _scale_bitmasks(masks: BitMasks, shift: int) -> BitMasks:
-    # A reduced pixel belongs to the object if at least half of its area does; of a pixel at an odd border counts
-    # the area inside the image.
+    # A pixel of the downsampled mask belongs to the object if at least half of its area does; of a pixel at an odd
+    # border counts the area inside the image.
     return BitMasks(F.avg_pool2d(masks.tensor.float()[:, None], 2**shift, ceil_mode=True)[:, 0] >= 0.5)
 
 
@@ -161,13 +161,13 @@ def downsample_batch(
 
     Args:
         batched_inputs: detectron2's input dicts with "image" (C, h, w) and, in training, "instances" or "sem_seg"
-            (h, w), in H pixels. An entry "low_res_image" (C, h, w), of the reduced size, is taken in place of a
+            (h, w), in H pixels. An entry "low_res_image" (C, h, w), of the downsampled size, is taken in place of a
             downsampled one.
         shift: how many times the input is halved.
-        device: where the reduced images are made; H images are moved there first.
+        device: where images are downsampled; H images are moved there first.
 
     Returns:
-        New dicts; "image", "instances" and "sem_seg" are in the reduced frame, every other entry is the original
+        New dicts; "image", "instances" and "sem_seg" are in the downsampled frame, every other entry is the original
         object.
         The input dicts are not modified.
     """

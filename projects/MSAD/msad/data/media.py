@@ -20,6 +20,7 @@ class Unreadable(Exception):
 
 
 def is_video(path: Path) -> bool:
+    """Whether the file's name is that of a video."""
     return path.suffix.lower() in VIDEOS
 
 

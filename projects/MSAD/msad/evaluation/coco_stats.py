@@ -14,13 +14,12 @@ from pycocotools.cocoeval import COCOeval
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def box_stats(content: dict[str, Any], results: list[dict], image_ids: list[int] | None = None) -> dict[str, float]:
+def box_stats(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
     """AP and AR in percent by their names in STATS; NaN where there is no ground truth.
 
     Args:
         content: annotations in COCO's format.
         results: of {image_id, category_id, bbox (left, top, width, height), score}.
-        image_ids: evaluate on these images; None: on all.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
@@ -33,8 +32,6 @@ def box_stats(content: dict[str, Any], results: list[dict], image_ids: list[int]
             found.dataset = {"images": content["images"], "categories": content["categories"], "annotations": []}
             found.createIndex()
         evaluation = COCOeval(truth, found, "bbox")
-        if image_ids is not None:
-            evaluation.params.imgIds = sorted(image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -48,7 +48,8 @@ def draw_runtimes(samples: Sequence[float], performance: float = 1.0, seed: int 
         ValueError: no samples, one that is not positive, or no positive performance.
     """
     if not len(samples) or min(samples) <= 0 or performance <= 0:
-        raise ValueError("a simulation needs positive runtimes and a positive performance")
+        least = f"the least is {min(samples)} s" if len(samples) else "there are none"
+        raise ValueError(f"a simulation needs positive runtimes ({least}) and a positive performance ({performance})")
     generator, samples = np.random.RandomState(seed), np.asarray(samples, dtype=float) / performance
     while True:
         yield float(generator.choice(samples))

@@ -100,13 +100,13 @@ def _class_keys(rows: list[Row], task: str, name: str) -> list[str]:
     return [k for k in keys if k.startswith(prefix) and any(row.mean(f"{task}/{k}") is not None for row in rows)]
 
 
-def format_tables(data: dict, metric: str = AP, style: str = "simple") -> str:
-    """Both tables for a terminal ("simple") or a Markdown page ("github")."""
-    return "\n\n".join(format_table(table, style) for table in (accuracy_table(data, metric), cost_table(data)))
+def format_tables(data: dict, metric: str = AP) -> str:
+    """Accuracy and cost, for a terminal."""
+    return "\n\n".join(format_table(table, "simple") for table in (accuracy_table(data, metric), cost_table(data)))
 
 
 def format_table(table: Table, style: str) -> str:
-    """One table in a style of tabulate's."""
+    """One table in a style of tabulate's: "simple" for a terminal, "github" for a Markdown page."""
     headers, cells = table
     if style == "github":
         cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]

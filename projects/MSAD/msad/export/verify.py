@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
 from torch import Tensor, nn
 
+from ..modeling.adapters import adapt
 from .segmentation import check_scores
 
 # Detections at a threshold may fall on either side of it.
@@ -136,7 +136,7 @@ def verify(
 @torch.no_grad()
 def mask_probabilities(detector: nn.Module, inputs: list[dict]) -> list[Tensor]:
     """Of each image, (M, S, S) of the objects that the detector finds, inside their boxes."""
-    if isinstance(detector, GeneralizedRCNN):
+    if adapt(detector).two_stage:
         results = detector.inference(inputs, do_postprocess=False)
     else:
         images = detector.preprocess_image(inputs)

@@ -267,7 +267,7 @@ def adapt(detector: nn.Module) -> DetectorAdapter:
     """
     raise UnfitDetector(
         f"{type(detector).__name__} cannot be run from features: only detectron2's dense detectors (RetinaNet, FCOS, "
-        "...) and R-CNNs with a proposal generator are supported"
+        "...), R-CNNs with a proposal generator and SemanticSegmentor are supported"
     )
 
 

@@ -58,7 +58,7 @@ def distill(
         iterations: of every training; None: 24 passes over the data, at least 1500.
         controls: also train the student without distillation and conventional detectors at H, L and the same cost.
         jobs, threads, devices: runs at a time on a CPU, threads of each, GPUs ("cuda:0", ...).
-        opts: KEY, VALUE, ... overrides of every config.
+        opts: KEY, VALUE, ... overrides, see :class:`msad.product.choices.Choices`.
         confirm: is asked with the plan before anything is trained; nothing is trained if it says no.
         say: is told what happens.
         steps: iterations of each training that are measured for the plan.

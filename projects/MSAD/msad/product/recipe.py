@@ -82,11 +82,18 @@ def _override_method(configs: Configs, choices: Choices) -> None:
             raise ValueError(f"{key}: {chosen[key]} decides it")
         if _is_of_method(key) and not any(cfg.DISTILL.TEACHERS for cfg in configs.values()):
             raise ValueError(f"{key} has no effect: --method {choices.method} trains without a teacher")
+        of_teacher = key.startswith("MSAD.") and key != "MSAD.DOWNSAMPLE"
+        if of_teacher and not any(map(_is_multi_scale, configs.values())):
+            raise ValueError(f"{key} has no effect: --method {choices.method} trains no multi-resolution teacher")
     for cfg in configs.values():
         if cfg.DISTILL.TEACHERS:
             _override(cfg, choices, _is_of_method)
-        if cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher":
+        if _is_multi_scale(cfg):
             _override(cfg, choices, lambda key: key.startswith("MSAD."))
+
+
+def _is_multi_scale(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher"
 
 
 def _fit_data(cfg: CfgNode, entries: list[dict], content: dict, objects: Objects) -> None:
@@ -120,12 +127,12 @@ def _fit_sizes(cfg: CfgNode, objects: Objects, short: int) -> None:
 
 
 def given_config(choices: Choices, entries: list[dict], content: dict, objects: Objects) -> CfgNode:
-    """The user's trained detector, on the data; its own sizes stay.
+    """The user's trained detector with the overrides, on the data; its own sizes stay.
 
     Raises:
-        ValueError: it has another number of classes or keypoints than the data.
+        ValueError: it has another number of classes or keypoints than the data, or masks where they have none.
     """
-    cfg = load_config(choices.config)
+    cfg = _override(load_config(choices.config), choices, lambda key: not _is_of_method(key))  # before the checks
     cfg.MODEL.WEIGHTS = str(Path(choices.checkpoint).resolve())
     cfg.DISTILL = add_msad_config(get_cfg()).DISTILL
     section, name = num_classes_key(cfg).split(".")[1:]

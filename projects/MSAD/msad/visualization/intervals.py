@@ -86,6 +86,7 @@ def intervals_figure(
 
 
 def pale(colour: str) -> tuple[float, ...]:
+    """RGB of a colour that is nearer to white."""
     return tuple(1 - 0.4 * (1 - v) for v in to_rgb(colour))
 
 

@@ -16,7 +16,7 @@ from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
 # What is one vector: the whole map of an image, all channels of a location, or all locations of a channel.
-UNITS = {"layer": (1, 2, 3), "pixel": (1,), "location": (1,), "channel": (2, 3)}
+UNITS = {"layer": (1, 2, 3), "pixel": (1,), "channel": (2, 3)}
 
 
 def unit_vectors(x: torch.Tensor, dims: tuple[int, ...], eps: float = 1e-12) -> torch.Tensor:
@@ -77,7 +77,7 @@ class Angular(_SumOverLevels):
     """2 (1 - cos) between raw features.
 
     Args:
-        unit: what is one vector: "layer" (an image's whole map), "pixel" or "location" (the channels of a location),
+        unit: what is one vector: "layer" (an image's whole map), "pixel" (the channels of a location),
             "channel" (the locations of a channel).
     """
 

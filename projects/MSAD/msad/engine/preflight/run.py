@@ -11,7 +11,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import GeneralizedRCNN, build_model
+from detectron2.modeling import build_model
 from torch import nn
 
 from ...config import load_config
@@ -73,7 +73,6 @@ def preflight_checks(
     at_neck = [e for e in entries if not compares_heads(e.get("name")) and e.get("tap", NECK) == NECK]
     matches = {entry.get("match", "by_stride") for entry in at_neck if _reads(entry, teacher.name, teachers.values())}
     weighted = not (cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO)
-    two_stage = isinstance(student, GeneralizedRCNN)
     known = loaded | set(copies(student, teacher.model, cfg.DISTILL.INIT_STUDENT)) if first else loaded
     return {
         "classes": lambda: check_training_sets(cfg, config, classes),
@@ -87,7 +86,7 @@ def preflight_checks(
         "anchors": lambda: check_anchors(cfg, config, resolution.shift) if whole else [],
         "student's start": lambda: check_start(student, known) if first else [],
         "frozen layers": lambda: check_frozen(student, known, cfg.MODEL.BACKBONE.FREEZE_AT) if first else [],
-        "two-stage values": lambda: check_two_stage(entries, weighted) if two_stage else [],
+        "two-stage values": lambda: check_two_stage(entries, weighted) if adapt(student).two_stage else [],
         "schedule": lambda: check_schedule(cfg),
     }
 
