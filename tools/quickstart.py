@@ -31,7 +31,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from msad import cli, load_config
 from msad.data.layouts import LAYOUTS, read_contents, register_entries
 from msad.data.register import registered
-from msad.data.synthetic import make_dataset
+from msad.data.synthetic import DEMO, make_dataset
 from msad.engine.provenance import command_line
 from msad.engine.setup import engine_name, load_model
 from msad.experiments.comparison import Comparison
@@ -49,10 +49,7 @@ from msad.modeling.adapters import num_classes_key
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TITLE = "Low-resolution detection by distillation"
-SYNTHETIC = {
-    "num_train": 600, "num_val": 100, "size": (128, 128), "objects": (3, 7), "min_size": 10.0,
-    "classes": ("disc", "ring", "triangle"), "seed": 0,
-}  # fmt: skip
+SYNTHETIC = {"num_train": 600, "num_val": 100, "seed": 0, **DEMO}
 
 
 def make_parser() -> argparse.ArgumentParser:

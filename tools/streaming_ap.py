@@ -4,12 +4,13 @@
     tools/streaming_ap.py --model student.yaml student.pth --output out DATASETS.TEST "('my_videos',)"
     tools/streaming_ap.py --model teacher.yaml t.pth --model student.yaml s.pth --sizes 1200 900 600 --output out
     tools/streaming_ap.py --model student.yaml student.pth --real-time --output out
+    tools/streaming_ap.py --scenes --model student.yaml student.pth --output out
 
-The data set in DATASETS.TEST has TYPE argoverse_hd. Every frame is detected once and timed; the stream is then
-simulated with runtimes drawn from those measured (or with --runtime-ms), or played in real time. Writes
-DIR/streaming.json and DIR/streaming.png, and prints a table. Detections are kept in DIR/detections: on the same
-machine the same command goes on after an interruption, and other schedules need no further detection. Overrides hold
-for all models.
+The data set in DATASETS.TEST has TYPE argoverse_hd; --scenes draws one for the detectors of make demo. Every frame is
+detected once and timed; the stream is then simulated with runtimes drawn from those measured (or with --runtime-ms), or
+played in real time. Writes DIR/streaming.json and DIR/streaming.png, and prints a table. Detections are kept in
+DIR/detections: on the same machine the same command goes on after an interruption, and other schedules need no further
+detection. Overrides hold for all models.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from tqdm import tqdm
 from msad.cli import load_models, parse
 from msad.cli import run as run_command
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
+from msad.data.synthetic import DEMO
+from msad.data.synthetic_videos import make_videos
 from msad.engine.provenance import fingerprint, machine, write_report
 from msad.engine.setup import load_model
 from msad.evaluation import streaming
@@ -47,6 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", nargs=2, action="append", required=True, metavar=("YAML", "WEIGHTS"), help="may be repeated")
     add("--output", required=True, metavar="DIR", help="folder to write to")
+    add("--scenes", action="store_true", help="on videos of the scenes of tools/quickstart.py, drawn into DIR/scenes")
     add("--sizes", nargs="+", type=int, metavar="PX", help="short sides of the input (default: INPUT.MIN_SIZE_TEST)")
     add("--schedule", choices=("greedy", "shrinking-tail", "infinite"), default="greedy",
         help="one device that takes the newest frame; or that waits for the next if it loses no frame by that; or a "
@@ -183,7 +187,11 @@ def _finite(stats: dict[str, float]) -> dict[str, float | None]:
 
 
 def run(args: argparse.Namespace) -> str:
-    loaded = load_models(args.model, args.opts)
+    opts = list(args.opts)
+    if args.scenes:
+        entry = make_videos(Path(args.output) / "scenes", **DEMO)
+        opts += ["DATASETS.REGISTER", [entry], "DATASETS.TEST", (entry["NAME"],)]
+    loaded = load_models(args.model, opts)
     first = next(cfg for cfg, _ in loaded.values())
     if any(cfg.DATASETS.TEST != first.DATASETS.TEST for cfg, _ in loaded.values()):
         raise ValueError("the models name different DATASETS.TEST; override it for all of them")

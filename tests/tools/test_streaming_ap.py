@@ -131,6 +131,23 @@ def test_real_time(call, tool, tmp_path, monkeypatch):
         call("--real-time", "--fps", 10)
 
 
+def test_videos_of_scenes(tool, project, tmp_path, monkeypatch, capsys):
+    """Models of the demo's three classes, called by the folders of their runs."""
+    monkeypatch.setattr(tool, "DEMO", {**tool.DEMO, "count": 1, "frames": 4, "size": (64, 64)})
+    models = []
+    for name in ("H", "L"):
+        cfg = load_config(project / "fcos.yaml", ["MODEL.FCOS.NUM_CLASSES", 3])
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(cfg.dump())
+        torch.save({"model": build_model(cfg).state_dict()}, tmp_path / name / "model_final.pth")
+        models += ["--model", tmp_path / name / "config.yaml", tmp_path / name / "model_final.pth"]
+    args = ["--scenes", *models, "--output", tmp_path / "out", "--runtime-ms", 5]
+    assert tool.main(list(map(str, args))) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "streaming.json").read_text())
+    assert list(found["models"]) == ["H", "L"] and found["sequences"] == {"video_000": 4} and found["fps"] == [30]
+    assert len(list((tmp_path / "out" / "scenes" / "images" / "video_000").iterdir())) == 4
+
+
 def test_errors_are_one_sentence(call, videos, project, tmp_path):
     for args, words in (
         (["DATASETS.TEST", "('tiny_val',)"], "register 'tiny_val' as TYPE argoverse_hd"),

@@ -125,12 +125,15 @@ def refuse_overwriting(outputs: Iterable[str | os.PathLike], inputs: Iterable[st
 
 
 def model_names(models: Sequence[Sequence[str]]) -> list[str]:
-    """A name for each (yaml, weights) of a command line: the yaml's stem, with that of the weights where it is taken.
+    """A name for each (yaml, weights) of a command line: the yaml's stem, of a run's config.yaml that of its folder.
+
+    Where it is taken, that of the weights is added.
 
     Raises:
         ValueError: two are the same.
     """
-    stems = [Path(config).stem for config, _ in models]
+    files = [Path(config) for config, _ in models]
+    stems = [file.resolve().parent.name if file.name == "config.yaml" else file.stem for file in files]
     names = [s if stems.count(s) == 1 else f"{s}_{Path(weights).stem}" for s, (_, weights) in zip(stems, models)]
     if len(set(names)) < len(names):
         raise ValueError(f"two --model have the same name: {', '.join(names)}")

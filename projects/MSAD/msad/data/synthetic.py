@@ -19,6 +19,8 @@ from .scenes import draw_scene
 
 logger = logging.getLogger(__name__)
 
+# Of the scenes of tools/quickstart.py and the videos of tools/streaming_ap.py.
+DEMO = {"size": (128, 128), "objects": (3, 7), "min_size": 10.0, "classes": ("disc", "ring", "triangle")}
 _FORMAT = 1  # raise when the drawing changes, so that old folders are drawn again
 
 
@@ -56,9 +58,9 @@ def make_dataset(
         "classes": list(classes),
     }
     parameters = dict(format=_FORMAT, num_train=num_train, num_val=num_val, **scene)
-    _validate(parameters)
+    check_drawing(parameters, {"num_train and num_val must not be negative": min(num_train, num_val) >= 0})
     stamp = root / "dataset.json"
-    if stamp.exists() and _read_json(stamp) == parameters:
+    if read_stamp(stamp) == parameters:
         return
     # Without the stamp a run that is killed half-way is not taken for a complete data set.
     stamp.unlink(missing_ok=True)
@@ -70,7 +72,7 @@ def make_dataset(
     logger.info("Drawing %d + %d synthetic scenes of %dx%d into %s", num_train, num_val, *size, root)
     for split, count in (("train", num_train), ("val", num_val)):
         _write_split(root, split, count, scene)
-    _write_json(stamp, parameters)
+    write_json(stamp, parameters)
 
 
 def register_entries(root: str | Path, prefix: str = "synthetic") -> list[dict]:
@@ -94,7 +96,7 @@ def _write_split(root: Path, split: str, count: int, scene: dict) -> None:
         images.append({"id": index + 1, "file_name": name, "height": image.shape[0], "width": image.shape[1]})
         for record in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **record})
-    _write_json(
+    write_json(
         root / f"annotations_{split}.json",
         {
             "info": {"description": f"MSAD synthetic scenes, {split}, seed {scene['seed']}"},
@@ -117,10 +119,10 @@ def _category(number: int, name: str) -> dict:
     }
 
 
-def _validate(parameters: dict) -> None:
+def check_drawing(parameters: dict, conditions: dict[str, bool]) -> None:
+    """ValueError that says which of ``conditions`` or of those of a scene does not hold."""
     (height, width), (least, most) = parameters["size"], parameters["objects"]
-    conditions = {
-        "num_train and num_val must not be negative": min(parameters["num_train"], parameters["num_val"]) >= 0,
+    conditions = conditions | {
         "seed must not be negative": parameters["seed"] >= 0,
         "objects must be (least, most) with 1 <= least <= most": 1 <= least <= most,
         "min_size must be at least 4 pixels": parameters["min_size"] >= 4,
@@ -137,13 +139,15 @@ def _validate(parameters: dict) -> None:
             raise ValueError(f"synthetic data set: {message}; got {parameters}")
 
 
-def _read_json(path: Path):
+def read_stamp(path: Path) -> dict | None:
+    """The JSON of a file; None if there is none or it is cut off."""
     try:
         return json.loads(path.read_text())
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
 
 
-def _write_json(path: Path, content) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """Write a file whole or not at all."""
     with atomic_write(path, "w") as file:
         json.dump(content, file)
