@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, metavar="DIR", help="images and annotations, see above")
     parser.add_argument("--configs", type=Path, default=REPOSITORY / "configs/quickstart", help="folder of the models")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="'all', or names; default: see above")
+    parser.add_argument("--variants", "--rows", nargs="+", metavar="NAME", help="'all', or names; default: see above")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each variant runs once a seed; default: 0")
     parser.add_argument("--iterations", type=_positive, help="of every stage; default: as the configs say")
     parser.add_argument("--short-side", type=_positive, help="of H in pixels; default: as the configs say")

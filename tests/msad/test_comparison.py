@@ -225,6 +225,11 @@ def test_students_learn_from_the_trained_teacher(files, tmp_path):
     shutil.copytree(tmp_path / "out", tmp_path / "moved")
     moved = Comparison(files("msad"), tmp_path / "moved", SMALL, iterations=1, teacher_iterations=1)
     assert not any(moved.prepare(run) for run in moved.runs())
+    other = moved.config(Run("msad", 0)).clone()
+    other.defrost()
+    other.DISTILL.TEACHERS = [{**other.DISTILL.TEACHERS[0], "CONFIG": str(tmp_path / "other.yaml")}]
+    with pytest.raises(ValueError, match=r"another configuration \(DISTILL\.TEACHERS"):
+        check_same(other)
     # Another teacher under the same name is another student.
     shutil.copy(tmp_path / "out/seed0/msad/model_final.pth", tmp_path / "out/seed0/teacher/model_final.pth")
     assert comparison.prepare(Run("msad", 0)) and (tmp_path / "out/seed0/msad~1/result.json").is_file()

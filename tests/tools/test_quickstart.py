@@ -55,7 +55,7 @@ def test_from_scenes_to_report(quickstart, tmp_path, capsys):
     assert again["runs"] == data["runs"] and again["seconds"] > data["seconds"]
 
     # Results of another configuration are not mixed in.
-    assert quickstart.main(["--output", str(tmp_path), "--iterations", "5", "--variants", "baseline_L"]) == 2
+    assert quickstart.main(["--output", str(tmp_path), "--iterations", "5", "--rows", "baseline_L"]) == 2
     assert "another configuration" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -139,20 +139,18 @@ def _may_change(key: str, before: Any, now: Any, folder: Path) -> bool:
     if key == "DISTILL.STAGES" and before and now:  # those to come may change
         begun = max((n for n in range(1, len(before) + 1) if has_run(folder / f"stage{n}")), default=0)
         return plain(before[:begun]) == plain(now[:begun])
-    return _same_but(LOOSE.get(key, ()), before, now) or _is_free(key)
+    if key in LOOSE:
+        before, now = ([{k: v for k, v in e.items() if k not in LOOSE[key]} for e in plain(x)] for x in (before, now))
+        return before == now
+    return _is_free(key)
 
 
 def same_but_places(key: str, before: Any, now: Any) -> bool:
-    """Whether two values of a key differ in nothing but where files lie."""
-    return key == "DISTILL.TEACHERS" and _same_but(LOOSE[key], before, now)
-
-
-def _same_but(parts: Sequence[str], before: Any, now: Any) -> bool:
-    """Whether two lists of entries are equal without these parts; False without any."""
-    if not parts:
+    """Whether two values of a key differ in nothing but the folders of teachers' files, whose names must agree."""
+    if key != "DISTILL.TEACHERS":
         return False
-    before, now = ([{k: v for k, v in e.items() if k not in parts} for e in plain(x)] for x in (before, now))
-    return before == now
+    names = [[{**e, **{k: Path(e[k]).name for k in LOOSE[key] if k in e}} for e in plain(x)] for x in (before, now)]
+    return names[0] == names[1]
 
 
 def _is_free(key: str) -> bool:
