@@ -31,7 +31,7 @@ from msad.data.loader import build_train_loader
 from msad.distill.context import DistillContext
 from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
-from msad.distill.losses.registry import build_losses, compares_heads, lower_keys
+from msad.distill.losses.registry import COMMON_OPTIONS, build_losses, compares_heads, lower_keys
 from msad.distill.schedules import distillation_factor
 from msad.engine.build import load_teacher, teacher_entries
 from msad.engine.checkpoint import CheckedCheckpointer
@@ -114,7 +114,7 @@ def check(cfg: CfgNode) -> None:
     for entry in map(lower_keys, (*cfg.DISTILL.LOSSES, *cfg.DISTILL.TEACHERS)):
         name = entry.get("name", "teacher")
         refused[f"compares no head predictions, as {name} does"] = compares_heads(name)
-        for key, usual in {"match": "by_stride", "tap": "neck", "scale": 1.0}.items():
+        for key, usual in {key: COMMON_OPTIONS.get(key, 1.0) for key in ("match", "tap", "scale")}.items():
             refused[f"knows no {key.upper()}: {entry.get(key)}, as {name} has"] = entry.get(key, usual) != usual
     for what, wrong in refused.items():
         if wrong:

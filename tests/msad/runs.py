@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shutil
 from pathlib import Path
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, create_ddp_model, defaults, launch
+from detectron2.utils import comm
 
 from msad import load_config
 from msad.data import register_datasets
@@ -16,6 +18,21 @@ from msad.engine import DistillTrainer
 ITERATIONS, SAVED = 6, 3  # the checkpoint holds SAVED finished iterations
 TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"
 TEACHER = {"student": "teacher", "retinanet_student": "retinanet_teacher", "gfl_student": "gfl_teacher"}
+
+on_cpu = functools.partial(create_ddp_model, device_ids=None)
+
+
+def in_two_processes(function, folder, batch, *args):
+    """What ``function(part, *args)`` returns in each of two gloo processes, ``part`` being an image of ``batch``."""
+    launch(_save_of_rank, 2, dist_url="auto", args=(function, folder, batch, args))
+    return [torch.load(folder / f"{rank}.pth") for rank in range(2)]
+
+
+def _save_of_rank(function, folder, batch, args):
+    torch.set_num_threads(1)
+    defaults.create_ddp_model = on_cpu
+    rank = comm.get_rank()
+    torch.save(function(batch[rank : rank + 1], *args), folder / f"{rank}.pth")
 
 
 class Trace(HookBase):
@@ -83,7 +100,8 @@ def assert_equal_weights(first, second):
 CHILD = """
 import json, os, runpy, signal, sys
 sys.path.insert(0, {tests!r})
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, create_ddp_model, defaults, launch
+from detectron2.utils import comm
 from runs import Trace
 from msad.engine import DistillTrainer
 last, output, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]

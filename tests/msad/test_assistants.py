@@ -6,10 +6,9 @@ import functools
 
 import pytest
 import torch
-from detectron2.engine import create_ddp_model, defaults, launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
-from runs import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
+from runs import SAVED, assert_equal_weights, config, in_two_processes, left_by_a_killed_run, on_cpu, train
 from torch import nn
 
 from msad import load_config
@@ -375,10 +374,8 @@ def test_untouched_keeps_statistics(tiny_model, make_batch):
 
 # --- two processes ----------------------------------------------------------------------------------------------------
 
-on_cpu = functools.partial(create_ddp_model, device_ids=None)
 
-
-def gradient_of_the_assistant(project, batch):
+def gradient_of_the_assistant(batch, project):
     cfg = load_config(project / "student.yaml")
     cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = str(project / "teacher.pth")
     cfg.MODEL.RESNETS.NORM = "FrozenBN"
@@ -392,19 +389,11 @@ def gradient_of_the_assistant(project, batch):
     return step.assistant.mix.weight.grad.clone(), step.assistant.mix.weight.detach().clone()
 
 
-def in_each_process(project, output, batch):
-    torch.set_num_threads(1)
-    defaults.create_ddp_model = on_cpu
-    rank = comm.get_rank()
-    torch.save(gradient_of_the_assistant(project, batch[rank : rank + 1]), output / f"{rank}.pth")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
 def test_two_processes_are_one_with_the_joint_batch(project, teacher_weights, tmp_path, make_batch):
     batch = make_batch([(64, 64)] * 2)
     batch[1]["instances"] = batch[0]["instances"]  # equal counts of positives, by which each process divides
-    launch(in_each_process, 2, dist_url="auto", args=(project, tmp_path, batch))
-    (first, weight), (second, other) = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
+    (first, weight), (second, other) = in_two_processes(gradient_of_the_assistant, tmp_path, batch, project)
     assert torch.equal(first, second) and torch.equal(weight, other)
-    joint, _ = gradient_of_the_assistant(project, batch)
+    joint, _ = gradient_of_the_assistant(batch, project)
     torch.testing.assert_close(first, joint, rtol=1e-4, atol=1e-6 * joint.abs().max().item())

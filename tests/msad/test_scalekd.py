@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import shutil
@@ -10,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import CfgNode
-from detectron2.engine import HookBase, create_ddp_model, defaults, launch
+from detectron2.engine import HookBase
 from detectron2.modeling import build_model
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers import load_narrow
 from runs import SAVED, Trace, assert_equal_weights, config, left_by_a_killed_run, train
@@ -358,94 +355,6 @@ def test_the_backbone_rests_first_and_every_phase_resumes_exactly(project, teach
         assert resumed == steps[done:]
         for mine, theirs in zip(again[-1], weights[-1]):
             assert_equal_weights(mine, theirs)
-
-
-# --- two processes ----------------------------------------------------------------------------------------------------
-
-on_cpu = functools.partial(create_ddp_model, device_ids=None)
-
-
-def gradients_of(distiller, batch):
-    """Of student, losses and assistant after a step on ``batch``."""
-    model = on_cpu(distiller, broadcast_buffers=False)
-    torch.manual_seed(5)  # of the sampling of anchors and proposals
-    with EventStorage(0):
-        sum(model(batch).values()).backward()
-    (step,) = distiller.assistants
-    parts = {"student": distiller.student, "losses": distiller.losses, "assistant": step.assistant}
-    named = [(f"{part}.{k}", p.grad) for part, module in parts.items() for k, p in module.named_parameters()]
-    return {name: grad.clone() for name, grad in named if grad is not None}
-
-
-def gradients(project, weights, folder, batch):
-    """Of an FCOS and what is beside it."""
-    cfg = scalekd(project, {"teacher": weights}, folder, **{"DISTILL.WARMUP_ITERS": 0})
-    cfg.MODEL.RESNETS.NORM = "FrozenBN"
-    torch.manual_seed(3)
-    distiller = DistillTrainer.build_model(cfg).train()
-    # FCOS divides by a running mean of positives of a process.
-    distiller.student.loss_normalizer = 8.0 if comm.get_world_size() > 1 else 16.0
-    return gradients_of(distiller, batch)
-
-
-def in_each_process(project, weights, output, batch):
-    torch.set_num_threads(1)
-    defaults.create_ddp_model = on_cpu
-    rank = comm.get_rank()
-    torch.save(gradients(project, weights, output / f"run{rank}", batch[rank : rank + 1]), output / f"{rank}.pth")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
-def test_two_processes_are_one_with_the_joint_batch(project, teacher_weights, tmp_path, make_batch):
-    batch = make_batch([(64, 64)] * 2)
-    batch[1]["instances"] = batch[0]["instances"]  # equal counts of positives, by which each process divides
-    weights = teacher_weights["teacher"]
-    launch(in_each_process, 2, dist_url="auto", args=(project, weights, tmp_path, batch))
-    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
-    joint = gradients(project, weights, tmp_path / "joint", batch)
-    assert first.keys() == joint.keys() and {k.split(".")[0] for k in joint} == {"student", "losses", "assistant"}
-    for name, grad in joint.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], grad, rtol=1e-3, atol=1e-5 * grad.abs().max().item() + 1e-9, msg=name)
-
-
-def rcnn_gradients(text, batch):
-    """Of a Faster R-CNN and its assistant, whose weights stay: in several processes it learns from all of them."""
-    cfg = CfgNode.load_cfg(text)
-    models = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        models.append(build_model(cfg))
-    distiller = build_distiller(cfg, models[0], [FrozenTeacher(models[1], scale=2.0)]).train()
-    return gradients_of(distiller, batch)
-
-
-def rcnn_in_each_process(text, output, batch):
-    torch.set_num_threads(1)
-    defaults.create_ddp_model = on_cpu
-    rank = comm.get_rank()
-    torch.save(rcnn_gradients(text, batch[rank : rank + 1]), output / f"{rank}.pth")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="detectron2 would use the GPUs")
-def test_two_processes_with_an_rcnn_have_the_mean_gradient(tiny_cfg, tmp_path, make_batch):
-    """Proposals are sampled per process, so a joint batch has others; the mean of what each has alone is exact."""
-    cfg = tiny_cfg("FasterRCNN", DISTILL__STUDENT_RESOLUTION="H", DISTILL__WARMUP_ITERS=0)
-    cfg.DISTILL.ASSISTANTS = [{**SCALEKD["ASSISTANTS"][0], "BASE_LR": 0.0}]
-    cfg.DISTILL.LOSSES = SCALEKD["LOSSES"]
-    batch = make_batch([(64, 96)] * 2, boxes=[3, 1])
-    launch(rcnn_in_each_process, 2, dist_url="auto", args=(cfg.dump(), tmp_path, batch))
-    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
-    alone = [rcnn_gradients(cfg.dump(), batch[rank : rank + 1]) for rank in range(2)]
-    assert first.keys() == second.keys() == alone[0].keys() == alone[1].keys()
-    assert {name.split(".")[0] for name in first} == {"student", "losses", "assistant"}
-    assert any("roi_heads" in name for name in first) and any("proposal_generator" in name for name in first)
-    for name, grad in first.items():
-        assert torch.equal(grad, second[name]), name
-        mean = (alone[0][name] + alone[1][name]) / 2
-        torch.testing.assert_close(grad, mean, rtol=1e-4, atol=1e-6 * mean.abs().max().item() + 1e-9, msg=name)
-    differing = [name for name in first if not torch.allclose(alone[0][name], alone[1][name])]
-    assert {name.split(".")[0] for name in differing} == {"student", "losses", "assistant"}
 
 
 def test_distillation_begins_late():

@@ -132,9 +132,16 @@ def given_config(choices: Choices, entries: list[dict], content: dict, objects: 
     Raises:
         ValueError: it has another number of classes or keypoints than the data, or masks where they have none.
     """
-    cfg = _override(load_config(choices.config), choices, lambda key: not _is_of_method(key))  # before the checks
+    cfg = load_config(choices.config)
     cfg.MODEL.WEIGHTS = str(Path(choices.checkpoint).resolve())
     cfg.DISTILL = add_msad_config(get_cfg()).DISTILL
+    cfg.DATASETS.REGISTER = entries
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (entries[0]["NAME"],), (entries[1]["NAME"],)
+    if choices.short_side:
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (choices.short_side,), longest_side(choices.short_side)
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = choices.short_side, longest_side(choices.short_side)
+    _fit_iterations(cfg, choices, objects)
+    _override(cfg, choices, lambda key: not _is_of_method(key))
     section, name = num_classes_key(cfg).split(".")[1:]
     if cfg.MODEL[section][name] != len(content["classes"]):
         raise ValueError(
@@ -146,13 +153,7 @@ def given_config(choices: Choices, entries: list[dict], content: dict, objects: 
                          f"have {content['keypoints']}")  # fmt: skip
     if cfg.MODEL.MASK_ON and not content["masks"]:
         raise ValueError("--from: the model learns masks, and the data have none: add MODEL.MASK_ON False")
-    cfg.DATASETS.REGISTER = entries
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (entries[0]["NAME"],), (entries[1]["NAME"],)
-    if choices.short_side:
-        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (choices.short_side,), longest_side(choices.short_side)
-        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = choices.short_side, longest_side(choices.short_side)
-    _fit_iterations(cfg, choices, objects)
-    return _override(cfg, choices, lambda key: not _is_of_method(key))
+    return cfg
 
 
 def make_configs(choices: Choices, entries: list[dict], content: dict, objects: Objects, short: int) -> Configs:
