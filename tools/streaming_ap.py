@@ -70,6 +70,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {np.min(value):g}")
     if args.schedule == "infinite" and args.stride != 1:
         parser.error("--stride needs one device")
+    given = next((key for key in args.opts[::2] if key in ("DATASETS.REGISTER", "DATASETS.TEST")), None)
+    if args.scenes and given:
+        parser.error(f"--scenes draws the data set, so {given} would have no effect")
     return args
 
 

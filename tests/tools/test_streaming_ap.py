@@ -146,6 +146,9 @@ def test_videos_of_scenes(tool, project, tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "out" / "streaming.json").read_text())
     assert list(found["models"]) == ["H", "L"] and found["sequences"] == {"video_000": 4} and found["fps"] == [30]
     assert len(list((tmp_path / "out" / "scenes" / "images" / "video_000").iterdir())) == 4
+    with pytest.raises(SystemExit, match="2"):
+        tool.main([*map(str, args), "DATASETS.TEST", "('tiny_val',)"])
+    assert "so DATASETS.TEST would have no effect" in capsys.readouterr().err
 
 
 def test_errors_are_one_sentence(call, videos, project, tmp_path):
