@@ -237,3 +237,6 @@ def test_the_extractors_of_regions():
     assert expected.items() <= model["ROI_BOX_HEAD"].items()
     expected = {"POOLER_TYPE": "ROIAlign", "POOLER_RESOLUTION": 14, "POOLER_SAMPLING_RATIO": 0}
     assert expected.items() <= model["ROI_MASK_HEAD"].items()
+    model = converted("mask+dcn1", f"roi_head=dict(bbox_roi_extractor={box}, mask_roi_extractor=None)")["MODEL"]
+    expected = {"POOLER_TYPE": "ROIAlignV2", "POOLER_RESOLUTION": 7, "POOLER_SAMPLING_RATIO": 2}
+    assert expected.items() <= model["ROI_MASK_HEAD"].items()

@@ -146,8 +146,13 @@ def box_weights(head: dict, where: str, stds: tuple[float, ...]) -> list[float]:
 
 
 def pooler(head: dict, kind: str, resolution: int) -> dict:
-    """POOLER_* of the box or mask head, which all stages share; ``resolution`` where ``head`` tells none."""
+    """POOLER_* of the box or mask head, which all stages share; ``resolution`` where ``head`` tells none.
+
+    A mask head whose extractor is None takes the regions of the box head, 7 x 7 where nothing is told.
+    """
     where = f"{kind}_roi_extractor"
+    if kind == "mask" and head.get(where, {}) is None:
+        return pooler(head, "bbox", 7)
     told = head.get(where) or {}
     stages = told if isinstance(told, list) else [told]
     if any(stage != stages[0] for stage in stages):
