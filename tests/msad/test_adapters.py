@@ -122,6 +122,16 @@ def test_what_a_kind_needs_is_named():
         adapt(detector)
 
 
+def test_a_teacher_leaves_no_head_out(tiny_model, make_batch):
+    """A semantic head beside the others, as PanopticFPN has it, would never be trained; a student keeps its own."""
+    detector = tiny_model("FasterRCNN")
+    detector.sem_seg_head = nn.Conv2d(4, 2, 1)
+    fusion, branches = CrossFeatureLevelFusion(4, 2), [RESOLUTIONS["H"], RESOLUTIONS["L"]]
+    with pytest.raises(TypeError, match="GeneralizedRCNN cannot be run .* its sem_seg_head would be left out"):
+        MultiScaleTeacher(detector=detector, resolutions=branches, fusion=fusion)
+    assert adapt(detector).levels
+
+
 def test_a_detector_that_does_not_fit_is_bad_input(capsys):
     assert cli.run("tool", lambda: adapt(torch.nn.Linear(1, 1))) == 2
     assert "tool: error: Linear cannot be run from features" in capsys.readouterr().err

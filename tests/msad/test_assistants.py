@@ -285,6 +285,32 @@ def test_one_that_waits_learns_when_distillation_begins(cfg, make_batch):
     assert step.is_finite()
 
 
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_one_that_does_not_wait_learns_in_every_step(cfg, make_batch, warmup):
+    """Also in that of START_ITER, where a warm-up begins with a factor of 0."""
+    cfg.DISTILL.START_ITER, cfg.DISTILL.WARMUP_ITERS = 2, warmup
+    distiller = DistillTrainer.build_model(assisted(cfg)).train()
+    weight = distiller.assistants[0].assistant.mix.weight
+    for iteration in range(4):
+        before = weight.detach().clone()
+        with EventStorage(iteration):
+            distiller(make_batch([(64, 64)] * 2))
+        assert not torch.equal(weight, before), iteration
+
+
+def test_nothing_runs_without_losses(cfg, make_batch):
+    """DISTILL.LOSSES [] is the baseline without distillation, also before START_ITER."""
+    cfg.DISTILL.START_ITER = 2
+    distiller = DistillTrainer.build_model(assisted(cfg, HEAD_LEARNS=True)).train()
+    distiller.losses = nn.ModuleList()
+    distiller.assistants = [lambda context: pytest.fail("stepped")]
+    distiller.teachers[0].features = lambda *args: pytest.fail("a teacher ran")
+    for iteration in range(3):
+        with EventStorage(iteration):
+            losses = distiller(make_batch([(64, 64)] * 2))
+        assert not any("distill" in name or NAME in name for name in losses)
+
+
 def test_mixed_precision(cfg, make_batch):
     distiller = DistillTrainer.build_model(cfg).train()
     with EventStorage(0), torch.autocast("cpu", torch.bfloat16):

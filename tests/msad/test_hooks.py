@@ -183,6 +183,18 @@ def test_loss_balance_without_detection_losses_is_silent():
     assert values.values == [None]
 
 
+def test_losses_that_have_ended_no_longer_count(caplog):
+    """Distillation ended abruptly after iteration 1, whose loss the storage still has."""
+
+    def losses(trainer):
+        trainer.storage.put_scalars(loss_cls=1.0, **({"loss_distill/A": 8.0} if trainer.iter < 2 else {}))
+
+    values = Values("distill_to_detection")
+    with caplog.at_level(logging.WARNING, "msad"):
+        run(losses, [LossRatioLogger(1, patience=3), values], 5)
+    assert values.values == [8.0, 8.0, 0.0, 0.0, 0.0] and "times the detection losses" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("ratios", "patience", "warnings"),
     [([2, 2, 2, 2, 2, 2, 2, 2], 3, 1), ([2, 2, 0.5, 2, 2, 0.5, 2, 2], 3, 0), ([2] * 8, 0, 0), ([0.9] * 8, 3, 0)],

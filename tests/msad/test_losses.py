@@ -27,6 +27,10 @@ def shapes(levels=range(3, 8), channels=4, base=1):
     return {f"p{i}": ShapeSpec(channels=channels, stride=base * 2**i) for i in levels}
 
 
+def aligned(levels, **options):
+    return AlignedL1(list(levels), {name: 2 ** int(name[1:]) for name in levels}, **options)
+
+
 def numpy_l1(student, teacher, normalize=False, sizes=None):
     total = 0.0
     for name in student:
@@ -48,7 +52,7 @@ def numpy_l1(student, teacher, normalize=False, sizes=None):
 @pytest.mark.parametrize("mask_padding", [False, True])
 def test_aligned_l1_equals_numpy(normalize, mask_padding):
     student, teacher = maps(seed=1), maps(seed=2)
-    loss = AlignedL1(levels=list(student), normalize=normalize, mask_padding=mask_padding)
+    loss = aligned(student, normalize=normalize, mask_padding=mask_padding)
     (value,) = loss(student, teacher, BATCH).values()
     assert value.shape == ()
     expected = numpy_l1(student, teacher, normalize, SIZES if mask_padding else None)
@@ -59,7 +63,7 @@ def test_hand_value():
     """Levels are summed, elements averaged: |1| + mean(|0|, |2|)."""
     student = {"p3": torch.zeros(1, 1, 2, 2), "p4": torch.zeros(1, 1, 1, 2)}
     teacher = {"p3": torch.ones(1, 1, 2, 2), "p4": torch.tensor([[[[0.0, 2.0]]]])}
-    assert AlignedL1(["p3", "p4"])(student, teacher, BATCH)["l1"].item() == 2.0
+    assert aligned(["p3", "p4"])(student, teacher, BATCH)["l1"].item() == 2.0
 
 
 def test_released_value():
@@ -74,14 +78,14 @@ def test_released_value():
 @pytest.mark.parametrize("mask_padding", [False, True])
 def test_identical_features_cost_nothing(normalize, mask_padding):
     student = maps()
-    loss = AlignedL1(list(student), normalize=normalize, mask_padding=mask_padding)
+    loss = aligned(student, normalize=normalize, mask_padding=mask_padding)
     assert loss(student, {k: v.clone() for k, v in student.items()}, BATCH)["l1"].item() == 0.0
 
 
 def test_normalised_loss_ignores_scale_and_offset():
     student, teacher = maps(seed=1), maps(seed=2)
     scaled = {k: 100 * v + 7 for k, v in teacher.items()}
-    plain, normal = AlignedL1(list(student)), AlignedL1(list(student), normalize=True)
+    plain, normal = aligned(student), aligned(student, normalize=True)
     torch.testing.assert_close(normal(student, scaled, BATCH), normal(student, teacher, BATCH), rtol=1e-4, atol=0)
     assert plain(student, scaled, BATCH)["l1"] > 20 * plain(student, teacher, BATCH)["l1"]
 
@@ -102,16 +106,31 @@ def test_padding_counts_only_if_not_masked():
         stride = 2 ** int(name[1:])
         value[1, :, -(-40 // stride) :] = 50.0
         value[1, :, :, -(-50 // stride) :] = 50.0
-    masked, plain = (AlignedL1(list(student), mask_padding=m) for m in (True, False))
+    masked, plain = (aligned(student, mask_padding=m) for m in (True, False))
     torch.testing.assert_close(masked(spoilt, teacher, BATCH), masked(student, teacher, BATCH))
     assert plain(spoilt, teacher, BATCH)["l1"] > 2 * plain(student, teacher, BATCH)["l1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "size", "rows"),
+    [("p3", 8 / 1.5, 96, 18), ("p3", 8 / 0.75, 96, 9), ("res5", 32, 90, 3), ("p3", 8 / 1.5, 50, 10)],
+)
+def test_padding_begins_where_the_grid_says(name, stride, size, rows):
+    """Levels of a teacher whose SCALE is no power of two, and of the bottom-up, have no stride in their names."""
+    loss = AlignedL1([name], {name: stride}, mask_padding=True)
+    student = {name: torch.zeros(1, 2, 20, 20)}
+    context = make_context([(size, size)], [])
+    for last, expected in ((rows - 1, 1 / rows), (rows, 0.0)):  # the last row of the image, the first of its padding
+        teacher = {name: torch.zeros(1, 2, 20, 20)}
+        teacher[name][..., last, :] = 1.0
+        assert loss(student, teacher, context)["l1"].item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"mask_padding": True}])
 def test_batch_of_copies_costs_what_one_image_does(options):
     one_s, one_t = maps(n=1, seed=1), maps(n=1, seed=2)
     two_s, two_t = ({k: torch.cat([v, v]) for k, v in x.items()} for x in (one_s, one_t))
-    loss = AlignedL1(list(one_s), **options)
+    loss = aligned(one_s, **options)
     one = loss(one_s, one_t, make_context([SIZES[1]], []))["l1"]
     two = loss(two_s, two_t, make_context([SIZES[1]] * 2, []))["l1"]
     torch.testing.assert_close(one, two)
@@ -121,7 +140,7 @@ def test_batch_of_copies_costs_what_one_image_does(options):
 def test_gradient(options):
     student, teacher = maps((4, 5), dtype=torch.float64, seed=1), maps((4, 5), dtype=torch.float64, seed=2)
     names = list(student)
-    loss = AlignedL1(names, **options)
+    loss = aligned(names, **options)
 
     def value(*tensors):
         return loss(dict(zip(names, tensors)), teacher, BATCH)["l1"]
@@ -136,9 +155,9 @@ def test_gradient(options):
 
 def test_half_precision_features():
     student, teacher = maps(seed=1), maps(seed=2)
-    expected = AlignedL1(list(student), mask_padding=True)(student, teacher, BATCH)["l1"]
+    expected = aligned(student, mask_padding=True)(student, teacher, BATCH)["l1"]
     student, teacher = ({k: v.bfloat16() for k, v in x.items()} for x in (student, teacher))
-    found = AlignedL1(list(student), mask_padding=True)(student, teacher, BATCH)["l1"]
+    found = aligned(student, mask_padding=True)(student, teacher, BATCH)["l1"]
     assert found.item() == pytest.approx(expected.item(), rel=0.02)
 
 
@@ -239,7 +258,7 @@ def test_the_masked_mean_is_safe_in_half_precision(dtype):
     """As under mixed precision: the loss is float32, and its gradient finite at the first scale of a GradScaler."""
     student, teacher = maps(range(3, 5), seed=1), maps(range(3, 5), seed=2)
     half = {name: x.to(dtype).requires_grad_() for name, x in student.items()}
-    loss = AlignedL1(list(student), mask_padding=True)
+    loss = aligned(student, mask_padding=True)
     with torch.autocast("cpu", dtype):
         found = loss(half, {name: x.to(dtype) for name, x in teacher.items()}, BATCH)["l1"]
     assert found.dtype == torch.float32

@@ -59,6 +59,8 @@ def test_configs_of_stages(project, teacher_weights, tmp_path):
         ({"TEACHERS": ["smal"]}, ValueError, r"STAGES\[0\]: no teacher is named 'smal'; did you mean small"),
         ({"SOLVER": {"MAX_ITERS": 3}}, KeyError, r"STAGES\[0\]: unknown config key SOLVER.MAX_ITERS"),
         ("small", ValueError, r"STAGES\[0\] is no mapping"),
+        ({"TEACHERS": [], "DISTILL": {"LOSSES": [], "STUDENT_RESOLUTION": "L"}}, ValueError,
+         r"STAGES\[0\]: without a teacher nothing makes images smaller, .*STUDENT_RESOLUTION L would"),
     ],
 )
 def test_wrong_stages_are_named(project, teacher_weights, tmp_path, stage, error, message):
@@ -273,6 +275,7 @@ def test_a_student_at_a_quarter_under_teachers_of_growing_input(project, teacher
 def test_stages_without_a_teacher_and_with_all_of_them(project, teacher_weights, tmp_path):
     """Longer training with the learning rate restarted, and both teachers at once."""
     cfg = curriculum(project, teacher_weights, tmp_path)
+    cfg.DISTILL.STUDENT_RESOLUTION = "H"
     cfg.DISTILL.STAGES = [{"TEACHERS": [], "DISTILL": {"LOSSES": []}}, {"SOLVER": {"MAX_ITER": 2}}]
     alone, both = stages.stage_configs(cfg)
     assert not alone.DISTILL.TEACHERS and [t["NAME"] for t in both.DISTILL.TEACHERS] == ["small", "large"]

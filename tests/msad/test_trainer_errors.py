@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
-from runs import assert_equal_weights, left_by_a_killed_run, train
+from runs import assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
 from msad import load_config
@@ -48,6 +48,15 @@ from msad.finding import ERROR
 def test_wrong_configuration_is_one_clear_error(student_config, options, error, message):
     with pytest.raises(error, match=message):
         DistillTrainer(student_config(**options))
+
+
+def test_precise_statistics_need_layers_that_run_once(project, teacher_weights, tmp_path):
+    """Those of a teacher run once a resolution: said in the first step, and not when the training ends."""
+    options = {"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2, "SOLVER.MAX_ITER": 2}
+    with pytest.raises(ValueError, match=r"TEST.PRECISE_BN.ENABLED: detector\.backbone\.\S+ runs 2 times in a step"):
+        train(config(project, teacher_weights, "teacher", tmp_path / "teacher", **options))
+    trainer, trace, _ = train(config(project, teacher_weights, "fcos", tmp_path / "plain", **options))
+    assert trainer.iter == 2
 
 
 def test_levels_that_do_not_meet_are_reported(student_config, caplog):

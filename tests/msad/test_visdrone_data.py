@@ -192,7 +192,15 @@ def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
     grad = taken[0].grad  # p2, stride 4: (2, A, 16, 24)
     inside = torch.zeros(16, 24, dtype=torch.bool)
     inside[:, 12:] = inside[:8, :12] = True
-    inside[:8, :8] = False  # the object's box and a stride around it
+    generator = getattr(model, "proposal_generator", model).anchor_generator
+    anchors = next(iter(generator.cell_anchors)).tolist()
+    for row in range(16):  # what a stride or an anchor may bring to the object stays
+        for column in range(24):
+            far = [(4 - at, at - 28) for at in ((column + generator.offset) * 4, (row + generator.offset) * 4)]
+            reach = [max(4, *((a[k + 2] - a[k]) / 2 for a in anchors)) for k in (0, 1)]
+            if all(max(sides) <= longest for sides, longest in zip(far, reach)):
+                inside[row, column] = False
+    assert inside.any() and not inside[:7, :7].any()
     assert (grad[0][:, inside] == 0).all()
     assert (grad[0][:, ~inside] != 0).any() and (grad[1][:, inside] != 0).any()
     if seen:  # proposals that the second stage may sample
@@ -200,6 +208,29 @@ def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
         object_ = (centres >= 4).all(dim=1) & (centres <= 28).all(dim=1)
         assert ((centres[:, 0] < 48) & (centres[:, 1] > 32) | object_).all()
         assert len(seen[1]) > 0 and (seen[1].proposal_boxes.get_centers()[:, 0] > 48).any()
+
+
+OF_CLASSES = {"FCOS": "loss_fcos_cls", "RetinaNet": "loss_cls", "GFL": "loss_gfl_qfl", "RepPoints": "loss_cls",
+              "FasterRCNN": "loss_rpn_cls"}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", OF_CLASSES)
+@pytest.mark.parametrize("side", [4, 6, 8])
+def test_a_region_beside_a_small_object_leaves_its_positives(tiny_model, make_batch, arch, side):
+    """The best anchors of an object far smaller than they are have points in the region, and stay positive."""
+    (item,) = make_batch([(128, 128)], boxes=1)
+    item["instances"].gt_boxes.tensor[:] = torch.tensor([60.0, 60.0, 60.0 + side, 60.0 + side])
+    nothing, beside = [0.0, 0.0, 0.0, 0.0], [(61.0 + side) / 128, 0.0, 1.0, 1.0]
+    losses = []
+    for region in (nothing, beside):
+        item["ignored_regions"] = torch.tensor([region])
+        model = tiny_model(arch, levels=range(2, 7)).train()
+        IgnoredRegions(model)
+        torch.manual_seed(0)  # of the RPN's sample
+        with EventStorage(), torch.no_grad():
+            values = model([item])
+        losses.append(values[OF_CLASSES[arch]].item())
+    assert 0 < losses[1] < losses[0]
 
 
 class Copies(TorchDispatchMode):

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..finding import OK
 from .cache import cache_file, file_sha256, write_cache
-from .coco_annotations import compressed, is_polygon
+from .coco_annotations import compressed
 from .coco_file import check_content, read_json
 from .dataset_types import (
     DATASET_TYPE_REGISTRY,
@@ -49,7 +49,7 @@ KEYS = {
     ),
 }
 # Raise when the content of repaired files changes, so that old ones are not used any more.
-_REPAIR_VERSION = 1
+_REPAIR_VERSION = 2
 
 
 @DATASET_TYPE_REGISTRY.register()
@@ -193,9 +193,7 @@ def _records(entry: dict[str, Any], content: dict[str, Any], contiguous: dict[in
     """detectron2's dataset dicts, by ascending image id."""
     by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
     for annotation in content.get("annotations", ()):
-        converted = _convert(annotation, contiguous)
-        if converted is not None:
-            by_image[annotation["image_id"]].append(converted)
+        by_image[annotation["image_id"]].append(_convert(annotation, contiguous))
     records = []
     for image in sorted(content["images"], key=lambda image: image["id"]):
         record = {
@@ -230,8 +228,8 @@ def _read_label_maps(entry: dict[str, Any], records: list[dict]) -> None:
                 raise ValueError(f"{where}: {error}") from None
 
 
-def _convert(annotation: dict[str, Any], contiguous: dict[int, int]) -> dict[str, Any] | None:
-    """An annotation in detectron2's form; None if it has polygons, but none of three points.
+def _convert(annotation: dict[str, Any], contiguous: dict[int, int]) -> dict[str, Any]:
+    """A checked annotation in detectron2's form.
 
     Numbers become floats: detectron2 makes an array of them and writes the resized coordinates back into it, so that
     integers would be cut off after the point, up to a pixel of the input, which is much of a small object.
@@ -246,9 +244,7 @@ def _convert(annotation: dict[str, Any], contiguous: dict[int, int]) -> dict[str
     if isinstance(mask, dict):
         out["segmentation"] = compressed(mask)
     elif mask:
-        out["segmentation"] = [[*map(float, p)] for p in mask if is_polygon(p)]
-        if not out["segmentation"]:
-            return None
+        out["segmentation"] = [[*map(float, polygon)] for polygon in mask]
     if annotation.get("keypoints"):
         # From indices of pixels to continuous coordinates.
         out["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(annotation["keypoints"])]

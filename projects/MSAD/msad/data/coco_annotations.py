@@ -56,11 +56,12 @@ class AnnotationChecker:
         elif type(a["iscrowd"]) not in (int, bool) or a["iscrowd"] not in (0, 1):
             seen = f"has iscrowd {shown(a['iscrowd'])}"
             add(ERROR, "has another iscrowd than 0 and 1", "write 0 (one object) or 1 (a group)", seen)
-        usable = bool(a.get("segmentation")) if self.masks else self._check_box(a, add)
+        boxed = not self.masks and self._check_box(a, add)
         if a.get("segmentation"):
             self._check_mask(a, add)
         elif self.masks:
             add(ERROR, "has no mask (segmentation)", "draw one, or remove the annotation")
+        usable = bool(a.get("segmentation")) if self.masks else boxed
         if a.get("keypoints"):
             self._check_keypoints(a, add)
         if usable:
@@ -125,6 +126,8 @@ class AnnotationChecker:
                 elif not is_polygon(polygon):
                     fix = "give each polygon three points or more, x and y of each"
                     add(WARNING, "has a polygon of fewer than three points, which is left out", fix)
+                    # pycocotools fails on them, and a box beside them is as good as any
+                    a["segmentation"], self.repaired = [p for p in a["segmentation"] if p is not polygon], True
 
     def _check_rle(self, a: dict, mask: dict, add: Callable) -> None:
         size, counts = mask.get("size"), mask.get("counts")

@@ -49,7 +49,7 @@ class Distiller(nn.Module):
     Args:
         student: detector whose input is H downsampled by ``resolution``.
         teachers: frozen teachers; the first one initialises the student.
-        losses: from :func:`msad.distill.losses.build_losses`; empty: no teacher ever runs.
+        losses: from :func:`msad.distill.losses.build_losses`; empty: no teacher and no assistant ever runs.
         resolution: of the student.
         ensembles: means of teachers.
         w_det: weight of the student's detection losses.
@@ -138,7 +138,7 @@ class Distiller(nn.Module):
         iteration = get_event_storage().iter
         factor = self._current_factor(iteration)
         assistants = self.assistants if factor is not None else []
-        if factor is None and iteration < self.start_iter:
+        if factor is None and len(self.losses) and iteration < self.start_iter:
             assistants = [train for train in self.assistants if not train.waits]
         with ExitStack() as step:
             if assistants:  # their losses are of the ground truth that the student's own are of
@@ -222,13 +222,14 @@ class Distiller(nn.Module):
     def _current_factor(self, iteration: int) -> float | None:
         """Factor on the distillation losses at this iteration; None: they need not run.
 
-        In the first iteration they do, at whatever factor: what cannot be computed is to be found then.
+        In the first iteration they do, at whatever factor: what cannot be computed is to be found then. In that of
+        START_ITER they do, too, because a warm-up begins there with a factor of 0 and assistants go on.
         """
         if not len(self.losses):
             return None
         factor = self.factor(iteration)
         measured = self.balance is not None and self.balance.measures(iteration)
-        return factor if factor or measured or iteration == 0 else None
+        return factor if factor or measured or iteration in (0, self.start_iter) else None
 
     def _with_idle_losses(self, detection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Give parameters of losses that do not run a gradient of 0: DistributedDataParallel waits for every one."""

@@ -99,7 +99,8 @@ class AssistantStep:
         with torch.no_grad():
             context.sources[self.name] = self.assistant.features(own)
         if self.head_learns:
-            taught = context.run_losses(context.sources[self.name])
+            with same_statistics(self.student):  # these features do not occur at inference
+                taught = context.run_losses(context.sources[self.name])
             context.detection.update({f"{key}@{self.name}": self.w_det * value for key, value in taught.items()})
 
     def _learn(self, own: DistillContext) -> None:

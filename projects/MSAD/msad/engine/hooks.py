@@ -167,7 +167,9 @@ class LossRatioLogger(HookBase):
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.period:
             return
-        latest = {k: v[0] for k, v in self.trainer.storage.latest().items() if k.startswith("loss")}
+        known = {k: v for k, v in self.trainer.storage.latest().items() if k.startswith("loss")}
+        newest = max((iteration for _, iteration in known.values()), default=-1)
+        latest = {k: value for k, (value, iteration) in known.items() if iteration == newest}  # older ones have ended
         distill = sum(v for k, v in latest.items() if k.startswith("loss_distill"))
         detection = sum(v for k, v in latest.items() if not k.startswith("loss_distill"))
         if detection <= 0:

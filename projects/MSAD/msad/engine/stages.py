@@ -14,6 +14,7 @@ from detectron2.utils import comm
 
 from ..config_values import nearest, valid_keys
 from ..finding import error_text
+from ..resolution import get_resolution
 from .build import check_distillation, teacher_entries
 from .first_screen import quiet_console
 from .scaling import SCHEDULE, set_iterations
@@ -31,7 +32,7 @@ def stage_configs(cfg: CfgNode) -> list[CfgNode]:
     initialised from a teacher again unless the stage says DISTILL: {INIT_STUDENT: ...}.
 
     Raises:
-        ValueError: a stage that is no mapping, or an unknown teacher; says which stage.
+        ValueError: a stage that is no mapping, an unknown teacher, or none for a student below H; says which stage.
         KeyError: an unknown key; says which stage, and the nearest valid key.
     """
     known = {entry["NAME"]: entry for entry in teacher_entries(cfg)}
@@ -58,6 +59,12 @@ def stage_configs(cfg: CfgNode) -> list[CfgNode]:
             if key not in valid:
                 raise KeyError(f"{where}: unknown config key {key}{nearest(key, valid)}")
         config.merge_from_other_cfg(_node(overrides))
+        if not names and get_resolution(config.DISTILL.STUDENT_RESOLUTION).shift:
+            raise ValueError(
+                f"{where}: without a teacher nothing makes images smaller, and the student of "
+                f"DISTILL.STUDENT_RESOLUTION {config.DISTILL.STUDENT_RESOLUTION} would learn from those of H: name a "
+                "teacher, which does not run with DISTILL: {LOSSES: []}"
+            )
         config.freeze()
         configs.append(config)
     return configs

@@ -31,6 +31,7 @@ from .build import build_distillation, compile_backbone
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, FrozenBackbone, LossRatioLogger, SkippedImages
+from .precise_bn import NormsRunOnce
 from .run_folder import check_iterations
 from .scaling import scale_to_batch, scale_to_processes
 from .solver import build_lr_scheduler, build_optimizer
@@ -171,6 +172,8 @@ class DistillTrainer(DefaultTrainer):
             ExactResume(self.cfg.SEED, self.checkpointer.model, loader, period),
             SkippedImages(loader, (20, period)),
         ]
+        if self.cfg.TEST.PRECISE_BN.ENABLED:
+            ours.append(NormsRunOnce(model))
         if distiller is not None and len(distiller.losses):
             # DISTILL.BALANCE looks at gradients, and need not care for the losses' ratio.
             ours.append(LossRatioLogger(patience=3 if distiller.balance is None else 0))

@@ -72,6 +72,9 @@ class DetectorAdapter(ABC):
         """What :meth:`losses` needs of detectron2's input dicts, on the detector's device."""
         return [item["instances"].to(self.detector.pixel_mean.device) for item in inputs]
 
+    def check_whole(self) -> None:
+        """UnfitDetector if :meth:`losses` and :meth:`predict` would leave out a part of the detector; names it."""
+
     @abstractmethod
     def losses(self, images: ImageList, features: Features, targets: list[Any]) -> dict[str, torch.Tensor]:
         """Detection losses of the detector (in training mode)."""
@@ -205,6 +208,12 @@ class RCNNAdapter(DetectorAdapter):
     @property
     def two_stage(self) -> bool:
         return True
+
+    def check_whole(self) -> None:
+        if getattr(self.detector, "sem_seg_head", None) is not None:  # as detectron2's PanopticFPN
+            raise UnfitDetector(
+                f"a {type(self.detector).__name__} cannot be run from features: its sem_seg_head would be left out"
+            )
 
     def losses(self, images: ImageList, features: Features, targets: list[Instances]) -> dict[str, torch.Tensor]:
         proposals, rpn_losses = self.detector.proposal_generator(images, features, targets)

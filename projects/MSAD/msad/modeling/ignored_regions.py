@@ -1,6 +1,6 @@
 """Training of any detector without the ignored regions of its images: they are neither object nor background.
 
-Class scores of locations whose centre lies in a region are replaced by a constant far below zero: as background they
+Class scores of locations whose point lies in a region are replaced by a constant far below zero: as background they
 cost nothing and pass no gradient, and an RPN's proposals there come last. Proposals that remain there are not shown to
 the second stage. All of it is done by module hooks, on dense detectors and R-CNNs of either engine; detectron2's own
 "ignore" label would not do, because its FCOS knows no such label.
@@ -23,7 +23,8 @@ class IgnoredRegions:
     """The hooks of one model; they act on training batches whose inputs have "ignored_regions".
 
     That field is (R, 4): boxes relative to width and height of the input, as msad.data.regions makes it. Locations
-    within one stride of an object's box and proposals centred in one stay: they may be its positives.
+    within one stride of an object's box, or with an anchor that may reach it, stay, and so do proposals centred in one:
+    they may be its positives.
 
     Args:
         model: a dense detector, an R-CNN, or a module that is called with the same inputs and has it as ``detector``
@@ -37,12 +38,13 @@ class IgnoredRegions:
         self._objects: list[torch.Tensor] = []
         model.register_forward_pre_hook(self._take_batch)
         if adapter.two_stage:
-            self._strides = [shapes[name].stride for name in detector.proposal_generator.in_features]
-            detector.proposal_generator.rpn_head.register_forward_hook(self._without_scores)
+            self._anchors = detector.proposal_generator.anchor_generator
+            levels, head = detector.proposal_generator.in_features, detector.proposal_generator.rpn_head
             detector.roi_heads.register_forward_pre_hook(self._without_proposals, with_kwargs=True)
         else:
-            self._strides = [shapes[name].stride for name in adapter.levels]
-            detector.head.register_forward_hook(self._without_scores)
+            self._anchors, levels, head = detector.anchor_generator, adapter.levels, detector.head
+        self._strides = [shapes[name].stride for name in levels]
+        head.register_forward_hook(self._without_scores)
 
     def _take_batch(self, model: nn.Module, args: tuple) -> None:
         batch = args[0] if model.training else []
@@ -63,21 +65,26 @@ class IgnoredRegions:
         if self._regions is None:
             return None
         scores, *others = output
-        return ([self._masked(maps, stride) for maps, stride in zip(scores, self._strides)], *others)
+        levels = zip(scores, self._strides, self._anchors.cell_anchors)
+        return ([self._masked(maps, stride, anchors) for maps, stride, anchors in levels], *others)
 
     @torch.no_grad()
-    def _mask(self, image: int, points: torch.Tensor, margin: float) -> torch.Tensor:
+    def _mask(self, image: int, points: torch.Tensor, margin: torch.Tensor | float) -> torch.Tensor:
         """(P,) whether ``points`` (P, 2), in pixels, lie in a region and not within ``margin`` of an object."""
         return _inside(points, self._regions[image]) & ~_inside(points, self._objects[image], margin)
 
-    def _masked(self, scores: torch.Tensor, stride: int) -> torch.Tensor:
-        """``scores`` (N, A, h, w) of a level."""
+    def _masked(self, scores: torch.Tensor, stride: int, anchors: torch.Tensor) -> torch.Tensor:
+        """``scores`` (N, A, h, w) of a level with ``anchors`` (A, 4), in pixels around the point of a location.
+
+        The best anchor of an object much smaller than it is positive, however far its point is from the object.
+        """
+        reach = anchors.abs().amax(dim=0).view(2, 2).amax(dim=0).clamp(min=stride)
         h, w = scores.shape[-2:]
         y, x = torch.meshgrid(
             torch.arange(h, device=scores.device), torch.arange(w, device=scores.device), indexing="ij"
         )
-        centres = (torch.stack([x, y], dim=-1).reshape(-1, 2) + 0.5) * stride
-        masks = torch.stack([self._mask(n, centres, stride) for n in range(len(scores))])
+        points = (torch.stack([x, y], dim=-1).reshape(-1, 2) + self._anchors.offset) * stride
+        masks = torch.stack([self._mask(n, points, reach) for n in range(len(scores))])
         return scores.masked_fill(masks.view(-1, 1, h, w), SURELY_BACKGROUND)
 
     def _without_proposals(self, roi_heads: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -92,8 +99,8 @@ class IgnoredRegions:
         return tuple(args), kwargs
 
 
-def _inside(points: torch.Tensor, boxes: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
-    """(P,) whether each of ``points`` (P, 2) lies in one of ``boxes`` (B, 4) or within ``margin`` of it."""
+def _inside(points: torch.Tensor, boxes: torch.Tensor, margin: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """(P,) whether each of ``points`` (P, 2) lies in one of ``boxes`` (B, 4) or within ``margin``, (2,) or 1, of it."""
     points = points[:, None]
     first, last = boxes[:, :2] - margin, boxes[:, 2:] + margin
     return ((points >= first) & (points <= last)).all(dim=2).any(dim=1)
