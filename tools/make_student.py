@@ -45,15 +45,18 @@ from msad.resolution import downsampled_size, get_resolution
 
 
 def data_opts(args: argparse.Namespace) -> list:
-    """Overrides for --data or --train-json and its companions; [] without them."""
+    """Overrides for --data or --train-json and its companions; [] without them.
+
+    Names begin with "data_": no data set of the engine's own is called so.
+    """
     if args.data:
         folder = Path(args.data)
-        entries = register_entries(folder, folder.resolve().name, Path(args.output) / "data")
+        entries = register_entries(folder, f"data_{folder.resolve().name}", Path(args.output) / "data")
     elif args.train_json:
         files = {"train": (args.train_json, args.train_images), "val": (args.val_json, args.val_images)}
         if not all(map(all, files.values())):
             raise ValueError("--train-json belongs to --train-images, --val-json and --val-images")
-        stem = Path(args.train_json).stem.removesuffix("_train")
+        stem = f"data_{Path(args.train_json).stem.removesuffix('_train')}"
         entries = [
             {"NAME": f"{stem}_{split}", "JSON": os.path.abspath(file), "IMAGES": os.path.abspath(folder)}
             for split, (file, folder) in files.items()

@@ -25,7 +25,7 @@ from msad import cli, load_config
 from msad.data.checks import check_test_sets
 from msad.engine.first_screen import quiet_console
 from msad.engine.provenance import command_line
-from msad.engine.run_folder import check_folder, check_inputs, has_run, set_aside
+from msad.engine.run_folder import check_folder, check_inputs, has_run, last_checkpoint, set_aside
 from msad.engine.setup import evaluate, load_model, prepare, start_process, train
 
 INTERRUPTED = "interrupted; the same command with --resume goes on from the last checkpoint"
@@ -51,7 +51,7 @@ def work(args: argparse.Namespace) -> dict | None:
         logging.getLogger("msad").warning(note)
     if args.eval_only:
         check_test_sets(cfg)
-        return evaluate(cfg, load_model(cfg))
+        return evaluate(cfg, load_model(cfg, last_checkpoint(folder) if args.resume else ""))
     if comm.is_main_process():
         if not resumed:
             set_aside(folder)

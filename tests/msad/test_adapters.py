@@ -127,7 +127,7 @@ def test_a_teacher_leaves_no_head_out(tiny_model, make_batch):
     detector = tiny_model("FasterRCNN")
     detector.sem_seg_head = nn.Conv2d(4, 2, 1)
     fusion, branches = CrossFeatureLevelFusion(4, 2), [RESOLUTIONS["H"], RESOLUTIONS["L"]]
-    with pytest.raises(TypeError, match="GeneralizedRCNN cannot be run .* its sem_seg_head would be left out"):
+    with pytest.raises(TypeError, match=r"GeneralizedRCNN cannot be run .* its sem_seg_head would be left out"):
         MultiScaleTeacher(detector=detector, resolutions=branches, fusion=fusion)
     assert adapt(detector).levels
 

@@ -297,7 +297,9 @@ def test_wrappers_and_distillations(tmp_path, names, prefix, kept, left_out):
 
 
 def test_averaged_weights_are_preferred(tmp_path):
-    content = {"state_dict": {"a": torch.zeros(1)}, "ema_state_dict": {"module.a": torch.ones(1)}}
+    """mmengine's EMAHook exchanges them when it saves, so that "state_dict" is what mmdetection tests."""
+    raw = {"module.a": torch.zeros(1), "steps": torch.ones(1)}
+    content = {"state_dict": {"a": torch.ones(1)}, "ema_state_dict": raw}
     torch.save({**content, "meta": {"dataset_meta": {"classes": ["x", "y"]}, "cfg": "b = 2"}}, tmp_path / "x.pth")
     found = read_checkpoint(str(tmp_path / "x.pth"))
     assert found.tensors["a"] == 1 and found.classes == ["x", "y"] and found.config == "b = 2"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.evaluation import COCOEvaluator
@@ -18,6 +19,7 @@ from detectron2.structures import Boxes, Instances
 from spoiled_data import HEIGHT, WIDTH, Data
 
 from msad.data import build_train_loader, check_data
+from msad.data.coco_annotations import bitmap
 from msad.finding import ERROR, OK, WARNING
 
 
@@ -38,12 +40,47 @@ def test_records_are_those_of_the_engine(data):
     content = data.splits["val"]
     content["annotations"][1]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [5, 7, HEIGHT * WIDTH - 12]}
     content["annotations"][2]["segmentation"].append([1, 2, 3, 4])
-    content["annotations"][3]["segmentation"] = [[1, 2, 3, 4]]
     content["annotations"][4]["iscrowd"] = 1
     data.register()
     ours = DatasetCatalog.get("d_val")
     theirs = load_coco_json(str(data.root / "annotations_val.json"), str(data.root / "images"), "d_other")
-    assert ours == theirs and len(ours[1]["annotations"]) == 2
+    assert ours == theirs and len(ours[1]["annotations"]) == 3
+
+
+@pytest.mark.parametrize("polygon", [[], [6, 6], [6, 6, 20, 20], [1, 2, 3, 4, 5, 6, 7]])
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_no_polygon_is_left_out_of_training_and_evaluation(data, polygon, alone, tmp_path):
+    """A stray click or a rectangle by two corners: pycocotools fails on it, and the box beside it is good."""
+    for split in data.splits.values():
+        for a in split["annotations"]:
+            a["segmentation"].insert(0, polygon)
+        if alone:
+            split["annotations"][2]["segmentation"] = [polygon]
+    data.cfg.MODEL.MASK_ON = not alone
+    findings = data.check()
+    said = [str(f) for f in findings if f.level == WARNING]
+    assert len(said) == 2 and all("annotation 1 has a polygon of fewer than three points" in text for text in said)
+    records = DatasetCatalog.get("d_val")
+    assert sum(len(record["annotations"]) for record in records) == 6
+    evaluator = COCOEvaluator("d_val", tasks=("bbox",) if alone else ("bbox", "segm"), output_dir=str(tmp_path / "out"))
+    evaluator.reset()
+    for record in records:
+        found = Instances((HEIGHT, WIDTH))
+        x, y, w, h = np.array([a["bbox"] for a in record["annotations"]]).T
+        found.pred_boxes = Boxes(np.stack([x, y, x + w, y + h], 1))
+        found.scores = torch.ones(len(x))
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        if not alone:
+            outlines = [a["segmentation"] for a in record["annotations"]]
+            found.pred_masks = torch.from_numpy(np.stack([bitmap(o, HEIGHT, WIDTH) for o in outlines]))
+        evaluator.process([record], [{"instances": found}])
+    assert all(result["AP"] == pytest.approx(100) for result in evaluator.evaluate().values())
+
+
+def test_an_object_whose_only_outline_is_no_polygon_needs_a_mask(data):
+    data.splits["train"]["annotations"][2]["segmentation"] = [[6, 6, 20, 20]]
+    data.cfg.MODEL.MASK_ON = True
+    assert any("has no mask, and MODEL.MASK_ON is set" in str(f) for f in data.check() if f.level == ERROR)
 
 
 # --- annotation files -----------------------------------------------------------------------------------------------

@@ -223,6 +223,18 @@ def test_keypoint_keys_that_do_not_fit(root, tmp_path):
         DatasetCatalog.get("none")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [("sigmas", [None, 0.1], "instead of numbers"), ("skeleton", [1, 2], r"skeleton\[0\] is 1"),
+     ("skeleton", 7, r"skeleton\[0\] is 7")],
+)  # fmt: skip
+def test_keypoint_fields_of_another_kind(root, tmp_path, key, value, said):
+    entry = _variant(root, tmp_path, lambda c: [category.update({key: value}) for category in c["categories"]])
+    register_datasets(_cfg(entry))
+    with pytest.raises(ValueError, match=said):
+        DatasetCatalog.get("t_train")
+
+
 def test_flip_pairs_are_inferred_from_left_and_right(root, tmp_path):
     def plain(content):
         for category in content["categories"]:

@@ -176,11 +176,23 @@ def test_yolo_labels_lie_beside_links(tmp_path, listed):
         ({"val": "labels"}, FileNotFoundError, "there are no images"),
         ({"kpt_shape": [3]}, ValueError, "kpt_shape must be"),
         ({"kpt_shape": [3, 2], "flip_idx": [1, 2, 0]}, ValueError, "flip_idx must exchange pairs"),
+        ({"kpt_shape": [3, 2], "flip_idx": 3}, ValueError, "flip_idx must exchange pairs"),
+        ({"kpt_shape": ["two", 3]}, ValueError, "kpt_shape must be"),
+        ({"names": {0: "cat", "b": "dog"}}, ValueError, "names must be numbered 0, 1"),
     ],
 )
 def test_yolo_errors_name_the_key(tmp_path, change, error, said):
     with pytest.raises(error, match=said):
         find_splits(yolo(tmp_path, "0 0.5 0.5 0.2 0.4\n", **change), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["data.yaml", "labels/val/a.txt", "images/train.txt"])
+def test_files_that_are_no_text_are_named(tmp_path, name):
+    more = {"train": name} if name.endswith("train.txt") else {}
+    root = yolo(tmp_path, "0 0.5 0.5 0.2 0.4\n", **more)
+    (root / name).write_bytes("names: [Straße]".encode("cp1252"))
+    with pytest.raises(ValueError, match=f"{name} is no text in UTF-8"):
+        find_splits(root, tmp_path / "out")
 
 
 def test_yolo_without_labels_is_no_set_of_empty_images(tmp_path):
@@ -250,6 +262,31 @@ def test_voc_as_roboflow_writes_it(tmp_path):
 def voc_image(root: Path, name: str) -> None:
     image(root / f"JPEGImages/{name}.jpg")
     text(root / f"Annotations/{name}.xml", voc_xml(OBJECT.format("dog", "", 1, 1, 10, 20)))
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "said"),
+    [
+        ((50, 100), (1, 60, 20, 90), "another size than its image has, sides exchanged as by an EXIF orientation"),
+        ((200, 100), (1, 1, 150, 90), "another size than its image has, and its boxes fit into that"),
+        ((102, 51), (1, 1, 100, 50), ""),  # rounded
+        ((20, 10), (1, 1, 90, 40), ""),  # the size is wrong, not the box
+        ((0, 0), (1, 1, 90, 40), ""),
+    ],
+)
+def test_voc_boxes_of_another_size_are_refused(tmp_path, size, box, said):
+    """Of an image that was resized, or is turned by its EXIF orientation, after it was annotated."""
+    told = "<size><width>{}</width><height>{}</height></size>".format(*size)
+    xml = voc_xml(OBJECT.format("dog", "", *box), size=told)
+    for split in ("train", "valid"):
+        image(tmp_path / split / "a.jpg")
+        text(tmp_path / split / "a.xml", xml)
+    if said:
+        with pytest.raises(ValueError, match=rf"train/a\.xml says {said}.* \(1 in all\). Fix: correct size and boxes"):
+            find_splits(tmp_path, tmp_path / "out")
+    else:
+        (annotation,) = read(find_splits(tmp_path, tmp_path / "out"))[0]["annotations"]
+        assert annotation["bbox"][2:] == [box[2] - box[0] + 1, box[3] - box[1] + 1]
 
 
 @pytest.mark.parametrize("column", ["", "  1"])

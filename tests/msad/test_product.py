@@ -157,6 +157,28 @@ def test_overrides_of_a_given_model_come_before_its_checks(make, tmp_path):
     assert configs["student"].INPUT.MIN_SIZE_TEST == 320  # what is said last counts
 
 
+def test_the_same_images_are_seen_whatever_the_batch(make):
+    iterations = {n: make(opts=("SOLVER.IMS_PER_BATCH", n))["student"].SOLVER.MAX_ITER for n in (1, 4, 16)}
+    assert iterations == {1: 6000, 4: 1500, 16: 375}
+    assert make(iterations=70, opts=("SOLVER.IMS_PER_BATCH", 1))["student"].SOLVER.MAX_ITER == 70
+
+
+def test_detectors_at_l_train_at_half_of_all_sizes(make, tmp_path):
+    """What is trained alone at L sees what a student sees, images of H at half their size."""
+    opts = ("INPUT.MIN_SIZE_TRAIN", (160, 201), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.CROP.ENABLED", True,
+            "INPUT.CROP.TYPE", "absolute_range", "INPUT.CROP.SIZE", [90, 121])  # fmt: skip
+    alone = make(method="none", controls=True, opts=opts)
+    for name in ("baseline_L", "student"):
+        size = alone[name].INPUT
+        assert (size.MIN_SIZE_TRAIN, size.MIN_SIZE_TRAIN_SAMPLING) == ((80, 101), "range")
+        assert size.MAX_SIZE_TRAIN == size.MAX_SIZE_TEST == 167 and size.CROP.SIZE == [45, 61]
+    (tmp_path / "mine.yaml").write_text(make(opts=opts)["student"].dump())
+    (tmp_path / "mine.pth").write_bytes(b"")
+    mine = {"checkpoint": str(tmp_path / "mine.pth"), "config": str(tmp_path / "mine.yaml")}
+    given = make(short_side=128, **mine)["baseline_H"].INPUT
+    assert (given.MIN_SIZE_TRAIN, given.MIN_SIZE_TRAIN_SAMPLING) == ((128,), "choice")
+
+
 def test_other_methods(make):
     assert tuple(BUILDERS) == METHODS
     scalekd = make(method="scalekd", iterations=90)

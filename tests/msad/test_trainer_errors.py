@@ -55,7 +55,7 @@ def test_precise_statistics_need_layers_that_run_once(project, teacher_weights, 
     options = {"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2, "SOLVER.MAX_ITER": 2}
     with pytest.raises(ValueError, match=r"TEST.PRECISE_BN.ENABLED: detector\.backbone\.\S+ runs 2 times in a step"):
         train(config(project, teacher_weights, "teacher", tmp_path / "teacher", **options))
-    trainer, trace, _ = train(config(project, teacher_weights, "fcos", tmp_path / "plain", **options))
+    trainer, *_ = train(config(project, teacher_weights, "fcos", tmp_path / "plain", **options))
     assert trainer.iter == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -196,13 +197,17 @@ def test_wrong_input_writes_nothing(tool, trained, project, tmp_path, capsys):
 
 
 def test_a_folder_of_data(tool, trained, project, tmp_path):
-    argv = [*trained("fcos"), "--data", str(project / "data"), "--resolution", "EL", "--output", str(tmp_path / "out")]
+    """Also one that is called as a data set of the engine's."""
+    shutil.copytree(project / "data", tmp_path / "coco_2017")
+    folder = str(tmp_path / "coco_2017")
+    argv = [*trained("fcos"), "--data", folder, "--resolution", "EL", "--output", str(tmp_path / "out")]
     assert tool.main(argv) == 0
     cfg = load_config(tmp_path / "out" / "student.yaml")
     assert cfg.MODEL.FCOS.IN_FEATURES == ["p1", "p2", "p3", "p4", "p5"] and cfg.DISTILL.STUDENT_RESOLUTION == "EL"
     files = [(entry["NAME"], Path(entry["JSON"]).name) for entry in cfg.DATASETS.REGISTER]
-    assert files == [("data_train", "annotations_train.json"), ("data_val", "annotations_val.json")]
-    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("data_train",), ("data_val",))
+    names = ["data_coco_2017_train", "data_coco_2017_val"]
+    assert files == list(zip(names, ["annotations_train.json", "annotations_val.json"]))
+    assert [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] == names
 
 
 def test_converted_data_lie_beside_the_student(tool, trained, tmp_path):

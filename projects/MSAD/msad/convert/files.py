@@ -93,7 +93,8 @@ def read_checkpoint(path: str, prefix: str | None = None) -> Checkpoint:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     state = content
     if isinstance(content, dict):
-        named = [key for key in ("ema_state_dict", "state_dict", "model") if isinstance(content.get(key), dict)]
+        # Beside an "ema_state_dict", mmengine's "state_dict" has the averaged weights and that one the others.
+        named = [key for key in ("state_dict", "ema_state_dict", "model") if isinstance(content.get(key), dict)]
         state = content[named[0]] if named else content
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} has no tensors under 'state_dict'")

@@ -6,11 +6,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..finding import WARNING, Finding
+from ..finding import ERROR, WARNING, Finding
 from .image_files import inspect_images
 from .tally import Tally
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def text_of(file: Path) -> str:
+    """The text of a file; ValueError with its name if it is not in UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
 class CocoBuilder:
@@ -30,6 +38,10 @@ class CocoBuilder:
     def drop(self, reason: str, culprit: str) -> None:
         """Count something that is left out or changed; ``reason`` says which."""
         self.tally.add(WARNING, reason, culprit, "")
+
+    def refuse(self, reason: str, culprit: str, fix: str) -> None:
+        """Count something that the split cannot be used with."""
+        self.tally.add(ERROR, reason, culprit, fix)
 
     def add_images(self, files: Iterable[Path], root: Path) -> list[tuple[Path, dict]]:
         """(file, its record) of every image that can be read; file names are relative to ``root``."""
@@ -75,7 +87,7 @@ class CocoBuilder:
         return {"images": self.images, "annotations": self.annotations, "categories": self.categories}
 
     def findings(self) -> tuple[Finding, ...]:
-        """What was left out or changed: one finding a reason, with how often and the first culprit."""
+        """What was refused, left out or changed: one finding a reason, with how often and the first culprit."""
         return tuple(
             finding._replace(text=f"{finding.text} ({self.tally[reason]} in all)")
             for reason, finding in zip(self.tally.reasons(), self.tally.findings())

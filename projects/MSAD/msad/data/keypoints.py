@@ -53,6 +53,8 @@ def keypoint_metadata(entry: Mapping[str, Any], categories: Sequence[Mapping[str
     }
     sigmas = entry.get("KEYPOINT_SIGMAS", first.get("sigmas"))
     if sigmas is not None:
+        if not isinstance(sigmas, list | tuple) or not all(type(s) in (int, float) for s in sigmas):
+            raise ValueError(f"KEYPOINT_SIGMAS, or a category's sigmas, are {sigmas!r} instead of numbers")
         if len(sigmas) != len(names):
             raise ValueError(f"KEYPOINT_SIGMAS has {len(sigmas)} values for {len(names)} keypoints {names}")
         out["keypoint_oks_sigmas"] = [float(s) for s in sigmas]
@@ -127,8 +129,10 @@ def _checked_pairs(pairs: Any, names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _connections(category: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str, tuple[int, int, int]]]:
     rules = []
-    for i, bone in enumerate(category.get("skeleton") or ()):
-        if not all(isinstance(end, int) and 1 <= end <= len(names) for end in bone) or len(bone) != 2:
+    skeleton = category.get("skeleton") or []
+    for i, bone in enumerate(skeleton if isinstance(skeleton, list) else [skeleton]):
+        good = isinstance(bone, list | tuple) and len(bone) == 2
+        if not good or not all(type(end) is int and 1 <= end <= len(names) for end in bone):
             raise ValueError(
                 f"category {category['name']!r}: skeleton[{i}] is {bone!r}; COCO counts the {len(names)} keypoints "
                 f"from 1 to {len(names)}"

@@ -16,6 +16,7 @@ from ..finding import Finding
 from .cache import cache_file
 from .converted import CocoBuilder
 from .register import registered
+from .tally import raise_errors
 from .voc import find_voc, read_voc
 from .yolo import read_yolo
 
@@ -77,6 +78,7 @@ def find_splits(folder: Path, converted: Path | None = None) -> dict[str, Split]
 
 def _convert(parts: dict[str, tuple[Path, CocoBuilder]], source: Path, converted: Path | None) -> dict[str, Split]:
     """Write annotations that were read from another format; a file with the same content stays untouched."""
+    raise_errors(finding for _, builder in parts.values() for finding in builder.findings())
     key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:32]
     splits = {}
     for split, (images, builder) in parts.items():

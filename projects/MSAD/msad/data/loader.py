@@ -45,13 +45,19 @@ def build_train_loader(
             after resizing.
 
     Raises:
-        ValueError, FileNotFoundError: the data and the config do not fit, see ``checks.check_data``.
+        ValueError, FileNotFoundError: the data and the config do not fit, see ``checks.check_data``, or the config's
+            sizes of images or batches are none.
     """
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a positive multiple of the number of "
             f"processes, {world_size}"
+        )
+    if mapper is None and cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(cfg.INPUT.MIN_SIZE_TRAIN) != 2:
+        raise ValueError(
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING range needs two sizes in INPUT.MIN_SIZE_TRAIN, the least and the greatest, "
+            f"not {tuple(cfg.INPUT.MIN_SIZE_TRAIN)}"
         )
     dicts = load_train_dicts(cfg)
     if mapper is None:

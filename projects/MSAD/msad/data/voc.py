@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from .converted import SUFFIXES, CocoBuilder
+from .converted import SUFFIXES, CocoBuilder, text_of
 
 
 class _Part(NamedTuple):
@@ -26,6 +26,7 @@ def find_voc(folder: Path) -> dict[str, _Part] | None:
 
     Raises:
         FileNotFoundError: a split is missing; names the file.
+        ValueError: a list of images is no text.
     """
     for root in (folder, *sorted(folder.glob("VOC*")), *sorted(folder.glob("VOCdevkit/*"))):
         if (root / "Annotations").is_dir():
@@ -49,7 +50,7 @@ def _listed(root: Path, names: tuple[str, ...]) -> _Part:
         raise FileNotFoundError(f"{root}: there is no {lists[0].relative_to(root)}")
     if not (root / "JPEGImages").is_dir():
         raise FileNotFoundError(f"{root}: there is no JPEGImages")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = [line.strip() for line in text_of(file).splitlines() if line.strip()]
     return _Part(file.name, _annotations(lines, root / "Annotations"), root / "JPEGImages")
 
 
@@ -120,11 +121,27 @@ def _add(builder: CocoBuilder, part: _Part, trees: dict, classes: list[str]) -> 
             wanted.append(by_stem[stem])
     for file, record in builder.add_images(wanted, part.images):
         tree, culprit = trees[file.stem][0], str(part.annotations[file.stem])
-        said = tuple(_number(tree.find("size"), key) for key in ("width", "height"))
-        if None not in said and said != (record["width"], record["height"]):
-            builder.drop("says another size than its image has: that of the image is taken", culprit)
+        _check_size(builder, tree, record, culprit)
         for item in tree.iter("object"):
             _add_object(builder, record, item, classes, culprit)
+
+
+def _check_size(builder: CocoBuilder, tree: ElementTree.Element, record: dict, culprit: str) -> None:
+    """Boxes that fit into another size than the image's were drawn on that: the image was resized, or turned."""
+    said = tuple(_number(tree.find("size"), key) or 0 for key in ("width", "height"))
+    size = record["width"], record["height"]
+    if min(said) <= 0 or said == size:
+        return
+    ends = [_number(box, key) or 0 for box in tree.iter("bndbox") for key in ("xmax", "ymax")]
+    fits = all(end <= side + 1 for end, side in zip(ends, said * (len(ends) // 2)))
+    if ends and fits and max(abs(one - other) for one, other in zip(said, size)) > 2:
+        turned = ", sides exchanged as by an EXIF orientation" if said == size[::-1] else ""
+        builder.refuse(
+            f"says another size than its image has{turned}, and its boxes fit into that", culprit,
+            "correct size and boxes, or, if the boxes are right in the image as it is read, take <size> out",
+        )  # fmt: skip
+    else:
+        builder.drop("says another size than its image has: that of the image is taken", culprit)
 
 
 def _add_object(

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .converted import SUFFIXES, CocoBuilder
+from .converted import SUFFIXES, CocoBuilder, text_of
 
 # Coordinates are fractions of the image; further outside than this, they are no coordinates.
 _MARGIN = 0.5
@@ -44,7 +44,7 @@ def read_yolo(file: Path) -> dict[str, tuple[Path, CocoBuilder]]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        spec = yaml.safe_load(file.read_text())
+        spec = yaml.safe_load(text_of(file))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is no yaml file: {error}") from None
     if not isinstance(spec, dict) or "names" not in spec:
@@ -56,8 +56,8 @@ def _categories(spec: dict[str, Any], file: Path) -> tuple[list[dict], tuple[int
     """Category records; (number of keypoints, numbers of each), (0, 0) for none."""
     names = spec["names"]
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise ValueError(f"{file}: names must be numbered 0, 1, ..., got {sorted(names)}")
+        if names.keys() != set(range(len(names))):
+            raise ValueError(f"{file}: names must be numbered 0, 1, ..., got {list(names)}")
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
         raise ValueError(f"{file}: names must be a list of different names, got {names!r}")
@@ -67,12 +67,14 @@ def _categories(spec: dict[str, Any], file: Path) -> tuple[list[dict], tuple[int
     shape = spec.get("kpt_shape")
     if shape is None:
         return categories, (0, 0)
-    if not isinstance(shape, list) or len(shape) != 2 or shape[0] < 1 or shape[1] not in (2, 3):
+    good = isinstance(shape, list) and len(shape) == 2 and type(shape[0]) is int
+    if not good or shape[0] < 1 or shape[1] not in (2, 3):
         raise ValueError(f"{file}: kpt_shape must be [number of keypoints, 2 or 3], got {shape!r}")
     count = shape[0]
     flip = spec.get("flip_idx") or list(range(count))
-    if len(flip) != count or any(not isinstance(j, int) or not 0 <= j < count or flip[j] != i
-                                 for i, j in enumerate(flip)):  # fmt: skip
+    if not isinstance(flip, list) or len(flip) != count or any(
+        type(j) is not int or not 0 <= j < count or flip[j] != i for i, j in enumerate(flip)
+    ):
         raise ValueError(f"{file}: flip_idx must exchange pairs of the {count} keypoints, got {flip}")
     points = [f"point_{index}" for index in range(count)]
     pairs = [[points[i], points[j]] for i, j in enumerate(flip) if i < j]
@@ -102,7 +104,7 @@ def _images(place: Path) -> list[Path]:
     if place.is_dir():
         found = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
     else:
-        lines = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in text_of(place).splitlines()]
         found = [Path(os.path.abspath(place.parent / line)) for line in lines if line]
     if not found:
         raise FileNotFoundError(f"{place}: there are no images")
@@ -126,7 +128,7 @@ def _add(builder: CocoBuilder, images: Sequence[Path], root: Path, points: tuple
         if not label.is_file():
             builder.drop("has no label file: taken as an image without objects", str(file))
             continue
-        for number, line in enumerate(label.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        for number, line in enumerate(text_of(label).splitlines(), start=1):
             if line.strip():
                 _add_line(builder, record, line, f"{label}:{number}", points)
     _same_kind(builder)

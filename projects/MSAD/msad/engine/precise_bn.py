@@ -31,6 +31,6 @@ class NormsRunOnce(HookBase):
         name, runs = max(self._runs.items(), key=lambda item: item[1], default=("", 1))
         if runs > 1:
             raise ValueError(
-                f"TEST.PRECISE_BN.ENABLED: {name} runs {runs} times in a step, and precise statistics are for layers that "
-                "run once; disable it"
+                f"TEST.PRECISE_BN.ENABLED: {name} runs {runs} times in a step, and precise statistics are for layers "
+                "that run once; disable it"
             )

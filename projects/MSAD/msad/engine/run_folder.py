@@ -46,6 +46,15 @@ def has_run(folder: Path) -> bool:
     return (folder / "last_checkpoint").is_file() or any(folder.glob("model_*.pth")) or any(map(has_run, stages))
 
 
+def last_checkpoint(folder: Path) -> str:
+    """The checkpoint that a run in ``folder`` would go on with; FileNotFoundError if there is none."""
+    named = folder / "last_checkpoint"
+    file = folder / named.read_text().strip() if named.is_file() else named
+    if not file.is_file():
+        raise FileNotFoundError(f"--resume: {folder} has no checkpoint to go on with: there is no {file.name}")
+    return str(file)
+
+
 def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode, list[str]]:
     """Whether a run may write into OUTPUT_DIR; nothing is written here.
 
@@ -93,10 +102,11 @@ def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode,
 def _check_length(cfg: CfgNode, folder: Path) -> None:
     if cfg.SOLVER.REFERENCE_BATCH_SIZE or cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return  # MAX_ITER is not yet that of the run; the trainer looks again
-    name = (folder / "last_checkpoint").read_text().strip() if (folder / "last_checkpoint").is_file() else ""
-    if (folder / name).is_file():
-        saved = torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True)
-        check_iterations(saved["iteration"] + 1, cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR)
+    try:
+        saved = torch.load(last_checkpoint(folder), map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        return
+    check_iterations(saved["iteration"] + 1, cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR)
 
 
 def check_iterations(done: int, wanted: int, folder: str) -> None:

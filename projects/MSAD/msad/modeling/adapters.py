@@ -72,7 +72,7 @@ class DetectorAdapter(ABC):
         """What :meth:`losses` needs of detectron2's input dicts, on the detector's device."""
         return [item["instances"].to(self.detector.pixel_mean.device) for item in inputs]
 
-    def check_whole(self) -> None:
+    def check_whole(self) -> None:  # noqa: B027 (most kinds have no such part)
         """UnfitDetector if :meth:`losses` and :meth:`predict` would leave out a part of the detector; names it."""
 
     @abstractmethod

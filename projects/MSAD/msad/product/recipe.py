@@ -17,9 +17,9 @@ from ..modeling.student_config import LEVEL_KEYS
 from .advice import Objects, finest_anchor, longest_side
 from .backbones import choose_backbone
 from .choices import Choices
-from .methods import BASELINE, BUILDERS, STUDENT, Configs
+from .methods import BASELINE, BUILDERS, STUDENT, Configs, train_at
 
-# Passes over the training images, and the least number of iterations: small sets need more passes.
+# Passes over the training images, and the least number of iterations at the batch of the yaml: small sets need more.
 EPOCHS, LEAST_ITERATIONS = 24, 1500
 
 
@@ -49,8 +49,9 @@ def detector_config(
 
 
 def _fit_iterations(cfg: CfgNode, choices: Choices, objects: Objects) -> None:
-    passes = math.ceil(EPOCHS * len(objects.images) / cfg.SOLVER.IMS_PER_BATCH)
-    set_iterations(cfg, choices.iterations or max(LEAST_ITERATIONS, passes))
+    images = max(EPOCHS * len(objects.images), LEAST_ITERATIONS * cfg.SOLVER.IMS_PER_BATCH)
+    _override(cfg, choices, lambda key: key == "SOLVER.IMS_PER_BATCH")
+    set_iterations(cfg, choices.iterations or math.ceil(images / max(cfg.SOLVER.IMS_PER_BATCH, 1)))
     cfg.SOLVER.CHECKPOINT_PERIOD = max(200, math.ceil(cfg.SOLVER.MAX_ITER / 5))
 
 
@@ -139,6 +140,7 @@ def given_config(choices: Choices, entries: list[dict], content: dict, objects: 
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (entries[0]["NAME"],), (entries[1]["NAME"],)
     if choices.short_side:
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (choices.short_side,), longest_side(choices.short_side)
+        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = choices.short_side, longest_side(choices.short_side)
     _fit_iterations(cfg, choices, objects)
     _override(cfg, choices, lambda key: not _is_of_method(key))
@@ -175,7 +177,7 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
         low = base.clone()
         for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
             low.INPUT[key] = configs[STUDENT].INPUT[key]
-        low.INPUT.MIN_SIZE_TRAIN, low.INPUT.MAX_SIZE_TRAIN = (low.INPUT.MIN_SIZE_TEST,), low.INPUT.MAX_SIZE_TEST
+        train_at(low, choices.resolution)
         configs = {**({} if choices.checkpoint else {BASELINE: base}), "baseline_L": low, **configs}
     return configs
 
