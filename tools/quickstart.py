@@ -178,7 +178,7 @@ def finish(study: Comparison, begin: float) -> dict:
 def export_student(study: Comparison) -> str:
     """Write the student of the first seed as files that need no teacher; what builds it, or "" if there is none."""
     run = Run("student_L", study.seeds[0])
-    if study.result(run) is None:
+    if run.name not in study.variants or study.result(run) is None:
         return ""
     cfg = study.config(run)
     with registered(cfg):  # whose names the export asks for

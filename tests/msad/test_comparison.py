@@ -10,8 +10,9 @@ import pytest
 from msad import load_config
 from msad.engine.stages import stage_configs
 from msad.experiments.comparison import Comparison
+from msad.experiments.identity import check_same, is_finished
 from msad.experiments.jobs import Run, Slot, error_of
-from msad.experiments.run import check_same, exclusive_lock, is_finished, train_and_evaluate
+from msad.experiments.run import exclusive_lock, train_and_evaluate
 from msad.experiments.variants import Variant, at_equal_time, sweep
 
 SMALL = ["SOLVER.IMS_PER_BATCH", 2]
@@ -145,6 +146,42 @@ def test_equal_time_follows_the_measured_steps(files, tmp_path):
     runs = {r["variant"]: r for r in comparison.collect()["runs"]}
     assert runs["msad@equal_time"]["iterations"] == 3 and runs["plain@equal_time"]["iterations"] == 6
     assert set(runs["plain@equal_time"]["results"]) == {"plain@equal_time"}
+
+
+def test_a_failure_that_no_longer_exists_is_forgotten(files, tmp_path):
+    """Of equal time, because what it needed had failed; now it is the run without a budget."""
+    comparison = Comparison(timed(files, "plain"), tmp_path)
+    run = Run("plain@equal_time", 0)
+    comparison.folder(run).mkdir(parents=True)
+    (comparison.folder(run) / "failed.txt").write_text("not run, because what it needs (plain, seed 0) failed")
+    for name in ("no_kd", "plain", "teacher"):
+        finish(comparison, name)
+    assert comparison.prepare(run) is False
+    (found,) = [r for r in comparison.collect()["runs"] if r["variant"] == run.name]
+    assert "error" not in found and found["results"]
+
+
+def test_other_times_make_another_run_of_equal_time(files, tmp_path):
+    """After labels were corrected and the reference trained again; the earlier run is kept under another name."""
+    comparison, said = Comparison(timed(files, "msad"), tmp_path), []
+    run = Run("msad@equal_time", 0)
+    for name, seconds in (("no_kd", 600.0), ("msad", 12.0), ("teacher", 1.0)):
+        finish(comparison, name, cpu_seconds=seconds)
+    assert comparison.prepare(run)
+    finish(comparison, run.name, iterations=300)
+    assert not comparison.prepare(run)
+    finish(comparison, "no_kd", cpu_seconds=700.0)
+    cfg = comparison.config(run)
+    with pytest.raises(ValueError, match=r"another configuration \(SOLVER.MAX_ITER 300, now 350"):
+        is_finished(cfg)  # of any other run that would be another one
+    assert comparison.config(run).SOLVER.MAX_ITER == 350 and not is_finished(cfg, said.append, timed=True)
+    assert "the measured times have changed, it is trained again; the earlier run is msad@equal_time~1" in said[0]
+    assert (tmp_path / "seed0/msad@equal_time~1/result.json").is_file()
+    with pytest.raises(ValueError, match=r"another configuration \(SOLVER.BASE_LR"):
+        cfg.defrost()
+        finish(comparison, run.name)
+        cfg.SOLVER.BASE_LR *= 2
+        is_finished(cfg, timed=True)
 
 
 def test_a_measured_time_that_moves_a_little_does_not_make_another_run(files, tmp_path):
@@ -292,13 +329,13 @@ def test_changed_data_are_another_run(project, tmp_path):
 
     def correct(name):
         """As in a new process: what the data were is looked at once a process."""
-        from msad.experiments import run
+        from msad.experiments import identity
 
         file = tmp_path / f"annotations_{name}.json"
         content = json.loads(file.read_text())
         content["annotations"][0]["bbox"][0] += 1
         file.write_text(json.dumps(content))
-        run._data.cache_clear()
+        identity._data.cache_clear()
 
     said = []
     correct("val")  # the model stays, its result does not

@@ -269,7 +269,28 @@ def test_summary_of_partial_studies(data):
     data["runs"] = [r for r in data["runs"] if r["variant"] in ("baseline_L", "baseline_L_shifted")]
     assert len(summary(data)) == 2
     assert summary({"runs": runs("student_L", 30.0)})[1].endswith("reaches 30.0 AP.")
-    assert summary({}) == summary({"runs": runs("student_L", float("nan"))}) == ["No model has been evaluated yet."]
+    assert summary({}) == ["No model has been evaluated yet."]
+
+
+@pytest.mark.parametrize("empty", ["baseline_H", "student_L", "teacher"])
+def test_a_model_that_detects_nothing_has_an_ap_of_0(data, empty, tmp_path):
+    """Both engines say NaN of it. By hand: 30 and 0 are 15 on average, and the difference is counted, too."""
+    name = "teacher_fused" if empty == "teacher" else empty
+    first = next(run for run in data["runs"] if name in run["results"])
+    second = {**copy.deepcopy(first), "seed": 1}
+    nothing = float("nan")
+    first["results"][name]["bbox"] = {"AP": 30.0, "AP50": 50.0, "APs": 20.0, "AP-car": 30.0}
+    second["results"][name]["bbox"] = {"AP": nothing, "AP50": nothing, "APs": nothing, "AP-car": nothing}
+    reference = {**copy.deepcopy(next(run for run in data["runs"] if run["variant"] == "baseline_L")), "seed": 1}
+    data["runs"] += [second, reference]
+    data["seeds"], data["reference"] = [0, 1], "baseline_L"
+    text = write_report(data, tmp_path, "A study").read_text(encoding="utf-8")
+    assert f"Nothing is detected by {name} (seed 1): AP counts as 0 there." in text
+    assert cell(accuracy_table(data), name, "AP").startswith("15.0 ±")
+    row = next(row for row in rows_of(data) if row.name == name)
+    base = next(row for row in rows_of(data) if row.name == "baseline_L")
+    assert row.minus(base).mean == (30 - 30 + 0 - 30) / 2 and row.minus(base).n == 2
+    assert row.values("bbox/APs") == {0: 20.0}  # of sizes and classes there may be no objects
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -317,6 +338,32 @@ def test_a_sweep_has_a_line_where_its_reference_is_not_swept(seeded, tmp_path, m
     monkeypatch.setattr(report, "plot_sweep_lines", draw)
     write_report(seeded, tmp_path, "Comparison")
     assert names == line
+
+
+def test_both_budgets_of_a_sweep_have_lines_of_their_own(seeded, tmp_path, monkeypatch):
+    seeded["runs"] = []
+    for value, ap in ((0.1, 20.0), (1.0, 21.0)):
+        for suffix, budget in (("", ""), ("@equal_time", "equal_time"), ("@joined", "")):
+            name = f"lad_WEIGHT_{value}{suffix}"
+            seeded["runs"] += runs(name, ap + len(suffix))
+            swept = {"swept": ["lad", "DISTILL.LOSSES.0.WEIGHT", value], "budget": budget}
+            seeded["variants"][name] = {"file": "lad.yaml", "title": "", **swept}
+    seeded["runs"] += runs("lad_NORMALIZE_True", 22.0)
+    truth = {"file": "lad.yaml", "title": "", "swept": ["lad", "MSAD.FUSION.NORMALIZE", True]}
+    seeded["variants"]["lad_NORMALIZE_True"] = truth
+    drawn = {}
+
+    def draw(lines, path, *_):
+        drawn.update(lines)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(report, "plot_sweep_lines", draw)
+    write_report(seeded, tmp_path, "Comparison")
+    found = {name: [(value, point.mean) for value, point in points] for name, points in drawn.items()}
+    assert found == {
+        "lad": [(0.1, 20.0), (1.0, 21.0)], "lad@equal_time": [(0.1, 31.0), (1.0, 32.0)],
+        "lad@joined": [(0.1, 27.0), (1.0, 28.0)],
+    }  # fmt: skip
 
 
 def test_names_are_escaped(data, tmp_path):

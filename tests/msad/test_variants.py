@@ -114,6 +114,17 @@ def test_a_swept_value_has_the_type_of_its_key(tmp_path, assignment, values):
     assert found == values and list(map(type, found)) == list(map(type, values))
 
 
+def test_paths_and_lists_are_swept(losses):
+    """A name is a folder's, and commas inside of brackets are not those between values."""
+    paths = sweep(losses, "MODEL.WEIGHTS=/a/model_final.pth,/b/model_final.pth")
+    names = [name for name in paths if name.startswith("cad")]
+    assert names == ["cad_WEIGHTS_a_model_final.pth", "cad_WEIGHTS_b_model_final.pth"]
+    assert paths[names[1]].overrides == ("MODEL.WEIGHTS", "/b/model_final.pth")
+    sizes = sweep(losses, "INPUT.MIN_SIZE_TRAIN=(128,),(192, 256)")
+    found = {name: load_config(v.file, list(v.overrides)).INPUT.MIN_SIZE_TRAIN for name, v in sizes.items()}
+    assert found["cad_MIN_SIZE_TRAIN_128"] == (128,) and found["cad_MIN_SIZE_TRAIN_192_256"] == (192, 256)
+
+
 def test_a_value_is_swept_once(losses):
     with pytest.raises(ValueError, match=r"--sweep SOLVER.MAX_ITER=1,1.0: MAX_ITER_1 twice"):
         sweep(losses, "SOLVER.MAX_ITER=1,1.0")

@@ -72,6 +72,35 @@ def test_costs_are_measured_together(call, project, tmp_path):
     assert "ap_vs_cost.png" in (tmp_path / "all" / "report.html").read_text()
 
 
+def test_other_data_and_other_configs_are_not_joined(project, tmp_path):
+    """Of the same yaml's name; seeds, folders and equal times differ in what belongs together."""
+
+    def part(name, seed, opts=(), data="1", variant="fcos", **more):
+        folder = write_part(tmp_path / name, {variant: [20.0, 21.0]})
+        content = json.loads((folder / "report.json").read_text())
+        content["runs"] = [run for run in content["runs"] if run["seed"] == seed]
+        content["variants"][variant].update(more)
+        (folder / "report.json").write_text(json.dumps(content))
+        home = folder / f"seed{seed}" / variant
+        home.mkdir(parents=True)
+        cfg = load_config(project / "fcos.yaml", ["SEED", seed, "OUTPUT_DIR", str(home), *opts])
+        (home / "config.yaml").write_text(cfg.dump())
+        (home / "identity.json").write_text(json.dumps({"data": {"tiny_val": {"annotations": data}}}))
+        return Part(folder)
+
+    one = part("a", 0)
+    assert len(join([one, part("b", 1)])["runs"]) == 2
+    with pytest.raises(ValueError, match=r"tested on other data: .*a/seed0/fcos on tiny_val, and .*c/seed1/fcos"):
+        join([one, part("c", 1, data="2")])
+    with pytest.raises(ValueError, match=r"fcos has SOLVER.MAX_ITER 6 in .*a/seed0/fcos and 9 in .*d/seed1/fcos"):
+        join([one, part("d", 1, ["SOLVER.MAX_ITER", 9])])
+    longer = part("e", 1, ["SOLVER.MAX_ITER", 9])
+    assert len(join([one, longer._replace(suffix="@longer")])["runs"]) == 2
+    timed = [part(name, seed, ["SOLVER.MAX_ITER", n], variant="fcos@equal_time", budget="equal_time")
+             for name, seed, n in (("f", 0, 7), ("g", 1, 8))]  # fmt: skip
+    assert len(join(timed)["runs"]) == 2
+
+
 def test_what_cannot_be_joined_is_named(call, tmp_path):
     one, other = (write_part(tmp_path / name, {"plain": [30.0]}) for name in "ab")
     with pytest.raises(ValueError, match=rf"plain with seed 0 is in {one} and in {other}; .*SUFFIX={other}"):

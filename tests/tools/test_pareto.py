@@ -37,18 +37,22 @@ def test_measures_in_every_engine(tool, project, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
     file = project / "student.yaml"
     torch.save({"model": build_model(load_config(file)).state_dict()}, tmp_path / "trained.pth")
+    silent = tmp_path / "silent.yaml"  # it detects nothing, of which evaluations say NaN
+    silent.write_text(f"_BASE_: {file}\nMODEL: {{FCOS: {{SCORE_THRESH_TEST: 0.999}}}}\n")
     output = tmp_path / "out"
+    trained = str(tmp_path / "trained.pth")
     status = tool.main([
-        "--model", "student", str(file), str(tmp_path / "trained.pth"), "--model", "student@64", str(file),
-        str(tmp_path / "trained.pth"), "--output", str(output), "--calibration", str(project / "data" / "images"),
-        "--images", "2", "--rounds", "1", "--threads", "1", "2",
+        "--model", "student", str(file), trained, "--model", "student@64", str(file), trained,
+        "--model", "silent", str(silent), trained, "--output", str(output),
+        "--calibration", str(project / "data" / "images"), "--images", "2", "--rounds", "1", "--threads", "1", "2",
     ])  # fmt: skip
     assert status == 0
     rows = json.loads((output / "pareto.json").read_text())["rows"]
     assert [(r["name"], r["engine"]) for r in rows] == [
-        (name, engine) for name in ("student", "student_64") for engine in ("torch", "onnxruntime", "int8")
+        (name, engine) for name in ("student", "student_64", "silent") for engine in ("torch", "onnxruntime", "int8")
     ]
     assert all(0 < r["milliseconds"]["2"] < float("inf") and r["AP"] >= 0 for r in rows)
+    assert [r["AP"] for r in rows[6:]] == [0.0, 0.0, 0.0]
     assert 3 < rows[3]["gmacs"] / rows[0]["gmacs"] < 5  # twice the side
     assert rows[0]["AP"] == pytest.approx(rows[1]["AP"], abs=0.5)
     assert (output / "pareto.png").stat().st_size > 5000

@@ -54,6 +54,9 @@ def test_from_scenes_to_report(quickstart, tmp_path, capsys):
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["runs"] == data["runs"] and again["seconds"] > data["seconds"]
 
+    # Nor is another choice of variants hindered by what earlier ones left.
+    assert quickstart.main([*args[:-len(VARIANTS)], "baseline_L"]) == 0
+
     # Results of another configuration are not mixed in.
     assert quickstart.main(["--output", str(tmp_path), "--iterations", "5", "--rows", "baseline_L"]) == 2
     assert "another configuration" in capsys.readouterr().err

@@ -14,8 +14,9 @@ from ..distill.losses.registry import lower_keys
 from ..engine.scaling import scale_to_batch
 from ..engine.stages import set_total_iterations, total_iterations
 from .costs import scale_inputs, set_equal_cost
+from .identity import check_same, is_finished
 from .jobs import Run, Slot, error_of, run_all
-from .run import check_same, is_finished, read_json
+from .run import read_json
 from .variants import Variant, map_teachers, unique_names, value_at
 
 TIME_TOLERANCE = 0.05  # a smaller difference in time is within what can be measured
@@ -112,9 +113,10 @@ class Comparison:
         return [Run(name, run.seed) for name in dict.fromkeys(names)]
 
     def prepare(self, run: Run) -> bool:
-        if self._stands_for(run) != run:
-            return False  # its time is that of the run without a budget
-        return not is_finished(self.config(run), tqdm.write)
+        if self._stands_for(run) != run:  # its time is that of the run without a budget
+            (self.folder(run) / "failed.txt").unlink(missing_ok=True)
+            return False
+        return not is_finished(self.config(run), tqdm.write, timed=self.variants[run.name].budget == "equal_time")
 
     def config(self, run: Run) -> CfgNode:
         """The frozen config of a run; one of equal time needs finished runs, see :meth:`needs`.

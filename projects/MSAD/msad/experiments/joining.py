@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from detectron2.config import CfgNode
+
 from ..config import load_config
+from ..engine.run_folder import changes, same_but_places
 from ..engine.setup import load_model
 from .costs import measure_costs
 from .run import read_json
@@ -26,11 +29,13 @@ def join(parts: Sequence[Part]) -> dict:
     models take turns (:func:`joined_costs`).
 
     Raises:
-        ValueError: a folder has no report.json of a comparison, or two have the same variant with the same seed, or
-            other files under one name; names them.
+        ValueError: a folder has no report.json of a comparison, or two have the same variant with the same seed, other
+            configs under one name, or other test data; names them.
     """
     variants, runs, owners = {}, [], {}
     found = [_read(part.folder) for part in parts]
+    _check_data(parts, found)
+    _check_configs(parts, found)
     for (folder, suffix), data in zip(parts, found):
         other = f"; rename those of one folder with SUFFIX={folder}"
         for name, variant in data["variants"].items():
@@ -53,6 +58,45 @@ def join(parts: Sequence[Part]) -> dict:
         "seeds": sorted({seed for data in found for seed in data.get("seeds", ())}),
         "reference": next(iter(references), ""), "variants": variants, "runs": runs,
     }  # fmt: skip
+
+
+def _homes(part: Part, data: dict) -> Iterator[tuple[dict, Path]]:
+    """(run, its folder) of the runs whose folder is still there."""
+    for run in data["runs"]:
+        home = part.folder / f"seed{run['seed']}" / run["variant"]
+        if (home / "config.yaml").is_file() and (home / "identity.json").is_file():
+            yield run, home
+
+
+def _check_data(parts: Sequence[Part], found: Sequence[dict]) -> None:
+    first = None
+    for part, data in zip(parts, found):
+        for _, home in _homes(part, data):
+            names, known = load_config(home / "config.yaml").DATASETS.TEST, read_json(home / "identity.json")["data"]
+            tested = [known.get(name) for name in names]
+            first = first or (tested, names, home)
+            if tested != first[0]:
+                one, other = (f"{folder} on {', '.join(sets)}" for _, sets, folder in (first, (tested, names, home)))
+                raise ValueError(f"the models were tested on other data: {one}, and {other}")
+
+
+def _check_configs(parts: Sequence[Part], found: Sequence[dict]) -> None:
+    """Whether what has one name was trained with one config, but for its seed and what a budget chooses."""
+    first: dict[str, tuple[CfgNode, Path]] = {}
+    for part, data in zip(parts, found):
+        for run, home in _homes(part, data):
+            name = run["variant"] + part.suffix
+            if data["variants"].get(run["variant"], {}).get("budget") == "equal_time":
+                continue
+            cfg = load_config(home / "config.yaml")
+            other, place = first.setdefault(name, (cfg, home))
+            differing = [c for c in changes(other, cfg) if c[0] != "SEED" and not same_but_places(*c)]
+            if differing:
+                key, was, now = differing[0]
+                raise ValueError(
+                    f"{name} has {key} {was} in {place} and {now} in {home}; rename those of one folder with "
+                    f"SUFFIX={part.folder}"
+                )
 
 
 def _read(folder: Path) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .jobs import format_seconds
-from .rows import AP, Row, full_resolution, rows_of
+from .rows import AP, Row, full_resolution, rows_of, without_detections
 from .statistics import Estimate
 
 MIN_SEEDS = 3  # fewer are not called evidence
@@ -28,7 +28,7 @@ _STEPS = (
 def no_percentages(data: dict) -> list[str]:
     """Reasons why shares of the full-resolution AP would mislead: training that is far from done."""
     rows = rows_of(data)
-    named = {row.name: row.mean(AP) for row in rows if row.mean(AP) is not None}
+    named = {row.name: found.mean for row in rows if (found := row.estimate(AP)) is not None}
     reasons = []
     short = [r.name for r in rows if (r.mean("warmup") or 0) > MAX_WARMUP * (r.mean("iterations") or math.inf)]
     if short:
@@ -39,8 +39,8 @@ def no_percentages(data: dict) -> list[str]:
     full = full_resolution(rows)
     longer = [(name, name.removesuffix(_LONGER)) for name in named if name.endswith(_LONGER)]
     gains = [(name, base) for name, base in longer if named[name] > (1 + MAX_GAIN) * named.get(base, math.inf)]
-    if full is not None and full.mean(AP) < MIN_AP:
-        reasons.append(f"{full.name} reaches only {full.mean(AP):.1f} AP: {_far(data, full)}")
+    if full is not None and named[full.name] < MIN_AP:
+        reasons.append(f"{full.name} reaches only {named[full.name]:.1f} AP: {_far(data, full)}")
     elif gains:
         name, base = gains[0]
         reasons.append(
@@ -70,11 +70,13 @@ def summary(data: dict, metric: str = AP) -> list[str]:
     """
     rows = [row for row in rows_of(data) if row.estimate(AP) is not None]
     doubts = no_percentages(data)
+    empty = without_detections(data)
+    said = [f"Nothing is detected by {_some(empty)}: AP counts as 0 there."] if empty else []
     if not rows:
         rows = [row for row in rows_of(data) if row.estimate(metric) is not None]
-        return [*doubts, _evidence(rows, metric)] if rows else ["No model has been evaluated yet."]
+        return [*doubts, *said, _evidence(rows, metric)] if rows else ["No model has been evaluated yet."]
     named = {row.name: row for row in rows}
-    sentences = [*doubts, _evidence(rows)]
+    sentences = [*doubts, *said, _evidence(rows)]
     if "student_L" in named:
         sentences.append(_headline(named["student_L"], full_resolution(rows), not doubts))
     for name, other, what in _STEPS:
@@ -97,11 +99,12 @@ def _evidence(rows: list[Row], metric: str = AP) -> str:
 
 
 def _headline(student: Row, full: Row | None, percentages: bool) -> str:
-    text = f"The half-resolution student (student_L) reaches {student.mean(AP):.1f} AP"
-    if full is None or full.mean(AP) <= 0:
+    ap, of = student.estimate(AP).mean, 0.0 if full is None else full.estimate(AP).mean
+    text = f"The half-resolution student (student_L) reaches {ap:.1f} AP"
+    if of <= 0:
         return f"{text}."
-    share = f"{100 * student.mean(AP) / full.mean(AP):.0f} % of " if percentages else ""
-    text += f", {share}{'' if percentages else 'against '}the {full.mean(AP):.1f} AP of {full.name}"
+    share = f"{100 * ap / of:.0f} % of " if percentages else ""
+    text += f", {share}{'' if percentages else 'against '}the {of:.1f} AP of {full.name}"
     costs = [
         f"{student.total(key) / full.total(key):.2f} times its {what}"
         for key, what in (("gmacs", "multiply-adds"), ("ms", "latency"))

@@ -23,9 +23,10 @@ from ..engine.build import teacher_entries
 from ..files import atomic_write
 from .adaptation import STUDENT, finite_costs, measure_adaptation
 from .comparison import Comparison
+from .identity import is_finished
 from .jobs import Run
 from .rows import AP
-from .run import is_finished, read_json
+from .run import read_json
 from .variants import Variant
 
 Order = tuple[str, ...]

@@ -29,6 +29,7 @@ from .jobs import format_seconds
 from .judgement import summary
 from .rows import AP, Row, failures, full_resolution, rows_of
 from .tables import Table, accuracy_table, class_table, cost_table, format_table
+from .variants import label
 
 PANELS, COSTS = "panels.jpg", "ap_vs_cost.png"
 _WIDE = (PANELS, COSTS)
@@ -119,10 +120,11 @@ def draw_charts(data: dict, out_dir: Path, metric: str, curves: Mapping[str, Pat
     lines: dict[str, list] = {}
     keys: dict[str, None] = {}
     for row in rows:
-        if row.variant.get("swept") and isinstance(row.variant["swept"][2], (int, float)):
-            base, key, value = row.variant["swept"]
+        base, key, value = row.variant.get("swept") or ("", "", None)
+        if type(value) in (int, float):
             keys[key] = None
-            lines.setdefault(base, []).append((value, _point(row, metric)))
+            _, _, rest = row.name.partition(f"_{key.split('.')[-1]}_{label(value)}")  # of a budget, or of a joined part
+            lines.setdefault(base + rest, []).append((value, _point(row, metric)))
     if any(len(points) > 1 for points in lines.values()) and len(keys) == 1:
         outside = reference is not None and not reference.variant.get("swept")  # without the loss, for example
         base_line = (reference.estimate(metric).mean, reference.name) if outside else ()

@@ -9,6 +9,7 @@ from statistics import fmean
 from .statistics import Estimate, estimate
 
 AP = "bbox/AP"
+_EMPTY = ("AP", "AP50", "AP75")  # 0 for a model that detects nothing; of sizes and classes there may be no objects
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,28 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def _counted(metrics: dict) -> dict:
+    """``metrics`` with an AP of 0 where a model has detected nothing, of which both engines say NaN."""
+    return {
+        task: {name: 0.0 if name in _EMPTY and _is_nan((values or {}).get("AP")) else value
+               for name, value in (values or {}).items()}
+        for task, values in metrics.items()
+    }  # fmt: skip
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def without_detections(data: dict) -> list[str]:
+    """Names, with their seeds, of models that detect nothing: their AP is NaN and counts as 0."""
+    return [
+        f"{name} (seed {run['seed']})" for run in data.get("runs") or ()
+        for name, metrics in run.get("results", {}).items()
+        if any(_is_nan((values or {}).get("AP")) for values in (metrics or {}).values())
+    ]  # fmt: skip
+
+
 def rows_of(data: dict) -> list[Row]:
     """The models that have a result, in the order of the variants, teachers of others last.
 
@@ -75,7 +98,7 @@ def rows_of(data: dict) -> list[Row]:
     for run in data.get("runs") or ():
         for name, metrics in run.get("results", {}).items():
             variant = {"name": run["variant"], **variants.get(run["variant"], {})}
-            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": metrics or {}}
+            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": _counted(metrics or {})}
     order = {name: (v.get("teacher", False), i) for i, (name, v) in enumerate(variants.items())}
     rows = [Row(name, variant, runs, costs.get(name) or {}) for name, (variant, runs) in found.items()]
     return sorted(rows, key=lambda row: (order.get(row.variant["name"], (True, len(order))), row.name))

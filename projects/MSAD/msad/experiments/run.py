@@ -1,4 +1,4 @@
-"""One training run in one folder: trained or resumed, evaluated, and recognised when it is asked for again.
+"""One training run in one folder: trained or resumed, and evaluated.
 
 ``python -m msad.experiments.run FOLDER`` runs what FOLDER/config.yaml describes and leaves there, beside what training
 writes: ``result.json``, or ``failed.txt`` with the reason.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import functools
-import hashlib
 import json
 import logging
 import os
@@ -28,130 +26,16 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
 
-from .. import __version__
 from ..config import load_config
-from ..data.fingerprint import dataset_fingerprint, file_sha256
-from ..data.register import registered
-from ..engine.run_folder import changes, has_run, same_but_places
-from ..engine.setup import engine_name, evaluate, evaluate_branches, load_model, prepare
+from ..engine.setup import evaluate, evaluate_branches, load_model, prepare
 from ..engine.stages import FINAL, stage_configs, total_iterations, train_stages
 from ..engine.trainer import DistillTrainer
 from ..files import atomic_write
-from .variants import map_teachers
 
 
 def read_json(file: Path) -> dict | None:
     """Content of a file, or None if it is not there."""
     return json.loads(file.read_text()) if file.is_file() else None
-
-
-def identity(cfg: CfgNode) -> dict:
-    """By what a run is recognised: its config, data, the weights that it starts from and learns from, and the code."""
-    weights = [cfg.MODEL.WEIGHTS, *(entry.get("WEIGHTS", "") for entry in map_teachers(cfg))]
-    return {
-        "config": _digest(cfg),
-        "code": _code(),
-        "weights": [file_sha256(file) if os.path.isfile(file) else file for file in weights],
-        "data": _data(cfg.DATASETS.dump(), os.getenv("DETECTRON2_DATASETS", "")),
-    }
-
-
-def _digest(cfg: CfgNode) -> str:
-    return hashlib.sha256(cfg.dump().encode()).hexdigest()
-
-
-@functools.lru_cache
-def _data(datasets: str, root: str) -> dict:
-    """Once a process: all runs are of the data as they are when the first is begun."""
-    cfg = CfgNode({"DATASETS": CfgNode.load_cfg(datasets)})
-    with registered(cfg):
-        return dataset_fingerprint(cfg)
-
-
-@functools.cache
-def _code() -> list[str]:
-    return [engine_name(), __version__]
-
-
-def _before(folder: Path) -> dict | None:
-    """The identity of the run that has left a checkpoint or result in ``folder``, or None if there is none."""
-    if not has_run(folder) and not (folder / "result.json").is_file():
-        return None
-    return read_json(folder / "identity.json") or {"config": "", "code": []}
-
-
-def is_finished(cfg: CfgNode, say=print) -> bool:
-    """Whether the OUTPUT_DIR of ``cfg`` holds its finished run; otherwise make the folder ready for (going on with) it.
-
-    Of a run whose training data or teachers have changed since, nothing is used: its folder is renamed, NAME~1. If it
-    is the test data that have changed, the model stays and is evaluated again.
-
-    Args:
-        cfg: frozen.
-        say: is told of what has changed.
-
-    Raises:
-        ValueError: the folder holds a run of another config or engine, or another process works in it.
-    """
-    folder, now = Path(cfg.OUTPUT_DIR), identity(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder):
-        before = _before(folder)
-        if before is not None:
-            check_same(cfg)
-            before["config"] = now["config"]  # equal but for places
-        if before not in (None, now):
-            trained = [{n: d.get(n) for n in cfg.DATASETS.TRAIN} for d in (before["data"], now["data"])]
-            if before["weights"] == now["weights"] and trained[0] == trained[1]:
-                say(f"{folder}: the test data have changed, it is evaluated again")
-                (folder / "result.json").unlink(missing_ok=True)
-            else:
-                what = "training data" if trained[0] != trained[1] else "weights of its teacher or its start"
-                old = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}~{n}")).exists())
-                folder.rename(old)
-                folder.mkdir()
-                say(f"{folder}: the {what} have changed, it is trained again; the earlier run is {old.name}")
-        if (folder / "result.json").is_file():
-            return True
-        (folder / "failed.txt").unlink(missing_ok=True)
-        (folder / "config.yaml").write_text(cfg.dump())
-        (folder / "identity.json").write_text(json.dumps(now))
-    return False
-
-
-def check_same(cfg: CfgNode) -> None:
-    """ValueError if the OUTPUT_DIR of ``cfg`` holds a run of another config or engine; names what differs.
-
-    Where the folder, the teachers and the data lie is no difference, so folders may be moved. Nor is a key that the run
-    does not know yet, unless ``cfg`` changes it.
-    """
-    before = _before(Path(cfg.OUTPUT_DIR))
-    if before is None:
-        return
-    if not before["code"]:
-        other = "kind, which has no identity.json"
-    elif before["code"] != _code():
-        other = f"engine or version ({', '.join(before['code'])})"
-    elif differing := _differences(cfg, before):
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        other = f"configuration ({', '.join(differing[:3])}{more})"
-    else:
-        return
-    raise ValueError(f"{cfg.OUTPUT_DIR} holds a run of another {other}; choose another --output or delete it")
-
-
-def _differences(cfg: CfgNode, before: dict) -> list[str]:
-    """What is not as in the config.yaml of the run in ``cfg``'s OUTPUT_DIR, "KEY value, now value"."""
-    if before["config"] == _digest(cfg):
-        return []
-    file = Path(cfg.OUTPUT_DIR) / "config.yaml"
-    if not file.is_file():
-        return ["its config.yaml is gone"]
-    try:
-        old = load_config(file)
-    except (KeyError, ValueError) as error:
-        return [f"its config.yaml cannot be read: {error}"]
-    return [f"{key} {was}, now {now}" for key, was, now in changes(old, cfg) if not same_but_places(key, was, now)]
 
 
 def train_and_evaluate(folder: Path) -> dict:

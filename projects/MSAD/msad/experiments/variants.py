@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -194,9 +195,9 @@ def sweep(variants: dict[str, Variant], assignment: str) -> dict[str, Variant]:
         except (KeyError, IndexError, ValueError, TypeError):
             out[name] = variant
             continue
-        for text in values.split(","):
+        for text in _split(values):
             value = _parse(text, now, is_typed=not _position(key))
-            new = f"{name}_{key.split('.')[-1]}_{value}"
+            new = f"{name}_{key.split('.')[-1]}_{label(value)}"
             if new in out:
                 raise ValueError(f"--sweep {assignment}: {new.removeprefix(f'{name}_')} twice")
             overrides = (*variant.overrides, *_override(cfg, key, value))
@@ -204,6 +205,23 @@ def sweep(variants: dict[str, Variant], assignment: str) -> dict[str, Variant]:
     if not any(variant.swept for variant in out.values()):
         raise ValueError(f"--sweep {assignment}: no config has {key}")
     return out
+
+
+def _split(values: str) -> list[str]:
+    """``values`` at its commas, but for those inside of brackets."""
+    out, depth = [""], 0
+    for char in values:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            out.append("")
+        else:
+            out[-1] += char
+    return out
+
+
+def label(value: Any) -> str:
+    """A swept value in the name of its variant, which is that of a folder, too."""
+    return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
 
 
 def value_at(tree: Any, key: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def measure(
         accuracy = {"torch": evaluate(cfg, model)["bbox"]["AP"]}
         accuracy |= {engine: evaluate_exported(cfg, file)[name]["bbox"]["AP"] for engine, file in files.items()}
         for engine, ap in accuracy.items():
-            row = {"name": candidate.name, "engine": engine, "AP": float(ap), "gmacs": gmacs, "milliseconds": {}}
+            ap = 0.0 if ap is None or math.isnan(ap) else float(ap)  # it has detected nothing
+            row = {"name": candidate.name, "engine": engine, "AP": ap, "gmacs": gmacs, "milliseconds": {}}
             rows.append(row)
             calls += [(row, n, _caller(model, files.get(engine), n), small) for n in threads]
     _time(calls, rounds)
