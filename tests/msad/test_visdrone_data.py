@@ -210,6 +210,20 @@ def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
         assert len(seen[1]) > 0 and (seen[1].proposal_boxes.get_centers()[:, 0] > 48).any()
 
 
+@pytest.mark.parametrize(("arch", "first"), [("FCOS", 12), ("RetinaNet", 13), ("RepPoints", 13), ("FasterRCNN", 13)])
+def test_a_location_is_where_its_anchors_are(tiny_model, make_batch, arch, first):
+    """In a region from x = 49: of stride 4, the 12th point is at 48, or, where it is in the middle of its cell, 50."""
+    model = tiny_model(arch, levels=range(2, 7)).train()
+    taken = class_scores(model)
+    IgnoredRegions(model)
+    (item,) = make_batch([(64, 96)], boxes=0)
+    item["ignored_regions"] = torch.tensor([[49 / 96, 0.0, 1.0, 1.0]])
+    with EventStorage():
+        sum(model([item]).values()).backward()
+    grad = taken[0].grad[0]
+    assert (grad[..., :first] != 0).all() and (grad[..., first:] == 0).all()
+
+
 OF_CLASSES = {"FCOS": "loss_fcos_cls", "RetinaNet": "loss_cls", "GFL": "loss_gfl_qfl", "RepPoints": "loss_cls",
               "FasterRCNN": "loss_rpn_cls"}  # fmt: skip
 
@@ -224,7 +238,8 @@ def test_a_region_beside_a_small_object_leaves_its_positives(tiny_model, make_ba
     losses = []
     for region in (nothing, beside):
         item["ignored_regions"] = torch.tensor([region])
-        model = tiny_model(arch, levels=range(2, 7)).train()
+        sizes = [[8 * 2**level] for level in range(2, 7)]  # 32 px at P2: up to 16 px from their points to an object
+        model = tiny_model(arch, levels=range(2, 7), MODEL__ANCHOR_GENERATOR__SIZES=sizes).train()
         IgnoredRegions(model)
         torch.manual_seed(0)  # of the RPN's sample
         with EventStorage(), torch.no_grad():
