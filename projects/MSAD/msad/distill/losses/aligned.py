@@ -64,8 +64,6 @@ class AlignedL1(nn.Module):
 
 def _extents(sizes: list[tuple[int, int]], stride: float, maps: torch.Tensor) -> list[tuple[int, int]]:
     """(rows, columns) of ``maps`` (N, C, h, w) that images of ``sizes`` (height, width) in H pixels cover."""
-    rounding = 1e-6  # 96 / (8 / 1.5) is 18
     return [
-        tuple(min(math.ceil(side / stride - rounding), limit) for side, limit in zip(size, maps.shape[-2:]))
-        for size in sizes
+        tuple(min(math.ceil(side / stride), limit) for side, limit in zip(size, maps.shape[-2:])) for size in sizes
     ]
