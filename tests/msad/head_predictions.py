@@ -73,7 +73,8 @@ def make_pair(kind="distributions", boxes=BOXES, seed=0, dtype=torch.float32, id
     teacher = [x.clone() if identical else torch.randn(x.shape, generator=generator, dtype=dtype) for x in student]
     pair = HeadPair(
         name, classes, student[0].requires_grad_(), teacher[0], student[1].requires_grad_(), teacher[1], labels,
-        targets.to(dtype), anchors.to(dtype), TRANSFORMS[kind].get_deltas, partial(coordinates, TRANSFORMS[kind]),
+        targets.to(dtype), anchors.to(dtype), TRANSFORMS[kind].get_deltas,
+        (partial(coordinates, TRANSFORMS[kind]),) * 2,
         partial(decode, TRANSFORMS[kind]), sizes,
         partial(atss.valuable_region, cells, n, topk=9, size=SIZE),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
@@ -130,6 +130,14 @@ def test_a_teacher_leaves_no_head_out(tiny_model, make_batch):
     with pytest.raises(TypeError, match=r"GeneralizedRCNN cannot be run .* its sem_seg_head would be left out"):
         MultiScaleTeacher(detector=detector, resolutions=branches, fusion=fusion)
     assert adapt(detector).levels
+
+
+def test_htc_teaches_at_several_resolutions_without_its_semantic_branch(tiny_cfg):
+    """Its maps come with the inputs, and not with targets."""
+    options = {"MODEL__HTC__SEMANTIC_ON": True, "MODEL__HTC__SEMANTIC_CLASSES": 4, "MSAD__DETECTOR": "HTC"}
+    with pytest.raises(TypeError, match=r"with its semantic branch: set MODEL\.HTC\.SEMANTIC_ON False"):
+        build_model(tiny_cfg("HTC", resolutions=["H", "L"], **options))
+    assert build_model(tiny_cfg("HTC", resolutions=["H", "L"], **{**options, "MODEL__HTC__SEMANTIC_ON": False}))
 
 
 def test_a_detector_that_does_not_fit_is_bad_input(capsys):

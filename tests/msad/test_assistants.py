@@ -298,6 +298,19 @@ def test_one_that_does_not_wait_learns_in_every_step(cfg, make_batch, warmup):
         assert not torch.equal(weight, before), iteration
 
 
+def test_heads_that_learn_from_it_keep_the_statistics_of_the_students_maps(cfg, make_batch):
+    """Its maps do not occur at inference."""
+    cfg.MODEL.FCOS.NORM = "BN"
+    found = []
+    for learns in (False, True):
+        torch.manual_seed(0)
+        distiller = DistillTrainer.build_model(assisted(cfg, HEAD_LEARNS=learns)).train()
+        with EventStorage(0):
+            distiller(make_batch([(64, 64)] * 2))
+        found.append({k: v for k, v in distiller.student.state_dict().items() if "head" in k and "running" in k})
+    assert found[0] and all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_nothing_runs_without_losses(cfg, make_batch):
     """DISTILL.LOSSES [] is the baseline without distillation, also before START_ITER."""
     cfg.DISTILL.START_ITER = 2

@@ -15,6 +15,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from msad import load_config
+from msad.engine.hooks import FrozenBackbone
+from msad.engine.preflight.model_checks import check_frozen
+from msad.finding import ERROR
 from msad.modeling.backbones.rfp import ASPP, RFP
 from msad.modeling.backbones.switchable import ConvAWS, SwitchableAtrousConv
 
@@ -261,6 +264,20 @@ def test_frozen_stages_stay_frozen(tiny_cfg):
     trained = {name.split(".")[1] for name, p in backbone.named_parameters() if p.requires_grad and "bottom_up" in name}
     assert trained == {"res3", "res4", "res5"}
     assert {type(m) for m in backbone.modules() if isinstance(m, ConvAWS)} == {ConvAWS, SwitchableAtrousConv}
+
+
+def test_both_networks_of_a_recursive_pyramid_are_in_front_of_it(tiny_cfg):
+    """For what freezes the backbone, and for the check of layers that are frozen without having been trained."""
+    cfg = tiny_cfg("FasterRCNN", MODEL__BACKBONE__NAME="build_rfp_backbone", MODEL__BACKBONE__FREEZE_AT=2)
+    cfg.MODEL.FPN.BOTTOM_UP, cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = "build_resnet_backbone", 8
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 16, 8
+    model = build_model(cfg)
+    held = {id(p) for p in FrozenBackbone(model, 10).parameters}
+    both = [model.backbone.bottom_up, model.backbone.rfp_bottom_up]
+    assert held == {id(p) for network in both for p in network.parameters()}
+    first = {name for name, _ in model.named_parameters() if name.startswith("backbone.bottom_up.")}
+    (finding,) = check_frozen(model, first, 2)
+    assert finding.level == ERROR and "backbone.rfp_bottom_up." in finding.text
 
 
 def test_deformable_blocks_cannot_be_switched(tiny_cfg):

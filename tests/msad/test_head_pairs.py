@@ -277,7 +277,7 @@ def rcnn_pairs(student, teacher, shift, boxes=(3, 0)):
         losses.update(roi(images, own, proposals, gt)[1])
     assert calls == [1, 1]
     named = {f"p{level}": x for level, x in maps.items()}
-    return pair_heads(record, student, adapt(teacher.eval()).run_head, named, shift), record, losses, named
+    return pair_heads(record, student, teacher, adapt(teacher.eval()).run_head, named, shift), record, losses, named
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -404,3 +404,18 @@ def test_chen_in_a_step_of_an_rcnn(make_distiller, tiny_model, make_batch, resol
     sum(losses.values()).backward()
     trained = [p for p in distiller.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+def test_point_sets_say_what_their_own_scale_makes_of_them(make_distiller, make_batch, tiny_model):
+    """RepPoints learn it; the teacher's points under the student's scale are not the teacher's boxes."""
+    student, teacher = tiny_model("RepPoints", levels=range(2, 7), seed=1), tiny_model("RepPoints", seed=3)
+    with torch.no_grad():
+        student.head.transform.moment_transfer.fill_(0.0)
+        teacher.head.transform.moment_transfer.fill_(0.7)
+    distiller = make_distiller("L", teacher=teacher, student=student, losses=[{"NAME": "Chen"}])
+    with EventStorage(0):
+        (pair,) = distiller.observe(make_batch([(96, 128)] * 2)).heads("teacher")
+    s, t, _ = pair.matched_deltas()
+    assert len(s) > 0
+    torch.testing.assert_close(t, teacher.head.transform.corners(pair.teacher_boxes[pair.positives]).detach())
+    torch.testing.assert_close(s, student.head.transform.corners(pair.student_boxes[pair.positives]))

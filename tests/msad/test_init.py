@@ -6,9 +6,11 @@ import logging
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from torch import nn
 
 from msad.distill.init import init_student
+from msad.modeling.backbones.switchable import ConvAWS, SwitchableAtrousConv
 from msad.resolution import downsample_batch
 
 
@@ -122,6 +124,55 @@ def test_cascade_gives_its_proposals_and_not_its_boxes(tiny_model):
     init_student(student, teacher, "full")
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name] if name.startswith("roi_heads.") else source[name]), name
+
+
+@pytest.fixture
+def resnets(tiny_cfg):
+    """``resnets(name, seed, sac)``: a detector on a plain ResNet or one whose weights are standardised."""
+
+    def make(name, seed, sac=(False, True, True, True)):
+        cfg = tiny_cfg(MODEL__FPN__BOTTOM_UP=name, MODEL__RESNETS__DEPTH=50, MODEL__RESNETS__STEM_OUT_CHANNELS=8)
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 16, 8
+        cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "FrozenBN", 0
+        cfg.MODEL.RESNETS.SAC_ON_PER_STAGE = list(sac)
+        torch.manual_seed(seed)
+        return build_model(cfg).eval()
+
+    return make
+
+
+def same_maps(one, other):
+    x = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        maps = [model.backbone.bottom_up(x) for model in (one, other)]
+    for name, value in maps[0].items():
+        torch.testing.assert_close(maps[1][name], value, rtol=1e-3, atol=1e-3 * value.abs().max().item())
+
+
+def test_standardised_weights_compute_what_the_teachers_do(resnets):
+    """Also when they have moved away from the moments that they keep."""
+    plain = resnets("build_resnet_backbone", 0)
+    student = resnets("build_sac_resnet_backbone", 1)
+    init_student(student, plain, "full")
+    same_maps(plain, student)
+    teacher = resnets("build_sac_resnet_backbone", 2, [False] * 4)
+    with torch.no_grad():
+        for module in teacher.modules():
+            if isinstance(module, ConvAWS):
+                module.weight.mul_(1.3).add_(0.1 * module.weight.std())
+    for student in (resnets("build_resnet_backbone", 3), resnets("build_sac_resnet_backbone", 4)):
+        init_student(student, teacher, "full")
+        same_maps(teacher, student)
+
+
+def test_switchable_convolutions_give_plain_ones_nothing(resnets):
+    teacher, student = resnets("build_sac_resnet_backbone", 0), resnets("build_resnet_backbone", 1)
+    switchable = [name for name, module in teacher.named_modules() if isinstance(module, SwitchableAtrousConv)]
+    before = values(student)
+    counts = init_student(student, teacher, "full")
+    after = values(student)
+    assert counts["kept"] == len(switchable) > 0
+    assert all(torch.equal(after[f"{name}.weight"], before[f"{name}.weight"]) for name in switchable)
 
 
 def test_nothing_fits_is_an_error(teacher):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from helpers import between, evaluate, make_context
 from runs import SAVED, assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
-from msad.distill.losses import DISTILL_LOSS_REGISTRY
+from msad.distill.distiller import student_shapes
+from msad.distill.losses import DISTILL_LOSS_REGISTRY, build_losses
 from msad.distill.losses.pairing import LevelPair, build_adaptation, pair_levels
 from msad.distill.losses.shared import attention, locations_in_boxes, rasterize_max
+from msad.distill.teachers import FrozenTeacher
 from msad.engine import DistillTrainer
 from msad.export.plain import export
+from msad.resolution import get_resolution
 
 
 def shapes(levels, channels=4):
@@ -326,3 +330,18 @@ def test_adaptors_are_optimized_like_the_student(student, optimizer):
     assert (groups[id(convolution.weight)]["weight_decay"], groups[id(norm.weight)]["weight_decay"]) == (0.3, 0.1)
     student = run.distiller.student.head.cls_score.weight
     assert groups[id(convolution.weight)]["lr"] == groups[id(student)]["lr"] > 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "pairs"),
+    [
+        ({}, [("res2", "res3", 8), ("res3", "res4", 16), ("res4", "res5", 32)]),
+        ({"LEVELS": ["res4"]}, [("res3", "res4", 16)]),
+    ],
+)
+def test_stages_of_networks_are_paired_by_their_strides(tiny_model, entry, pairs):
+    """At L a stage of one name has twice the stride in H pixels, and the teacher's finest has no partner."""
+    student, teacher = tiny_model(levels=range(2, 7), seed=1), FrozenTeacher(tiny_model(seed=3))
+    ours = functools.partial(student_shapes, student, get_resolution("L"))
+    (loss,) = build_losses([{"NAME": "FitNet", "TAP": "bottom_up", **entry}], ours, {"teacher": teacher.shapes})
+    assert [tuple(pair) for pair in loss.pairs] == [(s, t, (stride, stride)) for s, t, stride in pairs]

@@ -112,6 +112,9 @@ def test_batches_take_the_image_that_is_there(make_batch):
     (small,) = downsample_batch([{**item, "low_res_image": low}], 1, torch.device("cpu"))
     assert torch.equal(small["image"], low.float()) and "low_res_image" not in small
     assert small["instances"].image_size == (16, 20)
+    alike = torch.randint(0, 256, (3, 31, 40), dtype=torch.uint8)  # another sensor's, of the same size
+    (large,) = downsample_batch([{**item, "low_res_image": alike}], 0, torch.device("cpu"))
+    assert torch.equal(large["image"], alike.float()) and large["instances"].image_size == (31, 40)
     with pytest.raises(ValueError, match=r"low_res_image is \(16, 20\).* must be \(8, 10\)"):
         downsample_batch([{**item, "low_res_image": low}], 2, torch.device("cpu"))
 

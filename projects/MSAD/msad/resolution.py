@@ -175,7 +175,7 @@ def downsample_batch(
     for item in batched_inputs:
         item = dict(item)
         low, size = item.pop("low_res_image", None), downsampled_size(item["image"].shape[-2:], shift)
-        if low is None or shift == 0:
+        if low is None:
             item["image"] = downsampled_image(item, shift, device, mode)
         elif low.shape[-2:] == size:
             item["image"] = low.to(device, non_blocking=True).float()

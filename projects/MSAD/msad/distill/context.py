@@ -32,7 +32,8 @@ class HeadPair:
         targets: (N, R, 4) matched ground truth boxes; meaningless but where the label is a class.
         anchors: (R, 4).
         encode: anchors (P, 4), boxes (P, 4) -> the four numbers (P, 4) that the head regresses for them.
-        coordinates: raw box predictions (P, B) of one class -> what they say of those four numbers, (P, 4).
+        coordinates: raw box predictions (P, B) of one class -> what they say of those four numbers, (P, 4); of the
+            student, and of the teacher, because for a point set that has a learned scale.
         decode: those four numbers (P, 4), anchors (P, 4) -> boxes (P, 4).
         level_sizes: anchors of each level.
         region: boxes (K, 4), their image (K,), options -> (N, R) weights of the anchors that nearly match a box (LD);
@@ -49,7 +50,7 @@ class HeadPair:
     targets: torch.Tensor
     anchors: torch.Tensor
     encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    coordinates: Callable[[torch.Tensor], torch.Tensor]
+    coordinates: tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
     decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     level_sizes: list[int] = field(default_factory=list)
     region: Callable[..., torch.Tensor] | None = None
@@ -84,12 +85,12 @@ class HeadPair:
         target = self.encode(self.anchors[anchor], self.targets[image, anchor])
         kind = self.labels[image, anchor]
         sides = []
-        for raw in (self.student_boxes, self.teacher_boxes):
+        for raw, coordinates in zip((self.student_boxes, self.teacher_boxes), self.coordinates):
             x = raw[image, anchor]
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             if self.softmax and x.shape[1] > 4:
                 x = x.unflatten(1, (-1, 4))[torch.arange(len(x), device=x.device), kind]
-            sides.append(self.coordinates(x))
+            sides.append(coordinates(x))
         s, t = sides[0], sides[1].detach()  # what a point set says has a learned scale
         if shift:
             t = self.encode(self.anchors[anchor], self.decode(t, self.anchors[anchor]) + shift / math.sqrt(2))

@@ -241,8 +241,10 @@ class Distiller(nn.Module):
 
     def _pair_heads(self, record: HeadRecord, sources: dict[str, Features], source: str) -> list[HeadPair]:
         teacher = next((t for t in self.teachers if t.name == source), None)
-        run_head = self._run_head if teacher is None else teacher.run_head
-        return pair_heads(record, self.student, run_head, sources[source], self.resolution.shift)
+        run_head, detector = self._run_head, self.student
+        if teacher is not None:
+            run_head, detector = teacher.run_head, teacher.detector
+        return pair_heads(record, self.student, detector, run_head, sources[source], self.resolution.shift)
 
     def _run_head(self, name: str, features: Features, boxes: list[Boxes]) -> tuple:
         """Output of the student's own head on features under H-frame names; boxes in H pixels."""

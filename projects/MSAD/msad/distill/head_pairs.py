@@ -99,6 +99,7 @@ def _rows(levels: list[torch.Tensor], width: int) -> torch.Tensor:
 def pair_heads(
     record: HeadRecord,
     student: nn.Module,
+    source: nn.Module,
     run_head: Callable[[str, Features, list[Boxes]], tuple],
     features: Features,
     shift: int,
@@ -107,12 +108,13 @@ def pair_heads(
 
     Args:
         record: of the student's step.
+        source: the detector whose heads run_head runs.
         run_head: name of a head, features and boxes (H pixels) of each image -> the source's output.
         features: of the source, H-frame names, on the student's grid.
         shift: of the student.
     """
     scale = 2**shift
-    pairs = []
+    pairs, theirs = [], adapt(source).heads()
     for name, head in adapt(student).heads().items():
         boxes = []
         args, assigned = record.assigned[name]
@@ -139,6 +141,7 @@ def pair_heads(
             labels = torch.where(in_regions, -1, labels)
         (s_logits, s_boxes), (t_logits, t_boxes) = sides
         anchors, transform = anchors * scale, head.owner.box2box_transform
+        both = (partial(coordinates, side.owner.box2box_transform) for side in (head, theirs[name]))
         region = None
         if hasattr(student, "atss_topk"):
             locations = list(anchors.split(sizes))
@@ -148,7 +151,7 @@ def pair_heads(
         pairs.append(
             HeadPair(
                 name, head.classes, s_logits, t_logits, s_boxes, t_boxes, labels, targets * scale, anchors,
-                transform.get_deltas, partial(coordinates, transform), partial(decode, transform), sizes, region,
+                transform.get_deltas, tuple(both), partial(decode, transform), sizes, region,
             )
         )  # fmt: skip
     return pairs

@@ -8,6 +8,8 @@ import re
 import torch
 from torch import nn
 
+from ..modeling.backbones.switchable import ConvAWS, SwitchableAtrousConv
+
 logger = logging.getLogger(__name__)
 MODES = ("full", "neck_and_head", "none")
 _BRANCH = re.compile(r"^backbone\.branches\.\w+\.")
@@ -54,11 +56,35 @@ def _match(student: nn.Module, teacher: nn.Module, mode: str) -> tuple[dict[str,
             different[own_name] = f"{tuple(own[own_name].shape)} (teacher {tuple(source[name].shape)})"
         elif part != "backbone" and types[0] != types[1]:
             different[own_name] = f"of a {types[0]} (teacher {types[1]})"
+        elif isinstance(_owner(detector, name), SwitchableAtrousConv) and not isinstance(
+            _owner(student, own_name), SwitchableAtrousConv
+        ):
+            different[own_name] = "of a convolution (teacher: a switchable one)"
     incomplete = {_group(own_name) for own_name in different}
     for own_name in names:
         if _group(own_name) in incomplete and own_name not in different:
             different[own_name] = f"in {_group(own_name)}, of which other tensors do not fit"
     return {own_name: name for own_name, name in names.items() if own_name not in different}, different
+
+
+def _owner(model: nn.Module, tensor: str) -> nn.Module | None:
+    """The module that has a tensor; None if ``model`` has no such module."""
+    try:
+        return model.get_submodule(tensor.rpartition(".")[0])
+    except AttributeError:
+        return None
+
+
+def _copy_filters(student: nn.Module, teacher: nn.Module, matching: dict[str, str]) -> None:
+    """Let convolutions with copied weights have the teacher's filters where one of the two standardises its weights."""
+    for own_name, name in matching.items():
+        own, other = _owner(student, own_name), _owner(teacher, name)
+        if not own_name.endswith(".weight"):
+            continue
+        if isinstance(other, ConvAWS) and not isinstance(own, ConvAWS):
+            own.weight.copy_(other.filters())
+        elif isinstance(own, ConvAWS) and not isinstance(other, ConvAWS):
+            own.keep_filters()
 
 
 def copies(student: nn.Module, teacher: nn.Module, mode: str) -> list[str]:
@@ -73,7 +99,8 @@ def init_student(student: nn.Module, teacher: nn.Module, mode: str) -> dict[str,
     Names of pyramid convolutions belong to the levels of a network's own input, so an L student takes those that the
     teacher uses in its L branch. Every branch of a fusion student takes from the teacher's one backbone what fits its
     width, and its gate that of a teacher on the same number of resolutions. Of heads, only whole parts (a tower, an
-    output) are taken, and only between heads of one class.
+    output) are taken, and only between heads of one class. Convolutions compute what the teacher's do, also where one
+    of the two standardises its weights (ConvAWS); switchable ones give nothing to others.
 
     Args:
         student: a detector.
@@ -101,6 +128,7 @@ def init_student(student: nn.Module, teacher: nn.Module, mode: str) -> dict[str,
     source, own = _teacher_tensors(teacher), student.state_dict()
     for own_name, name in matching.items():
         own[own_name].copy_(source[name])
+    _copy_filters(student, getattr(teacher, "detector", teacher), matching)
     logger.info(
         "Student initialised from the teacher (%s): %d tensors copied, %d kept their own initialisation",
         mode, len(matching), len(different),

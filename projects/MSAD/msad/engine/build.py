@@ -21,6 +21,7 @@ from ..distill.losses.registry import ShapesAt
 from ..distill.options import check_options
 from ..distill.schedules import distillation_factor
 from ..distill.teachers import Ensemble, FrozenTeacher
+from ..modeling.adapters import adapt
 from ..modeling.taps import NECK
 from ..resolution import get_resolution
 from .assistants import AssistantStep
@@ -215,6 +216,8 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teachers: list[FrozenTeach
             )  # fmt: skip
     sources: dict[str, ShapesAt] = {teacher.name: teacher.shapes for teacher in teachers}
     sources |= {ensemble.name: _at_neck(ensemble.name, ensemble.shapes(shapes)) for ensemble in ensembles}
+    if cfg.DISTILL.ASSISTANTS:
+        adapt(student).check_whole()
     assistants = build_assistants(cfg.DISTILL.ASSISTANTS, ours, shapes, seed=cfg.SEED)
     sources |= {name: _at_neck(name, assistant.shapes()) for name, assistant in assistants.items()}
     members = {member for ensemble in ensembles for member in ensemble.members}

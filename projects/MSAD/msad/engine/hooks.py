@@ -18,7 +18,7 @@ from ..distill.analysis import decompose
 from ..distill.balance import GradientBalance
 from ..distill.context import DistillContext, Features
 from ..distill.distiller import Distiller
-from ..modeling.taps import bottom_ups
+from ..modeling.taps import before_neck
 
 logger = logging.getLogger(__name__)
 Levels = dict[str, dict[str, float]]  # by name: the parts by name
@@ -103,7 +103,7 @@ class FrozenBackbone(HookBase):
     """
 
     def __init__(self, student: nn.Module, iterations: int) -> None:
-        self.parameters = [p for network in bottom_ups(student) for p in network.parameters()]
+        self.parameters = [p for network in before_neck(student) for p in network.parameters()]
         self.iterations = iterations
 
     def before_train(self) -> None:

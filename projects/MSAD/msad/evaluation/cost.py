@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..distill.distiller import Distiller
 from ..modeling.adapters import adapt
 from ..modeling.fusion_student import FusionBackbone
-from ..modeling.taps import bottom_ups
+from ..modeling.taps import before_neck
 from ..resolution import downsample_batch
 
 PARTS = ("preprocessing", "bottom_up", "neck", "fusion", "head", "postprocessing")
@@ -50,7 +50,7 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
     head = adapt(detector).head_modules()
     backbone = detector.backbone
     backbones = list(backbone.branches.values()) if isinstance(backbone, FusionBackbone) else [backbone]
-    modules = {"bottom_up": bottom_ups(detector)}
+    modules = {"bottom_up": before_neck(detector)}
     if all(hasattr(network, "bottom_up") for network in backbones):
         modules["neck"] = backbones
     if isinstance(backbone, FusionBackbone):

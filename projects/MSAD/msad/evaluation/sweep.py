@@ -26,10 +26,12 @@ def at_size(cfg: CfgNode, short_side: int) -> CfgNode:
     """A copy of ``cfg`` that tests at this short side; the longest side allowed is scaled alike.
 
     Raises:
-        ValueError: the side is not positive.
+        ValueError: the side is not positive, or INPUT.MIN_SIZE_TEST is 0.
     """
     if short_side < 1:
         raise ValueError(f"a short side must be positive, got {short_side}")
+    if not cfg.INPUT.MIN_SIZE_TEST:
+        raise ValueError("INPUT.MIN_SIZE_TEST is 0, the size of the files: there is no scale to another short side")
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.MAX_SIZE_TEST = round(cfg.INPUT.MAX_SIZE_TEST * short_side / cfg.INPUT.MIN_SIZE_TEST)

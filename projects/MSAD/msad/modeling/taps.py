@@ -36,6 +36,12 @@ def bottom_ups(detector: nn.Module) -> list[nn.Module]:
     return [getattr(network, "bottom_up", network) for network in networks]
 
 
+def before_neck(detector: nn.Module) -> list[nn.Module]:
+    """A detector's backbone without its neck: :func:`bottom_ups`, and the second network of a recursive pyramid."""
+    second = getattr(detector.backbone, "rfp_bottom_up", None)
+    return [*bottom_ups(detector), *([] if second is None else [second])]
+
+
 def _bottom_up(detector: nn.Module) -> nn.Module:
     network, *others = bottom_ups(detector)
     if others:

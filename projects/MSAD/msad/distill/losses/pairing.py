@@ -50,7 +50,14 @@ def pair_levels(
         raise ValueError(f"DISTILL.LOSSES: MATCH must be one of {', '.join(MATCHES)}, not {match!r}")
     by_index = match == "by_index"
     partner = _by_index(student, teacher, from_last) if by_index else _by_stride(student, teacher)
-    levels = list(levels) if levels else [name for name in teacher if name in partner]
+    if not levels:
+        # Stages of networks are called alike at every resolution; levels of one name must have one stride.
+        named_alike = from_last and not by_index
+        levels = [
+            name for name in teacher if name in partner
+            and not (named_alike and student[partner[name]].stride != teacher[name].stride)
+        ]  # fmt: skip
+    levels = list(levels)
     if not levels:
         raise ValueError(
             f"student levels {_strides(student)} and teacher levels {_strides(teacher)} (strides in H pixels) have "

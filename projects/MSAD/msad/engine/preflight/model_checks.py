@@ -29,10 +29,10 @@ def check_device(cfg: CfgNode) -> Generator:
 
 
 def _bottom_up(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a detector's bottom-up network by name, also inside a multi-resolution teacher."""
+    """Parameters of a detector's bottom-up networks by name, also inside a multi-resolution teacher."""
     named = model.named_parameters()
     backbone = {name: p for name, p in named if name.removeprefix("detector.").startswith("backbone.")}
-    return {name: p for name, p in backbone.items() if ".bottom_up." in name} or backbone
+    return {name: p for name, p in backbone.items() if ".bottom_up." in name or ".rfp_bottom_up." in name} or backbone
 
 
 @check("frozen layers")
