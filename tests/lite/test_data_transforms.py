@@ -255,6 +255,12 @@ def test_crop_sizes(kind, size, low, high):
     assert len(seen) == 1 if low == high else len(seen) > 10
 
 
+def test_fractions_are_not_rounded_before_they_are_taken():
+    """0.7 of 45 is a little less than 31.5, which is rounded down; that of a 0.7 in single precision is not."""
+    sizes = {side: T.RandomCrop("relative", (0.7, 0.7)).get_crop_size((side, side))[0] for side in (45, 85, 165, 325)}
+    assert sizes == {side: int(side * 0.7 + 0.5) for side in sizes}
+
+
 def test_impossible_crops_are_refused():
     with pytest.raises(AssertionError):
         T.RandomCrop("sideways", (1, 1))

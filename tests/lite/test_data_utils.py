@@ -1,4 +1,6 @@
 import copy
+import pickle
+import struct
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -6,6 +8,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import detection_utils as utils
+from detectron2.data import load_proposals_into_dataset
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 from PIL import Image
@@ -66,6 +69,23 @@ def test_exif_orientation(save, orientation, upright):
     exif[0x0112] = orientation
     path = save("turned.png", PIXELS, exif=exif)
     np.testing.assert_array_equal(utils.read_image(path, "RGB"), upright(PIXELS))
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [(0x011A, 2, b"72 dpi\0"), (0x0128, 2, b"inch\0"), (0x8298, 5, struct.pack("<II", 1, 2)),
+     (0x0131, 11, struct.pack("<f", 1.5))],
+)  # fmt: skip
+def test_malformed_exif_data_do_not_hinder_turning(tmp_path, tag, kind, value):
+    """XResolution and ResolutionUnit as text, Copyright as a fraction, Software as a number, beside orientation 6."""
+    count = {2: len(value), 5: 1, 11: 1}[kind]
+    entries = [struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)]
+    inline = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 8 + 2 + 24 + 4)
+    entries.append(struct.pack("<HHI", tag, kind, count) + inline)
+    block = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + b"".join(sorted(entries)) + b"\0\0\0\0" + value
+    path = str(tmp_path / "phone.jpg")
+    Image.fromarray(PIXELS).save(path, exif=b"Exif\0\0" + block)
+    assert utils.read_image(path, "RGB").shape == (30, 20, 3)
 
 
 def test_unreadable_images(save, tmp_path):
@@ -235,6 +255,15 @@ def test_augmentations_of_a_config():
     cfg.INPUT.RANDOM_FLIP = "diagonal"
     with pytest.raises(ValueError):
         utils.build_augmentation(cfg, True)
+
+
+def test_the_last_of_equal_proposals_comes_first(tmp_path):
+    """As detectron2's: a file without scores has one logit for all."""
+    boxes = np.array([[4.0 * k, 0, 4 * k + 8, 8] for k in range(10)])
+    content = {"ids": [7], "boxes": [boxes], "objectness_logits": [np.zeros(10)]}
+    (tmp_path / "proposals.pkl").write_bytes(pickle.dumps(content))
+    (sample,) = load_proposals_into_dataset([{"image_id": 7}], str(tmp_path / "proposals.pkl"))
+    assert sample["proposal_boxes"][:3, 0].tolist() == [36, 32, 28]
 
 
 def test_proposals_are_moved_filtered_and_cut():

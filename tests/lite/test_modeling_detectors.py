@@ -288,8 +288,9 @@ class TestRetinaNet:
         assert boxes[0][[0, 1, 4]].tolist() == [[0, 0, 10, 10], [0, 0, 10, 10], [51, 51, 54, 54]]
         assert labels[1].tolist() == [NUM_CLASSES] * 5 and boxes[1].shape == (5, 4)
 
-    def test_losses_by_general_formulas(self):
-        model = make_retinanet(focal_loss_alpha=0.3, focal_loss_gamma=1.5, smooth_l1_beta=0.1)
+    @pytest.mark.parametrize("alpha", [0.3, 0.0, -1.0])  # below 0: classes are not weighted
+    def test_losses_by_general_formulas(self, alpha):
+        model = make_retinanet(focal_loss_alpha=alpha, focal_loss_gamma=1.5, smooth_l1_beta=0.1)
         g = torch.Generator().manual_seed(4)
         anchors = [Boxes([[0.0, 0, 10, 10], [0, 0, 10, 20]]), Boxes([[20, 20, 40, 40.0]])]
         logits = [torch.randn(2, n, NUM_CLASSES, generator=g, requires_grad=True) for n in (2, 1)]
@@ -301,7 +302,7 @@ class TestRetinaNet:
         normalizer = 0.9 * 100 + 0.1 * 2
         flat, label = torch.cat(logits, 1).flatten(0, 1), torch.cat(labels)
         onehot = torch.nn.functional.one_hot(label[label >= 0], NUM_CLASSES + 1)[:, :-1].float()
-        focal = torchvision.ops.sigmoid_focal_loss(flat[label >= 0], onehot, alpha=0.3, gamma=1.5, reduction="sum")
+        focal = torchvision.ops.sigmoid_focal_loss(flat[label >= 0], onehot, alpha=alpha, gamma=1.5, reduction="sum")
         torch.testing.assert_close(losses["loss_cls"], focal / normalizer)
         boxes = torch.cat([a.tensor for a in anchors])[[0, 2]]
         wanted = model.box2box_transform.get_deltas(boxes, torch.stack([gt[0][0], gt[1][2]]))

@@ -132,6 +132,8 @@ class TestHead:
             "conv.weight", "objectness_logits.weight", "anchor_deltas.weight"
         ]
         assert many.conv.conv1.weight.shape == (6, 4, 3, 3) and many.anchor_deltas.weight.shape == (12, 6, 1, 1)
+        alike = StandardRPNHead(in_channels=4, num_anchors=3, conv_dims=[6, -1])  # as many as come in
+        assert alike.conv.conv1.weight.shape == (6, 6, 3, 3) and alike.anchor_deltas.weight.shape == (12, 6, 1, 1)
         logits, deltas = many([torch.rand(2, 4, 5, 6), torch.rand(2, 4, 3, 3)])
         assert [tuple(x.shape) for x in (*logits, *deltas)] == [
             (2, 3, 5, 6), (2, 3, 3, 3), (2, 12, 5, 6), (2, 12, 3, 3)

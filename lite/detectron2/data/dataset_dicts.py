@@ -65,7 +65,7 @@ def load_proposals_into_dataset(dataset_dicts: list[dict], proposal_file: str) -
         if str(sample["image_id"]) not in row_of:
             raise KeyError(f"{proposal_file} has no proposals for image {sample['image_id']}.")
         row = row_of[str(sample["image_id"])]
-        best_first = np.argsort(-logits[row])
+        best_first = np.argsort(logits[row])[::-1]
         sample["proposal_boxes"] = content["boxes"][row][best_first]
         sample["proposal_objectness_logits"] = logits[row][best_first]
         sample["proposal_bbox_mode"] = mode

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from detectron2.utils.file_io import PathManager
+
+_ORIENTATION = 0x0112  # tag of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class SizeMismatchError(ValueError):
@@ -58,10 +65,18 @@ def read_image(file_name: str, format: str | None = None) -> np.ndarray:
     """
     with PathManager.open(file_name, "rb") as stream:
         try:
-            image = ImageOps.exif_transpose(Image.open(stream))
-            return convert_PIL_to_numpy(image, format)
+            return convert_PIL_to_numpy(_upright(Image.open(stream)), format)
         except OSError as error:
             raise OSError(f"Cannot read image '{file_name}': {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """``image`` turned as its EXIF orientation says; EXIF data that are malformed say nothing, and are not kept."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # of any kind, by what is wrong with them
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def check_image_size(dataset_dict: dict, image: np.ndarray) -> None:

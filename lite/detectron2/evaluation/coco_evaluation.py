@@ -86,6 +86,7 @@ class COCOEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         self._predictions: list[dict] = []
+        self._proposals = False
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Take the detections of a batch.
@@ -97,6 +98,7 @@ class COCOEvaluator(DatasetEvaluator):
         """
         for item, output in zip(inputs, outputs):
             if "instances" not in output:
+                self._proposals |= "proposals" in output
                 continue
             detections = instances_to_coco_json(output["instances"].to(self._cpu), item["image_id"])
             self._predictions.append({"image_id": item["image_id"], "instances": detections})
@@ -118,7 +120,8 @@ class COCOEvaluator(DatasetEvaluator):
             if not comm.is_main_process():
                 return None
         if not predictions:
-            self._logger.warning("COCOEvaluator has not got a single prediction.")
+            what = "proposals, which this engine does not evaluate" if self._proposals else "not a single prediction"
+            self._logger.warning("COCOEvaluator has got %s.", what)
             return OrderedDict()
         # One order for any number of processes.
         predictions = sorted(predictions, key=lambda prediction: prediction["image_id"])

@@ -169,9 +169,10 @@ class PolygonMasks:
         if len(self) == 0:
             return torch.empty(0, mask_size, mask_size, dtype=torch.bool, device=boxes.device)
         crops = np.empty((len(self), mask_size, mask_size), dtype=bool)
-        for crop, instance, box in zip(crops, self.polygons, boxes.cpu().double().numpy()):
-            # Boxes thinner than a tenth of a pixel would blow the polygon up beyond the rasterizer's range.
-            scale = mask_size / np.maximum(box[2:] - box[:2], 0.1)
+        for crop, instance, box in zip(crops, self.polygons, boxes.cpu().float().numpy()):
+            # Boxes thinner than a tenth of a pixel would blow the polygon up beyond the rasterizer's range. Single
+            # precision, as detectron2's: the rasterizer rounds, and corners on whole pixels lie on its borders.
+            scale = np.float32(mask_size) / np.maximum(box[2:] - box[:2], np.float32(0.1))
             moved = [((p.reshape(-1, 2) - box[:2]) * scale).ravel() for p in instance]
             crop[:] = polygons_to_bitmask(moved, mask_size, mask_size)
         return torch.from_numpy(crops).to(boxes.device)

@@ -77,10 +77,10 @@ class RandomCrop(Augmentation):
                 raise AssertionError(f"absolute_range needs (min, max), got {self.crop_size}.")
             sides = (np.random.randint(min(side, first), min(side, second) + 1) for side in image_size)
             return tuple(sides)
-        fractions = np.array((first, second), dtype=np.float32)
         if self.crop_type == "relative_range":
-            fractions = fractions + np.random.rand(2) * (1 - fractions)
-        return round_size(height * fractions[0]), round_size(width * fractions[1])
+            least = np.array((first, second), dtype=np.float32)
+            first, second = least + np.random.rand(2) * (1 - least)
+        return round_size(height * first), round_size(width * second)
 
 
 class RandomCrop_CategoryAreaConstraint(Augmentation):

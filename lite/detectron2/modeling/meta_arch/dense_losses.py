@@ -18,6 +18,7 @@ def focal_loss_sum(
     # Nearly all of the N * R * K targets are 0. So the loss of "not this class" is summed over everything and
     # corrected at the one logit of each foreground anchor: no one-hot targets, no copy of the logits, no masks of
     # their size, and nothing waits for the device. It takes less than half the time of the general formula.
+    positive, negative = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
     total = 0.0
     for logits, label in zip(pred_logits, labels.split([x.shape[1] for x in pred_logits], dim=1)):
         logits = logits.float()
@@ -25,10 +26,10 @@ def focal_loss_sum(
         as_negative = _negative_term(logits, gamma).sum(dim=2)
         own = logits.gather(2, label.clamp(0, num_classes - 1).unsqueeze(2)).squeeze(2)
         # sigmoid(-x) = 1 - sigmoid(x): a positive is a negative of the opposite logit.
-        correction = alpha * _negative_term(-own, gamma) - (1 - alpha) * _negative_term(own, gamma)
+        correction = positive * _negative_term(-own, gamma) - negative * _negative_term(own, gamma)
         counted = label >= 0
         foreground = counted & (label < num_classes)
-        total = total + ((1 - alpha) * as_negative * counted + correction * foreground).sum()
+        total = total + (negative * as_negative * counted + correction * foreground).sum()
     return total
 
 

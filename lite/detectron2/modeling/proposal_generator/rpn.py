@@ -38,14 +38,16 @@ class StandardRPNHead(nn.Module):
     Args:
         in_channels: channels of every level.
         num_anchors: anchors per cell; box_dim: numbers that describe a box.
-        conv_dims: channels of the 3x3 convolutions, -1 for ``in_channels``. A single one is ``conv`` itself; several
+        conv_dims: channels of the 3x3 convolutions, -1 for as many as come in. A single one is ``conv`` itself; several
             are ``conv.conv0``, ``conv.conv1``, ...
     """
 
     @configurable
     def __init__(self, *, in_channels: int, num_anchors: int, box_dim: int = 4, conv_dims: list[int] = (-1,)):
         super().__init__()
-        widths = [in_channels if dim == -1 else dim for dim in conv_dims]
+        widths: list[int] = []
+        for dim in conv_dims:
+            widths.append([in_channels, *widths][-1] if dim == -1 else dim)
         if not widths or min(widths) <= 0:
             raise ValueError(f"StandardRPNHead: conv_dims must be positive or -1, at least one; got {list(conv_dims)}")
         convs = [

@@ -55,6 +55,7 @@ def proposals_of(found):
 def network(out):
     variants = {
         "plain": {}, "two convolutions": {"RPN__CONV_DIMS": [-1, 12]}, "one wide": {"RPN__CONV_DIMS": [12]},
+        "as wide as the one before": {"RPN__CONV_DIMS": [12, -1]},
         "boundary": {"RPN__BOUNDARY_THRESH": 8}, "minimum size": {"PROPOSAL_GENERATOR__MIN_SIZE": 12},
         "smooth": {"RPN__SMOOTH_L1_BETA": 0.5, "RPN__LOSS_WEIGHT": 3.0, "RPN__BBOX_REG_LOSS_WEIGHT": 0.25},
         "giou": {"RPN__BBOX_REG_LOSS_TYPE": "giou"}, "diou": {"RPN__BBOX_REG_LOSS_TYPE": "diou"},

@@ -120,6 +120,13 @@ def _random_polygon(rng, center, radius, vertices):
     ).ravel()
 
 
+def _whole_pixels(rng):
+    """Corners on whole pixels, in boxes of whole pixels, lie where the rasterizer rounds."""
+    shapes = [[np.rint(_random_polygon(rng, rng.uniform(30, 60, 2), rng.uniform(8, 30), 7))] for _ in range(60)]
+    masks = PolygonMasks(shapes)
+    return masks.crop_and_resize(masks.get_bounding_boxes().tensor, 28)
+
+
 def _polygons(rng):
     instances = [
         [_random_polygon(rng, rng.uniform(10, 40, 2), rng.uniform(3, 18), 8) for _ in range(parts)]
@@ -141,6 +148,7 @@ def _polygons(rng):
         "crop_tight": masks.crop_and_resize(tight, 28),
         "crop_shifted": masks.crop_and_resize(shifted, 14),
         "crop_flat": masks.crop_and_resize(flat, 14),
+        "crop_whole_pixels": _whole_pixels(rng),
         "index_mask": masks[torch.tensor([True, False] * 3)].area(),
         "index_rows": masks[torch.tensor([5, 0])].area(),
         "index_slice": masks[2:4].area(),
