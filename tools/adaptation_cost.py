@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from msad import load_config
-from msad.cli import parse, require_device
+from msad.cli import parse, refuse_overwriting, require_device
 from msad.cli import run as run_command
 from msad.config import find_config
 from msad.data.register import register_datasets
@@ -104,6 +104,8 @@ def run(args: argparse.Namespace) -> str:
     cfg = load_config(args.config_file, args.opts)
     require_device(cfg.MODEL.DEVICE)
     entries, quality = check(args, cfg)
+    read = [args.config_file, args.weights, *(entry[key] for entry in entries for key in ("CONFIG", "WEIGHTS"))]
+    refuse_overwriting([Path(args.output) / name for name in ("costs.json", "stages.yaml")], read)
     register_datasets(cfg)
     output, sgd = Path(args.output), SGDOptions(lr=args.lr) if args.sgd else None
     options = {"images": args.images, "pairing": args.pairing, "ridge": args.ridge, "sgd": sgd, "seed": args.seed}
@@ -116,7 +118,8 @@ def run(args: argparse.Namespace) -> str:
         "student": STUDENT, "quality": quality, **costs, "levels": found["levels"], "teachers": entries, "order": order,
         "images": images, "short_side": max(cfg.INPUT.MIN_SIZE_TRAIN), "pairing": args.pairing, "seed": args.seed,
         "fit": {"sgd": sgd._asdict()} if sgd else {"ridge": args.ridge},
-        **machine(cfg.MODEL.DEVICE), "config": find_config(args.config_file), "weights": args.weights,
+        **machine(cfg.MODEL.DEVICE), "config": os.path.abspath(find_config(args.config_file)),
+        "weights": os.path.abspath(args.weights), "opts": args.opts,
     }  # fmt: skip
     with atomic_write(output / "costs.json", "w") as stream:
         json.dump(about, stream, indent=1)
@@ -131,8 +134,7 @@ def run(args: argparse.Namespace) -> str:
     if not order:
         hint = f"tools/order_teachers.py {output}/costs.json --quality NAME=AP ... puts the teachers in order"
         return f"{table}\n\n{output}: {', '.join(written)}\n{hint}"
-    stages = curriculum(stages_block(order, entries), find_config(args.config_file), args.weights,
-                        f"{cfg.OUTPUT_DIR}_progressive", args.output)  # fmt: skip
+    stages = curriculum(stages_block(order, entries), about["config"], args.weights, args.output, args.opts)
     block = dump_stages(stages)
     (output / "stages.yaml").write_text(block)
     written.append("stages.yaml")

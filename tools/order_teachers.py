@@ -23,7 +23,6 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from msad import load_config
 from msad.cli import parse, refuse_overwriting
 from msad.cli import run as run_command
 from msad.distill.progressive.order import RULES, path_costs, suggest
@@ -68,12 +67,14 @@ def run(args: argparse.Namespace) -> str:
     order = suggest(args.rule, costs, table.student, table.quality, longest, exactly=not args.at_most)
     stages = stages_block(order, table.teachers, args.max_iter)
     if table.config and "TEACHERS" in stages["DISTILL"]:
+        if not os.path.isfile(table.config):
+            raise FileNotFoundError(f"{args.costs}: its student's config {table.config} is not there")
         folder = os.path.dirname(args.output or "")
-        output_dir = f"{load_config(table.config).OUTPUT_DIR}_progressive"
-        stages = curriculum(stages, table.config, table.weights, output_dir, folder)
+        stages = curriculum(stages, table.config, table.weights, folder, table.opts)
     block = dump_stages(stages)
     if args.output:
-        refuse_overwriting([args.output], [args.costs])
+        teachers = [entry.get(key, "") for entry in table.teachers for key in ("CONFIG", "WEIGHTS")]
+        refuse_overwriting([args.output], [args.costs, table.config, table.weights, *teachers])
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(block)
     compared = compare_rules(table, costs, min(longest, len(table.quality)), not args.at_most)

@@ -57,6 +57,8 @@ def test_files_that_look_like_keys_are_inputs(parser, tmp_path, monkeypatch):
     (tmp_path / "TEST.PNG").touch()
     args = cli.parse(parser, ["--input", "TEST.PNG", "IMG_0001.JPG", "TEST.AUG.FLIP", "False"])
     assert args.input == ["TEST.PNG", "IMG_0001.JPG"] and args.opts == ["TEST.AUG.FLIP", "False"]
+    args = cli.parse(parser, ["--input", "TEST", "SEED", "3"])  # a folder that is still to be written
+    assert args.input == ["TEST"] and args.opts == ["SEED", "3"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
 
 from msad import load_config
+from msad.data import media
 from msad.export import onnx as exporter
 from msad.export import runner
 from msad.export.graph import detection_graph
@@ -261,3 +262,7 @@ def test_errors_are_said_before_anything_is_written(shipped, tmp_path, capsys, a
         runner.main([*(a.format(shipped) for a in arguments), "--output", str(tmp_path / "out")])
     assert stop.value.code == 2 and message.format(shipped) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_videos_are_those_of_the_demo():
+    assert (runner.IMAGES, runner.VIDEOS) == (media.IMAGES, media.VIDEOS)

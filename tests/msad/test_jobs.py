@@ -108,6 +108,8 @@ def test_a_run_is_reported_by_its_scores():
     assert jobs._scores({"seconds": 90.0, "results": results}) == said
     assert jobs._scores({"seconds": 1.0, "results": {"x": {"sem_seg": {"mIoU": 41.04}}}}) == "mIoU x 41.0 (1 s)"
     assert jobs._scores({"seconds": 1.0, "results": {"x": {}}}) == "no score (1 s)"
+    silent = {"x": {"bbox": {"AP": float("nan"), "AP50": float("nan")}}}
+    assert jobs._scores({"seconds": 1.0, "results": silent}) == "AP x 0.0 (1 s)"
 
 
 def test_without_processes_runs_are_done_here(tmp_path, monkeypatch):

@@ -103,6 +103,36 @@ def test_train_net_runs_the_suggested_stages_as_they_are(call, tmp_path, monkeyp
     assert first.DISTILL.INIT_STUDENT == "none" and Path(first.MODEL.WEIGHTS).samefile(tmp_path / "student.pth")
 
 
+def test_overrides_are_those_of_the_curriculum_too(call, tmp_path, monkeypatch):
+    """From any folder, and never over what is read."""
+    monkeypatch.chdir(tmp_path)
+    opts = ["SOLVER.MAX_ITER", 77, "DISTILL.W_DET", 0.5, "INPUT.MIN_SIZE_TRAIN", "(64,)", "OUTPUT_DIR", "o p"]
+    opts += ["MODEL.WEIGHTS", "nowhere.pth"]
+    assert call("--quality", "wide=40", "multi=30", *opts)[0] == 0
+    measured = (call.out / "stages.yaml").read_text()
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    line = [call.out / "costs.json", "--rule", "algorithm1", "--output", tmp_path / "out/other.yaml"]
+    assert tool("order_teachers").main(list(map(str, line))) == 0
+    assert (tmp_path / "out/other.yaml").read_text() == measured
+    cfg = load_config(call.out / "stages.yaml")
+    assert (cfg.SOLVER.MAX_ITER, cfg.DISTILL.W_DET, cfg.INPUT.MIN_SIZE_TRAIN) == (77, 0.5, (64,))
+    assert cfg.OUTPUT_DIR == "o p_progressive" and Path(cfg.MODEL.WEIGHTS).samefile(tmp_path / "student.pth")
+
+
+def test_what_is_read_is_not_overwritten(call, tmp_path, capsys):
+    assert call("--quality", "wide=40", "multi=30")[0] == 0
+    before = (tmp_path / "all.yaml").read_text()
+    line = [str(call.out / "costs.json"), "--output", str(tmp_path / "all.yaml")]
+    assert tool("order_teachers").main(line) == 2 and "would overwrite an input" in capsys.readouterr().err
+    status, printed = call("--config-file", call.out / "stages.yaml", "--quality", "wide=40")
+    assert status == 2 and "stages.yaml would overwrite an input" in printed.err
+    assert (tmp_path / "all.yaml").read_text() == before
+    (tmp_path / "all.yaml").unlink()
+    assert tool("order_teachers").main([line[0]]) == 2
+    assert "costs.json: its student's config" in capsys.readouterr().err
+
+
 def test_a_network_adapts_to_itself_at_no_cost(call, tmp_path):
     config = yaml.safe_load((tmp_path / "all.yaml").read_text())
     twin = {"CONFIG": str(tmp_path / "wide.yaml"), "WEIGHTS": str(tmp_path / "wide.pth")}

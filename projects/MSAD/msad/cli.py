@@ -77,12 +77,13 @@ def _is_key(token: str) -> bool:
     if not _KEY.fullmatch(token) or os.path.exists(token):
         return False
     section, dot, _ = token.partition(".")
-    if not dot:
-        return token in _SECTIONS
+    if not dot:  # a section as a whole is never overridden: TEST may be a folder that is to be written
+        return token in _SECTIONS and not isinstance(_DEFAULTS[token], CfgNode)
     return section in _SECTIONS or bool(difflib.get_close_matches(section, _SECTIONS, n=1, cutoff=0.75))
 
 
-_SECTIONS = tuple(add_msad_config(get_cfg()).keys())
+_DEFAULTS = add_msad_config(get_cfg())
+_SECTIONS = tuple(_DEFAULTS.keys())
 
 
 def _keys() -> list[str]:

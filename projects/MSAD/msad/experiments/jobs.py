@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ..finding import error_text
+from .rows import counted
 from .run import read_json, train_and_evaluate
 
 # What ends one run and leaves the others alone.
@@ -237,7 +238,8 @@ def _scores(result: dict) -> str:
     parts = []
     for title, task in (("AP", "bbox"), ("mask AP", "segm"), ("keypoint AP", "keypoints"), ("mIoU", "sem_seg")):
         metric = title.split()[-1]
-        scores = [f"{n} {v[task][metric]:.1f}" for n, v in result["results"].items() if metric in v.get(task, ())]
+        found = {name: counted(metrics).get(task, {}) for name, metrics in result["results"].items()}
+        scores = [f"{name} {values[metric]:.1f}" for name, values in found.items() if metric in values]
         parts += [f"{title} {', '.join(scores)}"] if scores else []
     return f"{'; '.join(parts) or 'no score'} ({format_seconds(result['seconds'])})"
 

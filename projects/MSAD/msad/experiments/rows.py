@@ -65,7 +65,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _counted(metrics: dict) -> dict:
+def counted(metrics: dict) -> dict:
     """``metrics`` with an AP of 0 where a model has detected nothing, of which both engines say NaN."""
     return {
         task: {name: 0.0 if name in _EMPTY and _is_nan((values or {}).get("AP")) else value
@@ -98,7 +98,7 @@ def rows_of(data: dict) -> list[Row]:
     for run in data.get("runs") or ():
         for name, metrics in run.get("results", {}).items():
             variant = {"name": run["variant"], **variants.get(run["variant"], {})}
-            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": _counted(metrics or {})}
+            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": counted(metrics or {})}
     order = {name: (v.get("teacher", False), i) for i, (name, v) in enumerate(variants.items())}
     rows = [Row(name, variant, runs, costs.get(name) or {}) for name, (variant, runs) in found.items()]
     return sorted(rows, key=lambda row: (order.get(row.variant["name"], (True, len(order))), row.name))

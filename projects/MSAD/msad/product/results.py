@@ -25,6 +25,7 @@ from ..experiments.gallery import write_gallery
 from ..experiments.jobs import Run
 from ..experiments.panels import draw_panels
 from ..experiments.report import PANELS, write_report
+from ..experiments.rows import counted
 from ..experiments.run import log_to
 from ..export import export
 from ..export.onnx import export_onnx
@@ -51,8 +52,8 @@ def _given_results(project: Project) -> dict[str, dict]:
 
 
 def all_metrics(data: dict, first: str) -> dict[str, dict]:
-    """{model: {task: {metric: value}}} of a report's data, ``first`` first."""
-    found = {name: result for run in data["runs"] for name, result in run.get("results", {}).items()}
+    """{model: {task: {metric: value}}} of a report's data, ``first`` first; the AP of no detections is 0."""
+    found = {name: counted(result) for run in data["runs"] for name, result in run.get("results", {}).items()}
     return {name: found[name] for name in sorted(found, key=lambda name: name != first)}
 
 

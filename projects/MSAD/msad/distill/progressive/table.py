@@ -15,10 +15,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import yaml
 
+from ...config import load_config
+from ...config_values import plain
 from .order import Costs, check_costs
 
 
@@ -33,6 +37,7 @@ class CostTable:
         normalized_costs: the same divided by the variance of "to" (1 - R^2); empty if not measured.
         teachers: DISTILL.TEACHERS entries of the teachers; empty if not known.
         config, weights: yaml and checkpoint of the student; "" if not known.
+        opts: overrides of that yaml, KEY, VALUE, ..., with which the costs were measured.
     """
 
     student: str
@@ -42,6 +47,7 @@ class CostTable:
     teachers: list[dict] = field(default_factory=list)
     config: str = ""
     weights: str = ""
+    opts: list = field(default_factory=list)
 
 
 def read_costs(path: str | os.PathLike, quality: Mapping[str, float] | None = None) -> CostTable:
@@ -85,6 +91,7 @@ def read_costs(path: str | os.PathLike, quality: Mapping[str, float] | None = No
         teachers=list(content.get("teachers") or []),
         config=content.get("config") or "",
         weights=content.get("weights") or "",
+        opts=list(content.get("opts") or []),
     )
 
 
@@ -139,12 +146,16 @@ def stages_block(
     return {"DISTILL": block}
 
 
-def curriculum(block: Mapping[str, Any], config: str, weights: str, output_dir: str, folder: str) -> dict[str, Any]:
+def curriculum(
+    block: Mapping[str, Any], config: str, weights: str, folder: str, opts: Sequence = ()
+) -> dict[str, Any]:
     """A whole config of :func:`stages_block`, which begins with the off-the-shelf student.
+
+    Its OUTPUT_DIR is the student's with "_progressive" behind it.
 
     Args:
         config, weights: yaml and checkpoint of that student.
-        output_dir: OUTPUT_DIR of the curriculum.
+        opts: overrides of the yaml, which are written down but for what the curriculum itself sets.
         folder: of the file that is to be written, to which paths of files become relative.
     """
 
@@ -156,8 +167,14 @@ def curriculum(block: Mapping[str, Any], config: str, weights: str, output_dir: 
         {key: beside(value) if key in ("CONFIG", "WEIGHTS") else value for key, value in entry.items()}
         for entry in distill["TEACHERS"]
     ]
-    start = {"_BASE_": beside(config), "MODEL": {"WEIGHTS": beside(weights)}, "OUTPUT_DIR": output_dir}
-    return {**start, "DISTILL": distill}
+    cfg = load_config(config, list(opts))
+    start = {"_BASE_": beside(config), "MODEL": {"WEIGHTS": beside(weights)}}
+    whole: dict[str, Any] = {**start, "OUTPUT_DIR": f"{cfg.OUTPUT_DIR}_progressive", "DISTILL": distill}
+    for key in opts[::2]:
+        *sections, name = key.split(".")
+        node = reduce(lambda tree, section: tree.setdefault(section, {}), sections, whole)
+        node.setdefault(name, plain(reduce(getitem, key.split("."), cfg)))
+    return {**{key: value for key, value in whole.items() if key != "DISTILL"}, "DISTILL": whole["DISTILL"]}
 
 
 def dump_stages(block: Mapping[str, Any]) -> str:
