@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from msad import load_config
@@ -159,6 +160,16 @@ def _consoles_of_this_test():
         for handler in logging.getLogger(name).handlers:
             if type(handler) is logging.StreamHandler:
                 handler.stream = sys.stdout  # setStream would flush the closed one
+
+
+@pytest.fixture
+def clean_catalogs():
+    """Data sets that a test registers are forgotten after it."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import runs
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from helpers import between
@@ -41,16 +40,6 @@ RCNNS = {
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def clean_catalogs():
-    """Data sets that a test registers are forgotten after it."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 def _make_rcnn(cfg, names) -> None:

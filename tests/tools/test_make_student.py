@@ -196,7 +196,7 @@ def test_wrong_input_writes_nothing(tool, trained, project, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_data(tool, trained, project, tmp_path):
+def test_a_folder_of_data(tool, trained, project, tmp_path, clean_catalogs):
     """Also one that is called as a data set of the engine's."""
     shutil.copytree(project / "data", tmp_path / "coco_2017")
     folder = str(tmp_path / "coco_2017")
@@ -210,7 +210,7 @@ def test_a_folder_of_data(tool, trained, project, tmp_path):
     assert [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST] == names
 
 
-def test_converted_data_lie_beside_the_student(tool, trained, tmp_path):
+def test_converted_data_lie_beside_the_student(tool, trained, tmp_path, clean_catalogs):
     """A yaml that names the user's cache is dead once that is cleared."""
     write_yolo(tmp_path / "mine", list("abcdef"))
     assert tool.main([*trained("fcos"), "--data", str(tmp_path / "mine"), "--output", str(tmp_path / "out")]) == 0
