@@ -77,10 +77,9 @@ def _owner(model: nn.Module, tensor: str) -> nn.Module | None:
 
 def _copy_filters(student: nn.Module, teacher: nn.Module, matching: dict[str, str]) -> None:
     """Let convolutions with copied weights have the teacher's filters where one of the two standardises its weights."""
-    for own_name, name in matching.items():
+    weights = {own_name: name for own_name, name in matching.items() if own_name.endswith(".weight")}
+    for own_name, name in weights.items():
         own, other = _owner(student, own_name), _owner(teacher, name)
-        if not own_name.endswith(".weight"):
-            continue
         if isinstance(other, ConvAWS) and not isinstance(own, ConvAWS):
             own.weight.copy_(other.filters())
         elif isinstance(own, ConvAWS) and not isinstance(other, ConvAWS):

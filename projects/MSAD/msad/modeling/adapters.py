@@ -210,15 +210,11 @@ class RCNNAdapter(DetectorAdapter):
         return True
 
     def check_whole(self) -> None:
+        kind = f"a {type(self.detector).__name__} cannot be run from features"
         if getattr(self.detector, "sem_seg_head", None) is not None:  # as detectron2's PanopticFPN
-            raise UnfitDetector(
-                f"a {type(self.detector).__name__} cannot be run from features: its sem_seg_head would be left out"
-            )
+            raise UnfitDetector(f"{kind}: its sem_seg_head would be left out")
         if getattr(self.detector.roi_heads, "semantic_head", None) is not None:  # its maps come with the inputs
-            raise UnfitDetector(
-                f"a {type(self.detector).__name__} cannot be run from features with its semantic branch: set "
-                "MODEL.HTC.SEMANTIC_ON False"
-            )
+            raise UnfitDetector(f"{kind} with its semantic branch: set MODEL.HTC.SEMANTIC_ON False")
 
     def losses(self, images: ImageList, features: Features, targets: list[Instances]) -> dict[str, torch.Tensor]:
         proposals, rpn_losses = self.detector.proposal_generator(images, features, targets)
