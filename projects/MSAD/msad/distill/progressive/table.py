@@ -168,13 +168,15 @@ def curriculum(
         for entry in distill["TEACHERS"]
     ]
     cfg = load_config(config, list(opts))
-    start = {"_BASE_": beside(config), "MODEL": {"WEIGHTS": beside(weights)}}
-    whole: dict[str, Any] = {**start, "OUTPUT_DIR": f"{cfg.OUTPUT_DIR}_progressive", "DISTILL": distill}
+    whole: dict[str, Any] = {
+        "_BASE_": beside(config), "MODEL": {"WEIGHTS": beside(weights)},
+        "OUTPUT_DIR": f"{cfg.OUTPUT_DIR}_progressive", "DISTILL": distill,
+    }  # fmt: skip
     for key in opts[::2]:
         *sections, name = key.split(".")
         node = reduce(lambda tree, section: tree.setdefault(section, {}), sections, whole)
         node.setdefault(name, plain(reduce(getitem, key.split("."), cfg)))
-    return {**{key: value for key, value in whole.items() if key != "DISTILL"}, "DISTILL": whole["DISTILL"]}
+    return whole
 
 
 def dump_stages(block: Mapping[str, Any]) -> str:
