@@ -363,6 +363,8 @@ def test_curves_show_ap_if_there_is_a_curve_and_the_loss_otherwise(tmp_path):
     assert "loss" in figure.axes[0].get_ylabel()
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [20, 20]
     assert ap_curve(read_metrics(unfinished))[0].size == 0
+    (dot,) = curves_figure({"short": write_run(tmp_path / "d.json", losses[:1])}).axes[0].lines
+    assert dot.get_marker() == "o" and len(dot.get_xdata()) == 1  # a line through one point would not be seen
 
 
 def test_curves_of_many_runs_fit_and_differ(tmp_path):

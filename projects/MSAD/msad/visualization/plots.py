@@ -129,11 +129,11 @@ def curves_figure(
         axes = figure.add_subplot()
         styles = {**variant_styles(curves), **(styles or {})}
         for name, (x, y) in curves.items():
-            style = {"color": styles[name].colour, "linestyle": styles[name].line, "linewidth": 1.8, "label": name}
-            if show_ap:
-                axes.plot(x, y, marker="o", markersize=4, **style)
-            else:
-                axes.plot(x, smooth(y), **style)
+            marker = "o" if show_ap or len(x) == 1 else ""
+            axes.plot(
+                x, y if show_ap else smooth(y), marker=marker, markersize=4, linewidth=1.8, label=name,
+                color=styles[name].colour, linestyle=styles[name].line,
+            )  # fmt: skip
         axes.set_xlabel("iteration")
         axes.set_ylabel(f"validation {task} AP" if show_ap else "detection loss (smoothed)")
         axes.set_xlim(left=0)
