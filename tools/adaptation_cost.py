@@ -35,7 +35,7 @@ from msad.distill.progressive.table import curriculum, dump_stages, parse_qualit
 from msad.engine.build import teacher_entries
 from msad.engine.provenance import machine
 from msad.experiments.adaptation import STUDENT, finite_costs, measure_adaptation
-from msad.files import atomic_write
+from msad.files import atomic_write, require_checkpoint
 from msad.visualization.adaptation import plot_graph, plot_heat_map
 
 
@@ -95,8 +95,7 @@ def check(args: argparse.Namespace, cfg: CfgNode) -> tuple[list[dict], dict[str,
         if not cfg.DATASETS[key]:
             raise ValueError(f"adaptation costs need images in DATASETS.{key}")
     for file in (args.weights, *(entry["WEIGHTS"] for entry in entries)):
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"no checkpoint {file}")
+        require_checkpoint(file)
     return entries, {name: quality[name] for name in names if name in quality}
 
 

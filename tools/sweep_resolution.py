@@ -16,7 +16,6 @@ padded alike share it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -27,14 +26,13 @@ from torch import nn
 from tqdm import tqdm
 
 from msad import cli, load_config
-from msad.data import dataset_fingerprint
 from msad.engine import DistillTrainer
-from msad.engine.provenance import machine
+from msad.engine.provenance import fingerprint, machine
 from msad.engine.setup import load_model, prepare
 from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
 from msad.experiments.costs import measure_costs
 from msad.experiments.run import log_to
-from msad.files import atomic_write
+from msad.files import atomic_write, require_checkpoint
 from msad.visualization.sweep import plot_sweep
 
 
@@ -60,8 +58,7 @@ def configure(args: argparse.Namespace) -> CfgNode:
     cli.require_device(cfg.MODEL.DEVICE)
     # A run's folder has a log and detections of its own.
     cli.refuse_overwriting([args.output], [os.path.dirname(file) or "." for file in (args.config_file, args.weights)])
-    if "://" not in args.weights and not os.path.isfile(args.weights):
-        raise FileNotFoundError(f"no checkpoint {args.weights}")
+    require_checkpoint(args.weights)
     if len(cfg.DATASETS.TEST) != 1:
         raise ValueError(f"a sweep needs one data set in DATASETS.TEST, got {list(cfg.DATASETS.TEST)}")
     if args.branch:
@@ -74,14 +71,9 @@ def configure(args: argparse.Namespace) -> CfgNode:
 
 def describe(args: argparse.Namespace, cfg: CfgNode) -> dict:
     """What the numbers are of. "model" is a fingerprint of config, weights and data, by which sweeps differ."""
-    told = cfg.clone()
-    told.defrost()
-    told.OUTPUT_DIR = ""
-    stat = os.stat(args.weights) if os.path.isfile(args.weights) else None
-    key = [told.dump(), args.weights, stat and [stat.st_size, stat.st_mtime_ns], dataset_fingerprint(cfg)]
     teacher = cfg.MODEL.META_ARCHITECTURE == "MultiScaleTeacher"
     return {
-        "model": hashlib.sha1(json.dumps(key).encode()).hexdigest()[:12],
+        "model": fingerprint(cfg, args.weights),
         **machine(cfg.MODEL.DEVICE),
         "config": args.config_file,
         "opts": args.opts,

@@ -1,10 +1,13 @@
-"""Files are whole or absent."""
+"""Files are whole or absent, and checkpoints are known by their content."""
 
+import hashlib
 import os
+import re
 
 import pytest
 
-from msad.files import atomic_write
+from msad.data.cache import checkpoint_id
+from msad.files import atomic_write, local_file, require_checkpoint
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -32,3 +35,19 @@ def test_several_processes_write_beside_each_other(tmp_path):
         assert str(os.getpid()) in file.name
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "none" / "a"):
         pass
+
+
+def test_checkpoints(tmp_path):
+    file = tmp_path / "x.pth"
+    assert local_file("https://a/x.pth?b") == "" and local_file("pretrained://a") == ""
+    assert local_file(file) == local_file(f"{file}?matching_heuristics=True") == str(file)
+    for absent in (file, f"{file}?matching_heuristics=True"):
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint {re.escape(str(absent))}$"):
+            require_checkpoint(absent)
+        assert checkpoint_id(absent) == str(absent)
+    file.write_bytes(b"one")
+    require_checkpoint(f"{file}?matching_heuristics=True")
+    require_checkpoint("pretrained://a")
+    digest = hashlib.sha256(b"one").hexdigest()
+    assert checkpoint_id(file) == digest and checkpoint_id("pretrained://a") == "pretrained://a"
+    assert checkpoint_id(f"{file}?matching_heuristics=True") == f"{digest}?matching_heuristics=True"

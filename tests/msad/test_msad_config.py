@@ -308,6 +308,8 @@ def test_files_beside_a_yaml_and_in_the_working_directory(tmp_path, monkeypatch)
     assert cfg.MODEL.WEIGHTS == "runs/w.pth"
     assert cfg.DISTILL.TEACHERS == [{"CONFIG": "runs/teacher.yaml", "WEIGHTS": "here.pth"}]
     assert load_config("runs/a.yaml", ["MODEL.WEIGHTS", "w.pth"]).MODEL.WEIGHTS == "w.pth"
+    (tmp_path / "runs" / "b.yaml").write_text("MODEL: {WEIGHTS: 'w.pth?matching_heuristics=True'}\n")
+    assert load_config("runs/b.yaml").MODEL.WEIGHTS == "runs/w.pth?matching_heuristics=True"
 
 
 def test_shipped_files_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -214,6 +214,8 @@ def test_checkpoints(project, teacher_weights, tmp_path):
     model = build_model(load_config(project / "teacher.yaml"))
     found, loaded = check_checkpoint("teacher", model, teacher_weights["teacher"])
     assert levels_of(found) == [OK] and loaded == set(model.state_dict())
+    found, loaded = check_checkpoint("teacher", model, teacher_weights["teacher"] + "?matching_heuristics=True")
+    assert levels_of(found) == [OK] and loaded == set(model.state_dict())
     found, loaded = check_checkpoint("teacher", model, str(tmp_path / "none.pth"))
     assert levels_of(found) == [ERROR] and not loaded
     (tmp_path / "broken.pth").write_bytes(b"no checkpoint")

@@ -304,7 +304,7 @@ def test_without_an_onnx_file_the_student_is_still_exported(tmp_path, monkeypatc
         raise RuntimeError("onnxruntime finds something else")
 
     def write(cfg, weights, folder):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.pth").touch()
         return "written"
 
@@ -316,6 +316,18 @@ def test_without_an_onnx_file_the_student_is_still_exported(tmp_path, monkeypatc
     trained.config, trained.weights = lambda name: cfg, lambda name: tmp_path / "w.pth"
     said = results.export_student(trained)
     assert said == {"detectron2": "written", "onnx": "", "no_onnx": "onnxruntime finds something else"}
+
+    def write_onnx(cfg, weights, folder):
+        folder.mkdir()
+        (folder / "model.onnx").touch()
+        return "written, too"
+
+    monkeypatch.setattr(results, "export_onnx", write_onnx)
+    assert results.export_student(trained)["onnx"] == "written, too"  # a failure is tried again, a success is kept
+    monkeypatch.setattr(results, "export_onnx", refuse)
+    assert results.export_student(trained)["onnx"] == "written, too"
+    (tmp_path / "w.pth").write_bytes(b"another student")
+    assert not results.export_student(trained)["onnx"] and not (tmp_path / "student" / "onnx").exists()
 
 
 def test_model_card(tmp_path):

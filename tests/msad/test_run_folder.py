@@ -175,6 +175,10 @@ def test_data_and_teachers_are_what_they_were(project, teacher_weights, tmp_path
     moved.write_bytes(b"two")
     with pytest.raises(ValueError, match=r"cannot be resumed: DISTILL.TEACHERS\[0\].WEIGHTS .*moved.pth"):
         check_inputs(cfg, resumed=True)
+    cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = f"{moved}?matching_heuristics=True"
+    with pytest.raises(ValueError, match=r"cannot be resumed: DISTILL.TEACHERS\[0\].WEIGHTS"):
+        check_inputs(cfg, resumed=True)
+    cfg.DISTILL.TEACHERS[0]["WEIGHTS"] = str(moved)
     moved.write_bytes(b"one")
     data["tiny_val"]["annotations"] = "x"
     with caplog.at_level(logging.WARNING, "msad"):
@@ -217,8 +221,15 @@ def test_first_screen_says_what_will_happen(project, tiny_model):
     total = sum(p.numel() for p in model.parameters()) / 1e6
     wanted = ["tiny_train", "tiny_val: 2 images, ", " 6 classes (disc, ", f"{total:.2f} M parameters", "teacher.yaml"]
     wanted += ["AlignedL1 (weight 0.6)", "iterations 2 to 6 of 2 images", "learning rate 0.002", cfg.OUTPUT_DIR]
+    wanted.append("\nTeacher: ")
     wanted.append("; levels p3, p4, p5, p6, p7 of strides 8, 16, 32, 64, 128")
     assert [part for part in wanted if part not in text] == []
+    one = cfg.DISTILL.TEACHERS[0]
+    cfg.DISTILL.TEACHERS = [{"NAME": "near", **one}, one, {"NAME": "both", "MEAN_OF": ["near", "teacher_2"]}]
+    lines = first_screen(cfg, model, 2)
+    files = f"{one['CONFIG']} with {one['WEIGHTS']}"
+    wanted = [f"Teacher near: {files}", f"Teacher teacher_2: {files}", "Teacher both: mean of near, teacher_2"]
+    assert [line for line in lines if line.startswith("Teacher")] == wanted
 
 
 def test_time_to_go_is_said_once(caplog):

@@ -21,6 +21,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .config import add_msad_config, load_config, nearest, valid_keys
+from .files import require_checkpoint
 from .finding import error_text
 
 # What bad input raises; anything else is a defect of the program and keeps its traceback.
@@ -156,8 +157,7 @@ def load_models(models: Sequence[Sequence[str]], opts: Sequence[str]) -> dict[st
     found = {}
     for name, (config, weights) in zip(model_names(models), models):
         cfg = load_config(config, opts)
-        if not os.path.isfile(weights):
-            raise FileNotFoundError(f"no checkpoint {weights}")
+        require_checkpoint(weights)
         require_device(cfg.MODEL.DEVICE)
         register_datasets(cfg)
         found[name] = cfg, weights

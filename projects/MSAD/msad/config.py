@@ -19,6 +19,7 @@ from detectron2.config import get_cfg
 
 from .config_model import add_model_config
 from .config_values import check_entries, check_yaml, decode, nearest, valid_keys
+from .files import local_file
 
 # Keys of earlier versions and what they are called now.
 RENAMED = {"DISTILL.READING": "DISTILL.WEIGHTING", "SOLVER.SCALE_TO_BATCH": "SOLVER.REFERENCE_BATCH_SIZE"}
@@ -235,5 +236,5 @@ def _look_beside(cfg: CN, folder: str, settled: Callable[[str], bool] = lambda p
     for holder, keys in holders:
         for key in keys:
             path = holder.get(key) or ""
-            if not settled(path) and os.path.isfile(os.path.join(folder, path)):
+            if (file := local_file(path)) and not settled(file) and os.path.isfile(os.path.join(folder, file)):
                 holder[key] = os.path.join(folder, path)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever interrupts the writing."""
+"""Files that are whole or absent, whatever interrupts the writing, and the files of checkpoints."""
 
 from __future__ import annotations
 
@@ -25,3 +25,15 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", shared: bool = False
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def local_file(checkpoint: str | os.PathLike) -> str:
+    """The file that a checkpoint is read from, without a query ("?matching_heuristics=True"); "" of an address."""
+    path = os.fspath(checkpoint)
+    return "" if "://" in path else path.partition("?")[0]
+
+
+def require_checkpoint(path: str | os.PathLike) -> None:
+    """FileNotFoundError if a checkpoint that is no address is not there."""
+    if (file := local_file(path)) and not os.path.isfile(file):
+        raise FileNotFoundError(f"no checkpoint {path}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from ..files import atomic_write
+from ..files import atomic_write, local_file
 
 
 def cache_file(name: str) -> Path:
@@ -49,6 +49,12 @@ def file_sha256(path: str | os.PathLike) -> str:
     path = PathManager.get_local_path(os.fspath(path))
     status = os.stat(path)
     return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+def checkpoint_id(path: str | os.PathLike) -> str:
+    """By what a checkpoint is recognised: the sha256 of its file and its query; an absent one's path, an address."""
+    path, file = os.fspath(path), local_file(path)
+    return file_sha256(file) + path[len(file) :] if os.path.isfile(file) else path
 
 
 @functools.lru_cache(maxsize=256)

@@ -21,11 +21,12 @@ from ..distill.losses.registry import ShapesAt
 from ..distill.options import check_options
 from ..distill.schedules import distillation_factor
 from ..distill.teachers import Ensemble, FrozenTeacher
+from ..files import require_checkpoint
 from ..modeling.adapters import adapt
 from ..modeling.taps import NECK
 from ..resolution import get_resolution
 from .assistants import AssistantStep
-from .checkpoint import CheckedCheckpointer, require_checkpoint
+from .checkpoint import CheckedCheckpointer
 
 logger = logging.getLogger(__name__)
 # With values of the kind that is asked for.

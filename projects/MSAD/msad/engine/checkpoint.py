@@ -9,7 +9,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from ..files import atomic_write
+from ..files import atomic_write, require_checkpoint
 
 
 def part_of(name: str) -> str:
@@ -34,12 +34,6 @@ def load_branches(detector: nn.Module, entries: list[dict]) -> set[str]:
             names = holder.state_dict().keys() - set(checkpointer.missing_or_mismatched)
             loaded |= {name.replace("backbone.", f"backbone.branches.{entry['RESOLUTION']}.", 1) for name in names}
     return loaded
-
-
-def require_checkpoint(path: str) -> None:
-    """FileNotFoundError if a checkpoint that is no address is not there."""
-    if "://" not in path and not os.path.isfile(path.partition("?")[0]):
-        raise FileNotFoundError(f"no checkpoint {path}")
 
 
 class _Misfit(ValueError):

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import detector_architecture
 from ..data.sem_seg import is_segmentation
 from ..modeling.adapters import adapt
+from .build import teacher_entries
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,16 @@ def first_screen(cfg: CfgNode, model: nn.Module, start_iter: int) -> list[str]:
         model: what is trained and saved: the student, if there is a teacher.
         start_iter: iterations that are done.
     """
+    teachers = teacher_entries(cfg)
     lines = [f"Training on {', '.join(cfg.DATASETS.TRAIN)}"]
     lines += [f"Evaluation on {describe_data(name)}" for name in cfg.DATASETS.TEST]
     lines.append(f"Model: {describe_model(cfg, model)}")
     lines.append(f"Weights: {cfg.MODEL.WEIGHTS or 'MODEL.WEIGHTS is empty'}")
-    for entry in cfg.DISTILL.TEACHERS:
-        lines.append(f"Teacher: {entry.get('CONFIG')} with {entry.get('WEIGHTS')}")
-    if cfg.DISTILL.TEACHERS:
+    for entry in teachers:
+        name = f" {entry['NAME']}" if len(teachers) > 1 else ""
+        members = ", ".join(entry.get("MEAN_OF", []))
+        lines.append(f"Teacher{name}: {f'mean of {members}' if members else '{CONFIG} with {WEIGHTS}'.format(**entry)}")
+    if teachers:
         losses = ", ".join(f"{entry['NAME']} (weight {entry.get('WEIGHT', 'its own')})" for entry in cfg.DISTILL.LOSSES)
         lines.append(f"Distillation: {losses or 'none, the student only starts from its teacher'}; "
                      f"student at {cfg.DISTILL.STUDENT_RESOLUTION}, started by {cfg.DISTILL.INIT_STUDENT}")  # fmt: skip

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from ..data.fingerprint import dataset_fingerprint, file_sha256
+from ..data.cache import checkpoint_id
+from ..data.fingerprint import dataset_fingerprint
 from ..files import atomic_write
 from .setup import engine_name
 
@@ -24,7 +25,7 @@ def fingerprint(cfg: CfgNode, weights: str | os.PathLike, *more: Any) -> str:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
-    key = [cfg.dump(), file_sha256(weights), dataset_fingerprint(cfg), *more]
+    key = [cfg.dump(), checkpoint_id(weights), dataset_fingerprint(cfg), *more]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 

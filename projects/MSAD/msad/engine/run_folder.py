@@ -17,8 +17,9 @@ from detectron2.utils import comm
 
 from ..config import add_msad_config, load_config
 from ..config_values import plain, valid_keys
-from ..data.fingerprint import dataset_fingerprint, file_sha256
-from ..files import atomic_write
+from ..data.cache import checkpoint_id
+from ..data.fingerprint import dataset_fingerprint
+from ..files import atomic_write, local_file
 
 logger = logging.getLogger(__name__)
 RECORD = "inputs.json"
@@ -242,6 +243,5 @@ def _teacher(entry: Mapping[str, Any]) -> dict[str, Any]:
         for key, _, value in changes(add_msad_config(get_cfg()), load_config(entry["CONFIG"]))
         if key.startswith(("MODEL.", "MSAD.", "INPUT.FORMAT")) and key not in KEPT and not _is_free(key)
     }
-    if "://" in weights:
-        return {"CONFIG": settings, "WEIGHTS": weights}
-    return {"CONFIG": settings, **({"WEIGHTS": file_sha256(weights)} if Path(weights).is_file() else {})}
+    moved = (file := local_file(weights)) and not Path(file).is_file()  # nothing is known of a file that is gone
+    return {"CONFIG": settings, **({} if moved else {"WEIGHTS": checkpoint_id(weights)})}

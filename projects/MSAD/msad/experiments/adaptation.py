@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
 from ..config import load_config
-from ..data.fingerprint import file_sha256
+from ..data.cache import checkpoint_id
 from ..data.fixed import FixedInputs
 from ..distill.progressive.cost import PAIRINGS, AdaptationCosts, Maps, image_maps
 from ..distill.progressive.least_squares import SGDOptions
@@ -101,7 +101,7 @@ def measure_adaptation(
         if "LOW_RES_IMAGES" in (MetadataCatalog.get(name).get("definition") or {}):
             raise ValueError(f"adaptation costs are measured on images made from H, but {name} has LOW_RES_IMAGES")
     options = [images, pairing, sgd is not None and sgd.lr, seed]
-    used = [[entry, file_sha256(entry["WEIGHTS"]), load_config(entry["CONFIG"]).dump()] for entry in entries]
+    used = [[entry, checkpoint_id(entry["WEIGHTS"]), load_config(entry["CONFIG"]).dump()] for entry in entries]
     networks = networks_of(cfg, weights, entries)
     study = AdaptationCosts(networks, pairing, sgd=sgd, seed=seed)
     output.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from detectron2.config import CfgNode
 
 from .. import __version__
 from ..config import load_config
-from ..data.fingerprint import dataset_fingerprint, file_sha256
+from ..data.cache import checkpoint_id
+from ..data.fingerprint import dataset_fingerprint
 from ..data.register import registered
 from ..engine.run_folder import changes, has_run, same_but_places
 from ..engine.scaling import SCHEDULE
@@ -28,7 +29,7 @@ def identity(cfg: CfgNode) -> dict:
     return {
         "config": _digest(cfg),
         "code": _code(),
-        "weights": [file_sha256(file) if os.path.isfile(file) else file for file in weights],
+        "weights": [checkpoint_id(file) for file in weights],
         "data": _data(cfg.DATASETS.dump(), os.getenv("DETECTRON2_DATASETS", "")),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -111,6 +112,7 @@ def export_student(project: Project) -> dict[str, str]:
     folder = project.output / "student"
 
     def make() -> dict[str, str]:
+        shutil.rmtree(folder / "onnx", ignore_errors=True)  # that of an earlier student
         said = {"detectron2": export(cfg, str(weights), folder / "detectron2"), "onnx": "", "no_onnx": ""}
         try:
             said["onnx"] = export_onnx(cfg, str(weights), folder / "onnx")
@@ -120,7 +122,7 @@ def export_student(project: Project) -> dict[str, str]:
 
     packages = [name for name in ("onnx", "onnxruntime") if find_spec(name)]
     key = [fingerprint(cfg, weights), engine_name(), __version__, torch.__version__, packages]
-    return kept(folder / "made.json", key, make, [folder / "detectron2" / "model.pth"])
+    return kept(folder / "made.json", key, make, [folder / "detectron2" / "model.pth", folder / "onnx" / "model.onnx"])
 
 
 def _from_folder(folder: Path, text: str) -> str:

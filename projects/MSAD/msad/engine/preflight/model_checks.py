@@ -14,6 +14,7 @@ from torch import nn
 
 from ...data.mappers import inference_mapper
 from ...data.sampling import at_equal_distances
+from ...files import local_file
 from ...finding import ERROR, OK, WARNING, Finding, check, error_text
 from ..checkpoint import CheckedCheckpointer
 
@@ -67,7 +68,7 @@ def check_start(student: nn.Module, known: set[str]) -> Generator:
 def check_checkpoint(who: str, model: nn.Module, weights: str) -> tuple[list[Finding], set[str]]:
     """Load ``weights`` into ``model``; findings and the names of the tensors that were loaded."""
     name = f"{who}'s weights"
-    if "://" not in weights and not os.path.isfile(weights):
+    if (file := local_file(weights)) and not os.path.isfile(file):
         return [Finding(ERROR, name, f"no file {weights}", "train it first, or correct the path")], set()
     checkpointer = CheckedCheckpointer(model)
     try:
