@@ -67,9 +67,9 @@ class HeadPair:
 
     @cached_property
     def normalizer(self) -> torch.Tensor:
-        """What detection losses of this head are divided by, at least 1.
+        """What losses on this head's predictions are divided by, at least 1.
 
-        The positives of a dense head; all anchors or proposals drawn for the others.
+        The positives of a dense head in this batch; all anchors or proposals drawn for the others.
         """
         if self.name == "dense":
             return self.labels.new_full((), len(self.positives[0]), dtype=torch.float32).clamp(min=1)

@@ -80,7 +80,7 @@ def plain_file(cfg: CfgNode) -> str | None:
 def by_itself(cfg: CfgNode) -> CfgNode:
     """The config of a student without its teacher.
 
-    Training images have the size that the student sees: the teacher's trainer reads H and reduces it, detectron2's
+    Training images have the size that the student sees: the teacher's trainer reads H and downsamples it, detectron2's
     does not. Crops stay as they are, because detectron2 cuts them out before it resizes.
     """
     out = cfg.clone()
