@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -179,6 +180,16 @@ def test_features_are_those_of_the_new_weights(mixed):
     assert torch.equal(context.sources["A"]["p3"], after) and not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_features_that_nobody_reads_are_not_made(learns):
+    step, context = step_alone(HEAD_LEARNS=learns)
+    before = copy.deepcopy(step.assistant.state_dict())
+    with EventStorage(19):
+        step(context, read=False)
+    assert ("A" in context.sources) == learns  # the student's heads read them
+    assert not torch.equal(step.assistant.state_dict()["layer.weight"], before["layer.weight"])
+
+
 def test_what_its_heads_report_stays_apart():
     step, context = step_alone()
     with EventStorage(19) as storage:
@@ -290,12 +301,15 @@ def test_one_that_does_not_wait_learns_in_every_step(cfg, make_batch, warmup):
     """Also in that of START_ITER, where a warm-up begins with a factor of 0."""
     cfg.DISTILL.START_ITER, cfg.DISTILL.WARMUP_ITERS = 2, warmup
     distiller = DistillTrainer.build_model(assisted(cfg)).train()
-    weight = distiller.assistants[0].assistant.mix.weight
+    (step,) = distiller.assistants
+    weight, features, made = step.assistant.mix.weight, step.assistant.features, []
+    step.assistant.features = lambda context: made.append(context.iteration) or features(context)
     for iteration in range(4):
         before = weight.detach().clone()
         with EventStorage(iteration):
             distiller(make_batch([(64, 64)] * 2))
         assert not torch.equal(weight, before), iteration
+    assert made.count(1) == made.count(0) - 1 == made.count(2) - 1  # no loss reads them; iteration 0 tries all losses
 
 
 def test_heads_that_learn_from_it_keep_the_statistics_of_the_students_maps(cfg, make_batch):

@@ -145,7 +145,7 @@ class Distiller(nn.Module):
                 step.enter_context(adapt(self.student).assign_once())
             context = self.observe(batched_inputs, distils=factor is not None or bool(assistants))
             for train in assistants:
-                train(context)
+                train(context, read=factor is not None or bool(self.on_context))
         for listen in self.on_context:
             listen(context)
         if factor is None:

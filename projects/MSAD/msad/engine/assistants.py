@@ -87,17 +87,22 @@ class AssistantStep:
         half = cfg.SOLVER.AMP.ENABLED and device == "cuda"
         self.scaler = torch.amp.GradScaler(device, enabled=half)
 
-    def __call__(self, context: DistillContext) -> None:
-        """Train the assistant on the step and put its features into ``context.sources``."""
-        with scalars_under(f"assistant/{self.name}"):
-            self._step(context)
+    def __call__(self, context: DistillContext, read: bool = True) -> None:
+        """Train the assistant on the step and put its features into ``context.sources``.
 
-    def _step(self, context: DistillContext) -> None:
+        Args:
+            read: whether anything but the student's heads reads its features.
+        """
+        with scalars_under(f"assistant/{self.name}"):
+            self._step(context, read)
+
+    def _step(self, context: DistillContext, read: bool) -> None:
         own = context.detached()
         if context.iteration >= self.start_iter:  # the first iteration of a training tries all losses
             self._learn(own)
-        with torch.no_grad():
-            context.sources[self.name] = self.assistant.features(own)
+        if read or self.head_learns:
+            with torch.no_grad():
+                context.sources[self.name] = self.assistant.features(own)
         if self.head_learns:
             with same_statistics(self.student):  # these features do not occur at inference
                 taught = context.run_losses(context.sources[self.name])
