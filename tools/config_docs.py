@@ -100,7 +100,8 @@ def options_of(registry: Registry, injected: Collection[str]) -> list[str]:
         described = described_arguments(cls.__doc__ or "")
         options = own_options(cls, injected)
         if weight := getattr(cls, "default_weight", None):
-            lines.append(f"| `{name}` | `WEIGHT` | `{weight}` | factor on all terms; [LOSSES.md](LOSSES.md) says where it comes from |")
+            source = "factor on all terms; [LOSSES.md](LOSSES.md) says where it comes from"
+            lines.append(f"| `{name}` | `WEIGHT` | `{weight}` | {source} |")
         two_stage = getattr(cls, "two_stage", {})
         for key, default in options.items():
             text = described.get(key, "")

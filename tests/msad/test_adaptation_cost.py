@@ -13,11 +13,11 @@ from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 
 from msad import load_config
-from msad.distill.progressive.cost import AdaptationCosts, image_maps, pair_levels, resize
+from msad.distill.progressive.cost import AdaptationCosts, image_maps, pair_levels
 from msad.distill.progressive.least_squares import FeatureSums, SGDFit, SGDOptions, with_ones
 from msad.experiments import adaptation
 from msad.modeling.features import tap_neck
-from msad.resolution import downsample_batch, shift_names
+from msad.resolution import downsample_batch, resample, shift_names
 
 
 class Fixed:
@@ -128,11 +128,9 @@ def test_sgd_approaches_least_squares():
 
 def test_convolution_and_upsampling_change_places():
     x, weight, bias = torch.randn(5, 4, 6), torch.randn(3, 5), torch.randn(3)
-    first = F.conv2d(resize(x, (8, 12))[None], weight[..., None, None], bias)
+    first = F.conv2d(resample(x[None], (8, 12), 0.5), weight[..., None, None], bias)
     last = F.interpolate(F.conv2d(x[None], weight[..., None, None], bias), size=(8, 12), mode="bilinear")
     torch.testing.assert_close(first, last)
-    assert resize(x, (4, 6)) is x
-    torch.testing.assert_close(resize(x, (2, 3)), F.avg_pool2d(x[None], 2)[0])
 
 
 def test_networks_of_other_scales_and_channels():
@@ -145,11 +143,28 @@ def test_networks_of_other_scales_and_channels():
         for _ in range(3):
             small = {"p3": torch.randn(4, 4, 5).double(), "p4": torch.randn(4, 2, 3).double()}
             sizes = {"p3": (8, 9), "p4": (4, 5)}
-            large = {level: torch.einsum("dc,chw->dhw", matrix, resize(m, sizes[level])) for level, m in small.items()}
+            finer = {level: resample(m[None], sizes[level], 0.5)[0] for level, m in small.items()}
+            large = {level: torch.einsum("dc,chw->dhw", matrix, m) for level, m in finer.items()}
             study.add(split, {"a": small, "b": large})
     found = study.result(ridge=1e-10)
     assert set(found["levels"]["a"]["b"]) == {"p3>p3", "p4>p4"}
     assert found["normalized_costs"]["a"]["b"] < 1e-8 < 0.01 < found["normalized_costs"]["b"]["a"]
+
+
+def test_maps_are_compared_where_they_are():
+    """Both are the position that they show: of strides that do not divide the image, only the border costs.
+
+    Maps that are resized to equal sizes cost 1.9."""
+    a, b = Fixed("a", {"p3": (2, 8)}), Fixed("b", {"p3": (2, 32 / 3)})
+    study = AdaptationCosts([a, b], "by_index")
+    for split in ("train", "val"):
+        maps = {
+            source.name: {"p3": torch.stack(torch.meshgrid(
+                *((torch.arange(-(-side // stride)) + 0.5) * stride for side in (600, 1000)), indexing="ij"))}
+            for source in (a, b) for stride in [source.shapes()["p3"].stride]
+        }  # fmt: skip
+        study.add(split, maps)
+    assert max(study.result()["costs"][x][y] for x, y in ("ab", "ba")) < 0.4
 
 
 @pytest.mark.parametrize("mode", ["antialias", "nearest"])

@@ -43,6 +43,42 @@ def test_attention_equals_numpy():
     np.testing.assert_allclose(found.reshape(8, -1).T, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_sees_the_image_alone():
+    """Keys and values of a padded map are those of the map without its padding, image by image."""
+    torch.manual_seed(0)
+    module = CrossScaleAttention(6, 4, 4, 8, heads=4, ratios=(2, 1))
+    x, y, sizes = torch.randn(2, 6, 3, 2), torch.randn(2, 4, 6, 5), [(5, 3), (6, 4)]
+    found = module(x, y, extents=sizes)
+    for i, (rows, cols) in enumerate(sizes):
+        alone = module(x[i : i + 1], y[i : i + 1, :, :rows, :cols])
+        torch.testing.assert_close(found[i : i + 1], alone, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, module(x, y), atol=1e-2)
+    torch.testing.assert_close(module(x, y, extents=[(6, 5)] * 2), module(x, y))
+
+
+@pytest.mark.parametrize(("qkv", "size"), [("eq", (40, 56)), ("text", (32, 64))])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_targets_do_not_depend_on_the_batch(qkv, size, scale):
+    """What lies beside an image of ``size`` in a batch does not move what the student learns from it."""
+    torch.manual_seed(0)
+    levels, area = range(3, 6), {"p3": (), "p4": (), "p5": ()}
+    theirs = {f"p{i}": ShapeSpec(channels=12, stride=2**i / scale) for i in levels}
+    assistant = CrossScaleAssistant(shapes(3, 8), {"t": theirs}, qkv=qkv, heads=4, ratio=4)
+    found = []
+    for beside in (0.0, 9.0):
+        generator, maps = torch.Generator().manual_seed(1), []
+        for channels, factor in ((8, 1), (12, scale)):
+            maps.append({f"p{i}": torch.randn(1, channels, factor * 64 >> i, factor * 96 >> i, generator=generator)
+                         for i in levels})  # fmt: skip
+            for name, x in maps[-1].items():
+                rows, cols = (-(-side * factor // 2 ** int(name[1:])) for side in size)
+                x[:, :, rows:], x[..., cols:] = beside, beside
+                area[name] = area[name] or (..., slice(rows), slice(cols))
+        context = make_context([size], student=maps[0], sources={"t": maps[1]})
+        found.append({name: x[area[name]] for name, x in assistant.features(context).items()})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_aggregation_completes_the_border():
     assert Aggregation(4, 8, 4)(torch.randn(1, 4, 9, 6)).shape == (1, 8, 3, 2)
     assert Aggregation(4, 8, 8)(torch.randn(1, 4, 3, 2)).shape == (1, 8, 1, 1)
@@ -123,13 +159,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("size", [(512, 384), (500, 300)])
 @pytest.mark.parametrize("multiscale", [True, False])
-def test_no_scores_of_all_pairs_are_stored(multiscale):
+def test_no_scores_of_all_pairs_are_stored(multiscale, size):
     """Neither forward nor backward, and not by plain attention either: 64 x 48 queries have as many keys there."""
     student = {f"p{i}": torch.randn(1, 16, 64 >> i, 48 >> i, requires_grad=True) for i in range(3)}
     named = dict(zip(("p3", "p4", "p5"), student.values()))
     assistant = CrossScaleAssistant(shapes(3, 16), {"t": shapes(3, 16)}, heads=4, multiscale=multiscale)
     with Largest() as largest:
-        context = make_context([], student=named, sources={"t": {k: x.detach() for k, x in named.items()}})
+        context = make_context([size], student=named, sources={"t": {k: x.detach() for k, x in named.items()}})
         sum(x.square().sum() for x in assistant.features(context).values()).backward()
     assert largest.elements < 64 * 48 * 200 < (64 * 48) ** 2

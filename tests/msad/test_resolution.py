@@ -18,6 +18,7 @@ from msad.resolution import (
     get_resolution,
     level_of,
     pad_divisibility,
+    resample,
     scale_instances,
     shift_levels,
     shift_names,
@@ -334,3 +335,41 @@ def test_view_does_not_modify_its_input(make_batch, shift):
 def test_view_without_ground_truth():
     (out,) = downsample_batch([{"image": torch.zeros(3, 6, 6), "image_id": 5}], 1, "cpu", "nearest")
     assert out["image"].shape == (3, 3, 3) and out["image_id"] == 5 and "instances" not in out
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def centres(rows, cols, stride, dtype=torch.float64):
+    """(1, 2, rows, cols): y and x of each location's centre."""
+    y, x = ((torch.arange(n, dtype=dtype) + 0.5) * stride for n in (rows, cols))
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"))[None]
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize(
+    ("old", "new"), [(32, 32 / 3), (32, 16), (8, 4), (8, 16 / 3), (8, 16), (8, 24), (8, 8 / 0.75), (8, 20), (8, 64)]
+)
+def test_a_map_keeps_its_positions_on_another_grid(old, new, average):
+    """A linear map stays itself, away from the border, whether or not a stride divides the image."""
+    height, width = 200, 334
+    rows, cols = (-(-side // old) for side in (height, width))
+    size = tuple(int(np.ceil(side / new)) for side in (height, width))
+    found, wanted = resample(centres(rows, cols, old), size, new / old, average), centres(*size, new)
+    reach = max(old, new) / 2
+    inside = (wanted >= reach) & (wanted <= torch.tensor([rows, cols]).view(1, 2, 1, 1) * old - reach)
+    assert found.shape == wanted.shape and inside.any()
+    torch.testing.assert_close(found[inside], wanted[inside], rtol=0, atol=1e-6)
+
+
+def test_borders_and_means_of_a_resampled_map():
+    x = torch.tensor([[[[1.0, 3.0, 5.0]]]])
+    assert resample(x, (2, 6), 0.5)[0, 0].tolist() == [[1.0, 1.5, 2.5, 3.5, 4.5, 5.0]] * 2
+    assert resample(x, (1, 7), 0.5)[0, 0, 0, -1] == 5.0  # beyond the border
+    assert resample(x, (1, 2), 2.0)[0, 0].tolist() == [[2.0, 5.0]]
+    assert resample(x, (1, 1), 3.0).item() == 3.0 and resample(x[..., :1], (1, 1), 4.0).item() == 1.0
+    y = torch.randn(1, 2, 5, 4)
+    assert resample(y, (4, 4), 1.0).data_ptr() == y.data_ptr()
+    means = resample(y, (2, 1), 3.0, average=True)  # over what there is of a cell
+    torch.testing.assert_close(means[..., 0, 0], y[..., :3, :3].mean(dim=(2, 3)))
+    torch.testing.assert_close(means[..., 1, 0], y[..., 3:, :3].mean(dim=(2, 3)))

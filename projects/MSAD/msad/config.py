@@ -236,5 +236,6 @@ def _look_beside(cfg: CN, folder: str, settled: Callable[[str], bool] = lambda p
     for holder, keys in holders:
         for key in keys:
             path = holder.get(key) or ""
-            if (file := local_file(path)) and not settled(file) and os.path.isfile(os.path.join(folder, file)):
+            file = local_file(path) if isinstance(path, str) else ""  # another kind is refused where it is read
+            if file and not settled(file) and os.path.isfile(os.path.join(folder, file)):
                 holder[key] = os.path.join(folder, path)

@@ -1,14 +1,14 @@
-"""Resolutions, and everything that follows from halving an image: views, level names, padding.
+"""Resolutions, and everything that follows from halving an image: views, level names, padding, grids of maps.
 
 A resolution is ``1 / 2**shift`` of the full input H. The *H frame* is the pixel grid of H. Pyramid level
 ``p{l}`` has stride ``2**l`` in the pixels of its own input, so ``p{l}`` of the image at shift m lies on the
 grid of ``p{l+m}`` of H: alignment is a renaming of levels, and nothing is resized (MSAD, CVPR 2021, Sec. 1).
 
-This is the only module that knows about powers of two.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -194,6 +194,45 @@ def batch_images(
 ) -> ImageList:
     """Normalise (C, h, w) images and pad them with zeros to one batch whose sides divide by ``divisibility``."""
     return ImageList.from_tensors([(x - pixel_mean) / pixel_std for x in images], divisibility)
+
+
+def resample(x: torch.Tensor, size: tuple[int, int], ratio: float, average: bool = False) -> torch.Tensor:
+    """A map on another grid; both begin at the image's corner, and beyond its border a map goes on as there.
+
+    Positions follow from the strides: where one does not divide the other's area, maps that were resized to equal
+    sizes would be up to a cell apart.
+
+    Args:
+        x: (N, C, h, w).
+        size: (rows, columns) of the grid.
+        ratio: its stride, divided by that of ``x``.
+        average: where ``ratio`` is whole, the mean of ``x`` over each cell in place of its value, bilinear, at the
+            cell's centre.
+
+    Returns:
+        (N, C, *size), or a view of ``x`` where the strides are equal.
+    """
+    if abs(ratio - 1) > 1e-6:
+        whole = round(ratio)
+        if average and whole > 1 and abs(ratio - whole) < 1e-6:
+            x = F.avg_pool2d(x, whole, ceil_mode=True)
+        else:
+            missing = [
+                int(new * ratio) + 2 - old if math.floor(old * (1 / ratio)) < new else 0
+                for old, new in zip(x.shape[-2:], size)
+            ]
+            if any(missing):
+                x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
+            x = F.interpolate(x, scale_factor=1 / ratio, mode="bilinear", align_corners=False)
+    return x[..., : size[0], : size[1]]
+
+
+def inside_images(x: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """Which locations of ``x`` (N, C, h, w) are among the first ``sizes``, (rows, columns) of each image: bool
+    (N, 1, h, w)."""
+    extent = torch.tensor(sizes).to(x.device, non_blocking=True)
+    rows, cols = (torch.arange(side, device=x.device) < extent[:, i, None] for i, side in enumerate(x.shape[-2:]))
+    return (rows[:, :, None] & cols[:, None, :])[:, None]
 
 
 def masked_mean(x: torch.Tensor, sizes: list[tuple[int, int]] | None) -> torch.Tensor:

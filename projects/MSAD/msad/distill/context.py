@@ -131,6 +131,13 @@ class DistillContext:
         """(h, w) of each image in H pixels, without padding."""
         return [tuple(item["image"].shape[-2:]) for item in self.inputs]
 
+    def extents(self, maps: torch.Tensor, stride: float) -> list[tuple[int, int]]:
+        """(rows, columns) of ``maps`` (N, C, h, w) of a stride in H pixels that each image covers."""
+        return [
+            tuple(min(math.ceil(side / stride - 1e-6), limit) for side, limit in zip(size, maps.shape[-2:]))
+            for size in self.image_sizes
+        ]
+
     def at(self, tap: str, name: str) -> Features:
         """Features of the student (``name`` "student") or of a source at a tap.
 

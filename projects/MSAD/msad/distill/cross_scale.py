@@ -7,13 +7,30 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import nn
 
+from ..resolution import inside_images, resample
 from .assistants import DISTILL_ASSISTANT_REGISTRY, Assistant
 from .context import DistillContext, Features
 from .losses.pairing import pair_levels
 
+_HIDDEN = -1e4  # a score that has no weight, and fits into float16
+
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).transpose(1, 2)  # (N, C, h, w) -> (N, h w, C)
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None
+) -> torch.Tensor:
+    """softmax(Q K^T / sqrt d) V of (N, heads, T, d) over the keys that are ``seen``, bool (N, 1, h, w); None: all.
+
+    A mask would keep torch from its kernels that store no scores. One more channel hides keys in any kernel.
+    """
+    if seen is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    hidden = torch.where(seen.flatten(2)[..., None], 0.0, _HIDDEN).to(key.dtype).expand(*key.shape[:3], 1)
+    query, key, value = F.pad(query, (0, 1), value=1.0), torch.cat([key, hidden], dim=3), F.pad(value, (0, 1))
+    return F.scaled_dot_product_attention(query, key, value, scale=(query.shape[3] - 1) ** -0.5)[..., :-1]
 
 
 class Aggregation(nn.Module):
@@ -74,17 +91,34 @@ class CrossScaleAttention(nn.Module):
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (self.heads, self.size)).transpose(1, 2)  # (N, T, group) -> (N, heads, T, d)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
-        """Queries of x (N, C_x, h, w), keys of y and values of ``values`` (default: y) -> (N, C, h, w)."""
+    def forward(
+        self, x: torch.Tensor, y: torch.Tensor, values: torch.Tensor | None = None,
+        extents: list[tuple[int, int]] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Queries of x (N, C_x, h, w), keys of y and values of ``values`` (default: y) -> (N, C, h, w).
+
+        Args:
+            extents: (rows, columns) of y and ``values`` that each image covers; what lies outside is padding, to which
+                nothing attends. None: there is none.
+        """
         queries = self.query(_tokens(x)).chunk(len(self.keys), dim=2)
+        inside = None
+        if extents is not None and any(extent != tuple(y.shape[-2:]) for extent in extents):
+            inside = inside_images(y, extents)
+            y, values = (z if z is None else z.masked_fill(~inside, 0) for z in (y, values))
         found = []
         for i, query in enumerate(queries):
             of_keys = self.of_keys[i](y)
             of_values = of_keys if values is None else self.of_values[i](values)
             key, value = self.keys[i](_tokens(of_keys)), self.values[i](_tokens(of_values))
             on_map = value.transpose(1, 2).unflatten(2, of_values.shape[-2:])
+            seen = None
+            if inside is not None:
+                ratio = self.of_keys[i].ratio
+                seen = inside[..., ::ratio, ::ratio]  # a token is of the image if its first location is
+                on_map = on_map.masked_fill(~seen, 0)
             value = value + _tokens(self.project[i](on_map))
-            attended = F.scaled_dot_product_attention(*(self._split(z) for z in (query, key, value)))
+            attended = _attention(*(self._split(z) for z in (query, key, value)), seen)
             found.append(attended.transpose(1, 2).flatten(2))
         out = self.output(torch.cat(found, dim=2))
         return out.transpose(1, 2).unflatten(2, x.shape[-2:])
@@ -172,10 +206,11 @@ class CrossScaleAssistant(Assistant):
         for pair in self.pairs:
             s, t = context.student[pair.student], context.sources[self.teacher][pair.teacher]
             if self.qkv == "eq":
-                refined[pair.student] = self.attention[pair.student](s, t)
+                given, grid, stride = (s, t), t, pair.strides[1]
             else:
-                t = F.interpolate(t, size=s.shape[-2:], mode="bilinear", align_corners=False)
-                refined[pair.student] = self.attention[pair.student](t, t, s)
+                t = resample(t, s.shape[-2:], pair.strides[0] / pair.strides[1])
+                given, grid, stride = (t, t, s), s, pair.strides[0]
+            refined[pair.student] = self.attention[pair.student](*given, extents=context.extents(grid, stride))
         return refined
 
     def losses(self, context: DistillContext) -> dict[str, torch.Tensor]:

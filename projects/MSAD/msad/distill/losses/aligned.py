@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...resolution import masked_mean
+from ...resolution import inside_images, masked_mean
 from ..context import DistillContext
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
 
-def standardise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Zero mean and unit variance per channel over batch and space, at least in float32; x: (N, C, h, w)."""
+def standardise(x: torch.Tensor, inside: torch.Tensor | None = None, eps: float = 1e-6) -> torch.Tensor:
+    """Zero mean and unit variance per channel over batch and space, at least in float32.
+
+    Args:
+        x: (N, C, h, w).
+        inside: bool (N, 1, h, w), the locations that count; None: all.
+    """
     x = at_least_float32(x)
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=0)
+    if inside is None:
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True, correction=0)
+    else:
+        share = inside / inside.sum()
+        mean = (share * x).sum(dim=(0, 2, 3), keepdim=True)
+        var = (share * (x - mean).square()).sum(dim=(0, 2, 3), keepdim=True)
     return (x - mean) * torch.rsqrt(var + eps)
 
 
@@ -48,22 +56,14 @@ class AlignedL1(nn.Module):
         total = 0.0
         for name, s in student.items():
             t = teacher[name]
+            extents = context.extents(s, self.strides[name]) if self.mask_padding else None
             if self.normalize:
-                s, t = standardise(s), standardise(t)
-            if self.mask_padding:
-                total = total + self._inside_images(s, t, _extents(context.image_sizes, self.strides[name], s))
-            else:
-                total = total + F.l1_loss(s, t)
+                inside = None if extents is None else inside_images(s, extents)
+                s, t = standardise(s, inside), standardise(t, inside)
+            total = total + (F.l1_loss(s, t) if extents is None else self._inside_images(s, t, extents))
         return {"l1": total}
 
     @staticmethod
     def _inside_images(s: torch.Tensor, t: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
         with torch.autocast(s.device.type, enabled=False):  # float16 is too small for the gradient of a mean's sums
             return masked_mean((at_least_float32(s) - at_least_float32(t)).abs(), sizes).mean()
-
-
-def _extents(sizes: list[tuple[int, int]], stride: float, maps: torch.Tensor) -> list[tuple[int, int]]:
-    """(rows, columns) of ``maps`` (N, C, h, w) that images of ``sizes`` (height, width) in H pixels cover."""
-    return [
-        tuple(min(math.ceil(side / stride), limit) for side, limit in zip(size, maps.shape[-2:])) for size in sizes
-    ]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import ShapeSpec, get_norm
 from torch import nn
 
@@ -129,12 +128,6 @@ def build_adaptation(
             convolution = nn.Conv2d(s, t, 1, bias=not norm)
             layers[pair.teacher] = nn.Sequential(convolution, get_norm(norm, t)) if norm else convolution
     return layers
-
-
-def resize_to(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """``x`` (N, C, h, w), bilinearly resized to the height and width of ``grid`` if it has others."""
-    size = grid.shape[-2:]
-    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def crop_to_common(

@@ -30,16 +30,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from fvcore.common.registry import Registry
 from torch import nn
 
 from ...config import nearest
 from ...modeling.taps import NECK
+from ...resolution import resample
 from ..context import DistillContext
 from ..options import check_options, own_options
-from .pairing import LevelPair, build_adaptation, crop_to_common, pair_levels, resize_to
+from .pairing import LevelPair, build_adaptation, crop_to_common, pair_levels
 
 logger = logging.getLogger(__name__)
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
@@ -128,9 +128,12 @@ class WeightedLoss(nn.Module):
                 s, t = crop_to_common(s, t, pair.strides)
             if pair.teacher in self.adaptation:
                 s = self.adaptation[pair.teacher](s)
+            ratio = pair.strides[1] / pair.strides[0]
             if self.resize and getattr(self.loss, "pools_teacher", False):
-                t = F.adaptive_avg_pool2d(t, s.shape[-2:])
-            ours[pair.teacher], theirs[pair.teacher] = resize_to(s, t) if self.resize else s, t
+                t = resample(t, s.shape[-2:], 1 / ratio, average=True)
+            elif self.resize:
+                s = resample(s, t.shape[-2:], ratio)
+            ours[pair.teacher], theirs[pair.teacher] = s, t
         return ours, theirs
 
 

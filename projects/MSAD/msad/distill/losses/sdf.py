@@ -61,9 +61,9 @@ class ScaleDecoupled(nn.Module):
 class SDF(nn.Module):
     """Squared difference of the scale-decoupled embeddings of both sides; one loss for all branches.
 
-    Meant for the last stage of both backbones: TAP: bottom_up, LEVELS: [res5], MATCH: by_index. A teacher whose map is
-    larger (input at twice the size) is average-pooled to the student's grid. The student's map first passes an MLP to
-    the teacher's channels.
+    Meant for the last stage of both backbones: TAP: bottom_up, LEVELS: [res5], MATCH: by_index. A teacher's map that is
+    larger (input at twice the size) is averaged over the cells of the student's grid. The student's map first passes an
+    MLP to the teacher's channels.
 
     The paper does not say who trains the teacher's side; trained by this loss alone, equal constants would be its
     optimum. Where it is trained, the standard deviation of each level's embedding over locations is logged every 200

@@ -2,8 +2,9 @@
 
 Section 3.2 of "Learning Lightweight Object Detectors via Progressive Knowledge Distillation": a 1x1 convolution at
 each level maps the neck features of A to those of B; it is fitted on training images, and its mean squared error on
-validation images is the cost. Where the grids differ, the map of A is resized to that of B (r(.) of section 3.1): the
-convolution and the resizing are linear and change places freely, so the map of A is resized first.
+validation images is the cost. Where the grids differ, the map of A is resampled on that of B (r(.) of section 3.1), or
+averaged where that is coarser: the convolution and the resampling are linear and change places freely, so the map of A
+is resampled first.
 
 The cost is in units of B's features. Divided by their variance it is 1 - R^2, which compares between different B.
 """
@@ -16,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 
+from ...resolution import resample
 from .least_squares import FeatureSums, SGDFit, SGDOptions, with_ones
 
 PAIRINGS = ("by_stride", "by_index")
@@ -45,15 +46,6 @@ def image_maps(source: Source, item: dict) -> dict[str, torch.Tensor]:
         stride = source.shapes()[level].stride
         maps[level] = features[0, :, : math.ceil(height / stride), : math.ceil(width / stride)]
     return maps
-
-
-def resize(features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(C, h, w) on the grid ``size``: bilinear where it is finer, as r(.) upsamples, else the mean over each cell."""
-    if tuple(features.shape[-2:]) == tuple(size):
-        return features
-    if features.shape[-2] >= size[0] and features.shape[-1] >= size[1]:
-        return F.adaptive_avg_pool2d(features[None], size)[0]
-    return F.interpolate(features[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
 def pair_levels(a: Source, b: Source, pairing: str) -> list[tuple[str, str]]:
@@ -98,6 +90,7 @@ class AdaptationCosts:
         if len(set(names)) < len(names) or len(names) < 2:
             raise ValueError(f"adaptation costs need two networks or more of different names, got {', '.join(names)}")
         self.names = names
+        self._strides = {one.name: {level: shape.stride for level, shape in one.shapes().items()} for one in sources}
         self.pairs: dict[tuple[str, str], list[tuple[str, str]]] = {}
         self._sums: dict[str, dict[tuple, FeatureSums]] = {"train": {}, "val": {}}
         self._fits: dict[tuple, SGDFit] = {}
@@ -125,9 +118,10 @@ class AdaptationCosts:
         for (a, b), levels in self.pairs.items():
             for source, target in levels:
                 y = maps[b][target]
-                key = (a, source, tuple(y.shape[-2:]))
+                ratio = self._strides[b][target] / self._strides[a][source]
+                key = (a, source, ratio, tuple(y.shape[-2:]))
                 if key not in resized:
-                    x = with_ones(resize(maps[a][source], y.shape[-2:]))
+                    x = with_ones(resample(maps[a][source][None], y.shape[-2:], ratio, average=True)[0])
                     resized[key] = x, x.T @ x
                 x, xx = resized[key]
                 rows = y.flatten(1).T
