@@ -76,7 +76,6 @@ def process(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = default_argument_parser(__doc__)
-    local_url = parser.get_default("dist_url")
     parser.set_defaults(dist_url=None)
     args = cli.parse(parser, argv)
     if not args.config_file:
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--num-machines {args.num_machines} needs --dist-url tcp://HOST:PORT, of the machine with rank 0")
     if not 0 <= args.machine_rank < args.num_machines:
         parser.error(f"--machine-rank is from 0 to {args.num_machines - 1}, not {args.machine_rank}")
-    args.dist_url = args.dist_url or local_url
+    args.dist_url = args.dist_url or "auto"  # a free port: detectron2's own is one for all jobs of a user
 
     def start() -> int:
         load_config(args.config_file, args.opts)  # so that a wrong key is one line, before any process starts

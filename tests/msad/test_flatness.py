@@ -88,6 +88,22 @@ def test_the_loss_is_repeatable_and_leaves_no_trace(tiny_model, make_batch, arch
         assert vars(module).get("loss_normalizer") == kept[module].get("loss_normalizer")
     with moved(model, [random_direction(model, 0)], [0.5]):
         assert loss(model) != first
+    if hasattr(model, "_ema_update"):  # of however many positives its training has seen
+        for count in (5.0, 500.0):
+            model.loss_normalizer = count
+            assert loss(model) == first and model.loss_normalizer == count
+
+
+@pytest.mark.parametrize("arch", ["FCOS", "RetinaNet"])
+def test_losses_are_divided_by_the_positives_of_their_batch(tiny_model, make_batch, arch):
+    model, batch = tiny_model(arch).train(), make_batch([(64, 64)] * 2)
+    with EventStorage(), torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        for _ in range(200):  # until the running count is that of the batch
+            total = float(sum(model(batch).values()))
+    assert DetectionLoss([batch])(model) == pytest.approx(total, rel=1e-5)
 
 
 def test_the_loss_is_the_models_own_with_fixed_norms(tiny_model, make_batch):

@@ -110,6 +110,8 @@ def test_pairs_are_what_the_heads_say(make_distiller, tiny_model, make_batch, lo
     assert torch.equal(pair.labels, torch.stack(labels)) and (pair.labels[1] == 3).all()
     image, place = pair.positives
     assert len(place) > 0
+    divisor = len(place) if arch == "GFL" else student.loss_normalizer  # RetinaNet and FCOS have a running count
+    assert pair.normalizer.item() == pytest.approx(divisor) and (arch == "GFL") == (divisor == len(place))
     torch.testing.assert_close(pair.targets[image, place], torch.stack(targets)[image, place])
 
 

@@ -34,6 +34,17 @@ def test_resumed_run_repeats_the_uninterrupted_one(project, teacher_weights, tmp
     assert_equal_weights(before, saved)
 
 
+def test_precise_statistics_leave_the_training_alone(project, teacher_weights, tmp_path):
+    """They run the model, which counts positives, after the checkpoint's count is taken."""
+    options = {"TEST.PRECISE_BN.ENABLED": True, "TEST.PRECISE_BN.NUM_ITER": 2, "TEST.EVAL_PERIOD": SAVED}
+    _, expected, _ = train(config(project, teacher_weights, "fcos", tmp_path / "whole", **options))
+    _, plain, _ = train(config(project, teacher_weights, "fcos", tmp_path / "plain"))
+    left_by_a_killed_run(tmp_path / "whole", tmp_path / "killed")
+    _, resumed, _ = train(config(project, teacher_weights, "fcos", tmp_path / "killed", **options), resume=True)
+    losses = [[step["losses"] for step in trace.steps] for trace in (expected, plain, resumed)]
+    assert losses[0] == losses[1] and losses[2] == losses[0][SAVED:]
+
+
 def test_resumed_student_keeps_its_weights_and_its_warmup(project, teacher_weights, tmp_path):
     cfg = config(project, teacher_weights, "student", tmp_path / "whole")
     trainer, trace, start = train(cfg)

@@ -99,6 +99,32 @@ def test_checkpoints_of_which_none_is_the_last(begun, tmp_path):
         check_folder(begun(), "", resume=True)
 
 
+@pytest.mark.parametrize("content", ["", "half", "short", "weights alone"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(begun, tmp_path, content):
+    folder = tmp_path / "run"
+    whole = (folder / "model_0000005.pth").read_bytes()
+    damaged = {"": b"", "half": whole[: len(whole) // 2], "short": whole[:-100]}
+    if content in damaged:
+        (folder / "model_0000005.pth").write_bytes(damaged[content])
+    else:
+        torch.save({"model": {}}, folder / "model_0000005.pth")
+    with pytest.raises(ValueError, match=r"^--resume: .*run/model_0000005.pth is damaged or no .*: begin a new run$"):
+        check_folder(begun(), "", resume=True)
+    (folder / "model_0000002.pth").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"write the name of another \(model_0000002.pth\) into .*/last_checkpoint$"):
+        check_folder(begun(), "", resume=True)
+
+
+def test_damaged_records_of_a_run(begun, tmp_path, monkeypatch):
+    (tmp_path / "run" / "config.yaml").write_text("")
+    _, (note,) = check_folder(begun(), "", resume=True)
+    assert "config.yaml cannot be compared with the config" in note
+    monkeypatch.setattr(run_folder, "dataset_fingerprint", lambda cfg: {})
+    (tmp_path / "run" / "inputs.json").write_text("")
+    with pytest.raises(ValueError, match=r"--resume: .*inputs.json is damaged .*; delete it"):
+        check_inputs(begun(), resumed=True)
+
+
 @pytest.mark.parametrize("key", ["SOLVER.REFERENCE_BATCH_SIZE", "SOLVER.REFERENCE_WORLD_SIZE", ""])
 def test_what_scales_the_schedule_stays(begun, monkeypatch, key):
     cfg = begun("SOLVER.REFERENCE_BATCH_SIZE", 4, "SOLVER.REFERENCE_WORLD_SIZE", 2)

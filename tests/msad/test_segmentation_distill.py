@@ -184,5 +184,10 @@ def test_analysis_sees_what_the_loss_compares(tmp_path):
 
 
 def test_what_a_segmentor_does_not_have_is_said():
-    with pytest.raises(ValueError, match="none in common"):
+    with pytest.raises(ValueError, match=r"the student has no pyramid .* TAP names: bottom_up, decoder or scores"):
         distiller([{"NAME": "LAD"}])
+    tapped = {"TAP": "decoder", "MATCH": "by_index"}
+    for entry in ({"NAME": "FGD", **tapped}, {"NAME": "FitNet", "GT_ONLY": True, **tapped}):
+        with pytest.raises(ValueError, match=f"{entry['NAME']} looks at ground truth boxes, which a segmentor has not"):
+            distiller([entry])
+    distiller([{"NAME": "FitNet", **tapped}])

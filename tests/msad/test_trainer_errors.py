@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from runs import assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
@@ -57,6 +57,24 @@ def test_precise_statistics_need_layers_that_run_once(project, teacher_weights, 
         train(config(project, teacher_weights, "teacher", tmp_path / "teacher", **options))
     trainer, *_ = train(config(project, teacher_weights, "fcos", tmp_path / "plain", **options))
     assert trainer.iter == 2
+
+
+def test_nothing_is_evaluated_after_an_error_in_the_last_iteration(project, teacher_weights, tmp_path, monkeypatch):
+    """Other processes would wait for this one in the middle of their step."""
+    evaluated = []
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(lambda cls, cfg, model: evaluated.append(1) or {}))
+    trainer = DistillTrainer(config(project, teacher_weights, "fcos", tmp_path / "run", **{"SOLVER.MAX_ITER": 2}))
+
+    def fail():
+        if trainer.iter == 1:
+            raise OSError("no space left")
+
+    trainer.register_hooks([hooks.CallbackHook(after_step=lambda _: fail())])
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train()
+    assert not evaluated
+    train(config(project, teacher_weights, "fcos", tmp_path / "whole", **{"SOLVER.MAX_ITER": 2}))
+    assert evaluated == [1]
 
 
 def test_levels_that_do_not_meet_are_reported(student_config, caplog):

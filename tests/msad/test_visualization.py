@@ -325,9 +325,15 @@ def test_metrics_of_a_resumed_and_killed_run(tmp_path):
         {"iteration": 39, "total_loss": 7.0},
         {"iteration": 59, "total_loss": 59.0, "bbox/AP": 3.0},
     ]
-    path.write_text("garbage\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"metrics\.json: line 1"):
+    with open(path, "a") as file:  # a resumed run goes on in the line that was cut off
+        file.write('{"iteration": 79, "total_loss": 1.0}\n{"iteration": 99, "total_loss": 2.0}\n')
+    found = {record["iteration"]: record["total_loss"] for record in read_metrics(path)}
+    assert found == {19: 19.0, 39: 7.0, 59: 59.0, 79: 1.0, 99: 2.0}
+    path.write_text("garbage\n7\n")
+    with pytest.raises(ValueError, match=r"metrics\.json is no metrics\.json: no line"):
         read_metrics(path)
+    path.write_text("\n")
+    assert read_metrics(path) == []
 
 
 def test_loss_curve_is_the_detection_loss_alone():

@@ -38,6 +38,8 @@ class HeadPair:
         level_sizes: anchors of each level.
         region: boxes (K, 4), their image (K,), options -> (N, R) weights of the anchors that nearly match a box (LD);
             None where the head's assignment has no such region.
+        count: number of positives by which the detection losses of a dense head are divided, where it is not that of
+            these labels.
     """
 
     name: str
@@ -54,6 +56,7 @@ class HeadPair:
     decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     level_sizes: list[int] = field(default_factory=list)
     region: Callable[..., torch.Tensor] | None = None
+    count: float | torch.Tensor | None = None
 
     @property
     def softmax(self) -> bool:
@@ -67,13 +70,14 @@ class HeadPair:
 
     @cached_property
     def normalizer(self) -> torch.Tensor:
-        """What losses on this head's predictions are divided by, at least 1.
+        """What the detection losses of this head are divided by, at least 1.
 
-        The positives of a dense head in this batch; all anchors or proposals drawn for the others.
+        The positives of a dense head; all anchors or proposals drawn for the others.
         """
-        if self.name == "dense":
-            return self.labels.new_full((), len(self.positives[0]), dtype=torch.float32).clamp(min=1)
-        return (self.labels >= 0).sum().clamp(min=1)
+        if self.name != "dense":
+            return (self.labels >= 0).sum().clamp(min=1)
+        count = len(self.positives[0]) if self.count is None else self.count
+        return torch.as_tensor(count, dtype=torch.float32, device=self.labels.device).clamp(min=1)
 
     def matched_deltas(self, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Encoded boxes of the P positives: student's, teacher's and target, (P, 4).

@@ -99,6 +99,8 @@ class Distiller(nn.Module):
         self._read: dict[str, dict[str, set[str]]] = defaultdict(dict)  # levels that losses read, by source and tap
         self._compares_heads = False
         for loss in losses:
+            if getattr(loss.loss, "needs_boxes", False) and not adapt(student).levels:
+                raise ValueError(f"DISTILL.LOSSES: {loss.name} looks at ground truth boxes, which a segmentor has not")
             if loss.tap != NECK:
                 self._read["student"].setdefault(loss.tap, set()).update(pair.student for pair in loss.pairs)
                 self._read[loss.source].setdefault(loss.tap, set()).update(pair.teacher for pair in loss.pairs)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..modeling.adapters import adapt
 from ..modeling.detectors import atss
+from ..modeling.detectors.dense import mean_of_processes
 from ..modeling.detectors.distribution import DistributionTransform
 from ..modeling.head_outputs import (
     DENSE,
@@ -96,6 +97,15 @@ def _rows(levels: list[torch.Tensor], width: int) -> torch.Tensor:
     return torch.cat([permute_to_N_HWA_K(x, width) for x in levels], dim=1)
 
 
+def _count_positives(student: nn.Module, labels: torch.Tensor, classes: int) -> float | torch.Tensor:
+    """What the losses of a dense detector were divided by in this step: a running count of its own, as RetinaNet and
+    FCOS keep, or the mean over processes."""
+    running = vars(student).get("loss_normalizer")
+    if running is not None:
+        return running
+    return mean_of_processes(((labels >= 0) & (labels < classes)).sum().float())
+
+
 def pair_heads(
     record: HeadRecord,
     student: nn.Module,
@@ -152,6 +162,7 @@ def pair_heads(
             HeadPair(
                 name, head.classes, s_logits, t_logits, s_boxes, t_boxes, labels, targets * scale, anchors,
                 transform.get_deltas, tuple(both), partial(decode, transform), sizes, region,
+                _count_positives(student, labels, head.classes) if name == DENSE else None,
             )
         )  # fmt: skip
     return pairs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from functools import reduce
@@ -20,6 +21,7 @@ from ..config_values import plain, valid_keys
 from ..data.cache import checkpoint_id
 from ..data.fingerprint import dataset_fingerprint
 from ..files import atomic_write, local_file
+from ..finding import error_text
 
 logger = logging.getLogger(__name__)
 RECORD = "inputs.json"
@@ -94,7 +96,7 @@ def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode,
     try:
         old = add_msad_config(get_cfg())
         old.merge_from_file(str(mine))
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         return cfg, [f"{mine} cannot be compared with the config: {error}"]
     _check_length(cfg, folder)
     return _resumed(cfg, old)
@@ -104,10 +106,17 @@ def _check_length(cfg: CfgNode, folder: Path) -> None:
     if cfg.SOLVER.REFERENCE_BATCH_SIZE or cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return  # MAX_ITER is not yet that of the run; the trainer looks again
     try:
-        saved = torch.load(last_checkpoint(folder), map_location="cpu", mmap=True, weights_only=True)
+        file = Path(last_checkpoint(folder))
     except FileNotFoundError:
         return
-    check_iterations(saved["iteration"] + 1, cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR)
+    try:
+        done = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["iteration"] + 1
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        others = ", ".join(sorted(other.name for other in folder.glob("model_*.pth") if other.name != file.name))
+        fix = f"write the name of another ({others}) into {folder}/last_checkpoint" if others else "begin a new run"
+        what = f"{file} is damaged or no checkpoint of a run ({error_text(error)[:120]})"
+        raise ValueError(f"--resume: {what}: {fix}") from error
+    check_iterations(done, cfg.SOLVER.MAX_ITER, cfg.OUTPUT_DIR)
 
 
 def check_iterations(done: int, wanted: int, folder: str) -> None:
@@ -196,7 +205,11 @@ def check_inputs(cfg: CfgNode, resumed: bool) -> None:
     inputs = {"data": dataset_fingerprint(cfg), "teachers": [_teacher(entry) for entry in cfg.DISTILL.TEACHERS]}
     inputs["images"], inputs["processes"] = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if resumed and file.is_file():
-        before = json.loads(file.read_text())
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            text = f"--resume: {file} is damaged ({error}); delete it if data and teachers are what they were"
+            raise ValueError(text) from None
         for what, key in (("images", "REFERENCE_BATCH_SIZE"), ("processes", "REFERENCE_WORLD_SIZE")):
             then = before.get(what, inputs[what])
             if then != inputs[what] and cfg.SOLVER[key]:

@@ -30,6 +30,7 @@ from . import preflight
 from .build import build_distillation, compile_backbone
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
+from .evaluating import mend_hooks, share_statistics
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, FrozenBackbone, LossRatioLogger, SkippedImages
 from .precise_bn import NormsRunOnce
 from .run_folder import check_iterations
@@ -142,7 +143,11 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        """detectron2's evaluation; with TEST.LOSS_IMAGES the results have {"validation": {"L_detect": ...}}, too."""
+        """detectron2's evaluation, of the model that a checkpoint has, whatever the BatchNorms of other processes saw.
+
+        With TEST.LOSS_IMAGES the results have {"validation": {"L_detect": ...}}, too.
+        """
+        share_statistics(model)
         results = super().test(cfg, model, evaluators)
         if cfg.TEST.LOSS_IMAGES:
             model = getattr(model, "module", model)
@@ -167,6 +172,7 @@ class DistillTrainer(DefaultTrainer):
             extra.update({f"assistant/{step.name}": step for step in distiller.assistants})
         self.checkpointer = CheckedCheckpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **extra)
         hooks = super().build_hooks()
+        mend_hooks(hooks, model)
         loader, period = self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD
         ours = [
             ExactResume(self.cfg.SEED, self.checkpointer.model, loader, period),

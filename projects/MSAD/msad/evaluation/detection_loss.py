@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..data.fixed import FixedInputs
 from ..data.low_res import reads_low_res
 
-# What dense detectors keep outside their state_dict: the running number of positives that divides their losses.
-_COUNTS = "loss_normalizer"
 BATCH_SIZE = 4
 
 
@@ -50,8 +50,8 @@ def fixed_batches(cfg: CfgNode, dataset: str, images: int, batch_size: int, seed
 class DetectionLoss:
     """Mean of a model's detection losses over fixed batches; equal models give equal values.
 
-    Everything random is seeded, norms use their running statistics, dropout is off, and running counts of positives
-    are afterwards what they were before.
+    Everything random is seeded, norms use their running statistics, dropout is off. Losses that dense detectors divide
+    by a running count of positives are divided by those of the batch, and the count stays what it is.
 
     Args:
         batches: of :func:`fixed_batches`.
@@ -64,9 +64,8 @@ class DetectionLoss:
 
     def __call__(self, model: nn.Module) -> float:
         """The sum of the losses, mean over batches; infinite or NaN where it cannot be computed any more."""
-        counts = {module: vars(module).get(_COUNTS) for module in model.modules()}
         values = []
-        with training_without_noise(model), torch.no_grad(), EventStorage(), torch.random.fork_rng():
+        with training_without_noise(model), own_counts(model), torch.no_grad(), EventStorage(), torch.random.fork_rng():
             for number, batch in enumerate(self.batches):
                 torch.manual_seed(number)
                 try:
@@ -74,12 +73,32 @@ class DetectionLoss:
                 except FloatingPointError:  # detectron2's RPN refuses proposals that are not finite
                     values.append(math.inf)
                 self.on_batch()
-        for module, count in counts.items():
-            if count is not None:
-                setattr(module, _COUNTS, count)
-            elif _COUNTS in vars(module):  # it came with the first loss
-                delattr(module, _COUNTS)
         return float(np.mean(values))
+
+
+@contextmanager
+def own_counts(model: nn.Module) -> Iterator[None]:
+    """Inside, what dense detectors keep as running means is that of the last batch alone; afterwards as before."""
+    detectors = [module for module in model.modules() if isinstance(module, DenseDetector)]
+    before: dict[tuple[nn.Module, str], float | None] = {}
+
+    def take(detector: nn.Module, name: str, value: float, *_initial, **_momentum) -> float:
+        before.setdefault((detector, name), vars(detector).get(name))
+        setattr(detector, name, value)
+        return value
+
+    for detector in detectors:
+        detector._ema_update = partial(take, detector)
+    try:
+        yield
+    finally:
+        for detector in detectors:
+            del detector._ema_update
+        for (detector, name), value in before.items():
+            if value is None:  # it came with the first loss
+                delattr(detector, name)
+            else:
+                setattr(detector, name, value)
 
 
 @contextmanager

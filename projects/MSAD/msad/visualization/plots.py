@@ -36,25 +36,30 @@ STYLE = {
 def read_metrics(path: str | Path) -> list[dict]:
     """Records of a detectron2 metrics.json (JSON lines) by iteration.
 
-    Of an iteration that a resumed run wrote twice the later values count; a last line that was cut off is passed over.
+    Of an iteration that a resumed run wrote twice the later values count. A line that a killed run did not finish is
+    passed over; a resumed one goes on in the same line.
 
     Raises:
-        ValueError: another line is not JSON; names file and line.
+        ValueError: not a single line is a record.
     """
     by_iteration: dict[int, dict] = {}
-    lines = Path(path).read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}: line {number} is not JSON") from None
+    lines = list(filter(str.strip, Path(path).read_text(errors="replace").splitlines()))
+    records = list(filter(None, map(_record, lines)))
+    if lines and not records:
+        raise ValueError(f"{path} is no metrics.json: no line of it is a JSON object")
+    for record in records:
         if "iteration" in record:
             by_iteration.setdefault(record["iteration"], {}).update(record)
     return [by_iteration[i] for i in sorted(by_iteration)]
+
+
+def _record(line: str) -> dict:
+    """The record at the end of a line, whose values hold no braces; {} if there is none."""
+    try:
+        found = json.loads(line[max(line.rfind("{"), 0) :])
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def ap_curve(records: list[dict], task: str = "bbox") -> tuple[np.ndarray, np.ndarray]:

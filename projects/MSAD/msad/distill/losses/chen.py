@@ -77,8 +77,8 @@ class Chen(nn.Module):
     The teacher's heads are evaluated on the student's anchors and on the proposals that the student drew. Of each head
     there is a term "cls", (1 - mu) / mu times the soft classification loss (the hard one stays in the detection loss
     with weight 1; the ratio is that of mu L_hard + (1 - mu) L_soft), and a term "reg", nu times the bounded regression
-    of positives. They are divided by the number of positives of a dense head (whose detection losses are divided by a
-    running mean of it), of drawn anchors or proposals in an R-CNN, of a process's batch.
+    of positives. They are divided by what the head's detection losses are divided by: the number of positives of a
+    dense head, as its detector counts them, of drawn anchors or proposals in an R-CNN (of a process's batch).
 
     Args:
         mu: share of the hard labels in classification, in (0, 1].

@@ -47,6 +47,7 @@ class FitNet(nn.Module):
         if reduction not in REDUCTIONS:
             raise ValueError(f"FitNet: REDUCTION must be one of {', '.join(REDUCTIONS)}, not {reduction!r}")
         self.strides, self.gt_only, self.reduction = strides, gt_only, reduction
+        self.needs_boxes = gt_only
 
     def forward(
         self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext

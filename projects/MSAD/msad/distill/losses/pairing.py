@@ -47,6 +47,12 @@ def pair_levels(
     """
     if match not in MATCHES:
         raise ValueError(f"DISTILL.LOSSES: MATCH must be one of {', '.join(MATCHES)}, not {match!r}")
+    for side, shapes in (("student", student), ("teacher", teacher)):
+        if not shapes:
+            raise ValueError(
+                f"the {side} has no pyramid whose levels could be compared; of a segmentor, losses compare what TAP "
+                "names: bottom_up, decoder or scores"
+            )
     by_index = match == "by_index"
     partner = _by_index(student, teacher, from_last) if by_index else _by_stride(student, teacher)
     if not levels:

@@ -14,7 +14,9 @@ It is called as ``loss(student, teacher, context)`` with feature dicts of equal 
 scalar tensors. Losses know tensors, not models. Class attributes may say more of the options, by their names in lower
 case: ``default_weight`` is the WEIGHT of entries that have none, ``positive`` names those that must be above 0,
 ``two_stage`` has values published for two-stage detectors where the defaults are those of dense ones,
-``pools_teacher`` asks for the student's grid where levels differ in stride (otherwise it is the teacher's).
+``needs_boxes`` (of an instance, where options decide) says that it looks at ground truth boxes, which segmentors are
+not trained on, ``pools_teacher`` asks for the student's grid where levels differ in stride (otherwise it is the
+teacher's).
 
 A loss that compares predictions instead of features has a class attribute ``heads``, the kinds of heads it can compare
 ("dense", "distributions", "rcnn"). It is built without ``levels`` and called as ``loss(pairs, context)`` with a list of
