@@ -85,7 +85,7 @@ def data_opts(folder: Path, converted: Path, files: Sequence[Path], opts: Sequen
     """
     # No data set of the engine's own is called so, whatever the folder's name is.
     entries = register_entries(folder, f"data_{folder.resolve().name}", converted)
-    content = read_contents(entries)
+    content, _ = read_contents(entries)
     configs = [load_config(file, list(opts)) for file in files]
     train, val = (entry["NAME"] for entry in entries)
     out = ["DATASETS.REGISTER", entries, "DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,)]

@@ -59,15 +59,16 @@ def test_the_error_names_the_layouts(tmp_path):
 
 def test_contents(project, tmp_path):
     entries = register_entries(project / "data", "scenes")
-    content = read_contents(entries)
+    content, loaded = read_contents(entries)
     assert len(content["classes"]) == 6 and content["masks"] and content["keypoints"] == 5
+    assert {name: len(records) > 0 for name, records in loaded.items()} == {"scenes_train": True, "scenes_val": True}
     assert "scenes_train" not in DatasetCatalog.list()
     for split in ("train", "valid"):  # Roboflow's root category, which nobody uses, and a byte order mark
         cat = {"id": 2, "name": "cat", "supercategory": "pets"}
         content = {**CONTENT, "categories": [{"id": 0, "name": "pets"}, cat]}
         (tmp_path / split).mkdir()
         (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content), encoding="utf-8-sig")
-    assert read_contents(register_entries(tmp_path, "own")) == {"classes": ["cat"], "masks": False, "keypoints": 0}
+    assert read_contents(register_entries(tmp_path, "own"))[0] == {"classes": ["cat"], "masks": False, "keypoints": 0}
     write(tmp_path / "train/_annotations.coco.json", {**CONTENT, "categories": [{"id": 2}]})
     with pytest.raises(ValueError, match=r"train/_annotations\.coco\.json.*category 2 has name None"):
         read_contents(register_entries(tmp_path, "own"))

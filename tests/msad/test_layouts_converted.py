@@ -94,7 +94,7 @@ def test_yolo_polygons(tmp_path):
     assert (square["bbox"], square["area"]) == ([10, 10, 20, 30], 600)
     assert (triangle["bbox"], triangle["area"]) == ([0, 0, 20, 20], 200)
     assert said == []
-    assert read_contents(register_entries(root, "polygons"))["masks"]
+    assert read_contents(register_entries(root, "polygons"))[0]["masks"]
     # Polygons for a part only: the data would teach masks of some objects and none of others.
     text(root / "labels/train/a.txt", "0 0.5 0.5 0.2 0.4\n0 0.0 0.0 0.2 0.0 0.0 0.4\n")
     content, said = read(find_splits(root, tmp_path / "out"))
@@ -112,7 +112,7 @@ def test_yolo_keypoints(tmp_path):
     assert annotation["keypoints"] == [50, 25, 2, 10, 10, 1, 0, 0, 0] and annotation["num_keypoints"] == 2
     assert content["categories"][0]["flip_pairs"] == [["point_0", "point_1"]] and said == []
     entries = entries_of(splits, "points")
-    assert read_contents(entries) == {"classes": ["mouse"], "masks": False, "keypoints": 3}
+    assert read_contents(entries)[0] == {"classes": ["mouse"], "masks": False, "keypoints": 3}
     text(root / "labels/train/a.txt", "0 0.5 0.5 0.2 0.4 0.5 0.5\n")
     assert "has not 4 + 3 x 3 numbers behind the class" in read(find_splits(root, tmp_path / "out"))[1][0]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from detectron2.data import DatasetCatalog
 
 import msad
 from msad import load_config
@@ -19,6 +21,7 @@ from msad.product.card import model_card, read_licences
 from msad.product.choices import METHODS, Choices
 from msad.product.methods import BUILDERS
 from msad.product.plan import Measured, Plan, measure
+from msad.product.project import Project
 from msad.product.recipe import make_configs, write_configs
 from msad.product.steps import kept
 
@@ -282,6 +285,18 @@ def test_kept_results(tmp_path):
     assert get([2]) == {"n": 3}  # what it wrote is gone
     (tmp_path / "kept.json").write_text('{"key": ')  # cut off
     assert get([2]) == {"n": 4}
+
+
+def test_data_are_loaded_once(project, tmp_path, monkeypatch):
+    file = shutil.copytree(project / "data", tmp_path / "data") / "annotations_train.json"
+    content = json.loads(file.read_text())
+    del content["annotations"][0]["bbox"]
+    file.write_text(json.dumps(content))
+    loaded, get = [], DatasetCatalog.get
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: loaded.append(name) or get(name))
+    made = Project(tmp_path / "data", tmp_path / "out", Choices(backbone="tiny"), 0, [])
+    assert loaded == ["data_data_train", "data_data_val"]
+    assert "has no bbox and is left out" in "".join(made.warnings)  # what only loading finds
 
 
 def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from msad import load_config
@@ -173,11 +174,14 @@ def test_equal_cost_is_the_students(project, tmp_path):
     assert min(near, key=lambda macs: abs(macs - target)) == near[1] == pytest.approx(target, rel=0.1)
 
 
-def test_networks_that_are_alike_are_measured_once(project):
+def test_networks_that_are_alike_are_measured_once(project, monkeypatch):
+    loaded, get = [], DatasetCatalog.get
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: loaded.append(name) or get(name))
     configs = {name: load_config(project / "fcos.yaml", ["MODEL.WEIGHTS", f"{name}.pth"]) for name in ("a", "b")}
     configs["c"] = load_config(project / "fcos.yaml", ["INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 32])
     configs["t"] = load_config(project / "teacher.yaml")
     costs = measure_costs({name: (cfg, build_model(cfg).eval()) for name, cfg in configs.items()}, rounds=2)
+    assert loaded == ["tiny_val"]
     assert costs["a"] is costs["b"] and set(costs) == {"a", "b", "c", "t_H", "t_L", "t_fused"}
     networks = {name: entry["network"] for name, entry in costs.items()}
     assert networks["a"] == networks["c"] and len(set(networks.values())) == 4  # c has another input

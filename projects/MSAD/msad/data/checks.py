@@ -24,13 +24,16 @@ from .record_checks import check_records, classes_of, judge_box, shorten
 from .tally import Tally, raise_errors
 
 
-def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]], list[Finding]]:
+def check_data(
+    cfg: CfgNode, images: bool = True, known: dict[str, list[dict]] | None = None
+) -> tuple[dict[str, list[dict]], list[Finding]]:
     """Look at every data set of a config once.
 
     Nothing is raised for a fault in the data: :func:`msad.data.tally.raise_errors` does that.
 
     Args:
         images: look at image files too, DATASETS.CHECK_IMAGES of each set.
+        known: dataset dicts of sets that were loaded since they were registered, by name.
 
     Returns:
         the dataset dicts of DATASETS.TRAIN, by name, as they are in the catalog; the findings about TRAIN and TEST.
@@ -42,7 +45,7 @@ def check_data(cfg: CfgNode, images: bool = True) -> tuple[dict[str, list[dict]]
         try:
             if name not in DatasetCatalog.list():
                 raise ValueError(f"no data set is called {name!r}{nearest(name, DatasetCatalog.list())}")
-            loaded[name] = DatasetCatalog.get(name)
+            loaded[name] = (known or {}).get(name) or DatasetCatalog.get(name)
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
             check = f"data set {name!r}"
             findings.append(Finding(ERROR, check, error_text(error).removeprefix(f"{check}: "), _fix_of(name)))

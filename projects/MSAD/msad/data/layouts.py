@@ -131,18 +131,22 @@ def entries_of(splits: dict[str, Split], prefix: str) -> list[dict]:
     ]
 
 
-def read_contents(entries: list[dict]) -> dict:
-    """What the data sets of ``entries`` hold: {"classes": names, "masks": whether there are, "keypoints": number}.
+def read_contents(entries: list[dict]) -> tuple[dict, dict[str, list[dict]]]:
+    """What the data sets of ``entries`` hold, and their dataset dicts by name.
+
+    Returns:
+        {"classes": names, "masks": whether there are, "keypoints": number}; name -> dataset dicts.
 
     Raises:
         ValueError: a file is not in COCO's format; names file and record.
     """
     train, val = ((entry["NAME"],) for entry in entries)
     with registered(CfgNode({"DATASETS": {"REGISTER": entries, "TRAIN": train, "TEST": val}})):
-        records = [record for entry in entries for record in DatasetCatalog.get(entry["NAME"])]
+        loaded = {entry["NAME"]: DatasetCatalog.get(entry["NAME"]) for entry in entries}
+        annotations = (a for records in loaded.values() for record in records for a in record.get("annotations", ()))
         metadata = MetadataCatalog.get(entries[0]["NAME"])
         return {
             "classes": list(metadata.thing_classes),
-            "masks": any("segmentation" in a for record in records for a in record.get("annotations", ())),
+            "masks": any("segmentation" in a for a in annotations),
             "keypoints": len(metadata.get("keypoint_names", ())),
-        }
+        }, loaded

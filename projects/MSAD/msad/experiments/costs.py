@@ -75,11 +75,11 @@ def _without_seed(cfg: CfgNode) -> str:
 @functools.lru_cache
 def _equal_cost_size(text: str, reference_text: str) -> int:
     configs = [CfgNode.load_cfg(part) for part in (text, reference_text)]
-    height, width = _first_record_size(configs[0])
+    record = _first_record(configs[0])
     models = [build_model(cfg).eval() for cfg in configs]
 
     def macs(model: nn.Module, short: int, longest: int) -> float:
-        shape = T.ResizeShortestEdge.get_output_shape(height, width, short, longest)
+        shape = T.ResizeShortestEdge.get_output_shape(record["height"], record["width"], short, longest)
         step = max(getattr(model, "detector", model).backbone.size_divisibility, 1)
         return padded_macs(model, *(-(-side // step) * step for side in shape))
 
@@ -97,11 +97,6 @@ def _equal_cost_size(text: str, reference_text: str) -> int:
 def _first_record(cfg: CfgNode) -> dict:
     with registered(cfg):
         return DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
-
-
-def _first_record_size(cfg: CfgNode) -> tuple[int, int]:
-    record = _first_record(cfg)
-    return record["height"], record["width"]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -134,8 +129,11 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
     same: dict[tuple, list[str]] = {}
     passes: dict[tuple, tuple] = {}
     costs: dict[tuple, dict] = {}
+    records: dict[str, dict] = {}
     for name, (cfg, model) in models.items():
-        inputs = [inference_mapper(cfg)(_first_record(cfg))]
+        data = cfg.DATASETS.dump()
+        records[data] = records.get(data) or _first_record(cfg)
+        inputs = [inference_mapper(cfg)(records[data])]
         for branch in model.branches if isinstance(model, MultiScaleTeacher) else [None]:
             select = functools.partial(_select, model, branch)
             select()
@@ -181,4 +179,3 @@ def _digest(cfg: CfgNode, branch: str | None) -> str:
 
 def _rounded(parts: dict[str, float]) -> dict[str, float]:
     return {part: float(f"{value:.4g}") for part, value in parts.items()}
-

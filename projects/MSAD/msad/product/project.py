@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 
 from ..config import load_config
 from ..data.checks import check_data
@@ -41,26 +40,16 @@ class Project:
         self.changes = [str(finding) for split in splits.values() for finding in split.changes]
         # No data set of the engine's own is called so, whatever the folder's name is.
         self.entries = entries_of(splits, f"data_{data.resolve().stem}")
-        content = read_contents(self.entries)
-        names = tuple((entry["NAME"],) for entry in self.entries)
-        sets = CfgNode({"DATASETS": {"REGISTER": self.entries, "TRAIN": names[0], "TEST": names[1]}})
-        with registered(sets):
-            train, val = (DatasetCatalog.get(entry["NAME"]) for entry in self.entries)
-        try:
-            self.objects = measure_objects(train, content["classes"], "the training images")
-            measure_objects(val, content["classes"], "the validation images")
-        except ValueError as error:
-            raise ValueError("; ".join([f"{data}: {error}", *self.changes])) from None
-        self.test_images = len(val)
-        short = choices.short_side or (load_config(choices.config).INPUT.MIN_SIZE_TEST if choices.config else
-                                       recommend(self.objects))  # fmt: skip
-        self.configs = make_configs(choices, self.entries, content, self.objects, short)
-        device = take_devices(devices) or ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
-        for cfg in self.configs.values():
-            if "MODEL.DEVICE" not in choices.opts[::2]:
-                cfg.MODEL.DEVICE = device[1]
+        names = [(entry["NAME"],) for entry in self.entries]
+        # What loading finds out about the data is known as long as they are registered.
+        with registered(CfgNode({"DATASETS": {"REGISTER": self.entries, "TRAIN": names[0], "TEST": names[1]}})):
+            content, loaded = read_contents(self.entries)
+            self._measure(data, content["classes"], *loaded.values())
+            self.configs = self._configs(content, devices)
+            findings = check_data(self.configs[STUDENT], known=loaded)[1]
+        raise_errors(findings)
         self.short = self.configs[STUDENT].INPUT.MIN_SIZE_TEST * self.divisor
-        self.warnings = self._check()
+        self.warnings = [str(finding) for finding in findings if finding.level == WARNING]
         self.files = write_configs(self.configs, output / "configs")
         self.study = Comparison(self._variants(), output / "runs", [], (seed,), teacher_weights=choices.checkpoint)
 
@@ -69,12 +58,24 @@ class Project:
         """H over the student's input."""
         return int(self.choices.scale[2:])
 
-    def _check(self) -> list[str]:
-        """Look at data and image files; ValueError with all errors, returns the warnings."""
-        with registered(self.configs[STUDENT]):
-            findings = check_data(self.configs[STUDENT])[1]
-        raise_errors(findings)
-        return [str(finding) for finding in findings if finding.level == WARNING]
+    def _measure(self, data: Path, classes: list[str], train: list[dict], val: list[dict]) -> None:
+        try:
+            self.objects = measure_objects(train, classes, "the training images")
+            measure_objects(val, classes, "the validation images")
+        except ValueError as error:
+            raise ValueError("; ".join([f"{data}: {error}", *self.changes])) from None
+        self.test_images = len(val)
+
+    def _configs(self, content: dict, devices: Sequence[str]) -> dict[str, CfgNode]:
+        choices = self.choices
+        short = choices.short_side or (load_config(choices.config).INPUT.MIN_SIZE_TEST if choices.config else
+                                       recommend(self.objects))  # fmt: skip
+        configs = make_configs(choices, self.entries, content, self.objects, short)
+        device = take_devices(devices) or ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
+        for cfg in configs.values():
+            if "MODEL.DEVICE" not in choices.opts[::2]:
+                cfg.MODEL.DEVICE = device[1]
+        return configs
 
     def _variants(self) -> dict[str, Variant]:
         student = Variant(self.files[STUDENT], title=f"student ({self.choices.method})")
