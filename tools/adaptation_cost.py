@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from msad import load_config
-from msad.cli import parse, refuse_overwriting, require_device
+from msad.cli import parse, positive, refuse_overwriting, require_device
 from msad.cli import run as run_command
 from msad.config import find_config
 from msad.data.register import register_datasets
@@ -47,9 +47,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--config-file", required=True, metavar="FILE", help="yaml of the student, with DISTILL.TEACHERS")
     add("--weights", required=True, metavar="FILE", help="checkpoint of the trained student")
     add("--output", required=True, metavar="DIR", help="folder to write to")
-    add("--images", type=int, metavar="N", help="images of each data set, drawn at random (default: all)")
+    add("--images", type=positive, metavar="N", help="images of each data set, drawn at random (default: all)")
     add("--quality", nargs="+", default=[], metavar="NAME=AP", help="performance of the teachers, for their order")
-    add("--k", type=int, metavar="N", help="the most teachers to use (default: all)")
+    add("--k", type=positive, metavar="N", help="the most teachers to use (default: all)")
     add("--normalized", action="store_true", help="order by costs divided by the variance of the target")
     add("--pairing", choices=PAIRINGS, default=PAIRINGS[0], help="which levels are compared (default by_stride)")
     add("--ridge", type=float, default=1e-6, metavar="R", help="of least squares, relative (default 1e-6)")
@@ -57,8 +57,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=SGDOptions().lr, metavar="F", help="learning rate of --sgd")
     add("--seed", type=int, default=0, metavar="N", help="of the drawn images and the initial maps of --sgd")
     args = parse(parser, argv)
-    if (args.images is not None and args.images < 1) or (args.k is not None and args.k < 1) or args.ridge < 0:
-        parser.error("--images and --k must be at least 1, --ridge not negative")
+    if args.ridge < 0:
+        parser.error(f"--ridge must not be negative, got {args.ridge}")
     return args
 
 

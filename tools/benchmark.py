@@ -72,13 +72,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "student's DISTILL settings with this teacher",
     )
     parser.add_argument(
-        "--size", nargs=2, type=int, default=[800, 1333], metavar=("HEIGHT", "WIDTH"),
+        "--size", nargs=2, type=cli.positive, default=[800, 1333], metavar=("HEIGHT", "WIDTH"),
         help="image in H pixels (default: 800 1333)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=2, help="images in the training step (default: 2)")
-    parser.add_argument("--repeats", type=int, default=10, help="timed passes; the median counts (default: 10)")
+    parser.add_argument("--batch-size", type=cli.positive, default=2, help="images in the training step (default: 2)")
+    parser.add_argument("--repeats", type=cli.positive, default=10, help="timed passes, the median counts; default: 10")
     parser.add_argument("--warmup", type=int, default=2, help="passes before them (default: 2)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=cli.positive, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one, or cpu"
     )
@@ -88,14 +88,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.prog = parser.prog
     if not args.config_file and not args.train_step:
         parser.error("nothing to measure: give --config-file or --train-step")
-    for name, least in (("repeats", 1), ("warmup", 0), ("batch_size", 1), ("threads", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch finds no GPU")
-    if min(args.size) < 1:
-        parser.error(f"--size must be positive, got {args.size}")
     if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
         parser.error(f"--output: no folder {os.path.dirname(args.output)}")
     return args

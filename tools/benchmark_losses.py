@@ -46,24 +46,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="a registered loss or an entry of DISTILL.LOSSES; can be repeated (default: all that compare features)",
     )  # fmt: skip
     parser.add_argument(
-        "--size", nargs=2, type=int, default=list(default.size), metavar=("HEIGHT", "WIDTH"),
+        "--size", nargs=2, type=cli.positive, default=list(default.size), metavar=("HEIGHT", "WIDTH"),
         help="image in H pixels (default: 800 1333)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=default.batch, help="images (default: 2)")
-    parser.add_argument("--channels", type=int, default=default.channels, help="of the teacher's maps (default: 256)")
-    parser.add_argument("--student-channels", type=int, help="of the student's maps (default: the teacher's)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median counts (default: 5)")
+    parser.add_argument("--batch-size", type=cli.positive, default=default.batch, help="images (default: 2)")
+    parser.add_argument("--channels", type=cli.positive, default=default.channels, help="of the teacher; default: 256")
+    parser.add_argument("--student-channels", type=cli.positive, help="of the student (default: the teacher's)")
+    parser.add_argument("--repeats", type=cli.positive, default=5, help="timed steps; the median counts (default: 5)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them (default: 1)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=cli.positive, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", metavar="FILE", help="also write everything to this JSON file")
     args = cli.parse(parser, argv)
     if args.opts:
         parser.error(f"there is no config to override: {' '.join(args.opts)}")
-    for name, value in vars(args).items():
-        least = 0 if name == "warmup" else 1
-        if any(isinstance(x, int) and x < least for x in (value if isinstance(value, list) else [value])):
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     return args
 
 

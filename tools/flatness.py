@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
-from msad.cli import load_models, parse
+from msad.cli import load_models, parse, positive, positive_float
 from msad.cli import run as run_command
 from msad.engine.provenance import fingerprint, write_report
 from msad.engine.setup import load_model
@@ -43,16 +43,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", nargs=2, action="append", required=True, metavar=("YAML", "WEIGHTS"), help="may be repeated")
     add("--output", required=True, metavar="DIR", help="folder to write to")
-    add("--images", type=int, default=32, metavar="N", help="images of each data set (default 32)")
-    add("--batch-size", type=int, default=4, metavar="N", help="images of a batch (default 4)")
-    add("--directions", type=int, default=10, metavar="N", help="random directions (default 10)")
-    add("--distances", nargs="+", type=float, default=list(DISTANCES), metavar="D", help="steps, in both senses")
+    add("--images", type=positive, default=32, metavar="N", help="images of each data set (default 32)")
+    add("--batch-size", type=positive, default=4, metavar="N", help="images of a batch (default 4)")
+    add("--directions", type=positive, default=10, metavar="N", help="random directions (default 10)")
+    add("--distances", nargs="+", type=positive_float, default=list(DISTANCES), metavar="D", help="in both senses")
     add("--surface", type=int, default=0, metavar="N", help="loss on a grid of N x N over two directions")
     add("--seed", type=int, default=0, metavar="N", help="of directions and images")
-    args = parse(parser, argv)
-    if min(args.images, args.batch_size, args.directions) < 1 or min(args.distances) <= 0 or args.surface < 0:
-        parser.error("--images, --batch-size, --directions and --distances must be positive, --surface not negative")
-    return args
+    return parse(parser, argv)
 
 
 class Record:

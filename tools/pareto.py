@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--calibration", metavar="DIR", help="images for 8-bit integers (default: none of these)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="numbers of threads (default: 1)")
-    parser.add_argument("--images", type=int, default=10, help="timed images of the test data (default: 10)")
-    parser.add_argument("--rounds", type=int, default=5, help="passes over them, the least counts (default: 5)")
+    parser.add_argument("--threads", nargs="+", type=cli.positive, default=[1], help="numbers of threads (default: 1)")
+    parser.add_argument("--images", type=cli.positive, default=10, help="timed images of the test data (default: 10)")
+    parser.add_argument("--rounds", type=cli.positive, default=5, help="passes, the least counts (default: 5)")
     args = cli.parse(parser, argv)
 
     def work() -> None:
@@ -58,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         from msad.export.pareto import Candidate, measure
         from msad.export.quantize import find_images
 
-        if min(*args.threads, args.images, args.rounds) < 1:
-            raise ValueError("--threads, --images and --rounds must be positive")
         models = [Candidate(*candidate(*model, args.opts)) for model in args.model]
         names = [model.name for model in models]
         if len(set(names)) < len(names):

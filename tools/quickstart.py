@@ -61,18 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--configs", type=Path, default=REPOSITORY / "configs/quickstart", help="folder of the models")
     parser.add_argument("--variants", "--rows", nargs="+", metavar="NAME", help="'all', or names; default: see above")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each variant runs once a seed; default: 0")
-    parser.add_argument("--iterations", type=_positive, help="of every stage; default: as the configs say")
-    parser.add_argument("--short-side", type=_positive, help="of H in pixels; default: as the configs say")
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="runs at a time on a CPU; default: cores, up to 4")
+    parser.add_argument("--iterations", type=cli.positive, help="of every stage; default: as the configs say")
+    parser.add_argument("--short-side", type=cli.positive, help="of H in pixels; default: as the configs say")
+    parser.add_argument("--jobs", type=cli.positive, metavar="N", help="runs at a time; default: cores, up to 4")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each GPU")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
 
 
 def data_opts(folder: Path, converted: Path, files: Sequence[Path], opts: Sequence, say: bool = True) -> list:

@@ -27,7 +27,7 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from tqdm import tqdm
 
-from msad.cli import load_models, parse
+from msad.cli import load_models, parse, positive, positive_float
 from msad.cli import run as run_command
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
 from msad.data.synthetic import DEMO
@@ -51,23 +51,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--model", nargs=2, action="append", required=True, metavar=("YAML", "WEIGHTS"), help="may be repeated")
     add("--output", required=True, metavar="DIR", help="folder to write to")
     add("--scenes", action="store_true", help="on videos of the scenes of tools/quickstart.py, drawn into DIR/scenes")
-    add("--sizes", nargs="+", type=int, metavar="PX", help="short sides of the input (default: INPUT.MIN_SIZE_TEST)")
+    add("--sizes", nargs="+", type=positive, metavar="PX", help="short sides (default: INPUT.MIN_SIZE_TEST)")
     add("--schedule", choices=("greedy", "shrinking-tail", "infinite"), default="greedy",
         help="one device that takes the newest frame; or that waits for the next if it loses no frame by that; or a "
         "device for every frame")  # fmt: skip
     add("--real-time", action="store_true", help="play the videos instead of simulating them")
-    add("--stride", type=int, default=1, metavar="N", help="process every N-th examined frame")
+    add("--stride", type=positive, default=1, metavar="N", help="process every N-th examined frame")
     add("--eta", type=float, default=0.0, metavar="FRAMES", help="ask so many frames earlier (default 0)")
-    add("--fps", type=float, metavar="F", help="frames a second (default: the data's frame_rate, else 30)")
-    add("--runtime-ms", nargs="+", type=float, metavar="MS", help="runtimes to simulate instead of those measured")
-    add("--performance", type=float, default=1.0, metavar="X", help="simulate a device X times as fast")
+    add("--fps", type=positive_float, metavar="F", help="frames a second (default: the data's frame_rate, else 30)")
+    add("--runtime-ms", nargs="+", type=positive_float, metavar="MS", help="to simulate instead of those measured")
+    add("--performance", type=positive_float, default=1.0, metavar="X", help="simulate a device X times as fast")
     args = parse(parser, argv)
     if args.real_time and (args.schedule == "infinite" or args.runtime_ms or args.performance != 1):
         parser.error("--real-time runs this device: --schedule infinite, --runtime-ms and --performance are simulated")
-    for name in ("stride", "fps", "sizes", "runtime_ms", "performance"):
-        value = getattr(args, name)
-        if value is not None and np.min(value) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {np.min(value):g}")
     if args.schedule == "infinite" and args.stride != 1:
         parser.error("--stride needs one device")
     given = next((key for key in args.opts[::2] if key in ("DATASETS.REGISTER", "DATASETS.TEST")), None)

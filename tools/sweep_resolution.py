@@ -41,13 +41,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the yaml that the model was trained with")
     parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
-    parser.add_argument("--sizes", nargs="+", type=int, metavar="PX", help="short sides (default: the paper's shares)")
+    parser.add_argument("--sizes", nargs="+", type=cli.positive, metavar="PX", help="default: the paper's shares")
     parser.add_argument("--branch", metavar="NAME", help="of a teacher: H, L, ... or fused (default: MSAD.EVAL_BRANCH)")
     parser.add_argument("--no-latency", action="store_true", help="accuracy only")
     args = cli.parse(parser, argv)
     args.prog = parser.prog
-    if args.sizes and min(args.sizes) < 1:
-        parser.error(f"--sizes must be positive, got {args.sizes}")
     return args
 
 

@@ -21,6 +21,8 @@ def parser():
     parser = argparse.ArgumentParser("tool")
     parser.add_argument("--sizes", nargs="+", type=int)
     parser.add_argument("--input", nargs="+")
+    parser.add_argument("--jobs", type=cli.positive)
+    parser.add_argument("--rates", nargs="+", type=cli.positive_float)
     parser.add_argument("--resume", action="store_true")
     return parser
 
@@ -71,6 +73,12 @@ def test_files_that_look_like_keys_are_inputs(parser, tmp_path, monkeypatch):
         ("--reusme", "did you mean --resume?"),
         ("model.device cpu", "did you mean MODEL.DEVICE?"),
         ("--sizes 4 -5", "argument --sizes: -5 is negative"),
+        ("--jobs 0", "argument --jobs: must be at least 1, got 0"),
+        ("--jobs -5", "argument --jobs: must be at least 1, got -5"),
+        ("--jobs 1.5", "argument --jobs: must be at least 1, got 1.5"),
+        ("--rates 0.5 0", "argument --rates: must be above 0, got 0"),
+        ("--rates -2", "argument --rates: must be above 0, got -2"),
+        ("--rates nan", "argument --rates: must be above 0, got nan"),
     ],
 )
 def test_wrong_calls_name_what_is_wrong(parser, capsys, line, said):

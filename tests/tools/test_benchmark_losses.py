@@ -53,7 +53,7 @@ def test_wrong_entries(tool, capsys, arguments, message):
 def test_wrong_numbers(tool, capsys):
     with pytest.raises(SystemExit):
         tool.parse_args(["--size", "0", "96"])
-    assert "--size must be at least 1" in capsys.readouterr().err
+    assert "argument --size: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_maps_are_those_of_a_detector():

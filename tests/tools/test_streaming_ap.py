@@ -168,7 +168,7 @@ def test_errors_are_one_sentence(call, videos, project, tmp_path):
 def test_what_must_be_positive(call, capsys, option):
     with pytest.raises(SystemExit):
         call(option, 0)
-    assert f"{option} must be positive, got 0" in capsys.readouterr().err
+    assert f"argument {option}: must be " in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"no data set in {VIDEOS}")

@@ -55,6 +55,24 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
+def positive(text: str) -> int:
+    """The type of an option: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """The type of an option: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str], str]:
     """(the command line without overrides, the overrides, what is wrong with them or "")."""
     rest, opts = [], []
