@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import detectron2
 import torch
 import yaml
 from detectron2.config import CfgNode
@@ -30,9 +29,11 @@ from tqdm import tqdm
 from msad import cli, load_config
 from msad.engine import DistillTrainer
 from msad.engine.build import teacher_entries
+from msad.engine.provenance import machine
 from msad.engine.setup import load_model
 from msad.evaluation import cost
 from msad.evaluation.memory import peak_memory, step_memory
+from msad.files import atomic_write
 from msad.modeling.teacher import MultiScaleTeacher
 from msad.resolution import downsampled_size, get_resolution
 
@@ -88,8 +89,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.prog = parser.prog
     if not args.config_file and not args.train_step:
         parser.error("nothing to measure: give --config-file or --train-step")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch finds no GPU")
     if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
         parser.error(f"--output: no folder {os.path.dirname(args.output)}")
     return args
@@ -252,15 +251,8 @@ def format_train_step(step: dict[str, Any]) -> str:
 def run(args: argparse.Namespace, command: list[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    result = {
-        "engine": detectron2.__version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "size": args.size,
-        "command": shlex.join(command),
-    }
+    cli.require_device(args.device, "--device")
+    result = {**machine(args.device), "size": args.size, "command": shlex.join(command)}
     tables = []
     if args.train_step:
         result["train_step"] = benchmark_train_step(args)
@@ -269,11 +261,11 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
         result["models"] = benchmark_models(args)
         tables.insert(0, format_models(result["models"]))
     print(
-        f"detectron2 {result['engine']}, torch {result['torch']}, {result['device']}, {result['threads']} threads",
+        f"{result['engine']}, torch {result['torch']}, {result['device']}, {result['threads']} threads",
         *tables, sep="\n\n",
     )  # fmt: skip
     if args.output:
-        with open(args.output, "w") as f:
+        with atomic_write(args.output, "w") as f:
             json.dump(result, f, indent=2)
             f.write("\n")
 

@@ -89,7 +89,7 @@ def format_rows(rows: list[dict]) -> str:
 def run(args: argparse.Namespace, command: str) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    cli.require_device(args.device)
+    cli.require_device(args.device, "--device")
     channels = args.student_channels or args.channels
     setting = Setting(tuple(args.size), args.batch_size, args.channels, channels, device=args.device)
     chosen = entries(args.loss)

@@ -31,7 +31,7 @@ from msad.engine.provenance import fingerprint, write_report
 from msad.engine.setup import load_model
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.evaluation.flatness import DISTANCES, loss_along, moved, random_direction, sharpness
-from msad.files import atomic_write
+from msad.files import atomic_write, finite
 from msad.modeling.ignored_regions import IgnoredRegions
 from msad.visualization.flatness import plot_lines, plot_surfaces
 
@@ -95,7 +95,7 @@ def explore(args: argparse.Namespace, cfg: CfgNode, weights: str, name: str) -> 
         "train": values["train"],
         "val": values["val"],
         "gap": values["val"] - values["train"],
-        "sharpness": {str(distance): _finite(value) for distance, value in rises.items()},
+        "sharpness": {str(distance): finite(value) for distance, value in rises.items()},
         "steps": steps,
         "lines": found_lines,
         "grid": grid,
@@ -110,16 +110,12 @@ def _evaluate(
     if key in losses:
         return losses[key](model)
     if key in lines:
-        return list(map(_finite, loss_along(model, losses["train"], random_direction(model, lines[key]), steps)))
+        return list(map(finite, loss_along(model, losses["train"], random_direction(model, lines[key]), steps)))
     values = []
     for x in grid:
         with moved(model, plane, [x, rows[key]]):
-            values.append(_finite(losses["train"](model)))
+            values.append(finite(losses["train"](model)))
     return values
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def run(args: argparse.Namespace) -> str:

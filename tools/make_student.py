@@ -32,12 +32,13 @@ from detectron2.modeling import build_model
 from msad import add_msad_config, cli, load_config
 from msad.data.layouts import LAYOUTS, register_entries
 from msad.data.register import register_datasets
+from msad.data.tally import raise_errors
 from msad.distill.init import init_student
 from msad.engine.build import load_teacher
 from msad.engine.preflight import preflight
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
 from msad.export.plain import foreign_parts, plain_file, split_config
-from msad.finding import ERROR, WARNING
+from msad.finding import WARNING
 from msad.modeling.adapters import num_classes_key
 from msad.modeling.student_config import student_config
 from msad.product.methods import distil_aligned
@@ -121,14 +122,12 @@ def check(folder: Path) -> list[str]:
     torch.manual_seed(0)
     student = build_model(cfg).eval()
     findings = preflight(cfg, student, [teacher], set())
-    wrong = [f for f in findings if f.level == ERROR]
-    if wrong:
-        raise ValueError("; ".join(f"{f.check}: {f.text} ({f.fix})" for f in wrong))
+    raise_errors(findings)
     init_student(student, teacher.model, cfg.DISTILL.INIT_STUDENT)
     side = teacher_cfg.INPUT.MIN_SIZE_TEST
     size = side, min(round(side * 4 / 3), max(teacher_cfg.INPUT.MAX_SIZE_TEST, side))
     sizes = {"teacher": size, "student": downsampled_size(size, get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift)}
-    macs, lines = {}, [f"note: {f.check}: {f.text} ({f.fix})" for f in findings if f.level == WARNING]
+    macs, lines = {}, [f"note: {finding}" for finding in findings if finding.level == WARNING]
     for name, model in (("teacher", teacher.model.eval()), ("student", student)):
         if hasattr(model, "roi_heads"):  # what masks and keypoints cost depends on what is found
             model.roi_heads.mask_on = model.roi_heads.keypoint_on = False

@@ -38,7 +38,7 @@ from msad.evaluation import streaming
 from msad.evaluation.coco_stats import box_stats
 from msad.evaluation.streaming_detector import FrameDetector, categories_of, detect_frames, play_sequences
 from msad.evaluation.sweep import at_size
-from msad.files import atomic_write
+from msad.files import atomic_write, finite
 from msad.modeling.adapters import num_classes_key
 from msad.visualization.streaming import plot_streaming
 
@@ -175,14 +175,10 @@ def evaluate_model(args: argparse.Namespace, videos: Videos, cfg: CfgNode, weigh
     return {
         "short_side": cfg.INPUT.MIN_SIZE_TEST,
         "milliseconds": round(1000 * float(np.mean(samples)), 3),
-        "offline": _finite(box_stats(videos.content, single)),
-        "streaming": _finite(box_stats(videos.content, results)),
+        "offline": {name: finite(value) for name, value in box_stats(videos.content, single).items()},
+        "streaming": {name: finite(value) for name, value in box_stats(videos.content, results).items()},
         "pairing": streaming.summarize_pairing(outputs, pairs)._asdict(),
     }
-
-
-def _finite(stats: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if np.isfinite(value) else None for name, value in stats.items()}
 
 
 def run(args: argparse.Namespace) -> str:

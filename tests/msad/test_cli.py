@@ -139,6 +139,8 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"add MODEL\.DEVICE cpu"):
         cli.require_device("cuda:0")
+    with pytest.raises(ValueError, match=r"--device is cuda, .* add --device cpu"):
+        cli.require_device("cuda", "--device")
     cli.require_device("cpu")
 
 

@@ -182,12 +182,12 @@ def load_models(models: Sequence[Sequence[str]], opts: Sequence[str]) -> dict[st
     return found
 
 
-def require_device(device: str) -> None:
-    """Raise ValueError with the way out if MODEL.DEVICE is a GPU that this machine does not have."""
+def require_device(device: str, where: str = "MODEL.DEVICE") -> None:
+    """Raise ValueError with the way out if the device of a key or option is a GPU that this machine does not have."""
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"MODEL.DEVICE is {device}, but torch finds no GPU here: add MODEL.DEVICE cpu")
+        raise ValueError(f"{where} is {device}, but torch finds no GPU here: add {where} cpu")
 
 
 def tools_folder() -> Path:

@@ -1,7 +1,8 @@
-"""Files that are whole or absent, whatever interrupts the writing, and the files of checkpoints."""
+"""Files that are whole or absent, whatever interrupts the writing, what JSON can hold, and the files of checkpoints."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", shared: bool = False
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def finite(value: float) -> float | None:
+    """A number for JSON, which has neither NaN nor infinity: None."""
+    return float(value) if math.isfinite(value) else None
 
 
 def local_file(checkpoint: str | os.PathLike) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,6 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from tabulate import tabulate
 from torch import nn
+
+from ..files import finite
 
 # Test sizes of Table 2, relative to the size that the student was trained for.
 SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
@@ -72,13 +73,9 @@ def evaluate_size(
     start = time.perf_counter()
     results = inference_on_dataset(model, _Announced(loader, on_batch), evaluator)
     return {
-        "results": {task: {k: _finite(v) for k, v in values.items()} for task, values in results.items()},
+        "results": {task: {k: finite(v) for k, v in values.items()} for task, values in results.items()},
         "seconds": round(time.perf_counter() - start, 2),
     }
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def tasks_of(sizes: Sequence[dict]) -> list[str]:

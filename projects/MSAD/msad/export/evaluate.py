@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from ..data.low_res import FILE, reads_low_res
 from ..data.register import register_datasets
 from ..engine.trainer import DistillTrainer
+from ..files import finite
 from .runner import Detector
 
 
@@ -80,8 +80,5 @@ def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[
             raise ValueError(f"{file} has the classes {', '.join(classes)}, but {name} has {', '.join(known)}")
         evaluator = DistillTrainer.build_evaluator(cfg, name)
         found = inference_on_dataset(model, [[record] for record in records], evaluator)
-        results[name] = {
-            task: {key: float(value) if math.isfinite(value) else None for key, value in values.items()}
-            for task, values in found.items()
-        }
+        results[name] = {task: {k: finite(v) for k, v in values.items()} for task, values in found.items()}
     return results
