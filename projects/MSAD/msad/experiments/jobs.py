@@ -109,7 +109,7 @@ def error_of(folder: Path) -> str | None:
 def run_all(
     plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], say: Callable[[str], None] = tqdm.write,
     command: Sequence[str] = COMMAND,
-) -> list[Run]:
+) -> list[Run]:  # fmt: skip
     """Run what is not finished, one run a slot at a time; returns the runs that failed.
 
     A run that fails is reported, noted in its folder and tried again by the next call; those that need it are not run,
@@ -128,28 +128,22 @@ def run_all(
     running: dict[subprocess.Popen, tuple[Run, Slot, float]] = {}
     failed: list[Run] = []
     free, seconds = list(slots), []
+
+    def launch(run: Run) -> None:
+        process = _start(command, plan.folder(run), free[-1])
+        running[process] = run, free.pop(), time.time()
+
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with tqdm(total=len(runs), unit="run", disable=None) as bar:
             while waiting or running:
                 for run, needs in list(waiting.items()):
-                    culprit = next((need for need in needs if need in failed), None)
                     unfinished = waiting.keys() | {other for other, *_ in running.values()}
-                    if culprit is None and (unfinished.intersection(needs) or not free):
+                    if not set(needs).intersection(failed) and (unfinished.intersection(needs) or not free):
                         continue
                     del waiting[run]
-                    try:
-                        if culprit is not None:
-                            raise ValueError(f"not run, because what it needs ({culprit}) failed")
-                        if plan.prepare(run):
-                            process = _start(command, plan.folder(run), free[-1])
-                            running[process] = run, free.pop(), time.time()
-                            continue
-                    except FAILURES as error:
-                        failed.append(run)
-                        _note(plan.folder(run), error_text(error))
-                        say(f"{run}: FAILED: {error_text(error)}")
-                    bar.update()
+                    if not _begin(plan, run, failed, say, launch):
+                        bar.update()
                 for process in _wait(running, bar, plan):
                     run, slot, start = running.pop(process)
                     free.append(slot)
@@ -182,18 +176,29 @@ def _run_here(plan: Plan, runs: Sequence[Run], threads: int, say: Callable[[str]
     if threads:
         torch.set_num_threads(threads)
     failed: list[Run] = []
-    for number, run in enumerate(tqdm(runs, unit="run", disable=None), start=1):
-        culprit = next((need for need in plan.needs(run) if need in failed), None)
-        try:
-            if culprit is not None:
-                raise ValueError(f"not run, because what it needs ({culprit}) failed")
-            if plan.prepare(run):
-                say(f"[{number}/{len(runs)}] {run}: {_scores(train_and_evaluate(plan.folder(run)))}")
-        except FAILURES as error:
-            failed.append(run)
-            _note(plan.folder(run), error_text(error))
-            say(f"{run}: FAILED: {error_text(error)}")
+
+    def train(run: Run) -> None:
+        say(f"[{runs.index(run) + 1}/{len(runs)}] {run}: {_scores(train_and_evaluate(plan.folder(run)))}")
+
+    for run in tqdm(runs, unit="run", disable=None):
+        _begin(plan, run, failed, say, train)
     return failed
+
+
+def _begin(plan: Plan, run: Run, failed: list[Run], say: Callable[[str], None], work: Callable[[Run], None]) -> bool:
+    """Do ``work`` for a run unless there is nothing left to do or it fails, which is told and noted; whether it did."""
+    try:
+        if culprit := next((need for need in plan.needs(run) if need in failed), None):
+            raise ValueError(f"not run, because what it needs ({culprit}) failed")
+        if not plan.prepare(run):
+            return False
+        work(run)
+    except FAILURES as error:
+        failed.append(run)
+        _note(plan.folder(run), error_text(error))
+        say(f"{run}: FAILED: {error_text(error)}")
+        return False
+    return True
 
 
 def _start(command: Sequence[str], folder: Path, slot: Slot) -> subprocess.Popen:
