@@ -148,7 +148,7 @@ def finish(study: Comparison, begin: float) -> dict:
     """
     runs = {name: Run(name, study.seeds[0]) for name in study.finished()}
     configs = {name: study.config(run) for name, run in runs.items()}
-    models = {n: (cfg, load_model(cfg, str(study.folder(runs[n]) / "model_final.pth"))) for n, cfg in configs.items()}
+    models = {n: (cfg, load_model(cfg, str(study.weights(runs[n])))) for n, cfg in configs.items()}
     cost = measure_costs(models)
     with registered(next(iter(configs.values()))):
         about = describe_data(next(iter(configs.values())))
@@ -176,7 +176,7 @@ def export_student(study: Comparison) -> str:
         return ""
     cfg = study.config(run)
     with registered(cfg):  # whose names the export asks for
-        sentence = export(cfg, str(study.folder(run) / "model_final.pth"), study.output / "student_L")
+        sentence = export(cfg, str(study.weights(run)), study.output / "student_L")
     return f"\n\nStudent: {study.output / 'student_L'}. {sentence}"
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+FINAL = "model_final.pth"  # what detectron2 calls the last checkpoint of a training
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb", shared: bool = False) -> Iterator[IO]:

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..config_values import nearest, valid_keys
+from ..files import FINAL
 from ..finding import error_text
 from ..resolution import get_resolution
 from .build import check_distillation, teacher_entries
@@ -21,7 +22,6 @@ from .scaling import SCHEDULE, set_iterations
 from .stage_summary import read_stages, write_summary
 
 logger = logging.getLogger(__name__)
-FINAL = "model_final.pth"
 
 
 def stage_configs(cfg: CfgNode) -> list[CfgNode]:

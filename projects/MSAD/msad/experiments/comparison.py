@@ -13,6 +13,7 @@ from ..config import load_config
 from ..distill.losses.registry import lower_keys
 from ..engine.scaling import scale_to_batch
 from ..engine.stages import set_total_iterations, total_iterations
+from ..files import FINAL
 from .costs import scale_inputs, set_equal_cost
 from .identity import check_same, is_finished
 from .jobs import Run, Slot, error_of, run_all
@@ -104,6 +105,9 @@ class Comparison:
     def folder(self, run: Run) -> Path:
         return self.output / f"seed{run.seed}" / run.name
 
+    def weights(self, run: Run) -> Path:
+        return self.folder(run) / FINAL
+
     def needs(self, run: Run) -> list[Run]:
         variant, names = self.variants[run.name], self.teachers(run.name)
         if variant.budget == "equal_time":
@@ -148,8 +152,8 @@ class Comparison:
     def _trained(self, entry: dict, seed: int) -> dict:
         if self.teacher_weights:
             return dict(entry, WEIGHTS=self.teacher_weights.replace("{seed}", str(seed)))
-        folder = self.folder(Run(self._name_of[Path(entry["CONFIG"]).resolve()], seed))
-        return dict(entry, CONFIG=str(folder / "config.yaml"), WEIGHTS=str(folder / "model_final.pth"))
+        run = Run(self._name_of[Path(entry["CONFIG"]).resolve()], seed)
+        return dict(entry, CONFIG=str(self.folder(run) / "config.yaml"), WEIGHTS=str(self.weights(run)))
 
     # --- budgets ------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from ..config import load_config
 from ..engine.run_folder import changes, same_but_places
 from ..engine.setup import load_model
+from ..files import FINAL
 from .costs import measure_costs
 from .run import read_json
 
@@ -119,7 +120,7 @@ def joined_costs(parts: Sequence[Part]) -> dict[str, dict]:
     for folder, suffix in parts:
         for run in sorted(_read(folder)["runs"], key=lambda run: run["seed"]):
             home, name = folder / f"seed{run['seed']}" / run["variant"], run["variant"] + suffix
-            weights = home / "model_final.pth"
+            weights = home / FINAL
             if name not in models and weights.is_file():
                 cfg = load_config(home / "config.yaml")
                 models[name] = cfg, load_model(cfg, str(weights))

@@ -28,9 +28,9 @@ from detectron2.engine.hooks import EvalHook
 
 from ..config import load_config
 from ..engine.setup import evaluate, evaluate_branches, load_model, prepare
-from ..engine.stages import FINAL, stage_configs, total_iterations, train_stages
+from ..engine.stages import stage_configs, total_iterations, train_stages
 from ..engine.trainer import DistillTrainer
-from ..files import atomic_write
+from ..files import FINAL, atomic_write
 
 
 def read_json(file: Path) -> dict | None:

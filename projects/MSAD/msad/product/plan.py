@@ -25,6 +25,7 @@ from ..engine.trainer import DistillTrainer
 from ..experiments.jobs import format_seconds
 from ..experiments.run import log_to
 from ..experiments.variants import map_teachers
+from ..files import FINAL
 from .steps import kept
 
 STEPS = 6  # of each training, of which the first WARMUP do not count
@@ -76,7 +77,7 @@ def measure(configs: Mapping[str, CfgNode], steps: int = STEPS) -> dict[str, Mea
             total = sum(part.iterations for part in parts)
             step = sum(part.iterations * part.step for part in parts) / total
             out[name] = parts[-1]._replace(iterations=total, step=step, checkpoints=sum(p.checkpoints for p in parts))
-            if (Path(folder) / f"{name}0" / "model_final.pth").is_file():
+            if (Path(folder) / f"{name}0" / FINAL).is_file():
                 shutil.move(Path(folder) / f"{name}0", Path(folder) / name)
     gc.collect()
     torch.cuda.empty_cache()  # the runs are processes of their own
@@ -103,7 +104,7 @@ def _measure(cfg: CfgNode, folder: Path, name: str, steps: int, first: bool) -> 
         trainer.register_hooks([watch])
         trainer.resume_or_load(resume=False)
         trainer.train()
-    size = (Path(cfg.OUTPUT_DIR) / "model_final.pth").stat().st_size
+    size = (Path(cfg.OUTPUT_DIR) / FINAL).stat().st_size
     return Measured(iterations, statistics.median(watch.seconds[min(WARMUP, steps - 1) :]), _detect(cfg, test), size,
                     iterations // period + 1)  # fmt: skip
 
@@ -112,7 +113,7 @@ def _measured_teacher(entry: dict, folder: Path) -> dict:
     """A given checkpoint stays; one that is still to be trained is that of its measured steps."""
     if Path(entry["WEIGHTS"]).is_file():
         return entry
-    return dict(entry, WEIGHTS=str(folder / Path(entry["CONFIG"]).stem / "model_final.pth"))
+    return dict(entry, WEIGHTS=str(folder / Path(entry["CONFIG"]).stem / FINAL))
 
 
 def _detect(cfg: CfgNode, test: str) -> float:

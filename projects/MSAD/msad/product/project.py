@@ -24,8 +24,6 @@ from .methods import BASELINE, STUDENT
 from .plan import Plan, measured_once
 from .recipe import make_configs, write_configs
 
-FINAL = "model_final.pth"
-
 
 class Project:
     """The configs and the comparison of one call; raises what is wrong with data and choices before anything runs."""
@@ -95,7 +93,7 @@ class Project:
         return self.study.config(Run(name, self.seed))
 
     def weights(self, name: str) -> Path:
-        return self.study.folder(Run(name, self.seed)) / FINAL
+        return self.study.weights(Run(name, self.seed))
 
     def pending(self) -> list[Run]:
         return [run for run in self.study.runs() if self.study.result(run) is None]
