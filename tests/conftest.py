@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,17 @@ def _consoles_of_this_test():
         for handler in logging.getLogger(name).handlers:
             if type(handler) is logging.StreamHandler:
                 handler.stream = sys.stdout  # setStream would flush the closed one
+
+
+@pytest.fixture
+def wait_for():
+    """``wait_for(condition)``, however slow the machine is; the suite's own time limit ends it."""
+
+    def wait(condition) -> None:
+        while not condition():
+            time.sleep(0.05)
+
+    return wait
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from head_predictions import grid
 from runs import assert_equal_weights, config, train
 
 from msad import load_config
@@ -113,11 +114,6 @@ def test_transform_by_hand():
 
 
 # --- assignment -------------------------------------------------------------------------------------------------------
-
-
-def grid(h, w, stride):
-    y, x = torch.meshgrid(torch.arange(h) * 1.0, torch.arange(w) * 1.0, indexing="ij")
-    return torch.stack([x, y, x + 1, y + 1], dim=-1).reshape(-1, 4) * stride
 
 
 def loop_assign(cells, boxes, image, num_images, topk, size):

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,12 +71,6 @@ def alive(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition) -> None:
-    """However slow the machine is; the suite's own time limit ends it."""
-    while not condition():
-        time.sleep(0.05)
 
 
 def test_a_failure_stays_alone_and_a_crash_is_not_taken_for_an_earlier_error(tmp_path):
@@ -145,7 +138,7 @@ def test_a_run_that_watches_its_parent_ends_well():
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_runs_end_with_their_parent(tmp_path, how):
+def test_runs_end_with_their_parent(tmp_path, how, wait_for):
     """However it ends: by Ctrl-C, by a scheduler, or without a word, where the runs watch their standard input."""
     what = {"first": "watch"} if how == signal.SIGKILL else {"first": "sleep", "third": "sleep"}
     plan = Script(tmp_path, **what)

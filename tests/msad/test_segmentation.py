@@ -257,7 +257,11 @@ class TestPolySchedule:
         build_lr_scheduler(cfg, optimizer)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
         cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
-        assert build_lr_scheduler(cfg, optimizer) is not None
+        scheduler = build_lr_scheduler(cfg, optimizer)
+        scheduler.last_epoch = cfg.SOLVER.MAX_ITER // 2 - 1
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005, rel=1e-3)  # of a cosine, the half
 
 
 class TestModel:

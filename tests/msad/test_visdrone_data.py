@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -427,16 +427,7 @@ def test_tests_are_at_a_longer_side_of_3999(size, expected):
 DATA = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).absolute() / "visdrone_format_sample"
 
 
-@pytest.fixture
-def forget_data_sets():
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
-def test_patches_without_objects_are_trained_on(folder, forget_data_sets):
+def test_patches_without_objects_are_trained_on(folder, clean_catalogs):
     cfg = load_config(YAML)
     (entry, _) = cfg.DATASETS.REGISTER
     places = {"IMAGES": str(folder / "images"), "ANNOTATIONS": str(folder / "annotations")}
@@ -451,7 +442,7 @@ def test_patches_without_objects_are_trained_on(folder, forget_data_sets):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data set in {DATA}")
 @pytest.mark.parametrize("arch", ["FCOS", "FasterRCNN"])
-def test_from_yaml_to_metrics_on_real_images(tiny_cfg, tmp_path, forget_data_sets, arch):
+def test_from_yaml_to_metrics_on_real_images(tiny_cfg, tmp_path, clean_catalogs, arch):
     cfg = tiny_cfg(arch)
     common = {"TYPE": "visdrone", "IMAGES": str(DATA / "images"), "ANNOTATIONS": str(DATA / "annotations")}
     cfg.DATASETS.REGISTER = [

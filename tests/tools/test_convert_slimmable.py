@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2.modeling import build_model
+from load_tool import as_program
 
 from msad import load_config
 from msad.engine.checkpoint import CheckedCheckpointer
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "convert_slimmable.py"
 YAML = """
 MODEL:
   META_ARCHITECTURE: FCOS
@@ -32,16 +28,7 @@ INPUT: {{FORMAT: RGB}}
 
 @pytest.fixture
 def convert(monkeypatch, capsys):
-    """Run the tool: (exit code, last line of stdout, last line of stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        out, err = (text.strip().splitlines() or [""] for text in capsys.readouterr())
-        return stop.value.code, out[-1], err[-1]
-
-    return run
+    return as_program("convert_slimmable", monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from load_tool import as_program
 
 from msad import load_config
-
-SCRIPT = Path(__file__).parents[2] / "tools" / "export_model.py"
 
 
 @pytest.fixture
 def export(monkeypatch, capsys):
-    """Run the tool: (exit code, last line of stdout, last line of stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        out, err = (text.strip().splitlines() or [""] for text in capsys.readouterr())
-        return stop.value.code, out[-1], err[-1]
-
-    return run
+    return as_program("export_model", monkeypatch, capsys)
 
 
 def test_exports_and_says_how_to_build_the_model(project, tmp_path, export):
@@ -117,15 +105,13 @@ def test_plain_files_need_no_onnxruntime(project, tmp_path, export, without_onnx
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["export_model.py", "--config-file", "{}", "--weights", "w.pth", "--output", "o", "--format", "onnx"],
-        ["evaluate_onnx.py", "model.onnx", "--config-file", "{}"],
-        ["pareto.py", "--model", "a", "{}", "w.pth", "--output", "o"],
+        ["export_model", "--config-file", "{}", "--weights", "w.pth", "--output", "o", "--format", "onnx"],
+        ["evaluate_onnx", "model.onnx", "--config-file", "{}"],
+        ["pareto", "--model", "a", "{}", "w.pth", "--output", "o"],
     ],
 )
 def test_says_what_onnx_needs(project, arguments, monkeypatch, capsys, without_onnxruntime):
     pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
-    script = str(SCRIPT.with_name(arguments[0]))
-    monkeypatch.setattr(sys, "argv", [script, *(a.format(project / "student.yaml") for a in arguments[1:])])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(script, run_name="__main__")
-    assert stop.value.code == 2 and "onnxruntime is not installed: pip install 'msad[onnx]'" in capsys.readouterr().err
+    program = as_program(arguments[0], monkeypatch, capsys)
+    code, _, error = program(*(a.format(project / "student.yaml") for a in arguments[1:]))
+    assert code == 2 and "onnxruntime is not installed: pip install 'msad[onnx]'" in error

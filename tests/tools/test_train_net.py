@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -146,7 +145,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(command, project, tmp_path
     assert code == 2 and message in said
 
 
-def test_interrupt_and_resume(command, project, teacher_weights, tmp_path):
+def test_interrupt_and_resume(command, project, teacher_weights, tmp_path, wait_for):
     """Ctrl-C says how to go on, and --resume does."""
     teachers = str([{"CONFIG": str(project / "teacher.yaml"), "WEIGHTS": teacher_weights["teacher"]}])
     arguments = ["--config-file", project / "student.yaml", "OUTPUT_DIR", tmp_path, "DISTILL.TEACHERS", teachers]
@@ -156,13 +155,9 @@ def test_interrupt_and_resume(command, project, teacher_weights, tmp_path):
         list(map(str, line)), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as running:
         try:
-            deadline = time.monotonic() + 240
-            while not (tmp_path / "last_checkpoint").exists():
-                assert running.poll() is None, running.stderr.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_for(lambda: (tmp_path / "last_checkpoint").exists() or running.poll() is not None)
             running.send_signal(signal.SIGINT)
-            _, said = running.communicate(timeout=60)
+            _, said = running.communicate()
         finally:
             running.kill()
     assert running.returncode == 130, said
