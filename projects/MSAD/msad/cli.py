@@ -44,7 +44,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     unknown = [*(getattr(args, "opts", None) or ()), *unknown]  # detectron2's parser takes all that is left as opts
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        near = nearest(unknown[0] if unknown[0].startswith("-") else unknown[0].upper(), [*options, *_keys()])
+        first = unknown[0] if unknown[0].startswith("-") else unknown[0].upper()
+        near = nearest(first, [*options, *valid_keys(_DEFAULTS)])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{near} (config keys are overridden by KEY VALUE)")
     for action in parser._actions:  # numbers of things and sizes, of which none is negative
         values = getattr(args, action.dest, None)
@@ -103,10 +104,6 @@ def _is_key(token: str) -> bool:
 
 _DEFAULTS = add_msad_config(get_cfg())
 _SECTIONS = tuple(_DEFAULTS.keys())
-
-
-def _keys() -> list[str]:
-    return valid_keys(add_msad_config(get_cfg()))
 
 
 def run(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -66,11 +66,10 @@ def check_data(
     return {name: loaded[name] for name in train if name in loaded}, findings
 
 
-def load_train_dicts(cfg: CfgNode, images: bool = True) -> list[dict]:
+def load_train_dicts(cfg: CfgNode) -> list[dict]:
     """Dataset dicts of ``cfg.DATASETS.TRAIN``, filtered and cleaned; all that is found about TRAIN and TEST is logged.
 
-    Args:
-        images: look at image files too (only the main process does).
+    Only the main process looks at image files.
 
     Raises:
         ValueError: there is an error in the data, or they do not fit the config; the message has all errors.
@@ -81,7 +80,7 @@ def load_train_dicts(cfg: CfgNode, images: bool = True) -> list[dict]:
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else [None] * len(names)
     if len(proposals) != len(names):
         raise ValueError(f"DATASETS.PROPOSAL_FILES_TRAIN has {len(proposals)} files for {len(names)} data sets")
-    by_name, findings = check_data(cfg, images and comm.is_main_process())
+    by_name, findings = check_data(cfg, comm.is_main_process())
     findings = shared_findings(findings)
     log_findings(findings)
     raise_errors(findings)

@@ -35,7 +35,7 @@ def quiet_console() -> Iterator[None]:
             handler.setLevel(level)
 
 
-def describe_data(name: str) -> str:
+def data_line(name: str) -> str:
     """Images, instances or label maps, and classes of a registered data set, in one line."""
     records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
     what = f"{sum(len(record.get('annotations', ())) for record in records)} instances"
@@ -78,7 +78,7 @@ def first_screen(cfg: CfgNode, model: nn.Module, start_iter: int) -> list[str]:
     """
     teachers = teacher_entries(cfg)
     lines = [f"Training on {', '.join(cfg.DATASETS.TRAIN)}"]
-    lines += [f"Evaluation on {describe_data(name)}" for name in cfg.DATASETS.TEST]
+    lines += [f"Evaluation on {data_line(name)}" for name in cfg.DATASETS.TEST]
     lines.append(f"Model: {describe_model(cfg, model)}")
     lines.append(f"Weights: {cfg.MODEL.WEIGHTS or 'MODEL.WEIGHTS is empty'}")
     for entry in teachers:

@@ -36,13 +36,12 @@ def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(10**6)
 
 
-def draw_runtimes(samples: Sequence[float], performance: float = 1.0, seed: int = 0) -> Iterator[float]:
-    """Endless runtimes in seconds, drawn from measured ones with replacement.
+def draw_runtimes(samples: Sequence[float], performance: float = 1.0) -> Iterator[float]:
+    """Endless runtimes in seconds, drawn from measured ones with replacement, by the authors' generator and its seed 0.
 
     Args:
         samples: measured runtimes in seconds.
         performance: how many times faster the device is than the measured one.
-        seed: of numpy's generator, as in the authors' simulator.
 
     Raises:
         ValueError: no samples, one that is not positive, or no positive performance.
@@ -50,7 +49,7 @@ def draw_runtimes(samples: Sequence[float], performance: float = 1.0, seed: int 
     if not len(samples) or min(samples) <= 0 or performance <= 0:
         least = f"the least is {min(samples)} s" if len(samples) else "there are none"
         raise ValueError(f"a simulation needs positive runtimes ({least}) and a positive performance ({performance})")
-    generator, samples = np.random.RandomState(seed), np.asarray(samples, dtype=float) / performance
+    generator, samples = np.random.RandomState(0), np.asarray(samples, dtype=float) / performance
     while True:
         yield float(generator.choice(samples))
 

@@ -14,13 +14,6 @@ from detectron2.config import CfgNode
 from ..config import load_config, nearest
 from ..config_values import decode
 
-BUDGETS = {
-    "": "as its config says",
-    "equal_iterations": "as many iterations as the reference and its teachers together",
-    "equal_time": "as many iterations as fit into the training time of the reference",
-    "equal_cost": "the input size at which it costs as many multiply-adds as the reference",
-}
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -29,7 +22,9 @@ class Variant:
     Attributes:
         file: its yaml.
         overrides: KEY, VALUE, ... on top of it.
-        budget: of BUDGETS; the others than "" refer to the variant called ``reference``.
+        budget: "" (as its config says), or relative to the variant called ``reference``: "equal_iterations" (as many as
+            that one and its teachers together), "equal_time" (as many iterations as fit into its training time), or
+            "equal_cost" (the input size of as many multiply-adds).
         count_teachers: the time of "equal_time" includes that of the teachers, on both sides.
         base: of "equal_time", the variant without a budget, whose steps are measured.
         title, description: what it is, for people.

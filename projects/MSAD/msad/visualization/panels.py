@@ -86,10 +86,10 @@ def draw_objects(
     return np.asarray(canvas.get_output().get_image())
 
 
-def _visible(boxes: np.ndarray, least: float = 6.0) -> np.ndarray:
-    """XYXY boxes whose sides are at least ``least`` pixels, grown about their centres: smaller ones are no frame."""
+def _visible(boxes: np.ndarray) -> np.ndarray:
+    """XYXY boxes whose sides are at least 6 pixels, grown about their centres: smaller ones are no frame."""
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    half = np.maximum(boxes[:, 2:] - boxes[:, :2], least) / 2
+    half = np.maximum(boxes[:, 2:] - boxes[:, :2], 6.0) / 2
     return np.concatenate([centres - half, centres + half], axis=1)
 
 

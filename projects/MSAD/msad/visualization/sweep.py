@@ -69,10 +69,10 @@ def sweep_figure(sizes: Sequence[dict], title: str = "") -> Figure:
     return figure
 
 
-def _apart(sides: Sequence[int], share: float = 0.09) -> list[int]:
-    """Of ascending sides those that are a share of the range apart, so that their labels do not touch."""
+def _apart(sides: Sequence[int]) -> list[int]:
+    """Of ascending sides those that are 9 % of the range apart, so that their labels do not touch."""
     kept: list[int] = []
     for side in reversed(sides):
-        if not kept or kept[-1] - side >= share * (sides[-1] - sides[0]):
+        if not kept or kept[-1] - side >= 0.09 * (sides[-1] - sides[0]):
             kept.append(side)
     return kept[::-1]

@@ -16,9 +16,9 @@ SCALE_GRADIENT = 0.01
 WAYS = ("moment", "minmax", "partial_minmax")
 
 
-def base_grid(kernel: int = 3) -> torch.Tensor:
-    """Where the taps of a convolution lie, (2 k k,): (y, x) of each tap around the centre, row by row."""
-    axis = torch.arange(kernel, dtype=torch.float32) - kernel // 2
+def base_grid() -> torch.Tensor:
+    """Where the taps of a 3x3 convolution lie, (18,): (y, x) of each tap around the centre, row by row."""
+    axis = torch.arange(-1.0, 2.0)
     return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).flatten()
 
 
