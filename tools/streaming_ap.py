@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from msad.cli import load_models, parse, positive, positive_float
 from msad.cli import run as run_command
+from msad.config_values import value_at
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
 from msad.data.synthetic import DEMO
 from msad.data.synthetic_videos import make_videos
@@ -94,10 +95,8 @@ class Videos:
 
 
 def detector_of(cfg: CfgNode, weights: str, videos: Videos) -> FrameDetector:
-    node = cfg
-    for part in num_classes_key(cfg).split("."):
-        node = node[part]
-    categories = categories_of(node, category_ids(videos.content), videos.content.get("coco_mapping"))
+    classes = value_at(cfg, num_classes_key(cfg))
+    categories = categories_of(classes, category_ids(videos.content), videos.content.get("coco_mapping"))
     return FrameDetector(cfg, load_model(cfg, weights), categories)
 
 

@@ -11,6 +11,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from msad import add_msad_config, config, load_config
+from msad.config_values import value_at
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -283,10 +284,8 @@ def test_overrides_are_read_as_they_are_meant(key, text, value):
         with pytest.raises(ValueError, match=key):
             load_config("", [key, text])
         return
-    node = load_config("", [key, text])
-    for part in key.split("."):
-        node = node[part]
-    assert node == value and type(node) is type(value)
+    found = value_at(load_config("", [key, text]), key)
+    assert found == value and type(found) is type(value)
 
 
 def test_entries_in_lower_case(tmp_path):

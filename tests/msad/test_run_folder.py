@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from msad import load_config
+from msad.config_values import value_at
 from msad.engine import run_folder
 from msad.engine.first_screen import TimeEstimate, first_screen
 from msad.engine.run_folder import check_folder, check_inputs, check_iterations, set_aside
@@ -56,10 +57,7 @@ def test_an_unchanged_run_is_resumed_in_silence(begun):
 )
 def test_what_the_checkpoint_overrides_is_said_and_not_noted_as_used(begun, opts, key, kept):
     cfg, notes = check_folder(begun(*opts), "", resume=True)
-    node = cfg
-    for part in key.split("."):
-        node = node[part]
-    assert node == kept and notes == [f"{key} {opts[1]} is ignored: the run goes on with {kept}"]
+    assert value_at(cfg, key) == kept and notes == [f"{key} {opts[1]} is ignored: the run goes on with {kept}"]
 
 
 def test_what_takes_effect_is_said(begun):

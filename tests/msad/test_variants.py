@@ -2,8 +2,6 @@
 
 import re
 from dataclasses import replace
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from msad import load_config
+from msad.config_values import value_at
 from msad.evaluation.cost import count_macs, random_inputs
 from msad.experiments import costs
 from msad.experiments.comparison import Comparison
@@ -109,7 +108,7 @@ def test_a_swept_value_has_the_type_of_its_key(tmp_path, assignment, values):
     found = []
     for variant in sweep({"it": Variant(tmp_path / "it.yaml")}, assignment).values():
         key = re.sub(r"\.\d.*", "", variant.overrides[0])
-        found.append(reduce(getitem, key.split("."), load_config(variant.file, list(variant.overrides))))
+        found.append(value_at(load_config(variant.file, list(variant.overrides)), key))
         number = assignment.startswith(("DISTILL.INIT", "MSAD"))
         assert number or isinstance(variant.swept[2], (int, float)), "the report draws it"
     assert found == values and list(map(type, found)) == list(map(type, values))

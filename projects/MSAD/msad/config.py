@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 
 from detectron2 import model_zoo
@@ -18,7 +16,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from .config_model import add_model_config
-from .config_values import check_entries, check_yaml, decode, nearest, valid_keys
+from .config_values import check_entries, check_yaml, decode, nearest, valid_keys, value_at
 from .files import local_file
 
 # Keys of earlier versions and what they are called now.
@@ -220,7 +218,7 @@ def load_config(config_file: str | os.PathLike, opts: list | tuple = ()) -> CN:
     for key, value in zip(opts[::2], opts[1::2]):
         if key not in valid_keys(cfg):
             raise _unknown_key(KeyError(key), cfg, "command line")
-        value = decode(value, reduce(getitem, key.split("."), cfg))
+        value = decode(value, value_at(cfg, key))
         cfg.merge_from_list([key, repr(value) if isinstance(value, str) else value])  # or texts are decoded again
     check_entries(cfg)
     name = detector_architecture(cfg)

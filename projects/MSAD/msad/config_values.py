@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import reduce
-from operator import getitem
 from typing import Any
 
 import yaml
@@ -44,6 +43,17 @@ def valid_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
         if isinstance(value, CfgNode):
             keys += valid_keys(value, f"{prefix}{key}.")
     return keys
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """The value at a key, which may have positions in lists (DISTILL.LOSSES.0.WEIGHT)."""
+    return reduce(lambda node, part: node[int(part) if isinstance(node, (list, tuple)) else part], key.split("."), tree)
+
+
+def set_value(cfg: CfgNode, key: str, value: Any) -> None:
+    """Set a key with dots between its parts, in place."""
+    sections, _, name = key.rpartition(".")
+    (value_at(cfg, sections) if sections else cfg)[name] = value
 
 
 def check_yaml(file: str, cfg: CfgNode) -> None:
@@ -127,9 +137,8 @@ def check_entries(cfg: CfgNode) -> None:
         ValueError: names the entry.
     """
     for name, (keys, example) in ENTRIES.items():
-        *sections, key = name.split(".")
-        section, entries = reduce(getitem, sections, cfg), []
-        for position, entry in enumerate(section[key]):
+        entries = []
+        for position, entry in enumerate(value_at(cfg, name)):
             where = f"{name}[{position}] ({_brief(entry)})"
             if not isinstance(entry, Mapping):
                 raise ValueError(f"{where}: an entry is a mapping with {keys[0]}, such as {example}")
@@ -139,7 +148,7 @@ def check_entries(cfg: CfgNode) -> None:
             if name == "DISTILL.LOSSES":
                 _check_loss(where, found)
             entries.append(found)
-        section[key] = entries
+        set_value(cfg, name, entries)
 
 
 def _check_loss(where: str, entry: dict[str, Any]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
 
+from ..config_values import value_at
 from ..modeling.adapters import num_classes_key
 
 
@@ -40,7 +40,7 @@ def needs_of(cfg: CfgNode, training: bool) -> Needs:
     """What the model of a config needs of DATASETS.TRAIN (``training``) or DATASETS.TEST."""
     try:
         key = num_classes_key(cfg)
-        classes = functools.reduce(lambda node, name: node[name], key.split("."), cfg)
+        classes = value_at(cfg, key)
     except KeyError:
         key, classes = "", None
     return Needs(

@@ -7,8 +7,6 @@ import logging
 import pickle
 import re
 from collections.abc import Iterator, Mapping
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils import comm
 
 from ..config import add_msad_config, load_config
-from ..config_values import plain, valid_keys
+from ..config_values import plain, set_value, valid_keys, value_at
 from ..data.cache import checkpoint_id
 from ..data.fingerprint import dataset_fingerprint
 from ..files import atomic_write, local_file
@@ -133,8 +131,7 @@ def _resumed(cfg: CfgNode, old: CfgNode) -> tuple[CfgNode, list[str]]:
     for key, before, now in changes(old, cfg):
         if key in KEPT:
             notes.append(f"{key} {now} is ignored: the run goes on with {before}")
-            *sections, name = key.split(".")
-            reduce(getitem, sections, out)[name] = before
+            set_value(out, key, before)
         elif key.startswith(FIXED) and not _may_change(key, before, now, Path(cfg.OUTPUT_DIR)):
             raise ValueError(
                 f"the run in {cfg.OUTPUT_DIR} cannot be resumed with another {key}: it was begun with {before}, now "
@@ -148,7 +145,7 @@ def _resumed(cfg: CfgNode, old: CfgNode) -> tuple[CfgNode, list[str]]:
 def changes(old: CfgNode, new: CfgNode) -> Iterator[tuple[str, Any, Any]]:
     """(key, old value, new value) of all that differs but OUTPUT_DIR, and DATASETS.REGISTER, which names files."""
     for key in valid_keys(new):
-        before, now = (reduce(getitem, key.split("."), cfg) for cfg in (old, new))
+        before, now = (value_at(cfg, key) for cfg in (old, new))
         if isinstance(now, CfgNode) or key in ("OUTPUT_DIR", "DATASETS.REGISTER"):
             continue
         if plain(before) != plain(now):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import reduce
-from operator import getitem
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+
+from ..config_values import set_value, value_at
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     factor = batch / reference
     new = {"SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * factor}
     new["SOLVER.STEPS"] = tuple(_shrink(step, factor) for step in cfg.SOLVER.STEPS)
-    new.update((key, _shrink(_value(cfg, key), factor)) for key in ITERATIONS)
+    new.update((key, _shrink(value_at(cfg, key), factor)) for key in ITERATIONS)
     scaled = _changed(cfg, {**new, "SOLVER.REFERENCE_BATCH_SIZE": batch})
     logger.info("Schedule scaled from batches of %d to batches of %d: %s", reference, batch, _changes(cfg, scaled))
     return scaled
@@ -78,7 +78,7 @@ def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
     if batch % reference:
         raise ValueError(f"SOLVER.IMS_PER_BATCH {batch} is no multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}")
     own = [key for key in ITERATIONS if key.startswith("DISTILL.")]
-    new = {key: _shrink(_value(cfg, key), num_processes / reference) for key in own}
+    new = {key: _shrink(value_at(cfg, key), num_processes / reference) for key in own}
     scaled = DefaultTrainer.auto_scale_workers(_changed(cfg, new), num_processes)
     if cfg.SOLVER.REFERENCE_BATCH_SIZE:
         scaled = _changed(scaled, {"SOLVER.REFERENCE_BATCH_SIZE": scaled.SOLVER.IMS_PER_BATCH})
@@ -101,13 +101,8 @@ def set_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = (
     cfg.SOLVER.STEPS = tuple(round(step * factor) for step in cfg.SOLVER.STEPS)
     for key in (*(WARMUPS if factor < 1 else ()), *PHASES):
         if key not in keep:
-            section, name = key.split(".")
-            cfg[section][name] = _shrink(cfg[section][name], 1 / factor)
+            set_value(cfg, key, _shrink(value_at(cfg, key), 1 / factor))
     cfg.SOLVER.MAX_ITER = iterations
-
-
-def _value(cfg: CfgNode, key: str) -> float | tuple[int, ...]:
-    return reduce(getitem, key.split("."), cfg)
 
 
 def _changed(cfg: CfgNode, values: dict[str, float | tuple[int, ...]]) -> CfgNode:
@@ -115,8 +110,7 @@ def _changed(cfg: CfgNode, values: dict[str, float | tuple[int, ...]]) -> CfgNod
     copy = cfg.clone()
     copy.defrost()
     for key, value in values.items():
-        *sections, name = key.split(".")
-        reduce(getitem, sections, copy)[name] = value
+        set_value(copy, key, value)
     if cfg.is_frozen():
         copy.freeze()
     return copy
@@ -124,7 +118,7 @@ def _changed(cfg: CfgNode, values: dict[str, float | tuple[int, ...]]) -> CfgNod
 
 def _changes(before: CfgNode, after: CfgNode) -> str:
     """The scaled keys as ``KEY old -> new, ...``."""
-    pairs = [(key, _value(before, key), _value(after, key)) for key in SCALED]
+    pairs = [(key, value_at(before, key), value_at(after, key)) for key in SCALED]
     return ", ".join(f"{key} {old} -> {new}" for key, old, new in pairs if old != new)
 
 

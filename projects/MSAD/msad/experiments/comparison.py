@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from tqdm import tqdm
 
 from ..config import load_config
+from ..config_values import value_at
 from ..distill.losses.registry import lower_keys
 from ..engine.scaling import scale_to_batch
 from ..engine.stages import set_total_iterations, total_iterations
@@ -18,7 +19,7 @@ from .costs import scale_inputs, set_equal_cost
 from .identity import check_same, is_finished
 from .jobs import Run, Slot, error_of, run_all
 from .run import read_json
-from .variants import Variant, map_teachers, unique_names, value_at
+from .variants import Variant, map_teachers, unique_names
 
 TIME_TOLERANCE = 0.05  # a smaller difference in time is within what can be measured
 

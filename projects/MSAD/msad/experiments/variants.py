@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
 from ..config import load_config, nearest
-from ..config_values import decode
+from ..config_values import decode, value_at
 
 
 @dataclass(frozen=True)
@@ -217,11 +216,6 @@ def _split(values: str) -> list[str]:
 def label(value: Any) -> str:
     """A swept value in the name of its variant, which is that of a folder, too."""
     return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
-
-
-def value_at(tree: Any, key: str) -> Any:
-    """The value at a key, which may have positions in lists (DISTILL.LOSSES.0.WEIGHT)."""
-    return reduce(lambda node, part: node[int(part) if isinstance(node, (list, tuple)) else part], key.split("."), tree)
 
 
 def _parse(text: str, now: Any, is_typed: bool) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_msad_config, detector_architecture
+from ..config_values import set_value, value_at
 from ..resolution import downsampled_size, get_resolution, level_of
 
 # Detectors, and the keys that name the levels that they read.
@@ -64,10 +65,9 @@ def student_config(teacher: CfgNode, resolution: str) -> CfgNode:
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS = detector, ""
     levels: set[int] = set()
     for key in LEVEL_KEYS[detector]:
-        section, name = key.split(".")
-        read = cfg.MODEL[section][name]
-        cfg.MODEL[section][name] = [f"p{level}" for level in _moved(f"MODEL.{key}", read, shift)]
-        levels.update(map(level_of, cfg.MODEL[section][name]))
+        names = [f"p{level}" for level in _moved(f"MODEL.{key}", value_at(cfg.MODEL, key), shift)]
+        set_value(cfg.MODEL, key, names)
+        levels.update(map(level_of, names))
     if detector in WITH_ANCHORS:  # those of the others are in strides
         sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[size / 2**shift for size in level] for level in sizes]

@@ -10,6 +10,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_msad_config, load_config
+from ..config_values import set_value, value_at
 from ..engine.scaling import set_iterations
 from ..export.plain import split_config
 from ..modeling.adapters import num_classes_key
@@ -59,11 +60,7 @@ def _override(cfg: CfgNode, choices: Choices, wanted: Callable[[str], bool]) -> 
     """Give ``cfg`` the user's values of the keys that are ``wanted``, in place."""
     given = load_config("", list(choices.opts))
     for key in filter(wanted, choices.opts[::2]):
-        *sections, name = key.split(".")
-        source, target = given, cfg
-        for section in sections:
-            source, target = source[section], target[section]
-        target[name] = source[name]
+        set_value(cfg, key, value_at(given, key))
     return cfg
 
 
@@ -100,8 +97,7 @@ def _is_multi_scale(cfg: CfgNode) -> bool:
 def _fit_data(cfg: CfgNode, entries: list[dict], content: dict, objects: Objects) -> None:
     cfg.DATASETS.REGISTER = entries
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (entries[0]["NAME"],), (entries[1]["NAME"],)
-    section, name = num_classes_key(cfg).split(".")[1:]
-    cfg.MODEL[section][name] = len(content["classes"])
+    set_value(cfg, num_classes_key(cfg), len(content["classes"]))
     if cfg.MODEL.KEYPOINT_ON:
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = content["keypoints"]
     cfg.TEST.DETECTIONS_PER_IMAGE = max(cfg.TEST.DETECTIONS_PER_IMAGE, 100 * math.ceil(1.5 * objects.most / 100))
@@ -144,10 +140,10 @@ def given_config(choices: Choices, entries: list[dict], content: dict, objects: 
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = choices.short_side, longest_side(choices.short_side)
     _fit_iterations(cfg, choices, objects)
     _override(cfg, choices, lambda key: not _is_of_method(key))
-    section, name = num_classes_key(cfg).split(".")[1:]
-    if cfg.MODEL[section][name] != len(content["classes"]):
+    classes = value_at(cfg, num_classes_key(cfg))
+    if classes != len(content["classes"]):
         raise ValueError(
-            f"--from: the model has {cfg.MODEL[section][name]} classes, the data have {len(content['classes'])} "
+            f"--from: the model has {classes} classes, the data have {len(content['classes'])} "
             f"({', '.join(content['classes'][:9])}); a student learns its teacher's classes"
         )
     if cfg.MODEL.KEYPOINT_ON and content["keypoints"] != cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
