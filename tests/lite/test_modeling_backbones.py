@@ -1,5 +1,7 @@
 """ResNet and FPN: structure, arithmetic, freezing and refusals."""
 
+import gc
+
 import pytest
 import torch
 import torchvision
@@ -136,10 +138,24 @@ class TestResNet:
             "stem": (8, 4), "res2": (8, 4), "res4": (32, 16)
         }
 
-    def test_stages_nobody_needs_are_not_made(self):
+    def test_stages_nobody_needs_are_not_kept(self):
+        def blocks_in_memory() -> int:
+            gc.collect()
+            return sum(type(x) is BottleneckBlock for x in gc.get_objects())
+
+        before = blocks_in_memory()
         model = build_resnet_backbone(resnet_cfg(OUT_FEATURES=["res3"]), ShapeSpec(channels=3))
         assert model.stage_names == ("res2", "res3")
         assert not any(name.startswith(("res4", "res5")) for name in model.state_dict())
+        assert blocks_in_memory() - before == 3 + 4
+
+    def test_a_seed_gives_the_same_numbers_whatever_stages_are_kept(self):
+        built = []
+        for wanted in ("res4", "res5"):
+            torch.manual_seed(0)
+            model = build_resnet_backbone(resnet_cfg(OUT_FEATURES=[wanted]), ShapeSpec(channels=3))
+            built.append((model.res4[0].conv1.weight, torch.rand(1)))
+        torch.testing.assert_close(*built, rtol=0, atol=0)
 
     def test_classifier(self):
         model = tiny_resnet(num_classes=5)

@@ -175,7 +175,8 @@ class ResNet(Backbone):
         self.stages: list[nn.Sequential] = []
         stage_names = [f"res{i}" for i in range(2, len(stages) + 2)]
         if out_features is not None:
-            # Stages behind the last wanted one would only hold weights that never see a gradient.
+            # Stages behind the last wanted one would only hold weights that never see a gradient. Whoever made them has
+            # drawn their random numbers, though, as with detectron2: what is built later is then equal, too.
             stage_names = _needed_stages(stage_names, out_features, num_classes)
 
         stride, channels = stem.stride, stem.out_channels
@@ -351,12 +352,10 @@ def _stage_settings(node) -> list[dict]:
 def build_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     """Build the ResNet that ``cfg.MODEL.RESNETS`` describes, frozen as ``cfg.MODEL.BACKBONE.FREEZE_AT`` says.
 
-    Only the stages up to the last one in ``OUT_FEATURES`` are made.
+    Only the stages up to the last one in ``OUT_FEATURES`` are kept.
     """
     node = cfg.MODEL.RESNETS
     settings = _stage_settings(node)
-    names = [f"res{i}" for i in range(2, 2 + len(settings))]
-    settings = settings[: len(_needed_stages(names, node.OUT_FEATURES, None))]
     stem = BasicStem(input_shape.channels, node.STEM_OUT_CHANNELS, node.NORM)
     stages = [ResNet.make_stage(**stage) for stage in settings]
     return ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)

@@ -47,6 +47,7 @@ def probe(workdir):
         cfg.MODEL.RESNETS.merge_from_list([x for item in settings.items() for x in item])
         torch.manual_seed(4)
         model = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+        out[f"{name}.next random number"] = torch.rand(1)  # of what is built behind the backbone
         for part, module in model.named_modules():
             if part.endswith("conv2_offset"):  # starts at zero: no displacement
                 torch.nn.init.normal_(module.weight, std=0.1)
