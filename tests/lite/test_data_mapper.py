@@ -62,6 +62,20 @@ def test_boxes_only(sample):
     assert instances.gt_boxes.tensor.tolist() == [[46, 4, 58, 20]] and instances.gt_classes.tolist() == [1]
 
 
+def test_subclasses_see_all_that_annotations_hold(sample):
+    class Mine(DatasetMapper):
+        def _transform_annotations(self, dataset_dict, transforms, image_shape):
+            self.seen = [set(annotation) for annotation in dataset_dict["annotations"]]
+            dataset_dict["annotations"][0]["segmentation"].clear()
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+    before = copy.deepcopy(sample)
+    mapper = Mine(True, augmentations=FLIP_AND_DOUBLE, image_format="BGR")
+    mapped = mapper(sample)
+    assert mapper.seen == [set(annotation) for annotation in before["annotations"]] and sample == before
+    assert set(mapped["instances"].get_fields()) == {"gt_boxes", "gt_classes"}
+
+
 def test_the_image_is_a_contiguous_tensor(sample):
     image = make(augmentations=[T.RandomFlip(1.0)])(sample)["image"]
     assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape == (3, 20, 30)

@@ -87,7 +87,7 @@ class DatasetMapper:
             utils.transform_instance_annotations(
                 anno, transforms, image_shape, keypoint_hflip_indices=self.keypoint_hflip_indices
             )
-            for anno in dataset_dict.pop("annotations")
+            for anno in self._without_unused(dataset_dict.pop("annotations"))
             if not anno.get("iscrowd", 0)
         ]
         instances = utils.annotations_to_instances(transformed, image_shape, self.instance_mask_format)
@@ -95,15 +95,21 @@ class DatasetMapper:
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         dataset_dict["instances"] = utils.filter_empty_instances(instances)
 
+    def _without_unused(self, annotations: list[dict]) -> list[dict]:
+        """The annotations without the masks or keypoints that the model does not ask for."""
+        unused = {"segmentation": not self.use_instance_mask, "keypoints": not self.use_keypoint}
+        unused = {key for key, drop in unused.items() if drop}
+        return [{k: v for k, v in annotation.items() if k not in unused} for annotation in annotations]
+
     def _wanted(self, dataset_dict: dict) -> dict:
-        """The sample without what the model does not ask for: to copy polygons takes as long as to read the image."""
+        """The sample without what nobody will read: to copy polygons takes as long as to read the image."""
         sample = dict(dataset_dict)
+        handler = getattr(self._transform_annotations, "__func__", None)
         if not self.is_train:
             sample.pop("annotations", None)
-        elif "annotations" in sample:
-            unused = {"segmentation": not self.use_instance_mask, "keypoints": not self.use_keypoint}
-            unused = {key for key, drop in unused.items() if drop}
-            sample["annotations"] = [{k: v for k, v in a.items() if k not in unused} for a in sample["annotations"]]
+        elif "annotations" in sample and handler is DatasetMapper._transform_annotations:
+            # Subclasses that handle annotations themselves get all that these hold.
+            sample["annotations"] = self._without_unused(sample["annotations"])
         return sample
 
     def __call__(self, dataset_dict: dict) -> dict:
