@@ -317,6 +317,12 @@ class TestPolygonMasks:
         assert masks.nonempty().tolist() == [True, True, False]
         assert masks.get_bounding_boxes().tensor[:2].tolist() == [[1, 1, 5, 4], [1, 1, 9, 9]]
 
+    @pytest.mark.parametrize("corner, box", [((-2, -3), [-9, -8, 0, 0]), ((5, -3), [-9, -8, 5, 0])])
+    def test_boxes_of_polygons_left_of_and_above_the_image(self, corner, box):
+        x, y = corner
+        polygon = np.array([-9.0, -8, x, -8, x, y])
+        assert PolygonMasks([[polygon]]).get_bounding_boxes().tensor.tolist() == [box]
+
     @pytest.mark.parametrize(
         "index, kept",
         [

@@ -148,12 +148,15 @@ class PolygonMasks:
         return torch.tensor([len(instance) > 0 for instance in self.polygons], dtype=torch.bool)
 
     def get_bounding_boxes(self) -> Boxes:
-        """Tight boxes around the vertices; (0, 0, 0, 0) for an instance without polygon."""
+        """Tight boxes around the vertices; (0, 0, 0, 0) for an instance without polygon.
+
+        As with detectron2, the far corner is never below 0, where an image begins.
+        """
         boxes = np.zeros((len(self), 4), dtype=np.float32)
         for box, instance in zip(boxes, self.polygons):
             if instance:
                 vertices = np.concatenate(instance).reshape(-1, 2)
-                box[:2], box[2:] = vertices.min(axis=0), vertices.max(axis=0)
+                box[:2], box[2:] = vertices.min(axis=0), vertices.max(axis=0, initial=0)
         return Boxes(torch.from_numpy(boxes))
 
     def crop_and_resize(self, boxes: Tensor, mask_size: int) -> Tensor:

@@ -141,6 +141,7 @@ def _polygons(rng):
         "area": masks.area(),
         "shoelace": polygon_area(np.array([0.0, 4, 4, 1]), np.array([0.0, 0, 3, 5])),
         "boxes": tight,
+        "boxes_outside": PolygonMasks([[p - 40 for p in parts] for parts in instances]).get_bounding_boxes().tensor,
         "nonempty": masks.nonempty(),
         "raster": np.stack([polygons_to_bitmask(p, 48, 52) for p in instances]),
         "bitmasks": BitMasks.from_polygon_masks(masks, 48, 52).tensor,
