@@ -108,6 +108,30 @@ def test_back_to_rgb():
     np.testing.assert_array_equal(grey, np.repeat(PIXELS[:, :, :1], 3, axis=2))
 
 
+@pytest.mark.parametrize(("form", "error"), [("HSV", 12), ("YCbCr", 3), ("YUV-BT.601", 0.1), ("CMYK", 0), ("RGBX", 0)])
+def test_other_formats_and_back(save, form, error):
+    read = utils.read_image(save("rgb.png", PIXELS), form)
+    assert read.shape[:2] == PIXELS.shape[:2] and read.dtype == (np.float64 if "YUV" in form else np.uint8)
+    for image in (read, torch.from_numpy(read.copy())):
+        back = utils.convert_image_to_rgb(image, form)
+        assert back.shape == PIXELS.shape and np.abs(back - PIXELS.astype(float)).max() <= error
+
+
+def test_luminance_and_colour_of_bt_601(save):
+    """Y is 0.299 R + 0.587 G + 0.114 B; U and V are 0.492 (B - Y) and 0.877 (R - Y)."""
+    luminance = PIXELS @ [0.299, 0.587, 0.114] / 255
+    blue, red = (0.492 * (PIXELS[..., 2] / 255 - luminance), 0.877 * (PIXELS[..., 0] / 255 - luminance))
+    read = utils.read_image(save("rgb.png", PIXELS), "YUV-BT.601")
+    np.testing.assert_allclose(read, np.stack([luminance, blue, red], axis=2), atol=1e-3)
+
+
+def test_unknown_formats_are_refused(save):
+    with pytest.raises((ValueError, KeyError)):
+        utils.read_image(save("rgb.png", PIXELS), "XYZ")
+    with pytest.raises((ValueError, KeyError)):
+        utils.convert_image_to_rgb(PIXELS, "XYZ")
+
+
 def test_image_size_is_checked():
     sample = {"file_name": "f.jpg"}
     utils.check_image_size(sample, PIXELS)

@@ -221,6 +221,13 @@ def _crops_around_instances(out):
     out["crop_with_instance"] = np.array(rows)
 
 
+def _image_formats(path, out):
+    for name in ("RGB", "BGR", "L", "HSV", "YCbCr", "YUV-BT.601", "LAB", "CMYK", "RGBX"):
+        out[f"format/{name}/read"] = read = np.ascontiguousarray(utils.read_image(path, name))
+        out[f"format/{name}/back"] = utils.convert_image_to_rgb(read, name)
+        out[f"format/{name}/back from tensor"] = utils.convert_image_to_rgb(torch.from_numpy(read), name)
+
+
 def probe(workdir):
     out = {}
     json_file, root = _make_dataset(workdir / "parity_images")
@@ -243,4 +250,5 @@ def probe(workdir):
     _streams(out)
     _metadata(out)
     _crops_around_instances(out)
+    _image_formats(samples[0]["file_name"], out)
     return out
