@@ -176,6 +176,23 @@ def test_wrong_number_of_sigmas_is_an_error(dataset):
         evaluate(evaluator, perfect(keypoints=3))
 
 
+def test_a_config_in_place_of_tasks(dataset, tmp_path, caplog):
+    cfg = get_cfg()
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.05, 0.1, 0.1]
+    with caplog.at_level(logging.WARNING):
+        older = COCOEvaluator(dataset, cfg, False, output_dir=str(tmp_path))
+    assert "deprecated" in caplog.text
+    noisy = perfect(shift=2, masks=True, keypoints=3)
+    sigmas = {"kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
+    both = [flatten_results_dict(evaluate(e, noisy)) for e in (older, COCOEvaluator(dataset, **sigmas))]
+    assert both[0] == pytest.approx(both[1], nan_ok=True)
+    # What is said explicitly counts.
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [9.0, 9.0, 9.0]
+    said = evaluate(COCOEvaluator(dataset, cfg, False, **sigmas), noisy)["keypoints"]
+    guessed = evaluate(COCOEvaluator(dataset, cfg, False), noisy)["keypoints"]
+    assert said["AP"] < guessed["AP"] == pytest.approx(100)
+
+
 def test_without_annotations_files_are_written(dataset, tmp_path):
     write_truth(tmp_path / "truth.json", [], with_annotations=False)
     assert evaluate(COCOEvaluator(dataset, output_dir=str(tmp_path)), perfect()) == {}

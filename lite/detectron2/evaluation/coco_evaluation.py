@@ -11,6 +11,7 @@ import pycocotools.mask as mask_util
 import torch
 from tabulate import tabulate
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.structures import BoxMode, Instances
@@ -36,7 +37,8 @@ class COCOEvaluator(DatasetEvaluator):
     Args:
         dataset_name: a registered data set. Its metadata has `json_file`, COCO annotations; if not, the
             data set is converted to such a file in `output_dir`.
-        tasks: from "bbox", "segm", "keypoints"; by default bbox and whatever else the predictions have.
+        tasks: from "bbox", "segm", "keypoints"; by default bbox and whatever else the predictions have. Older code
+            gives a config here: it means the default, and the config has the sigmas if `kpt_oks_sigmas` does not.
         distributed: gather the predictions of all processes; otherwise each evaluates its own.
         output_dir: gets instances_predictions.pth (`torch.load`) and coco_instances_results.json (COCO's
             result format). By default nothing is written.
@@ -51,7 +53,7 @@ class COCOEvaluator(DatasetEvaluator):
     def __init__(
         self,
         dataset_name: str,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str] | CfgNode | None = None,
         distributed: bool = True,
         output_dir: str | None = None,
         *,
@@ -61,6 +63,11 @@ class COCOEvaluator(DatasetEvaluator):
         allow_cached_coco: bool = True,
     ) -> None:
         self._logger = logging.getLogger(__name__)
+        self._oks_sigmas = list(kpt_oks_sigmas)
+        if isinstance(tasks, CfgNode):
+            self._logger.warning("COCOEvaluator(name, cfg, ...) is deprecated: give it tasks and kpt_oks_sigmas.")
+            self._oks_sigmas = self._oks_sigmas or list(tasks.TEST.KEYPOINT_OKS_SIGMAS)
+            tasks = None
         unknown = sorted(set(tasks or ()) - set(METRICS))
         if unknown:
             raise ValueError(f"COCOEvaluator has no task {unknown[0]!r}; the tasks are {', '.join(METRICS)}.")
@@ -68,7 +75,6 @@ class COCOEvaluator(DatasetEvaluator):
         self._distributed = distributed
         self._output_dir = output_dir
         self._use_fast_impl = use_fast_impl
-        self._oks_sigmas = list(kpt_oks_sigmas)
         self._limits = sorted([*BOX_LIMITS[:2], max_dets_per_image or BOX_LIMITS[2]])
         self._cpu = torch.device("cpu")
 

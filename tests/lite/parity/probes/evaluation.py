@@ -165,6 +165,11 @@ def probe(workdir: pathlib.Path) -> dict[str, object]:
     _record(out, "boxes alone", run(plain, detections, masks=False, keypoints=False))
     _record(out, "no detections", run(plain, {image_id: [] for image_id in detections}))
     _record(out, "no images", run(plain, {}))
+    cfg = get_cfg()
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = SIGMAS
+    logging.disable(logging.WARNING)
+    _record(out, "config for tasks", run(COCOEvaluator("probe_eval", cfg, False), detections))
+    logging.disable(logging.INFO)
     asked = COCOEvaluator("probe_eval", tasks=("bbox",))
     _record(out, "asked for boxes", run(asked, detections))
     asked = COCOEvaluator("probe_eval", tasks=("segm", "bbox"))
