@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -182,15 +183,65 @@ def test_a_config_in_place_of_tasks(dataset, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         older = COCOEvaluator(dataset, cfg, False, output_dir=str(tmp_path))
     assert "deprecated" in caplog.text
-    noisy = perfect(shift=2, masks=True, keypoints=3)
     sigmas = {"kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
-    both = [flatten_results_dict(evaluate(e, noisy)) for e in (older, COCOEvaluator(dataset, **sigmas))]
-    assert both[0] == pytest.approx(both[1], nan_ok=True)
+
+    def results(evaluator):
+        return flatten_results_dict(evaluate(evaluator, perfect(shift=2, masks=True, keypoints=3)))
+
+    assert results(older) == pytest.approx(results(COCOEvaluator(dataset, **sigmas)), nan_ok=True)
     # What is said explicitly counts.
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [9.0, 9.0, 9.0]
-    said = evaluate(COCOEvaluator(dataset, cfg, False, **sigmas), noisy)["keypoints"]
-    guessed = evaluate(COCOEvaluator(dataset, cfg, False), noisy)["keypoints"]
-    assert said["AP"] < guessed["AP"] == pytest.approx(100)
+    said = results(COCOEvaluator(dataset, cfg, False, **sigmas))["keypoints/AP"]
+    assert said < results(COCOEvaluator(dataset, cfg, False))["keypoints/AP"] == pytest.approx(100)
+
+
+def proposals(boxes, logits):
+    """boxes: XYWH."""
+    corners = BoxMode.convert(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), 1, 0)
+    return Instances((SIZE, SIZE), proposal_boxes=Boxes(corners), objectness_logits=torch.tensor(logits))
+
+
+def test_recall_of_proposals_by_hand(dataset, tmp_path):
+    evaluator = COCOEvaluator(dataset, ("bbox",), output_dir=str(tmp_path / "out"))
+    evaluator.reset()
+    # 20 x 20 moved by 5: IoU 0.6, found at 0.50, 0.55, 0.60. Nothing is near the 20 x 10.
+    first = proposals([(10, 5, 20, 20), (40, 0, 5, 5)], [0.0, 5.0])
+    # 40 x 40 exactly.
+    second = proposals([(0, 0, 40, 40)], [1.0])
+    evaluator.process([{"image_id": 3}, {"image_id": 5}], [{"proposals": first}, {"proposals": second}])
+    results = evaluator.evaluate()
+    assert list(results) == ["box_proposals"]
+    expected = {"AR": (0.3 + 0 + 1) / 3, "ARs": (0.3 + 0) / 2, "ARm": 1, "ARl": np.nan}
+    expected = {f"{name}@{n}": 100 * value for n in (100, 1000) for name, value in expected.items()}
+    assert list(results["box_proposals"]) == list(expected)
+    assert results["box_proposals"] == pytest.approx(expected, nan_ok=True)
+    with open(tmp_path / "out" / "box_proposals.pkl", "rb") as f:
+        written = pickle.load(f)
+    assert written["ids"] == [3, 5] and written["bbox_mode"] == BoxMode.XYXY_ABS
+    np.testing.assert_array_equal(written["boxes"][0], first.proposal_boxes.tensor)
+    np.testing.assert_array_equal(written["objectness_logits"][0], [0, 5])
+
+
+def test_a_proposal_finds_one_object(dataset, tmp_path):
+    path = tmp_path / "truth.json"
+    write_truth(path, [(3, 7, (0, 0, 50, 45)), (3, 9, (0, 0, 50, 50)), (3, 9, (0, 0, 60, 60))])
+    content = json.loads(path.read_text())
+    content["annotations"][2]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    evaluator = COCOEvaluator(dataset)
+    evaluator.reset()
+    evaluator.process([{"image_id": 3}], [{"proposals": proposals([(0, 0, 50, 50), (50, 50, 9, 9)], [1.0, 0.0])}])
+    assert evaluator.evaluate()["box_proposals"]["AR@100"] == pytest.approx(50)
+
+
+def test_proposals_beside_detections(dataset):
+    evaluator = COCOEvaluator(dataset, ("bbox",))
+    evaluator.reset()
+    for image_id, instances in perfect().items():
+        found = Instances((SIZE, SIZE), proposal_boxes=instances.pred_boxes, objectness_logits=instances.scores)
+        evaluator.process([{"image_id": image_id}], [{"instances": instances, "proposals": found}])
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP"] == pytest.approx(100) == results["box_proposals"]["AR@100"]
 
 
 def test_without_annotations_files_are_written(dataset, tmp_path):

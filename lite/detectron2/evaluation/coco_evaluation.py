@@ -1,4 +1,4 @@
-"""COCO metrics (average precision of boxes, masks and keypoints) of a model's detections."""
+"""COCO metrics of a model's detections (average precision of boxes, masks, keypoints) and proposals (recall)."""
 
 import json
 import logging
@@ -21,6 +21,7 @@ from detectron2.utils.logger import create_small_table
 
 from .evaluator import DatasetEvaluator
 from .fast_coco import BOX_LIMITS, CocoMetrics, evaluate_coco, load_annotations
+from .proposals import proposal_recall, save_proposals
 
 __all__ = ["COCOEvaluator"]
 
@@ -32,7 +33,7 @@ METRICS = {
 
 
 class COCOEvaluator(DatasetEvaluator):
-    """COCO average precision, 0 to 100, NaN where it cannot be computed.
+    """COCO average precision, and recall of proposals, 0 to 100, NaN where it cannot be computed.
 
     Args:
         dataset_name: a registered data set. Its metadata has `json_file`, COCO annotations; if not, the
@@ -41,7 +42,7 @@ class COCOEvaluator(DatasetEvaluator):
             gives a config here: it means the default, and the config has the sigmas if `kpt_oks_sigmas` does not.
         distributed: gather the predictions of all processes; otherwise each evaluates its own.
         output_dir: gets instances_predictions.pth (`torch.load`) and coco_instances_results.json (COCO's
-            result format). By default nothing is written.
+            result format); of proposals box_proposals.pkl. By default nothing is written.
         max_dets_per_image: limit on boxes and masks an image and category, for AP; by default 100.
             COCO's other two limits (1 and 10, for AR) stay, so that values below 10 act as 10.
             Keypoints keep COCO's limit, 20.
@@ -92,22 +93,25 @@ class COCOEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         self._predictions: list[dict] = []
-        self._proposals = False
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Take the detections of a batch.
+        """Take the detections or proposals of a batch.
 
         Args:
             inputs: each with "image_id", that of the annotations.
             outputs: each with "instances": pred_boxes (pixels of the image in the annotations), scores,
-                pred_classes and, where there are such, pred_masks and pred_keypoints.
+                pred_classes and, where there are such, pred_masks and pred_keypoints; or "proposals":
+                proposal_boxes, objectness_logits; or both.
         """
         for item, output in zip(inputs, outputs):
-            if "instances" not in output:
-                self._proposals |= "proposals" in output
-                continue
-            detections = instances_to_coco_json(output["instances"].to(self._cpu), item["image_id"])
-            self._predictions.append({"image_id": item["image_id"], "instances": detections})
+            prediction = {"image_id": item["image_id"]}
+            if "instances" in output:
+                found = output["instances"].to(self._cpu)
+                prediction["instances"] = instances_to_coco_json(found, item["image_id"])
+            if "proposals" in output:
+                prediction["proposals"] = output["proposals"].to(self._cpu)
+            if len(prediction) > 1:
+                self._predictions.append(prediction)
 
     def evaluate(self, img_ids: Sequence | None = None) -> OrderedDict | None:
         """The metrics.
@@ -116,8 +120,8 @@ class COCOEvaluator(DatasetEvaluator):
             img_ids: evaluate on these images; by default on all in the annotations.
 
         Returns:
-            {task: {metric: value}}; per category as "AP-<name>", if there are several. Empty without any
-            prediction. None in processes other than the main one.
+            {task: {metric: value}}; per category as "AP-<name>", if there are several. Proposals are the task
+            "box_proposals", on all images. Empty without any prediction. None in processes other than the main one.
         """
         predictions = self._predictions
         if self._distributed:
@@ -126,8 +130,7 @@ class COCOEvaluator(DatasetEvaluator):
             if not comm.is_main_process():
                 return None
         if not predictions:
-            what = "proposals, which this engine does not evaluate" if self._proposals else "not a single prediction"
-            self._logger.warning("COCOEvaluator has got %s.", what)
+            self._logger.warning("COCOEvaluator has got not a single prediction.")
             return OrderedDict()
         # One order for any number of processes.
         predictions = sorted(predictions, key=lambda prediction: prediction["image_id"])
@@ -135,7 +138,22 @@ class COCOEvaluator(DatasetEvaluator):
             PathManager.mkdirs(self._output_dir)
             with PathManager.open(os.path.join(self._output_dir, "instances_predictions.pth"), "wb") as f:
                 torch.save(predictions, f)
-        return self._evaluate_instances(predictions, img_ids)
+        results: OrderedDict = OrderedDict()
+        if "proposals" in predictions[0]:
+            results.update(self._evaluate_proposals(predictions))
+        if "instances" in predictions[0]:
+            results.update(self._evaluate_instances(predictions, img_ids))
+        return results
+
+    def _evaluate_proposals(self, predictions: list[dict]) -> dict[str, dict[str, float]]:
+        if self._output_dir:
+            save_proposals(predictions, os.path.join(self._output_dir, "box_proposals.pkl"))
+        if not self._do_evaluation:
+            self._logger.info("%s has no annotations: nothing to evaluate.", self._metadata.json_file)
+            return {}
+        recalls = proposal_recall(self._coco_api, predictions)
+        self._logger.info("Recall of proposals:\n%s", create_small_table(recalls))
+        return {"box_proposals": recalls}
 
     def _evaluate_instances(self, predictions: list[dict], img_ids: Sequence | None) -> OrderedDict:
         detections = self._with_dataset_categories(predictions)

@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import pickle
 
 import numpy as np
 import torch
@@ -119,6 +120,37 @@ def run(evaluator, detections, img_ids=None, **kwargs):
     return evaluator.evaluate(img_ids=img_ids) if img_ids else evaluator.evaluate()
 
 
+def make_proposals(truth, count):
+    """Random boxes, many around objects."""
+    rng = np.random.RandomState(count)
+    found = {}
+    for image in truth["images"]:
+        corners = rng.uniform(0, SIZE, (count, 2))
+        boxes = [np.concatenate([corners, corners + rng.uniform(2, 90, (count, 2))], 1)]
+        for x, y, w, h in [a["bbox"] for a in truth["annotations"] if a["image_id"] == image["id"]]:
+            boxes.append(np.array([x, y, x + w, y + h]) + rng.randn(count // 10, 4) * 0.1 * np.array([w, h, w, h]))
+        boxes = torch.tensor(np.concatenate(boxes), dtype=torch.float32)
+        logits = torch.from_numpy(rng.permutation(len(boxes)) / 10.0).float()
+        found[image["id"]] = Instances((SIZE, SIZE), proposal_boxes=Boxes(boxes), objectness_logits=logits)
+    return found
+
+
+def _record_proposals(out, workdir, truth):
+    for count in (10, 60, 1500):
+        evaluator = COCOEvaluator("probe_eval", output_dir=str(workdir / f"proposals {count}"))
+        evaluator.reset()
+        for image_id, found in make_proposals(truth, count).items():
+            found = found[:0] if image_id == 486 else found  # an image without proposals
+            evaluator.process([{"image_id": image_id}], [{"proposals": found}])
+        _record(out, f"{count} proposals", evaluator.evaluate())
+        with open(workdir / f"proposals {count}" / "box_proposals.pkl", "rb") as f:
+            written = pickle.load(f)
+        out[f"{count} proposals/mode"] = int(written["bbox_mode"])
+        order = np.argsort(written["ids"])
+        for key in ("ids", "boxes", "objectness_logits"):
+            out[f"{count} proposals/{key}"] = [written[key][i] for i in order]
+
+
 def _record(out, name, results):
     out[f"{name}/keys"] = json.dumps({task: list(metrics) for task, metrics in results.items()})
     for key, value in flatten_results_dict(results).items():
@@ -174,6 +206,8 @@ def probe(workdir: pathlib.Path) -> dict[str, object]:
     _record(out, "asked for boxes", run(asked, detections))
     asked = COCOEvaluator("probe_eval", tasks=("segm", "bbox"))
     _record(out, "asked, none found", run(asked, {image_id: [] for image_id in detections}))
+
+    _record_proposals(out, workdir, truth)
 
     batches = [[{"image_id": image_id}] for image_id in detections]
     model = _Echo(detections).train()
