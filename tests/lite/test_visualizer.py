@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from detectron2.data import Metadata as DatasetMetadata
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 from detectron2.utils.colormap import colormap, random_color, random_colors
 from detectron2.utils.video_visualizer import VideoVisualizer
@@ -185,6 +186,59 @@ def test_annotations(canvas):
     picture = Visualizer(canvas, METADATA).draw_dataset_dict({"annotations": [annotation]}).get_image()
     hit = changed(picture)
     assert hit[60, 98:103].any() and hit[40, 60] and not hit[110:].any()
+
+
+STUFF = Metadata(stuff_classes=["sky", "grass"], stuff_colors=[(255, 0, 0), (0, 0, 255)])
+
+
+@pytest.fixture
+def labels():
+    """Sky and grass, and 255 for unlabeled."""
+    labels = np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)
+    labels[20:60, 20:80], labels[70:100, 20:140] = 0, 1
+    return labels
+
+
+@pytest.mark.parametrize("form", [np.asarray, torch.from_numpy])
+def test_label_maps(canvas, labels, form):
+    picture = Visualizer(canvas, STUFF).draw_sem_seg(form(labels)).get_image()
+    np.testing.assert_allclose(picture[25, 25], [0.8 * 255 + 0.2 * GRAY, 0.2 * GRAY, 0.2 * GRAY], atol=3)
+    np.testing.assert_allclose(picture[95, 25], [0.2 * GRAY, 0.2 * GRAY, 0.8 * 255 + 0.2 * GRAY], atol=3)
+    assert not changed(picture)[:15].any() and not changed(picture)[105:].any()
+    plain = Visualizer(canvas, STUFF).draw_sem_seg(form(labels), draw_text=False).get_image()
+    assert len(np.unique(plain[25:55, 25:75].reshape(-1, 3), axis=0)) == 1, "no name"
+    assert (plain != picture)[35:55, 30:70].any(), "the name is in the middle"
+
+
+def test_small_parts_are_left_out(canvas, labels):
+    """60 x 40 pixels are sky and, elsewhere, 50 x 5; 120 x 30 are grass."""
+    labels[5:10, 100:150] = 0
+    for limit, expected in ((None, [1, 1, 1]), (1000, [0, 1, 1]), (3000, [0, 0, 1]), (9999, [0, 0, 0])):
+        hit = changed(Visualizer(canvas, STUFF).draw_sem_seg(labels, area_threshold=limit).get_image())
+        assert [hit[7, 105], hit[25, 25], hit[95, 25]] == expected
+
+
+def test_label_maps_of_samples(canvas, labels, tmp_path):
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    square = [20, 20, 80, 20, 80, 60, 20, 60]
+    annotation = {"bbox": [20, 20, 80, 60], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "segmentation": [square]}
+    for sample in ({"sem_seg": labels}, {"sem_seg_file_name": str(tmp_path / "labels.png")}):
+        picture = Visualizer(canvas, STUFF).draw_dataset_dict(sample).get_image()
+        np.testing.assert_allclose(picture[95, 25], [GRAY / 2, GRAY / 2, (GRAY + 255) / 2], atol=3)
+        both = Visualizer(canvas, STUFF).draw_dataset_dict({**sample, "annotations": [annotation]}).get_image()
+        assert (both[30, 30] != picture[30, 30]).any() and (both[95, 25] == picture[95, 25]).all()
+
+
+def test_label_maps_of_videos(canvas, labels):
+    video = VideoVisualizer(STUFF)
+    frames = [video.draw_sem_seg(canvas, labels).get_image() for _ in range(2)]
+    assert (frames[0] == frames[1]).all() and changed(frames[0])[95, 25] and not changed(frames[0])[:15].any()
+
+
+def test_metadata_is_empty_by_default(canvas):
+    metadata = Visualizer(canvas).metadata
+    assert isinstance(metadata, DatasetMetadata) and metadata.get("thing_classes") is None
+    assert set(metadata.as_dict()) <= {"name"}
 
 
 def test_save(canvas, tmp_path):

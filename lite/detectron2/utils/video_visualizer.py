@@ -36,6 +36,11 @@ class VideoVisualizer:
         picture.instance_colors = self._colors
         return picture.draw_instance_predictions(predictions)
 
+    def draw_sem_seg(self, frame: np.ndarray, sem_seg: Any, area_threshold: int | None = None) -> VisImage:
+        """Draw the label map (H, W) of a frame; see `Visualizer.draw_sem_seg`."""
+        picture = Visualizer(frame, self.metadata, instance_mode=self._instance_mode)
+        return picture.draw_sem_seg(sem_seg, area_threshold)
+
     def _match_colors(self, now: Instances) -> list[np.ndarray]:
         """Colors of the best matches in the previous frame; new ones for objects without match."""
         colors: list[np.ndarray | None] = [None] * len(now.pred_boxes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from enum import Enum
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -13,6 +12,8 @@ import matplotlib.colors as mplc
 import numpy as np
 import torch
 
+from detectron2.data.catalog import Metadata
+from detectron2.data.image_io import read_image
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 
 from . import canvas as draw
@@ -35,6 +36,7 @@ class ColorMode(Enum):
     """As IMAGE, on a picture that is gray outside the masks."""
 
 
+_OFF_WHITE = (1.0, 1.0, 240 / 255)
 _MASK_OPACITY = {ColorMode.IMAGE: 0.5, ColorMode.SEGMENTATION: 0.7, ColorMode.IMAGE_BW: 0.3}
 
 
@@ -53,13 +55,14 @@ class Visualizer(Drawing):
         Args:
             img_rgb: RGB (H, W, 3), values in [0, 255].
             metadata: the data set's Metadata, or anything with some of its attributes `thing_classes`,
-                `thing_colors`, `keypoint_names` and `keypoint_connection_rules`.
+                `thing_colors`, `stuff_classes`, `stuff_colors`, `keypoint_names` and `keypoint_connection_rules`.
+                Default: an empty Metadata.
             scale: pixels of the picture per pixel of the image.
             instance_mode: how predictions are colored.
             font_size_scale: factor for the size of labels, which otherwise follows that of the image.
         """
         super().__init__(img_rgb, scale, font_size_scale)
-        self.metadata = SimpleNamespace() if metadata is None else metadata
+        self.metadata = Metadata() if metadata is None else metadata
         self.keypoint_threshold = 0.05
         self._instance_mode = instance_mode
 
@@ -90,11 +93,45 @@ class Visualizer(Drawing):
             alpha=_MASK_OPACITY[self._instance_mode],
         )
 
+    def draw_sem_seg(
+        self,
+        sem_seg: Any,
+        area_threshold: int | None = None,
+        alpha: float = 0.8,
+        draw_text: bool = True,
+        edge_color: Any = _OFF_WHITE,
+    ) -> VisImage:
+        """Fill the classes of a label map, the largest first, and write their names.
+
+        Args:
+            sem_seg: (H, W), the class of each pixel. Labels that `stuff_classes` does not have are left out.
+            area_threshold: connected parts of fewer pixels are left out.
+            alpha: opacity.
+            edge_color: color of the outlines.
+        """
+        sem_seg, names, colors = to_array(sem_seg), self._meta("stuff_classes"), self._meta("stuff_colors")
+        known = [label for label in np.unique(sem_seg).tolist() if 0 <= label < (len(names) if names else np.inf)]
+        masks = {label: _large_parts(sem_seg == label, area_threshold or 1) for label in known}
+        drawn = sorted((label for label in known if masks[label].any()), key=lambda label: -masks[label].sum())
+        palette = np.asarray(colors) / 255 if colors else colormap(rgb=True, maximum=1)
+        for label in drawn:
+            color = palette[label % len(palette)]
+            self.draw_binary_mask(masks[label], color, edge_color=edge_color, alpha=alpha, area_threshold=0)
+        for label in drawn if draw_text else ():
+            place = _middle_of_largest_part(masks[label])
+            self.draw_text(names[label] if names else str(label), place, color=palette[label % len(palette)])
+        return self.output
+
     def draw_dataset_dict(self, dic: dict) -> VisImage:
-        """Draw the annotations of one image in detectron2's data-set format."""
-        annotations = dic.get("annotations") or []
-        if not annotations:
-            return self.output
+        """Draw annotations and label map ("sem_seg", "sem_seg_file_name") of an image in the data-set format."""
+        if dic.get("annotations"):
+            self._draw_annotations(dic["annotations"])
+        labels = dic.get("sem_seg")
+        if labels is None and "sem_seg_file_name" in dic:
+            labels = read_image(dic["sem_seg_file_name"])
+        return self.output if labels is None else self.draw_sem_seg(labels, area_threshold=0, alpha=0.5)
+
+    def _draw_annotations(self, annotations: list[dict]) -> None:
         classes = [a.get("category_id", 0) for a in annotations]
         masks = keypoints = None
         if any("segmentation" in a for a in annotations):
@@ -106,7 +143,7 @@ class Visualizer(Drawing):
             for row, values in zip(keypoints, flat):
                 row.flat[: len(values)] = values
         crowd = [a.get("iscrowd", 0) for a in annotations]
-        return self.overlay_instances(
+        self.overlay_instances(
             boxes=[BoxMode.convert(list(a["bbox"]), a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations],
             labels=_create_text_labels(classes, None, self._meta("thing_classes"), crowd),
             masks=masks,
@@ -239,6 +276,19 @@ def _largest_first(boxes: np.ndarray | None, masks: list[GenericMask] | None, to
     else:
         areas = np.zeros(total)
     return np.argsort(-areas, kind="stable").tolist()
+
+
+def _large_parts(mask: np.ndarray, area: int) -> np.ndarray:
+    """A bitmap (H, W) without its connected parts of fewer than `area` pixels."""
+    _, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    return mask & (stats[:, cv2.CC_STAT_AREA] >= area)[parts]
+
+
+def _middle_of_largest_part(mask: np.ndarray) -> tuple[float, float]:
+    """x and y in the middle (median) of the largest connected part of a bitmap (H, W)."""
+    _, parts, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    ys, xs = np.nonzero(parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
+    return float(np.median(xs)), float(np.median(ys))
 
 
 def _jitter(color: draw.Color) -> draw.Color:
