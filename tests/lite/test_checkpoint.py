@@ -68,6 +68,17 @@ def test_formats(tmp_path, name, content):
     assert "model" not in rest and rest.get("iteration") == content.get("iteration")
 
 
+def test_checkpoints_of_pycls(tmp_path):
+    model = small_model()
+    weights = {"stem.conv1.weight": torch.from_numpy(CONV), "stem.bn.num_batches_tracked": torch.tensor(7)}
+    path = dump({"model_state": weights, "epoch": 4, "optimizer_state": {}}, tmp_path / "m.pyth")
+    rest = DetectionCheckpointer(model).load(path)
+    assert np.array_equal(model.backbone.stem.conv1.weight.detach().numpy(), CONV)
+    assert rest == {"__author__": "pycls", "matching_heuristics": True}
+    with pytest.raises((ValueError, AssertionError), match="model_state"):
+        DetectionCheckpointer(model).load(dump({"model": weights}, tmp_path / "other.pyth"))
+
+
 def test_report_of_what_does_not_fit(tmp_path, records):
     weights = {
         "backbone.stem.conv1.weight": torch.from_numpy(CONV),

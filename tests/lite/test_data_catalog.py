@@ -56,6 +56,17 @@ def test_metadata_cannot_change_or_be_made_up(names):
     assert Metadata(name="q", z=1) == Metadata(name="q", z=1)
 
 
+def test_the_old_name_of_classes(names, caplog):
+    metadata = MetadataCatalog.get(names[0])
+    assert not hasattr(metadata, "class_names") and metadata.get("class_names", 3) == 3
+    metadata.class_names = ["a", "b"]
+    assert metadata.thing_classes == metadata.class_names == metadata.get("class_names") == ["a", "b"]
+    assert metadata.as_dict() == {"name": names[0], "thing_classes": ["a", "b"]}
+    assert "thing_classes" in caplog.text
+    with pytest.raises(AssertionError, match="thing_classes"):
+        metadata.class_names = ["b"]
+
+
 def test_data_sets_used_together_must_agree(names):
     MetadataCatalog.get(names[0]).thing_classes = ["a"]
     MetadataCatalog.get(names[1]).thing_classes = ["a", "b"]

@@ -28,9 +28,10 @@ class DetectionCheckpointer(Checkpointer):
     * ``.pth``: what :meth:`save` writes, or a bare state dict.
     * ``.pkl`` with "model": models of detectron2's zoo and converted backbones.
     * ``.pkl`` without: Caffe2's ImageNet models, whose names are translated.
+    * ``.pyth`` with "model_state": models of pycls.
 
-    A file with a true "matching_heuristics", a Caffe2 file, or a path that ends in "?matching_heuristics=True"
-    is matched by the ends of names, see :func:`align_and_update_state_dicts`.
+    A file with a true "matching_heuristics", a Caffe2 or pycls file, or a path that ends in
+    "?matching_heuristics=True" is matched by the ends of names, see :func:`align_and_update_state_dicts`.
 
     Args:
         model: the model, bare or wrapped for data-parallel training.
@@ -95,6 +96,8 @@ class DetectionCheckpointer(Checkpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
             checkpoint = _with_model(load_pickle(filename), bare=_from_caffe2)
+        elif filename.endswith(".pyth"):
+            checkpoint = _from_pycls(load_torch(filename), filename)
         else:
             checkpoint = _with_model(load_torch(filename), bare=lambda weights: {"model": weights})
         _require_tensors(checkpoint["model"], filename)
@@ -146,6 +149,14 @@ def _from_caffe2(content: Any) -> dict[str, Any]:
     if isinstance(blobs, dict):
         blobs = {name: blob for name, blob in blobs.items() if not str(name).endswith("_momentum")}
     return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _from_pycls(content: Any, filename: str) -> dict[str, Any]:
+    if not isinstance(content, dict) or not isinstance(content.get("model_state"), dict):
+        raise ValueError(f"{filename} is no checkpoint of pycls, which has its weights under 'model_state'")
+    # Counters of batches, which detectron2's norms do not have.
+    weights = {k: v for k, v in content["model_state"].items() if not k.endswith("num_batches_tracked")}
+    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
 
 
 def _require_tensors(weights: Any, filename: str) -> None:

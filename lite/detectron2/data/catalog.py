@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections import UserDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+
+from detectron2.utils.logger import log_first_n
 
 
 class _Catalog(UserDict):
@@ -44,6 +47,16 @@ class _DatasetCatalog(_Catalog):
         return self.data[name]()
 
 
+_RENAMED = {"class_names": "thing_classes"}
+
+
+def _today(key: str) -> str:
+    """The name that an attribute has today; a warning if ``key`` is an older one."""
+    if key in _RENAMED:
+        log_first_n(logging.WARNING, f"Metadata '{key}' is called '{_RENAMED[key]}' today.", n=10)
+    return _RENAMED.get(key, key)
+
+
 class Metadata(SimpleNamespace):
     """Facts about a data set that are not in its samples, such as ``thing_classes``.
 
@@ -55,10 +68,13 @@ class Metadata(SimpleNamespace):
 
     def __getattr__(self, key: str) -> Any:
         # Only reached when the attribute does not exist.
+        if key in _RENAMED:
+            return getattr(self, _today(key))
         known = ", ".join(self.__dict__) or "nothing"
         raise AttributeError(f"Metadata of data set '{self.name}' has no '{key}'; it has: {known}.")
 
     def __setattr__(self, key: str, val: Any) -> None:
+        key = _today(key)
         present = self.__dict__.get(key, val)
         if present != val:
             raise AssertionError(
@@ -78,7 +94,7 @@ class Metadata(SimpleNamespace):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The attribute, or ``default`` when there is none."""
-        return self.__dict__.get(key, default)
+        return self.__dict__.get(_today(key), default)
 
 
 class _MetadataCatalog(_Catalog):
