@@ -137,7 +137,8 @@ class TestLoss:
             storage.step()
             mask_rcnn_loss(logits, [proposals([4, 2, 12, 10], [0, 0, 8, 8])], vis_period=5)
         assert first == len(storage._vis_data) == 2
-        _, image, iteration = storage._vis_data[1]
+        tag, image, iteration = storage._vis_data[1]
+        assert tag == "Left: mask prediction;   Right: mask GT (1)"
         assert iteration == 5 and image.shape == (3, 4, 8)
         torch.testing.assert_close(image[0, :, :4], logits[1, 0].sigmoid())
         assert image[2, :, 4:].tolist() == [[1, 1, 0, 0]] * 4

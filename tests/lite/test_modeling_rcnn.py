@@ -134,9 +134,11 @@ class TestModels:
         model = make_model(PROPOSAL_GENERATOR__MIN_SIZE=4)
         model.vis_period, drawn = 1, []
         with EventStorage() as storage:
-            monkeypatch.setattr(storage, "put_image", lambda name, image: drawn.append(image))
-            model(batch(TWO))
-        assert len(drawn) == 1 and drawn[0].shape[0] == 3
+            monkeypatch.setattr(storage, "put_image", lambda *picture: drawn.append(picture))
+            model(batch(TWO, ONE))
+        # Two panels of 64 x 80 pixels; event files are compared by the tag.
+        ((tag, picture),) = drawn
+        assert tag == "Left: GT bounding boxes;  Right: Predicted proposals" and picture.shape == (3, 64, 160)
 
     def test_registered_and_configurable(self):
         cfg = make_cfg()

@@ -145,4 +145,5 @@ class DenseDetector(ImageModel):
         """
         first = batched_inputs[0]
         found = detector_postprocess(results[0], *first["image"].shape[1:])
-        draw_training_image(first, found.pred_boxes.tensor, self.input_format, "detections")
+        tag = "Top: GT bounding boxes; Bottom: 20 Highest Scoring Results"
+        draw_training_image(first, found.pred_boxes.tensor, self.input_format, tag, axis=0)

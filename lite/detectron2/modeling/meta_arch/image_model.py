@@ -68,11 +68,13 @@ def to_output_size(results: list[Instances], batched_inputs: list[dict], key: st
     return processed
 
 
-def draw_training_image(batched_input: dict, found: torch.Tensor, input_format: str, what: str) -> None:
-    """Draw an image into the event storage: ground truth above, the 20 best of ``found`` below.
+def draw_training_image(batched_input: dict, found: torch.Tensor, input_format: str, tag: str, axis: int) -> None:
+    """Draw an image into the event storage, once with its ground truth and once with the 20 best of ``found``.
 
     Args:
-        found: boxes (R, 4) in pixels of ``batched_input["image"]``, best first; what: their name for the caption.
+        found: boxes (R, 4) in pixels of ``batched_input["image"]``, best first.
+        tag: name of the picture; event files of detectron2 are compared by it.
+        axis: 0 puts ``found`` below the ground truth, 1 to its right.
     """
     # Imported here: drawing needs matplotlib and OpenCV, training without pictures does not.
     from detectron2.data.detection_utils import convert_image_to_rgb
@@ -83,5 +85,4 @@ def draw_training_image(batched_input: dict, found: torch.Tensor, input_format: 
         Visualizer(image, None).overlay_instances(boxes=boxes).get_image()
         for boxes in (batched_input["instances"].gt_boxes, found[:20].detach().cpu().numpy())
     ]
-    stacked = np.concatenate(panels, axis=0).transpose(2, 0, 1)
-    get_event_storage().put_image(f"Ground truth (top) and best 20 {what} (bottom)", stacked)
+    get_event_storage().put_image(tag, np.concatenate(panels, axis=axis).transpose(2, 0, 1))

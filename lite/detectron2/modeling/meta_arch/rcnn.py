@@ -114,10 +114,9 @@ class GeneralizedRCNN(ImageModel):
         return to_output_size(instances, wanted)
 
     def visualize_training(self, batched_inputs: list[dict], proposals: list[Instances]) -> None:
-        """Draw the first image into the event storage: ground truth above, the 20 best proposals below."""
-        draw_training_image(
-            batched_inputs[0], proposals[0].proposal_boxes.tensor, self.input_format, "proposals"
-        )
+        """Draw the first image into the event storage: ground truth to the left, the 20 best proposals to the right."""
+        tag = "Left: GT bounding boxes;  Right: Predicted proposals"
+        draw_training_image(batched_inputs[0], proposals[0].proposal_boxes.tensor, self.input_format, tag, axis=1)
 
 
 @META_ARCH_REGISTRY.register()

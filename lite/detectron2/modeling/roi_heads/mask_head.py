@@ -90,7 +90,7 @@ def _report(logits: torch.Tensor, target: torch.Tensor, vis_period: int) -> None
     if vis_period > 0 and storage.iter % vis_period == 0:
         pairs = torch.cat((logits.sigmoid(), target.float()), dim=2)
         for index, pair in enumerate(pairs):
-            storage.put_image(f"Mask {index}: predicted (left) and target (right)", pair.expand(3, *pair.shape))
+            storage.put_image(f"Left: mask prediction;   Right: mask GT ({index})", pair.expand(3, *pair.shape))
 
 
 class BaseMaskRCNNHead(nn.Module):
