@@ -3,6 +3,7 @@ detections."""
 
 import torch
 from detectron2 import model_zoo
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
@@ -189,6 +190,16 @@ def seeded(out):
         torch.manual_seed(2)
         model = build_model(make_cfg(kind))
         out[f"seeded.{kind}"] = [float(x.double().sum()) for x in model.state_dict().values()]
+    # C4 drops the last stages of its ResNet.
+    proposals = {"META_ARCHITECTURE": "ProposalNetwork", "RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64}
+    for name, settings in (("default config", {}), ("proposals of ResNet-18", proposals)):
+        cfg = get_cfg()
+        cfg.merge_from_list([x for key, value in settings.items() for x in (f"MODEL.{key}", value)])
+        cfg.MODEL.DEVICE = "cpu"
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        out[f"seeded.{name}"] = [float(x.double().sum()) for x in model.state_dict().values()]
+        out[f"seeded.{name}.next random number"] = torch.rand(1)
 
 
 def probe(workdir):
