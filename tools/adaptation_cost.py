@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from tabulate import tabulate
 from msad import load_config
 from msad.cli import parse, positive, refuse_overwriting, require_device
 from msad.cli import run as run_command
-from msad.config import find_config
 from msad.data.register import register_datasets
 from msad.distill.progressive.cost import PAIRINGS
 from msad.distill.progressive.least_squares import SGDOptions
@@ -34,7 +32,7 @@ from msad.distill.progressive.order import suggest
 from msad.distill.progressive.table import curriculum, dump_stages, parse_quality, stages_block
 from msad.engine.build import teacher_entries
 from msad.engine.provenance import machine
-from msad.experiments.adaptation import STUDENT, finite_costs, measure_adaptation
+from msad.experiments.adaptation import STUDENT, cost_record, finite_costs, measure_adaptation
 from msad.files import atomic_write, require_checkpoint
 from msad.visualization.adaptation import plot_graph, plot_heat_map
 
@@ -114,12 +112,16 @@ def run(args: argparse.Namespace) -> str:
     names = [STUDENT, *(entry["NAME"] for entry in entries)]
     order = suggest("algorithm1", used, STUDENT, quality, args.k or len(quality)) if quality else []
     about: dict[str, Any] = {
-        "student": STUDENT, "quality": quality, **costs, "levels": found["levels"], "teachers": entries, "order": order,
-        "images": images, "short_side": max(cfg.INPUT.MIN_SIZE_TRAIN), "pairing": args.pairing, "seed": args.seed,
+        **cost_record(args.config_file, args.weights, entries, args.opts, quality, costs),
+        **machine(cfg.MODEL.DEVICE),
+        "levels": found["levels"],
+        "order": order,
+        "images": images,
+        "short_side": max(cfg.INPUT.MIN_SIZE_TRAIN),
+        "pairing": args.pairing,
+        "seed": args.seed,
         "fit": {"sgd": sgd._asdict()} if sgd else {"ridge": args.ridge},
-        **machine(cfg.MODEL.DEVICE), "config": os.path.abspath(find_config(args.config_file)),
-        "weights": os.path.abspath(args.weights), "opts": args.opts,
-    }  # fmt: skip
+    }
     with atomic_write(output / "costs.json", "w") as stream:
         json.dump(about, stream, indent=1)
     plot_heat_map({"adaptation cost": costs["costs"], "divided by variance": costs["normalized_costs"]}, names,

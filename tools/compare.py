@@ -119,6 +119,8 @@ def report(comparison: Comparison, metric: str) -> dict:
 def work(args: argparse.Namespace) -> int:
     """Train and report; status 1 if a run failed."""
     comparison = make_comparison(args)
+    if args.report_only:
+        comparison.check()
     failed = [] if args.report_only else comparison.run(make_slots(args.jobs, args.threads, args.devices))
     if args.panels and comparison.finished():
         draw_panels(comparison, args.output / PANELS, load_predictors(comparison, args.panels))

@@ -85,6 +85,7 @@ def work(args: argparse.Namespace) -> int:
     opts = [*args.opts, *take_devices(args.devices)]
     study = order_study(args.config, args.student, args.output, args.seeds, args.longest, opts)
     slots, failed = make_slots(args.jobs, args.threads, args.devices), []
+    study.check()
     if not args.report_only:
         failed = study.networks.run(slots)
         report(study, args.metric)  # costs and suggestions are known long before the orders

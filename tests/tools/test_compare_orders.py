@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from load_tool import load_tool
 
+from msad import load_config
 from msad.distill.progressive.order import all_orders
 from msad.experiments import jobs
 from msad.experiments.orders import order_study
 
 
 @pytest.fixture
-def call(project, tmp_path, capsys):
+def call(project, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # all paths of the command line are relative
     module = load_tool("compare_orders")
     for name in ("shelf", "one", "two"):
         channels = 40 if name == "two" else 32
@@ -27,14 +30,14 @@ def call(project, tmp_path, capsys):
     (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"_BASE_": "shelf.yaml", "DISTILL": distill}))
 
     def run(*args):
-        line = [tmp_path / "pool.yaml", "--student", tmp_path / "shelf.yaml", "--seeds", 3, "--jobs", 0, *args]
-        return module.main([*map(str, line), "--output", str(tmp_path / "out")]), capsys.readouterr()
+        line = ["pool.yaml", "--student", "shelf.yaml", "--seeds", 3, "--jobs", 0, "--output", "out", *args]
+        return module.main(list(map(str, line))), capsys.readouterr()
 
     run.out = tmp_path / "out"
     return run
 
 
-def test_all_orders_share_their_beginnings_and_resume(call, monkeypatch):
+def test_all_orders_share_their_beginnings_and_resume(call, tmp_path, monkeypatch):
     done, train = [], jobs.train_and_evaluate
 
     def interrupted(folder):
@@ -44,9 +47,10 @@ def test_all_orders_share_their_beginnings_and_resume(call, monkeypatch):
         return train(folder)
 
     monkeypatch.setattr(jobs, "train_and_evaluate", interrupted)
-    status, printed = call()
+    options = ["SOLVER.BASE_LR", 0.001]
+    status, printed = call(*options)
     assert status == 130 and "goes on" in printed.err
-    status, printed = call()
+    status, printed = call(*options)
     assert status == 0, printed.out + printed.err
     networks, stages = ["shelf", "one", "two"], ["one", "two", "one-two", "two-one"]
     assert sorted(done) == sorted(["student", *networks[1:], *stages, "one-two"]), "each once, but the interrupted one"
@@ -67,10 +71,21 @@ def test_all_orders_share_their_beginnings_and_resume(call, monkeypatch):
     assert all(found["costs"][a][b] > 0 for a, b in itertools.permutations(("student", "one", "two"), 2))
     assert "algorithm1" in printed.out and "orders.png" in printed.out
     assert all((call.out / f).stat().st_size > 5000 for f in ("orders.png", "costs_seed3.png", "graph_seed3.png"))
-    # Nothing is trained again, and the costs of the study are a file for tools/order_teachers.py.
+    # Nothing is trained again, and results of another configuration are not reported.
     done.clear()
-    assert call("--report-only")[0] == 0 and not done
-    assert (call.out / "seed3" / "adaptation" / "costs.json").is_file()
+    assert call("--report-only", *options)[0] == 0 and not done
+    status, printed = call("--report-only")
+    assert status == 2 and "SOLVER.BASE_LR 0.001, now 0.002" in printed.err
+    status, printed = call("--report-only", *options, "DISTILL.W_DET", 0.5)
+    assert status == 2 and "DISTILL.W_DET 1.0, now 0.5" in printed.err
+    # From any folder, tools/order_teachers.py makes a curriculum of the costs, with the overrides of the study.
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    costs = call.out / "seed3" / "adaptation" / "costs.json"
+    assert load_tool("order_teachers").main([str(costs), "--output", "stages.yaml"]) == 0
+    cfg = load_config("stages.yaml")
+    assert cfg.SOLVER.BASE_LR == 0.001 and Path(cfg.MODEL.WEIGHTS).samefile(call.out / "seed3/student/model_final.pth")
+    assert all(Path(t[key]).is_file() for t in cfg.DISTILL.TEACHERS for key in ("CONFIG", "WEIGHTS"))
 
 
 def test_pools_that_cannot_be_ordered(call, tmp_path):

@@ -13,6 +13,10 @@ from detectron2.modeling import build_model
 from load_tool import load_tool
 
 from msad import load_config
+from msad.experiments.comparison import Comparison
+from msad.experiments.identity import is_finished
+from msad.experiments.jobs import Run
+from msad.experiments.variants import Variant
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare.py"
 
@@ -26,14 +30,16 @@ def call(capsys):
 @pytest.fixture
 def finished(project, tmp_path):
     """Results of two variants over three seeds, and the third's failure."""
+    variants = {name: Variant(project / f"{name}.yaml") for name in ("fcos", "gfl")}
+    study = Comparison(variants, tmp_path, ["SOLVER.IMS_PER_BATCH", 1], (0, 1, 2))
     for name, offset in (("fcos", 0.0), ("gfl", 2.0)):
         for seed in range(3):
-            folder = tmp_path / f"seed{seed}" / name
-            folder.mkdir(parents=True)
+            is_finished(study.config(Run(name, seed)))
+            folder = study.folder(Run(name, seed))
             results = {name: {"bbox": {"AP": 20.0 + seed + offset * (1 + seed / 10), "AP50": 40.0}}}
             clock = {"iterations": 6, "warmup": 0, "seconds": 3.0, "cpu_seconds": 3.0, "steps": 6}
             (folder / "result.json").write_text(json.dumps({**clock, "results": results}))
-    (tmp_path / "seed0/retinanet").mkdir()
+    (tmp_path / "seed0/retinanet").mkdir(parents=True)
     (tmp_path / "seed0/retinanet/failed.txt").write_text("ValueError: no GPU")
     return tmp_path
 
@@ -49,6 +55,15 @@ def test_report_of_finished_runs(call, project, finished, monkeypatch):
     assert [r["variant"] for r in data["runs"]].count("gfl@equal_time") == 3
     for name in ("report.html", "report.md", "results.png", "differences.png"):
         assert (finished / name).stat().st_size > 500
+
+
+def test_results_of_another_configuration_are_not_reported(call, project, finished):
+    line = [project / "fcos.yaml", "--output", finished, "--report-only", "SOLVER.IMS_PER_BATCH"]
+    assert call(*line, 1)[0] == 0
+    before = (finished / "report.json").read_text()
+    status, printed = call(*line, 2)
+    assert status == 2 and "seed0/fcos holds a run of another configuration" in printed.err
+    assert "SOLVER.IMS_PER_BATCH 1, now 2" in printed.err and (finished / "report.json").read_text() == before
 
 
 def test_a_sweep_and_the_conventional_detector_of_equal_cost(call, project, tmp_path):
@@ -76,8 +91,9 @@ def test_segmentors_have_their_metric_and_panels(call, project, tmp_path):
         },
     }  # fmt: skip
     (tmp_path / "psp.yaml").write_text(yaml.safe_dump(config))
-    folder = tmp_path / "out" / "seed0" / "psp"
-    folder.mkdir(parents=True)
+    study = Comparison({"psp": Variant(tmp_path / "psp.yaml")}, tmp_path / "out")
+    is_finished(study.config(Run("psp", 0)))
+    folder = study.folder(Run("psp", 0))
     torch.save({"model": build_model(load_config(tmp_path / "psp.yaml")).state_dict()}, folder / "model_final.pth")
     metrics = {"mIoU": 40.0, "IoU-background": 80.0, "IoU-disc": 20.0, "ACC-disc": 30.0}
     clock = {"iterations": 6, "warmup": 0, "seconds": 3.0, "cpu_seconds": 3.0, "steps": 6}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from ..config import load_config
+from ..config import find_config, load_config
 from ..data.cache import checkpoint_id
 from ..data.fixed import FixedInputs
 from ..distill.progressive.cost import PAIRINGS, AdaptationCosts, Maps, image_maps
@@ -22,7 +23,7 @@ from ..distill.teachers import FrozenTeacher
 from ..engine.build import load_teacher
 from ..engine.provenance import fingerprint
 from ..engine.setup import load_model
-from ..files import atomic_write
+from ..files import atomic_write, local_file
 from ..resolution import get_resolution
 
 STUDENT = "student"
@@ -135,3 +136,29 @@ def finite_costs(found: dict) -> dict[str, dict[str, dict[str, float]]]:
         key: {a: {b: value for b, value in row.items() if math.isfinite(value)} for a, row in found[key].items()}
         for key in ("costs", "normalized_costs")
     }
+
+
+def cost_record(
+    config: str | os.PathLike, weights: str, entries: list[dict], opts: Sequence, quality: dict, costs: dict
+) -> dict:
+    """What a costs.json says for tools/order_teachers.py, which makes a curriculum of it from any folder.
+
+    Args:
+        config, weights: yaml and checkpoint of the student.
+        entries: its teachers, as :func:`measure_adaptation` takes them.
+        opts: KEY, VALUE, ... overrides of the yaml, with which the costs were measured.
+        quality: performance of each teacher, empty if not known.
+        costs: of :func:`finite_costs`.
+    """
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(path) if os.path.isfile(local_file(path)) else path
+
+    teachers = [
+        {key: absolute(value) if key in ("CONFIG", "WEIGHTS") else value for key, value in entry.items()}
+        for entry in entries
+    ]
+    return {
+        "student": STUDENT, "config": os.path.abspath(find_config(config)), "weights": absolute(weights),
+        "opts": list(opts), "teachers": teachers, "quality": quality, **costs,
+    }  # fmt: skip

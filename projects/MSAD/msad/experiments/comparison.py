@@ -225,12 +225,19 @@ class Comparison:
         """Run all that is not finished, see :func:`msad.experiments.jobs.run_all`; returns the runs that failed.
 
         Raises:
-            KeyError, ValueError: a config is wrong, or a folder holds a run of another one; before anything runs.
+            KeyError, ValueError: see :meth:`check`; before anything runs.
+        """
+        self.check()
+        return run_all(self, self.runs(), slots, say)
+
+    def check(self) -> None:
+        """KeyError or ValueError if a config is wrong, or a folder holds a run of another one.
+
+        Runs of equal time, whose config follows from finished ones, are checked with those without a budget.
         """
         for run in self.runs():
             if self.variants[run.name].budget != "equal_time":
                 check_same(self.config(run))
-        return run_all(self, self.runs(), slots, say)
 
     def result(self, run: Run) -> dict | None:
         """What the finished run left, see :func:`msad.experiments.run.train_and_evaluate`, or None."""

@@ -21,9 +21,9 @@ from ..data.register import register_datasets
 from ..distill.progressive.order import RULES, all_orders, rank, suggest
 from ..engine.build import teacher_entries
 from ..files import atomic_write
-from .adaptation import STUDENT, finite_costs, measure_adaptation
+from .adaptation import STUDENT, cost_record, finite_costs, measure_adaptation
 from .comparison import Comparison
-from .identity import is_finished
+from .identity import check_same, is_finished
 from .jobs import Run
 from .rows import AP
 from .run import read_json
@@ -78,6 +78,12 @@ class OrderStudy:
         before, separator, _ = run.name.rpartition(SEPARATOR)
         return [Run(before, run.seed)] if separator else []
 
+    def check(self) -> None:
+        """KeyError or ValueError if a config is wrong, or a folder holds a run of another one."""
+        self.networks.check()
+        for run in self.runs():
+            check_same(self.stage(run))
+
     def prepare(self, run: Run) -> bool:
         return not is_finished(self.stage(run), tqdm.write)
 
@@ -114,9 +120,9 @@ class OrderStudy:
         weights = str(self.networks.folder(Run(STUDENT, seed)) / "model_final.pth")
         found, _ = measure_adaptation(cfg, weights, teachers, folder)
         costs = finite_costs(found)
-        about = {"student": STUDENT, "config": str(self.config), "weights": weights, "teachers": teachers}
+        about = cost_record(self.config, weights, teachers, [*self.opts, "SEED", str(seed)], quality, costs)
         with atomic_write(folder / "costs.json", "w") as file:
-            json.dump({**about, "quality": quality, **costs}, file, indent=1)
+            json.dump(about, file, indent=1)
         return costs
 
     def collect(self, metric: str = AP) -> dict:
