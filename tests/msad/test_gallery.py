@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from chromium import BROWSER, Page
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
 
 from msad.data.sampling import at_equal_distances
 from msad.experiments.gallery import describe, write_gallery
+from msad.experiments.panels import draw_panels
 from msad.experiments.report import write_report
+from msad.export import pareto
 from msad.visualization.objects import Objects
 
 SIZE = (60, 80)
@@ -26,6 +32,35 @@ def instances(boxes, scores, classes, **fields) -> Instances:
     for name, value in fields.items():
         found.set(name, torch.tensor(value))
     return found
+
+
+def test_images_that_only_training_reads_are_shown(tmp_path):
+    """Formats that PIL knows and OpenCV does not."""
+    pixels, records = np.random.default_rng(0).integers(0, 255, (*SIZE, 3), np.uint8), []
+    for file in (tmp_path / "a.tga", tmp_path / "b.pcx"):
+        Image.fromarray(pixels).save(file)
+        assert cv2.imread(str(file)) is None
+        records.append({"file_name": str(file), "annotations": [], "height": 60, "width": 80})
+    seen: list[np.ndarray] = []
+
+    def look(image):
+        seen.append(image)
+        return instances([], [], [])
+
+    models = {"student": ("student_L", look)}
+    file = write_gallery(tmp_path / "out", records, Metadata(thing_classes=["cat"]), models)
+    assert [shown["name"] for shown in json.loads(file.read_text())["images"]] == ["a.tga", "b.pcx"]
+    assert len(seen) == 2 and all(np.array_equal(image, pixels[:, :, ::-1]) for image in seen)
+    DatasetCatalog.register("read by PIL", lambda: records)
+    try:
+        cfg = CfgNode({"DATASETS": {"REGISTER": [], "TEST": ["read by PIL"]}})
+        study = SimpleNamespace(config=lambda run: cfg, finished=lambda: ["a"], seeds=(0,))
+        draw_panels(study, tmp_path / "panels.jpg", {})
+        about = {"format": "BGR", "min_size": 60, "max_size": 80}
+        assert pareto._test_images(about, "read by PIL", 2)[0].shape == (*SIZE, 3)
+    finally:
+        DatasetCatalog.remove("read by PIL")
+    assert cv2.imread(str(tmp_path / "panels.jpg")).std() > 30
 
 
 def test_an_object_has_what_its_source_says():

@@ -12,6 +12,7 @@ import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 
+from ..data.media import Unreadable, read_picture
 from ..data.sampling import at_equal_distances
 from ..files import atomic_write
 from ..visualization.objects import Objects, ground_truth, predictions
@@ -47,8 +48,9 @@ def write_gallery(
     folder.mkdir(parents=True)
     images = []
     for record in at_equal_distances(records, count):
-        image = cv2.imread(record["file_name"])
-        if image is None:
+        try:
+            image = read_picture(Path(record["file_name"]))
+        except Unreadable:
             continue
         file = folder / f"{len(images):03d}.jpg"
         cv2.imwrite(str(file), _shrunk(image), [cv2.IMWRITE_JPEG_QUALITY, 88])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import cv2
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 
 from ..data.low_res import FILE, reads_low_res
@@ -47,7 +47,7 @@ def draw_panels(
         records, metadata = DatasetCatalog.get(cfg.DATASETS.TEST[0]), MetadataCatalog.get(cfg.DATASETS.TEST[0])
         panels = []
         for record in at_equal_distances(records, count):
-            image = cv2.imread(record["file_name"])
+            image = read_image(record["file_name"], "BGR")
             truth = record
             if is_segmentation(records):
                 truth = LabelMap.read(record["sem_seg_file_name"], metadata.ignore_label)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -102,7 +102,7 @@ def require_boxes(candidate: Candidate) -> None:
 
 def _test_images(about: dict, dataset: str, count: int) -> list:
     """The first images of a data set, (h, w, 3) as the model is given them."""
-    return [network_input(cv2.imread(r["file_name"]), about) for r in DatasetCatalog.get(dataset)[:count]]
+    return [network_input(read_image(r["file_name"], "BGR"), about) for r in DatasetCatalog.get(dataset)[:count]]
 
 
 def _input(image) -> dict:
