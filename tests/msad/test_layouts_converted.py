@@ -247,6 +247,19 @@ def test_voc(tmp_path):
         assert record["annotations"][0]["bbox"] == [10, 5, 20, 20]
 
 
+def test_voc_of_several_years_is_refused(tmp_path):
+    for year in ("VOC2007", "VOC2012"):
+        voc_image(tmp_path / "VOCdevkit" / year, f"of_{year}")
+        for part in ("train", "val"):
+            text(tmp_path / "VOCdevkit" / year / f"ImageSets/Main/{part}.txt", f"of_{year}\n")
+    for folder, inside in ((tmp_path, "VOCdevkit/"), (tmp_path / "VOCdevkit", "")):
+        names = f"{inside}VOC2007, {inside}VOC2012"
+        with pytest.raises(ValueError, match=rf"several data sets, {names}: name the folder of one, e\.g\. .*VOC2012$"):
+            find_splits(folder, tmp_path / "out")
+    splits = find_splits(tmp_path / "VOCdevkit/VOC2007", tmp_path / "out")
+    assert [i["file_name"] for i in read(splits)[0]["images"]] == ["of_VOC2007.jpg"]
+
+
 def test_voc_as_roboflow_writes_it(tmp_path):
     for folder in ("train", "valid"):
         image(tmp_path / folder / "a.jpg")

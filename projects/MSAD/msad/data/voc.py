@@ -26,12 +26,16 @@ def find_voc(folder: Path) -> dict[str, _Part] | None:
 
     Raises:
         FileNotFoundError: a split is missing; names the file.
-        ValueError: a list of images is no text.
+        ValueError: a list of images is no text, or there are several years.
     """
-    for root in (folder, *sorted(folder.glob("VOC*")), *sorted(folder.glob("VOCdevkit/*"))):
-        if (root / "Annotations").is_dir():
-            return {split: _listed(root, names) for split, names in
-                    {"train": ("train", "trainval"), "val": ("val", "test")}.items()}  # fmt: skip
+    below = [*sorted(folder.glob("VOC*")), *sorted(folder.glob("VOCdevkit/*"))]
+    roots = [root for root in (folder, *below) if (root / "Annotations").is_dir()]
+    if len(roots) > 1 and roots[0] != folder:
+        names = ", ".join(str(root.relative_to(folder)) for root in roots)
+        raise ValueError(f"{folder} has several data sets, {names}: name the folder of one, e.g. {roots[-1]}")
+    if roots:
+        return {split: _listed(roots[0], names) for split, names in
+                {"train": ("train", "trainval"), "val": ("val", "test")}.items()}  # fmt: skip
     parts = {split: next((p for n in names if any((p := folder / n).glob("*.xml"))), None)
              for split, names in {"train": ("train",), "val": ("valid", "val", "test")}.items()}  # fmt: skip
     if not any(parts.values()):
