@@ -23,7 +23,7 @@ from msad import cli
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.engine.provenance import machine
 from msad.evaluation.loss_cost import Setting, loss_costs
-from msad.files import atomic_write
+from msad.files import atomic_write, prepare_folder
 
 EXAMPLES = """
 examples:
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace, command: str) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     cli.require_device(args.device, "--device")
+    if args.output:
+        prepare_folder(args.output)
     channels = args.student_channels or args.channels
     setting = Setting(tuple(args.size), args.batch_size, args.channels, channels, device=args.device)
     chosen = entries(args.loss)

@@ -15,7 +15,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from tqdm import tqdm
 
 from msad import cli
-from msad.data.media import Unreadable, choose_outputs, find_inputs, is_video, open_video, read_picture
+from msad.data.media import Unreadable, choose_outputs, find_inputs, is_video, open_video, read_picture, require_bytes
 from msad.engine.predictor import (
     GroundTruth,
     class_metadata,
@@ -24,7 +24,7 @@ from msad.engine.predictor import (
     load_predictor,
     predict_low_res,
 )
-from msad.files import atomic_write
+from msad.files import atomic_write, prepare_folder
 from msad.visualization import LabelMap, Objects, Panel, as_content, draw_objects, save_panels
 from msad.visualization.objects import as_json
 from msad.visualization.video import VideoWriter, draw_frame
@@ -119,6 +119,7 @@ class Demo:
     def _see_own_image(self, image: np.ndarray, source: Path) -> dict:
         """What the student finds in its own file, in the pixels of ``image``."""
         record = {"file_name": str(source), "low_res_file_name": str(self.low_res / source.name)}
+        require_bytes(self.low_res / source.name)
         try:
             return predict_low_res(self.student, {**record, "height": image.shape[0], "width": image.shape[1]})
         except OSError as error:
@@ -202,6 +203,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw_all(demo: Demo, args: argparse.Namespace, pairs: list[tuple[Path, Path]]) -> int:
     """Draw every input into its output and write --json; the exit status."""
+    if args.json:
+        prepare_folder(args.json)
     made, skipped, stopped = 0, 0, False
     try:
         for source, target in tqdm(pairs, "demo", unit="input", disable=None if len(pairs) > 1 else True):

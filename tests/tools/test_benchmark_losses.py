@@ -25,8 +25,8 @@ def tool():
 def test_command_line_to_json(tool, tmp_path, capsys):
     arguments = ["--loss", "CWD", "--loss", "{NAME: MGD, MASK_RATIO: 0.5}", "--size", "64", "96", "--channels", "8"]
     arguments += ["--repeats", "2", "--warmup", "0", "--threads", "1", "--device", "cpu"]
-    assert tool.main([*arguments, "--output", str(tmp_path / "out.json")]) == 0
-    result = json.loads((tmp_path / "out.json").read_text())
+    assert tool.main([*arguments, "--output", str(tmp_path / "made" / "out.json")]) == 0
+    result = json.loads((tmp_path / "made" / "out.json").read_text())
     assert [row["entry"] for row in result["losses"]] == [{"NAME": "CWD"}, {"NAME": "MGD", "MASK_RATIO": 0.5}]
     assert all(row["milliseconds"] > 0 and row["peak_memory_bytes"] >= 0 for row in result["losses"])
     assert [row["parameters"] for row in result["losses"]] == [0, 5 * 2 * (8 * 8 * 9 + 8)]

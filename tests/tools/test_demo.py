@@ -210,6 +210,24 @@ def test_unreadable_inputs_are_named_and_passed_over(demo, world, tmp_path, caps
     assert "0 of 4 inputs" in capsys.readouterr().out and not (tmp_path / "none").exists()
 
 
+def test_images_of_more_than_8_bits_are_passed_over(demo, world, tmp_path, capsys):
+    """Of which all values above 255 would be white, also where the student has images of its own."""
+    (tmp_path / "low").mkdir()
+    good, deep, real = world / "data" / "images" / "val_000000.jpg", tmp_path / "deep.png", tmp_path / "real.tif"
+    grey = cv2.imread(str(good), cv2.IMREAD_GRAYSCALE)
+    cv2.imwrite(str(deep), grey.astype(np.uint16) * 256)
+    cv2.imwrite(str(real), grey.astype(np.float32))
+    cv2.imwrite(str(tmp_path / "low" / deep.name), grey.astype(np.uint16) * 256)
+    assert call(demo, world, "--input", deep, real, good, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert "1 of 3 inputs" in said.out
+    assert all(f"skipped {file}: it has 16-bit or float pixels: convert to 8 bits" in said.err for file in (deep, real))
+    cv2.imwrite(str(deep), grey)
+    low = ["--low-res-images", tmp_path / "low"]
+    assert call(demo, world, "--input", deep, "--output", tmp_path / "none", *low) == 1
+    assert "it has 16-bit or float pixels" in capsys.readouterr().err
+
+
 def test_annotations_of_another_size_are_not_drawn(demo, world, tmp_path, capsys):
     cv2.imwrite(str(tmp_path / "val_000000.jpg"), np.zeros((50, 70, 3), np.uint8))
     arguments = ["--ground-truth", world / "data" / "annotations_val.json"]
@@ -254,6 +272,15 @@ def test_an_error_keeps_what_was_found(demo, world, tmp_path, capsys):
     assert call(demo, world, "--input", images, "--output", tmp_path / "out", "--json", out) == 2
     assert "val_000001.jpg" in capsys.readouterr().err
     assert [Path(record["file"]).stem for record in json.loads(out.read_text())] == ["val_000000", "val_000001"]
+
+
+def test_the_folder_of_the_detections_is_made_before_the_work(demo, world, tmp_path, capsys):
+    image, out = world / "data" / "images" / "val_000000.jpg", tmp_path / "out"
+    assert call(demo, world, "--input", image, "--output", out, "--json", tmp_path / "a" / "b" / "found.json") == 0
+    assert len(json.loads((tmp_path / "a" / "b" / "found.json").read_text())) == 1
+    for wrong in (tmp_path / "a", image / "found.json"):
+        assert call(demo, world, "--input", image, "--output", tmp_path / "none", "--json", wrong) == 2
+        assert "error: " in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_an_image_of_which_nothing_would_be_left_is_passed_over(demo, world, tmp_path, capsys):

@@ -35,6 +35,21 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def prepare_folder(file: str | os.PathLike) -> None:
+    """Make the folder of a file that is written when all work is done.
+
+    Raises:
+        OSError: now and not then, if the file cannot be written: ``file`` is a folder, or its folder cannot be made or
+            written to.
+    """
+    folder = os.path.dirname(os.path.abspath(file))
+    os.makedirs(folder, exist_ok=True)
+    if os.path.isdir(file):
+        raise IsADirectoryError(f"{os.fspath(file)} is a folder, and is to be a file")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"nothing can be written to {folder}")
+
+
 def local_file(checkpoint: str | os.PathLike) -> str:
     """The file that a checkpoint is read from, without a query ("?matching_heuristics=True"); "" of an address."""
     path = os.fspath(checkpoint)

@@ -87,6 +87,11 @@ def inspect_image(path: str) -> ImageFile:
     return ImageFile(*size, pixels, size != stored)
 
 
+def refused(pixels: str) -> str:
+    """Why an image with such pixels (of :class:`ImageFile`) is not used, and what to do about it; "" where it is."""
+    return f"it has {pixels}: {_ADVICE[pixels]}" if pixels.startswith("16-bit") else ""
+
+
 def inspect_images(paths: Sequence[str]) -> list[ImageFile]:
     """:func:`inspect_image` of each; what is known of a file of the same size and time is not looked at again."""
     name = f"images-{hashlib.sha256(os.path.dirname(paths[0]).encode()).hexdigest()[:32]}.json" if paths else ""
@@ -161,5 +166,5 @@ def check_image_files(tally: Tally, records: Sequence[dict], training: bool, cou
                 fix += ", turned as its EXIF orientation says; boxes too" if file.turned else ""
             tally.add(ERROR, "has another size than its record", path, fix, of, seen)
         if file.pixels:
-            level = ERROR if file.pixels.startswith("16-bit") else WARNING
+            level = ERROR if refused(file.pixels) else WARNING
             tally.add(level, f"has {file.pixels}", path, _ADVICE[file.pixels], of)

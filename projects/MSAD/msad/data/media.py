@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
 
+from .image_files import inspect_image, refused
+
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 
@@ -63,8 +65,15 @@ def choose_outputs(inputs: Sequence[Path], output: Path) -> list[Path]:
     return outputs
 
 
+def require_bytes(source: Path) -> None:
+    """Unreadable with the way out if an image has 16-bit or float pixels, which would all be white."""
+    if reason := refused(inspect_image(str(source)).pixels):
+        raise Unreadable(reason)
+
+
 def read_picture(source: Path) -> np.ndarray:
-    """(H, W, 3) uint8 BGR, turned as its EXIF data say; Unreadable if it is no image."""
+    """(H, W, 3) uint8 BGR, turned as its EXIF data say; Unreadable if it is no image, or see :func:`require_bytes`."""
+    require_bytes(source)
     try:
         return read_image(str(source), format="BGR")
     except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError at broken PNGs
