@@ -34,6 +34,7 @@ from msad.engine.provenance import command_line
 from msad.engine.setup import engine_name
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import make_slots, take_devices
+from msad.experiments.metrics import choose_metric
 from msad.experiments.panels import draw_panels, load_predictors
 from msad.experiments.report import PANELS, write_report
 from msad.experiments.rows import check_metric, failures, rows_of
@@ -62,7 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help="runs at a time on the CPU, 0: in this process; default: 1")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
-    parser.add_argument("--metric", default="bbox/AP", metavar="TASK/METRIC", help="e.g. segm/AP; default: %(default)s")
+    parser.add_argument("--metric", metavar="TASK/METRIC",
+                        help="e.g. segm/AP; default: bbox/AP, or sem_seg/mIoU if the first is a segmentor")  # fmt: skip
     parser.add_argument("--panels", nargs="+", default=[], metavar="NAME",
                         help="also draw validation images with what these variants find")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="train nothing, report what is finished")
@@ -119,13 +121,16 @@ def report(comparison: Comparison, metric: str) -> dict:
 def work(args: argparse.Namespace) -> int:
     """Train and report; status 1 if a run failed."""
     comparison = make_comparison(args)
+    metric = choose_metric(comparison, args.metric)
     if args.report_only:
         comparison.check()
     failed = [] if args.report_only else comparison.run(make_slots(args.jobs, args.threads, args.devices))
     if args.panels and comparison.finished():
         draw_panels(comparison, args.output / PANELS, load_predictors(comparison, args.panels))
-    data = report(comparison, args.metric)
-    print(format_tables(data, args.metric) if rows_of(data) else "No run has finished yet.")
+    elif not args.report_only:
+        (args.output / PANELS).unlink(missing_ok=True)  # of an earlier call, perhaps of other models
+    data = report(comparison, metric)
+    print(format_tables(data, metric) if rows_of(data) else "No run has finished yet.")
     for line in failures(data):
         print(f"FAILED: {line}")
     print(f"\nReport: {args.output / 'report.html'}")

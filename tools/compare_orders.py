@@ -26,8 +26,8 @@ from msad.engine.provenance import command_line
 from msad.engine.setup import engine_name
 from msad.experiments.adaptation import STUDENT
 from msad.experiments.jobs import error_of, make_slots, run_all, take_devices
+from msad.experiments.metrics import choose_metric
 from msad.experiments.orders import OrderStudy, mean_ranks, order_study
-from msad.experiments.rows import AP
 from msad.files import atomic_write
 from msad.visualization.adaptation import plot_graph, plot_heat_map
 from msad.visualization.orders import plot_orders
@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time on the CPU, 0: in this process; default: 1")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
     add("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
-    add("--metric", default=AP, metavar="TASK/METRIC", help="default: %(default)s")
+    add("--metric", metavar="TASK/METRIC", help="default: bbox/AP, or sem_seg/mIoU of segmentors")
     add("--report-only", action="store_true", help="train nothing, report what is finished")
     args = cli.parse(parser, argv)
     if args.longest is not None and args.longest < 1:
@@ -85,12 +85,13 @@ def work(args: argparse.Namespace) -> int:
     opts = [*args.opts, *take_devices(args.devices)]
     study = order_study(args.config, args.student, args.output, args.seeds, args.longest, opts)
     slots, failed = make_slots(args.jobs, args.threads, args.devices), []
+    metric = choose_metric(study.networks, args.metric)
     study.check()
     if not args.report_only:
         failed = study.networks.run(slots)
-        report(study, args.metric)  # costs and suggestions are known long before the orders
+        report(study, metric)  # costs and suggestions are known long before the orders
         failed = failed or run_all(study, study.runs(), slots)
-    print(report(study, args.metric))
+    print(report(study, metric))
     for run in failed:
         print(f"FAILED: {run}: {error_of(study.folder(run)) or error_of(study.networks.folder(run))}")
     return 1 if failed else 0

@@ -22,7 +22,7 @@ from msad import cli
 from msad.engine.provenance import command_line
 from msad.experiments.joining import Part, join, joined_costs
 from msad.experiments.report import write_report
-from msad.experiments.rows import AP, check_metric, rows_of
+from msad.experiments.rows import check_metric, main_metric, rows_of
 from msad.experiments.tables import format_tables
 from msad.files import atomic_write
 
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="+", type=parse_part, metavar="[SUFFIX=]FOLDER", help="with a report.json")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--reference", default="", metavar="NAME", help="of the differences; default: the first one's")
-    parser.add_argument("--metric", default=AP, metavar="TASK/METRIC", help="e.g. segm/AP; default: %(default)s")
+    parser.add_argument("--metric", metavar="TASK/METRIC", help="e.g. segm/AP; default: bbox/AP, or sem_seg/mIoU")
     parser.add_argument("--costs", action="store_true", help="measure multiply-adds and milliseconds")
     return parser
 
@@ -54,7 +54,8 @@ def work(args: argparse.Namespace) -> None:
     names = [row.name for row in rows_of(data)]
     if args.reference and args.reference not in names:
         raise ValueError(f"--reference {args.reference} is none of the models {', '.join(names)}")
-    check_metric(rows_of(data), args.metric)
+    metric = args.metric or main_metric(rows_of(data))
+    check_metric(rows_of(data), metric)
     if args.costs:
         data["cost"] = joined_costs(args.parts)
         if without := [name for name in names if name not in data["cost"]]:
@@ -62,8 +63,8 @@ def work(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.output / "report.json", "w") as file:
         json.dump(data, file, indent=1)
-    write_report(data, args.output, "Comparison", args.metric)
-    print(f"{format_tables(data, args.metric)}\n\nReport: {args.output / 'report.html'}")
+    write_report(data, args.output, "Comparison", metric)
+    print(f"{format_tables(data, metric)}\n\nReport: {args.output / 'report.html'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

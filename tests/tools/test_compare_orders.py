@@ -78,6 +78,8 @@ def test_all_orders_share_their_beginnings_and_resume(call, tmp_path, monkeypatc
     assert status == 2 and "SOLVER.BASE_LR 0.001, now 0.002" in printed.err
     status, printed = call("--report-only", *options, "DISTILL.W_DET", 0.5)
     assert status == 2 and "DISTILL.W_DET 1.0, now 0.5" in printed.err
+    status, printed = call(*options, "--metric", "bbox/ap")
+    assert status == 2 and "did you mean bbox/AP" in printed.err and not done
     # From any folder, tools/order_teachers.py makes a curriculum of the costs, with the overrides of the study.
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")

@@ -1,14 +1,18 @@
 """tools/compare.py: its command line and what it writes, from runs that are finished."""
 
 import json
+import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from load_tool import load_tool
 
@@ -16,6 +20,7 @@ from msad import load_config
 from msad.experiments.comparison import Comparison
 from msad.experiments.identity import is_finished
 from msad.experiments.jobs import Run
+from msad.experiments.metrics import choose_metric
 from msad.experiments.variants import Variant
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare.py"
@@ -66,6 +71,53 @@ def test_results_of_another_configuration_are_not_reported(call, project, finish
     assert "SOLVER.IMS_PER_BATCH 1, now 2" in printed.err and (finished / "report.json").read_text() == before
 
 
+def test_panels_of_an_earlier_call_are_not_shown(call, project, finished):
+    line = [project / "fcos.yaml", "--output", finished, "SOLVER.IMS_PER_BATCH", 1]
+    cv2.imwrite(str(finished / "panels.jpg"), np.zeros((9, 9, 3), np.uint8))
+    assert call(*line, "--report-only")[0] == 0 and "panels.jpg" in (finished / "report.md").read_text()
+    assert call(*line)[0] == 0 and "panels.jpg" not in (finished / "report.md").read_text()
+    assert not (finished / "panels.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("bbox/ap", "--metric bbox/ap; did you mean bbox/AP? the models are evaluated by bbox/AP, bbox/AP50"),
+        ("AP", "--metric AP"),
+        ("segm/AP", "--metric segm/AP"),
+        ("sem_seg/mIoU", "--metric sem_seg/mIoU"),
+        ("bbox/AP-", "--metric bbox/AP-"),
+        ("bbox/AP-disc", ""),
+        ("bbox/AP50", ""),
+    ],
+)
+def test_a_metric_that_no_model_has_is_refused_before_training(project, tmp_path, metric, said):
+    study = Comparison({"fcos": Variant(project / "fcos.yaml")}, tmp_path / "out")
+    if said:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            choose_metric(study, metric)
+    else:
+        assert choose_metric(study, metric) == metric
+    assert choose_metric(study) == "bbox/AP"
+
+
+def test_a_metric_of_other_models_or_evaluators(project, tmp_path):
+    """Masks need MASK_ON; what an evaluator that is not known here gives is not refused."""
+    fcos = Variant(project / "fcos.yaml")
+    masks = replace(fcos, overrides=("MODEL.MASK_ON", True, "TEST.LOSS_IMAGES", 2))
+    study = Comparison({"fcos": fcos, "masks": masks}, tmp_path / "out")
+    for metric in ("segm/APs", "validation/L_detect"):
+        assert choose_metric(study, metric) == metric
+    MetadataCatalog.get("counted here").evaluator_type = "counting"
+    opts = ["DATASETS.TEST", ("counted here",)]
+    assert choose_metric(Comparison({"fcos": fcos}, tmp_path / "out", opts), "count/N") == "count/N"
+
+
+def test_a_wrong_metric_trains_nothing(call, project, tmp_path):
+    status, printed = call(project / "fcos.yaml", "--metric", "bbox/ap", "--output", tmp_path / "out")
+    assert status == 2 and "did you mean bbox/AP" in printed.err and not (tmp_path / "out").exists()
+
+
 def test_a_sweep_and_the_conventional_detector_of_equal_cost(call, project, tmp_path):
     fcos, student = project / "fcos.yaml", project / "student.yaml"
     args = ["--sweep", "DISTILL.LOSSES.0.WEIGHT=x0.1,x10", "--equal-cost", fcos, "--reference", "fcos"]
@@ -99,7 +151,7 @@ def test_segmentors_have_their_metric_and_panels(call, project, tmp_path):
     clock = {"iterations": 6, "warmup": 0, "seconds": 3.0, "cpu_seconds": 3.0, "steps": 6}
     (folder / "result.json").write_text(json.dumps({**clock, "results": {"psp": {"sem_seg": metrics}}}))
     options = ["--seeds", 0, "--report-only", "--output", tmp_path / "out"]
-    status, printed = call(tmp_path / "psp.yaml", *options, "--metric", "sem_seg/mIoU", "--panels", "psp")
+    status, printed = call(tmp_path / "psp.yaml", *options, "--panels", "psp")
     assert status == 0 and "IoU background" in printed.out and "ACC" not in printed.out
     report = (tmp_path / "out" / "report.md").read_text()
     assert "panels.jpg" in report and "a few mIoU" in report

@@ -101,6 +101,15 @@ def test_other_data_and_other_configs_are_not_joined(project, tmp_path):
     assert len(join(timed)["runs"]) == 2
 
 
+def test_segmentors_are_joined_by_their_metric(call, tmp_path):
+    part = write_part(tmp_path / "a", {"psp": [40.0]})
+    data = json.loads((part / "report.json").read_text())
+    data["runs"][0]["results"] = {"psp": {"sem_seg": {"mIoU": 41.5}}}
+    (part / "report.json").write_text(json.dumps(data))
+    status, printed = call(part, "--output", tmp_path / "all")
+    assert status == 0 and "mIoU" in printed.out and "41.5" in printed.out
+
+
 def test_what_cannot_be_joined_is_named(call, tmp_path):
     one, other = (write_part(tmp_path / name, {"plain": [30.0]}) for name in "ab")
     with pytest.raises(ValueError, match=rf"plain with seed 0 is in {one} and in {other}; .*SUFFIX={other}"):

@@ -1,7 +1,8 @@
 """Evaluators by the ``evaluator_type`` of a data set, as detectron2's own training script chooses them.
 
 A further type is one function ``(cfg, name of the data set, output folder) -> DatasetEvaluator``, registered under the
-name of the type. If it refuses some data sets, what tells them is in CHECKS, which is asked before a training.
+name of the type; with its metrics in METRICS, a wrong ``--metric`` is told before a training. If it refuses some data
+sets, what tells them is in CHECKS, which is asked before a training.
 """
 
 from __future__ import annotations
@@ -18,11 +19,25 @@ from fvcore.common.registry import Registry
 from ..data.argoverse_hd import read_content
 from ..files import atomic_write
 from ..finding import ERROR, Finding
+from .visdrone import LIMITS
 from .visdrone_evaluator import VisDroneEvaluator, require_whole_images
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 # By type: a function of a data set's name and dicts that raises ValueError for what the evaluator cannot judge.
 CHECKS: dict[str, Callable[[str, list[dict]], None]] = {"visdrone": require_whole_images}
+_COCO = {
+    "bbox": ["AP", "AP50", "AP75", "APs", "APm", "APl", "AP-"],
+    "segm": ["AP", "AP50", "AP75", "APs", "APm", "APl", "AP-"],
+    "keypoints": ["AP", "AP50", "AP75", "APm", "APl", "AP-"],
+}
+_VISDRONE = ["AP", "AP50", "AP75", *(f"AR{count}" for count in LIMITS)]
+# By type: {task: its metrics}; one that ends with "-" stands for those of single classes, before their names.
+METRICS: dict[str, dict[str, list[str]]] = {
+    "coco": _COCO,
+    "argoverse_hd": _COCO,
+    "visdrone": {"bbox": [*_VISDRONE, *(f"{name}_plain" for name in _VISDRONE), "AP-"]},
+    "sem_seg": {"sem_seg": ["mIoU", "fwIoU", "mACC", "pACC", "IoU-", "ACC-", "BoundaryIoU-", "min(IoU, B-Iou)-"]},
+}
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluator:
@@ -48,16 +63,17 @@ def check_evaluators(cfg: CfgNode) -> list[Finding]:
     for name in cfg.DATASETS.TEST:
         try:
             if check := CHECKS.get(_kind(name)):
-                check(name, _records(name))
+                check(name, loadable_records(name))
         except ValueError as error:
             found.append(Finding(ERROR, "evaluation", str(error), "correct DATASETS.TEST"))
     return found
 
 
-def _records(dataset_name: str) -> list[dict]:
+def loadable_records(dataset_name: str) -> list[dict]:
+    """Dataset dicts of a set; none if it cannot be loaded, which :mod:`msad.data.checks` tells."""
     try:
         return DatasetCatalog.get(dataset_name)
-    except (AssertionError, LookupError, OSError, TypeError, ValueError):  # msad.data.checks says what is wrong
+    except (AssertionError, LookupError, OSError, TypeError, ValueError):
         return []
 
 

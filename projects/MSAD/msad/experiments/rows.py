@@ -8,7 +8,7 @@ from statistics import fmean
 
 from .statistics import Estimate, estimate
 
-AP = "bbox/AP"
+AP, MIOU = "bbox/AP", "sem_seg/mIoU"
 _EMPTY = ("AP", "AP50", "AP75")  # 0 for a model that detects nothing; of sizes and classes there may be no objects
 
 
@@ -108,6 +108,11 @@ def full_resolution(rows: list[Row], metric: str = AP) -> Row | None:
     """The row that shares and cost ratios refer to: baseline_H, else teacher_H, else none."""
     found = {row.name: row for row in rows if row.estimate(metric) is not None}
     return found.get("baseline_H") or found.get("teacher_H")
+
+
+def main_metric(rows: list[Row]) -> str:
+    """AP of boxes, or mIoU if that is what the first row has."""
+    return next((metric for metric in (AP, MIOU) if any(row.values(metric) for row in rows[:1])), AP)
 
 
 def check_metric(rows: list[Row], metric: str) -> None:
