@@ -14,6 +14,7 @@ from msad.experiments.report import write_report
 from msad.experiments.rows import check_metric, rows_of
 from msad.experiments.statistics import estimate
 from msad.experiments.tables import accuracy_table, class_table, cost_table, format_table, format_tables
+from msad.product import card
 
 LONGER = "baseline_L_shifted@equal_iterations"
 
@@ -191,6 +192,17 @@ def test_markdown_and_terminal_tables_agree(seeded):
     assert parsed[0] == headers
     assert parsed[2:] == [["`" + line[0].replace("|", r"\|") + "`", *line[1:]] for line in cells]
     assert re.split(r"\s{2,}", format_tables(seeded).splitlines()[2].strip()) == cells[0]
+
+
+def test_classes_with_bars_end_no_cell(seeded):
+    for run in seeded["runs"]:
+        for result in run.get("results", {}).values():
+            result["bbox"] |= {"AP-a|b": 10.0, "AP-c": 20.0}
+    table = accuracy_table(seeded)
+    assert "AP a|b" in table[0] and "AP a|b" in format_table(table, "simple")
+    for text in (format_table(table, "github"), card._table(table)):
+        assert r"AP a\|b" in text
+        assert {len(re.split(r"(?<!\\)\|", line)) for line in text.splitlines()} == {len(table[0]) + 2}
 
 
 # --- judgement --------------------------------------------------------------------------------------------------------
