@@ -32,6 +32,7 @@ from msad.engine.preflight.model_checks import (
     check_frozen,
     check_start,
     check_teacher_ap,
+    check_test_size,
 )
 from msad.finding import ERROR, OK, WARNING, Finding, error_text
 from msad.resolution import get_resolution
@@ -191,6 +192,24 @@ def test_start_of_the_student(project):
     (finding,) = check_frozen(student, set(), 2)
     assert finding.level == ERROR and "random and frozen" in finding.text and "stem" in finding.text
     assert levels_of(check_frozen(student, set(), 0)) == [WARNING]  # a network's own constants
+
+
+@pytest.mark.parametrize(("detector", "levels"), [("fcos", "p6, p7"), ("teacher", "p5, p6, p7"), ("gfl", "p6, p7")])
+def test_maps_of_one_pixel_that_no_norm_takes_are_said_before_training(project, tmp_path, detector, levels):
+    """Of a batch of one in evaluation; training has more images in a step."""
+    cfg = load_config(project / f"{detector}.yaml", ["MODEL.FCOS.NORM", "GN", "MODEL.GFL.NORM", "GN"])
+    cfg.OUTPUT_DIR = str(tmp_path)
+    register_datasets(cfg)
+    trainer = DistillTrainer(cfg)
+    with pytest.raises(ValueError, match=rf"test size: an image of 64 x 64 pixels has a map of one pixel \({levels}\)"):
+        trainer.resume_or_load(False)
+    model = trainer.checkpointer.model
+    assert model.training and getattr(model, "eval_branch", "fused") == "fused"
+    assert "test size" in [f.check for f in examine(cfg, images=0) if f.level == ERROR]
+    cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = 320
+    assert levels_of(check_test_size(cfg, model)) == [OK]
+    cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = 64
+    assert check_test_size(cfg, build_model(load_config(project / f"{detector}.yaml"))) == []  # it has no such norms
 
 
 @pytest.mark.parametrize("detector", ["fcos", "teacher", "student"])

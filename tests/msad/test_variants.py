@@ -173,6 +173,16 @@ def test_equal_cost_is_the_students(project, tmp_path):
     assert min(near, key=lambda macs: abs(macs - target)) == near[1] == pytest.approx(target, rel=0.1)
 
 
+def test_equal_cost_passes_over_sizes_that_norms_refuse(project, tmp_path):
+    """A map of one pixel has one value a group, of a single image."""
+    sizes = []
+    for norm in ("", "GN"):
+        variants = {"reference": Variant(project / "fcos.yaml"), **equal_cost(project / "fcos.yaml", "reference")}
+        comparison = Comparison(variants, tmp_path, ["MODEL.FCOS.NORM", norm])
+        sizes.append(comparison.config(Run("baseline_equal_cost", 0)).INPUT.MIN_SIZE_TEST)
+    assert sizes == [64, 64]
+
+
 def test_networks_that_are_alike_are_measured_once(project, monkeypatch):
     loaded, get = [], DatasetCatalog.get
     monkeypatch.setattr(DatasetCatalog, "get", lambda name: loaded.append(name) or get(name))

@@ -219,6 +219,7 @@ class DistillTrainer(DefaultTrainer):
             loaded = student.state_dict().keys() - set(self.checkpointer.missing_or_mismatched)
         elif self.cfg.MODEL.META_ARCHITECTURE == "FusionStudent" and not resumed:
             loaded = load_branches(student, self.cfg.MSAD.FUSION_STUDENT.BRANCHES)
+        preflight.report(preflight.check_test_size(self.cfg, student))
         if not resumed and self.distiller is None:
             preflight.report(preflight.check_frozen(student, loaded, self.cfg.MODEL.BACKBONE.FREEZE_AT))
         elif not resumed:

@@ -4,7 +4,7 @@ Every check is a function that returns findings. Training makes the cheap ones (
 ``tools/preflight.py`` makes all of them (:func:`examine`).
 """
 
-from .model_checks import check_frozen
+from .model_checks import check_frozen, check_test_size
 from .run import examine, preflight, preflight_checks, report
 
-__all__ = ["check_frozen", "examine", "preflight", "preflight_checks", "report"]
+__all__ = ["check_frozen", "check_test_size", "examine", "preflight", "preflight_checks", "report"]

@@ -9,13 +9,17 @@ from functools import partial
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from torch import nn
 
 from ...data.mappers import inference_mapper
 from ...data.sampling import at_equal_distances
+from ...evaluation.evaluators import loadable_records
 from ...files import local_file
 from ...finding import ERROR, OK, WARNING, Finding, check, error_text
+from ...modeling.features import tap_neck
+from ...modeling.teacher import MultiScaleTeacher
 from ..checkpoint import CheckedCheckpointer
 
 _MIN_AP = 5.0
@@ -51,6 +55,45 @@ def check_frozen(model: nn.Module, known: set[str], freeze_at: int) -> Generator
         fix = "set MODEL.WEIGHTS to a pretrained network, or of a student DISTILL.INIT_STUDENT full"
         yield ERROR if freeze_at > 0 else WARNING, text, f"{fix}, or MODEL.BACKBONE.FREEZE_AT 0"
     return f"{len(frozen)} parameters of the bottom-up network are not trained and have weights" if frozen else None
+
+
+@check("test size")
+def check_test_size(cfg: CfgNode, model: nn.Module) -> Generator:
+    """Whether norms of one channel a group get more than one pixel where the model is tested; torch refuses one.
+
+    A model that has such norms is run on a blank image of the size of the smallest of DATASETS.TEST.
+    """
+    if not any(isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels for m in model.modules()):
+        return None
+    records = [record for name in cfg.DATASETS.TEST for record in loadable_records(name)]
+    sides = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    sizes = {(record["height"], record["width"]) for record in records if "height" in record}
+    if sides[0]:
+        sizes = {ResizeShortestEdge.get_output_shape(*size, *sides) for size in sizes}
+    if not sizes:
+        return None
+    height, width = min(sizes, key=max)
+    blank = {"image": torch.zeros(3, height, width, dtype=torch.uint8), "height": height, "width": width}
+    training, branch = model.training, model.eval_branch if isinstance(model, MultiScaleTeacher) else ""
+    model.eval()
+    try:
+        with torch.no_grad(), tap_neck(getattr(model, "detector", model)) as maps:
+            for each in model.branches if branch else [""]:
+                if each:
+                    model.set_eval_branch(each)
+                model([blank])
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        levels = ", ".join(name for name, level in maps.items() if level.shape[-2:] == (1, 1))
+        text = f"an image of {width} x {height} pixels has a map of one pixel{levels and f' ({levels})'}, which norms"
+        fix = "enlarge INPUT.MIN_SIZE_TEST, leave out the coarsest level, or take more channels or another norm"
+        yield ERROR, f"{text} of one channel a group cannot normalise", fix
+    finally:
+        model.train(training)
+        if branch:
+            model.set_eval_branch(branch)
+    return f"an image of {width} x {height} pixels passes through all norms"
 
 
 @check("student's start")

@@ -37,7 +37,15 @@ from .config_checks import (
     check_sizes,
     check_two_stage,
 )
-from .model_checks import box_ap, check_checkpoint, check_device, check_frozen, check_start, check_teacher_ap
+from .model_checks import (
+    box_ap,
+    check_checkpoint,
+    check_device,
+    check_frozen,
+    check_start,
+    check_teacher_ap,
+    check_test_size,
+)
 
 logger = logging.getLogger(__name__)
 # Bytes of an annotation file that is read for its class names when training starts: about a second.
@@ -146,10 +154,13 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
     if not cfg.DISTILL.TEACHERS:
         if model := attempt("model", "correct the config", lambda: build_model(cfg)):
             out += check_frozen(model, load(model), cfg.MODEL.BACKBONE.FREEZE_AT)
+            out += attempt("test size", "correct the config", lambda: check_test_size(cfg, model)) or []
         return out + check_schedule(cfg)
     entries = attempt("teacher", "correct DISTILL.TEACHERS", lambda: teacher_entries(cfg)) or []
     student = attempt("student", "correct the student's config", lambda: build_model(cfg))
     loaded = load(student) if student is not None else set()
+    if student is not None:
+        out += attempt("test size", "correct the student's config", lambda: check_test_size(cfg, student)) or []
     teachers = []
     for entry in entries:
         if "MEAN_OF" in entry:
