@@ -212,6 +212,21 @@ def test_maps_of_one_pixel_that_no_norm_takes_are_said_before_training(project, 
     assert check_test_size(cfg, build_model(load_config(project / f"{detector}.yaml"))) == []  # it has no such norms
 
 
+def test_maps_of_one_pixel_of_a_model_without_a_backbone(project):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.GroupNorm(3, 3)
+
+        def forward(self, inputs):
+            return self.norm(inputs[0]["image"][None, :, :1, :1].float())
+
+    cfg = load_config(project / "fcos.yaml")
+    register_datasets(cfg)
+    (finding,) = check_test_size(cfg, Model())
+    assert finding.level == ERROR and "64 x 64 pixels has a map of one pixel, which norms" in finding.text
+
+
 @pytest.mark.parametrize("detector", ["fcos", "teacher", "student"])
 def test_random_numbers_are_not_frozen(project, teacher_weights, tmp_path, detector):
     """Without MODEL.WEIGHTS the first stages of detectron2's usual networks would stay random for ever."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -74,10 +75,11 @@ def check_test_size(cfg: CfgNode, model: nn.Module) -> Generator:
         return None
     height, width = min(sizes, key=max)
     blank = {"image": torch.zeros(3, height, width, dtype=torch.uint8), "height": height, "width": width}
+    detector = getattr(model, "detector", model)
     training, branch = model.training, model.eval_branch if isinstance(model, MultiScaleTeacher) else ""
     model.eval()
     try:
-        with torch.no_grad(), tap_neck(getattr(model, "detector", model)) as maps:
+        with torch.no_grad(), tap_neck(detector) if hasattr(detector, "backbone") else nullcontext({}) as maps:
             for each in model.branches if branch else [""]:
                 if each:
                     model.set_eval_branch(each)
