@@ -20,7 +20,7 @@ from ..config import load_config
 from ..data.register import register_datasets
 from ..distill.progressive.order import RULES, all_orders, rank, suggest
 from ..engine.build import teacher_entries
-from ..files import atomic_write
+from ..files import FINAL, atomic_write
 from .adaptation import STUDENT, cost_record, finite_costs, measure_adaptation
 from .comparison import Comparison
 from .identity import check_same, is_finished
@@ -91,11 +91,11 @@ class OrderStudy:
         """The frozen config of an order's last stage."""
         cfg = self.curriculum(run.seed)
         before = self.needs(run)
-        start = self.folder(before[0]) if before else self.networks.folder(Run(STUDENT, run.seed))
+        start = self.folder(before[0]) / FINAL if before else self.networks.weights(Run(STUDENT, run.seed))
         last = run.name.rpartition(SEPARATOR)[2]
         cfg.DISTILL.TEACHERS = [entry for entry in cfg.DISTILL.TEACHERS if entry["NAME"] == last]
         cfg.DISTILL.INIT_STUDENT = "none"
-        cfg.MODEL.WEIGHTS = str(start / "model_final.pth")
+        cfg.MODEL.WEIGHTS = str(start)
         cfg.OUTPUT_DIR = str(self.folder(run))
         cfg.freeze()
         return cfg
@@ -104,9 +104,9 @@ class OrderStudy:
         """The config with the trained teachers of a seed."""
         cfg = load_config(self.config, [*self.opts, "SEED", str(seed)])
         cfg.DISTILL.TEACHERS = [
-            dict(entry, CONFIG=str(folder / "config.yaml"), WEIGHTS=str(folder / "model_final.pth"))
+            dict(entry, CONFIG=str(self.networks.folder(run) / "config.yaml"), WEIGHTS=str(self.networks.weights(run)))
             for entry in teacher_entries(cfg)
-            for folder in [self.networks.folder(Run(entry["NAME"], seed))]
+            for run in [Run(entry["NAME"], seed)]
         ]
         return cfg
 
@@ -117,7 +117,7 @@ class OrderStudy:
         folder, cfg = self.output / f"seed{seed}" / "adaptation", self.curriculum(seed)
         register_datasets(cfg)
         teachers = [dict(entry) for entry in cfg.DISTILL.TEACHERS]
-        weights = str(self.networks.folder(Run(STUDENT, seed)) / "model_final.pth")
+        weights = str(self.networks.weights(Run(STUDENT, seed)))
         found, _ = measure_adaptation(cfg, weights, teachers, folder)
         costs = finite_costs(found)
         about = cost_record(self.config, weights, teachers, [*self.opts, "SEED", str(seed)], quality, costs)

@@ -27,7 +27,7 @@ def load_predictors(study: Comparison, names: Iterable[str]) -> dict[str, Defaul
             run = Run(name, study.seeds[0])
             cfg = study.config(run).clone()
             cfg.defrost()
-            cfg.MODEL.WEIGHTS = str(study.folder(run) / "model_final.pth")
+            cfg.MODEL.WEIGHTS = str(study.weights(run))
             predictors[name] = DefaultPredictor(cfg)
     return predictors
 
