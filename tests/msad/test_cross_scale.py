@@ -59,24 +59,29 @@ def test_attention_sees_the_image_alone():
 @pytest.mark.parametrize(("qkv", "size"), [("eq", (40, 56)), ("text", (32, 64))])
 @pytest.mark.parametrize("scale", [1, 2])
 def test_targets_do_not_depend_on_the_batch(qkv, size, scale):
-    """What lies beside an image of ``size`` in a batch does not move what the student learns from it."""
+    """What lies beside an image of ``size`` in a batch does not move what the student learns from it, and no less of
+    the image is seen than without it."""
     torch.manual_seed(0)
     levels, area = range(3, 6), {"p3": (), "p4": (), "p5": ()}
     theirs = {f"p{i}": ShapeSpec(channels=12, stride=2**i / scale) for i in levels}
     assistant = CrossScaleAssistant(shapes(3, 8), {"t": theirs}, qkv=qkv, heads=4, ratio=4)
     found = []
-    for beside in (0.0, 9.0):
+    for beside in (0.0, 9.0, None):
         generator, maps = torch.Generator().manual_seed(1), []
         for channels, factor in ((8, 1), (12, scale)):
             maps.append({f"p{i}": torch.randn(1, channels, factor * 64 >> i, factor * 96 >> i, generator=generator)
                          for i in levels})  # fmt: skip
             for name, x in maps[-1].items():
                 rows, cols = (-(-side * factor // 2 ** int(name[1:])) for side in size)
-                x[:, :, rows:], x[..., cols:] = beside, beside
+                if beside is None:
+                    maps[-1][name] = x[:, :, :rows, :cols]
+                else:
+                    x[:, :, rows:], x[..., cols:] = beside, beside
                 area[name] = area[name] or (..., slice(rows), slice(cols))
-        context = make_context([size], student=maps[0], sources={"t": maps[1]})
+        context = make_context([] if beside is None else [size], student=maps[0], sources={"t": maps[1]})
         found.append({name: x[area[name]] for name, x in assistant.features(context).items()})
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-5)
 
 
 def test_aggregation_completes_the_border():

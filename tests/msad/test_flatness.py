@@ -85,6 +85,7 @@ def test_the_loss_is_repeatable_and_leaves_no_trace(tiny_model, make_batch, arch
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for module in model.modules():
         assert not module.training
+        assert vars(module).keys() == kept[module].keys()
         assert vars(module).get("loss_normalizer") == kept[module].get("loss_normalizer")
     with moved(model, [random_direction(model, 0)], [0.5]):
         assert loss(model) != first
