@@ -116,6 +116,18 @@ def preflight(
     return found
 
 
+class _Findings(list[Finding]):
+    """What is found, and what fails while it is looked for."""
+
+    def attempt(self, check: str, fix: str, function: Callable[..., Any], *args: Any) -> Any:
+        """What ``function`` returns; what it says is wrong becomes a finding, and the result None."""
+        try:
+            return function(*args)
+        except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            self.append(Finding(ERROR, check, error_text(error), fix))
+            return None
+
+
 def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Finding]:
     """All checks of a config.
 
@@ -123,80 +135,72 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
         images: on which a student's teacher detects; 0: on none.
         no_kd_weights: checkpoint of the same student trained without distillation, to compare the teacher with.
     """
-    out: list[Finding] = []
-
-    def attempt(check: str, fix: str, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns; what it says is wrong becomes a finding."""
-        try:
-            return function()
-        except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-            out.append(Finding(ERROR, check, error_text(error), fix))
-            return None
-
-    def load(model: nn.Module) -> set[str]:
-        """Names of the tensors that the weights from which the model begins have."""
-        if cfg.MODEL.WEIGHTS:
-            found, loaded = check_checkpoint("student", model, cfg.MODEL.WEIGHTS)
-            out.extend(found)
-            return loaded
-        branches = cfg.MSAD.FUSION_STUDENT.BRANCHES if cfg.MODEL.META_ARCHITECTURE == "FusionStudent" else []
-        fix = "correct WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES"
-        return attempt("student's weights", fix, lambda: load_branches(model, branches)) or set()
-
-    out += check_device(cfg)
+    out = _Findings(check_device(cfg))
     if out[-1].level == ERROR:  # all else can be looked at on a CPU
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = "cpu"
-    attempt("data", "correct DATASETS.REGISTER", lambda: register_datasets(cfg))
+    out.attempt("data", "correct DATASETS.REGISTER", register_datasets, cfg)
     out += check_data(cfg)[1] or [Finding(WARNING, "data", "DATASETS.TRAIN and DATASETS.TEST are empty", "name sets")]
     out += check_evaluators(cfg)
+    who = "student" if cfg.DISTILL.TEACHERS else "model"
+    fix = "correct the student's config" if cfg.DISTILL.TEACHERS else "correct the config"
+    model = out.attempt(who, fix, build_model, cfg)
+    loaded = _load(out, cfg, model) if model is not None else set()
+    if model is not None:
+        out += out.attempt("test size", fix, check_test_size, cfg, model) or []
     if not cfg.DISTILL.TEACHERS:
-        if model := attempt("model", "correct the config", lambda: build_model(cfg)):
-            out += check_frozen(model, load(model), cfg.MODEL.BACKBONE.FREEZE_AT)
-            out += attempt("test size", "correct the config", lambda: check_test_size(cfg, model)) or []
+        out += check_frozen(model, loaded, cfg.MODEL.BACKBONE.FREEZE_AT) if model is not None else []
         return out + check_schedule(cfg)
-    entries = attempt("teacher", "correct DISTILL.TEACHERS", lambda: teacher_entries(cfg)) or []
-    student = attempt("student", "correct the student's config", lambda: build_model(cfg))
-    loaded = load(student) if student is not None else set()
-    if student is not None:
-        out += attempt("test size", "correct the student's config", lambda: check_test_size(cfg, student)) or []
-    teachers = []
-    for entry in entries:
-        if "MEAN_OF" in entry:
-            continue
-        options = ["MODEL.DEVICE", cfg.MODEL.DEVICE]
-        fix = f"correct the CONFIG of {entry['NAME']}"
-        config = attempt("teacher", fix, lambda: load_config(entry["CONFIG"], options))  # noqa: B023
-        if config is None:
-            continue
-        fix = "correct DATASETS.REGISTER of the teacher"
-        classes = attempt("data", fix, lambda: training_classes(config))  # noqa: B023
-        model = attempt("teacher", "correct the teacher's config", lambda: build_model(config))  # noqa: B023
-        if student is None or model is None:
-            continue
-        found, trained = check_checkpoint("teacher", model, entry["WEIGHTS"])
-        out += found
-        scale = float(entry.get("SCALE", 1.0))
-        teacher = FrozenTeacher(model, cfg.DISTILL.TEACHER_BN, name=entry["NAME"], scale=scale)
-        teachers.append(teacher)
-        fix = "correct the student's config, or DISTILL.STUDENT_RESOLUTION"
-        checks = attempt("student", fix, lambda: preflight_checks(cfg, student, teacher, loaded, classes))  # noqa: B023
-        for name, check in (checks or {}).items():
-            out += [finding for finding in attempt(name, fix, check) or [] if finding not in out]
-        if images and trained and scale == 1:
-            name, fix = "teacher's AP", "correct DATASETS.TEST"
-            no_kd = None
-            if no_kd_weights:
-                no_kd = attempt(name, "give the student's checkpoint", lambda: _student_ap(cfg, no_kd_weights, images))
-            out += attempt(name, fix, lambda: check_teacher_ap(cfg, config, model, images, no_kd)) or []  # noqa: B023
-    if not teachers or len(teachers) < sum("MEAN_OF" not in entry for entry in entries):
-        return out
-    distiller = attempt("losses", "correct DISTILL", lambda: build_distiller(cfg, student, teachers))
-    if distiller is not None:
-        none = "none: this is the no-KD baseline"
-        out.append(Finding(OK, "losses", ", ".join(loss.name for loss in distiller.losses) or none))
+    entries = out.attempt("teacher", "correct DISTILL.TEACHERS", teacher_entries, cfg) or []
+    entries = [entry for entry in entries if "MEAN_OF" not in entry]
+    teachers = [_examine_teacher(out, cfg, entry, model, loaded, images, no_kd_weights) for entry in entries]
+    if teachers and None not in teachers:
+        distiller = out.attempt("losses", "correct DISTILL", build_distiller, cfg, model, teachers)
+        if distiller is not None:
+            none = "none: this is the no-KD baseline"
+            out.append(Finding(OK, "losses", ", ".join(loss.name for loss in distiller.losses) or none))
     return out
+
+
+def _load(out: _Findings, cfg: CfgNode, model: nn.Module) -> set[str]:
+    """Names of the tensors that the weights from which the model begins have."""
+    if cfg.MODEL.WEIGHTS:
+        found, loaded = check_checkpoint("student", model, cfg.MODEL.WEIGHTS)
+        out += found
+        return loaded
+    branches = cfg.MSAD.FUSION_STUDENT.BRANCHES if cfg.MODEL.META_ARCHITECTURE == "FusionStudent" else []
+    fix = "correct WEIGHTS of MSAD.FUSION_STUDENT.BRANCHES"
+    return out.attempt("student's weights", fix, load_branches, model, branches) or set()
+
+
+def _examine_teacher(
+    out: _Findings, cfg: CfgNode, entry: dict, student: nn.Module | None, loaded: set[str], images: int,
+    no_kd_weights: str,
+) -> FrozenTeacher | None:  # fmt: skip
+    """The checks of one teacher, which is returned if it and the student could be built; see :func:`examine`."""
+    options = ["MODEL.DEVICE", cfg.MODEL.DEVICE]
+    config = out.attempt("teacher", f"correct the CONFIG of {entry['NAME']}", load_config, entry["CONFIG"], options)
+    if config is None:
+        return None
+    classes = out.attempt("data", "correct DATASETS.REGISTER of the teacher", training_classes, config)
+    model = out.attempt("teacher", "correct the teacher's config", build_model, config)
+    if student is None or model is None:
+        return None
+    found, trained = check_checkpoint("teacher", model, entry["WEIGHTS"])
+    out += found
+    scale = float(entry.get("SCALE", 1.0))
+    teacher = FrozenTeacher(model, cfg.DISTILL.TEACHER_BN, name=entry["NAME"], scale=scale)
+    fix = "correct the student's config, or DISTILL.STUDENT_RESOLUTION"
+    checks = out.attempt("student", fix, preflight_checks, cfg, student, teacher, loaded, classes)
+    for name, check in (checks or {}).items():
+        out += [finding for finding in out.attempt(name, fix, check) or [] if finding not in out]
+    if images and trained and scale == 1:
+        name, no_kd = "teacher's AP", None
+        if no_kd_weights:
+            no_kd = out.attempt(name, "give the student's checkpoint", _student_ap, cfg, no_kd_weights, images)
+        out += out.attempt(name, "correct DATASETS.TEST", check_teacher_ap, cfg, config, model, images, no_kd) or []
+    return teacher
 
 
 def _student_ap(cfg: CfgNode, weights: str, images: int) -> float | None:
