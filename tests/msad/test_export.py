@@ -21,8 +21,8 @@ from test_mask_code import shapes
 from test_plain_student import detections
 
 from msad import load_config
+from msad.data.names import read_names
 from msad.engine.setup import load_model
-from msad.export.names import read_names
 from msad.export.plain import export, plain_file
 from msad.modeling.detectors.mask_code import MaskStatistics
 

@@ -22,9 +22,9 @@ pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")
 
 import onnx
 
+from msad.data.names import dataset_names
 from msad.export import onnx as exporter
 from msad.export.evaluate import ExportedModel, evaluate_exported
-from msad.export.names import dataset_names
 from msad.export.quantize import calibration_inputs, integer_nodes, quantize
 from msad.export.runner import Detector
 

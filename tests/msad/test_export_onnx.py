@@ -18,9 +18,9 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from msad import load_config
+from msad.data.names import dataset_names
 from msad.export import graph_ops as ops
 from msad.export.graph import detection_graph
-from msad.export.names import dataset_names
 
 pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
 pytest.importorskip("onnxruntime", reason="pip install 'msad[onnx]'")

@@ -15,8 +15,8 @@ from detectron2.engine import DefaultPredictor
 from ..config import load_config
 from ..data.low_res import LowResOnly
 from ..data.mappers import inference_mapper
+from ..data.names import read_names
 from ..data.register import register_datasets
-from ..export.names import read_names
 from .checkpoint import CheckedCheckpointer
 
 

@@ -20,9 +20,9 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..data.names import dataset_names, read_names
 from ..files import atomic_write
 from .graph import DetectionGraph, detection_graph
-from .names import dataset_names, read_names
 from .plain import load_by_itself
 from .verify import checked, example_images, verify
 

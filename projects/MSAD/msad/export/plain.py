@@ -18,11 +18,11 @@ from torch import nn
 from ..config import add_msad_config, detector_architecture
 from ..config_values import plain
 from ..data.low_res import reads_low_res
+from ..data.names import FILE, dataset_names, write_names
 from ..engine.checkpoint import CheckedCheckpointer
 from ..files import atomic_write
 from ..modeling.detectors.mask_code import IN_CHECKPOINT
 from ..resolution import downsampled_size, get_resolution, level_of
-from .names import FILE, dataset_names, write_names
 
 # Parts that projects/MSAD/plain/plain_backbone.py makes of detectron2's own.
 PLAIN_BACKBONE = {"MODEL.BACKBONE.NAME build_level_fpn_backbone", "MODEL.FPN.BOTTOM_UP build_resnet_c1_backbone"}
