@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from msad.cli import load_models, parse, positive, positive_float
 from msad.cli import run as run_command
-from msad.engine.provenance import fingerprint, write_report
+from msad.engine.provenance import fingerprint, write_measurements
 from msad.engine.setup import load_model
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.evaluation.flatness import DISTANCES, loss_along, moved, random_direction, sharpness
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> str:
     output = Path(args.output)
     options = {option: getattr(args, option) for option in ("images", "batch_size", "directions", "seed")}
     datasets = {key: first.DATASETS[key][0] for key in ("TRAIN", "TEST")}
-    write_report(output / "flatness.json", models, loaded, **options, datasets=datasets)
+    write_measurements(output / "flatness.json", models, loaded, **options, datasets=datasets)
     written = ["flatness.json", "flatness.png"]
     plot_lines(models, output / "flatness.png")
     if args.surface:

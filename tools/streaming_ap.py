@@ -33,7 +33,7 @@ from msad.config_values import value_at
 from msad.data.argoverse_hd import category_ids, read_content, sequences_of
 from msad.data.synthetic import DEMO
 from msad.data.synthetic_videos import make_videos
-from msad.engine.provenance import fingerprint, machine, write_report
+from msad.engine.provenance import fingerprint, machine, write_measurements
 from msad.engine.setup import load_model
 from msad.evaluation import streaming
 from msad.evaluation.coco_stats import box_stats
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> str:
         **{option: getattr(args, option) for option in options},
     }
     output = Path(args.output)
-    write_report(output / "streaming.json", models, loaded, **about)
+    write_measurements(output / "streaming.json", models, loaded, **about)
     title = f"{videos.name}, {args.schedule}" + (", in real time" if args.real_time else "")
     plot_streaming(models, output / "streaming.png", about["fps"][-1], title)
     rows = [

@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 
 from msad import load_config
-from msad.distill.progressive.cost import AdaptationCosts, image_maps, pair_levels
+from msad.distill.progressive.cost import AdaptationCosts, common_levels, image_maps
 from msad.distill.progressive.least_squares import FeatureSums, SGDFit, SGDOptions, with_ones
 from msad.experiments import adaptation
 from msad.modeling.features import tap_neck
@@ -194,12 +194,12 @@ def test_images_of_another_sensor_are_refused(tmp_path):
 def test_levels_pair_by_stride_or_index():
     retina = Fixed("retina", {"p3": (8, 8), "p4": (8, 16), "p5": (8, 32)})
     rcnn = Fixed("rcnn", {"p2": (8, 4), "p3": (8, 8), "p4": (8, 16)})
-    assert pair_levels(retina, rcnn, "by_stride") == [("p3", "p3"), ("p4", "p4")]
-    assert pair_levels(retina, rcnn, "by_index") == [("p3", "p2"), ("p4", "p3"), ("p5", "p4")]
+    assert common_levels(retina, rcnn, "by_stride") == [("p3", "p3"), ("p4", "p4")]
+    assert common_levels(retina, rcnn, "by_index") == [("p3", "p2"), ("p4", "p3"), ("p5", "p4")]
     with pytest.raises(ValueError, match=r"retina and odd have no level of equal stride .* pair them by_index"):
-        pair_levels(retina, Fixed("odd", {"p3": (8, 10.5)}), "by_stride")
+        common_levels(retina, Fixed("odd", {"p3": (8, 10.5)}), "by_stride")
     with pytest.raises(ValueError, match="unknown pairing"):
-        pair_levels(retina, rcnn, "by_name")
+        common_levels(retina, rcnn, "by_name")
 
 
 def test_padding_does_not_count():

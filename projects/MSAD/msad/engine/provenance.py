@@ -45,7 +45,7 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def write_report(
+def write_measurements(
     file: Path, results: dict[str, Any], models: Mapping[str, tuple[CfgNode, str]], **about: Any
 ) -> None:
     """Write what was measured of several models, with the machine and their weights, as JSON.

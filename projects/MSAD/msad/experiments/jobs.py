@@ -42,7 +42,7 @@ class Slot(NamedTuple):
     here: bool = False  # no process is started, runs are done in this one
 
 
-class Plan(Protocol):
+class RunPlan(Protocol):
     """What :func:`run_all` asks about runs."""
 
     def folder(self, run: Run) -> Path:
@@ -107,7 +107,7 @@ def error_of(folder: Path) -> str | None:
 
 
 def run_all(
-    plan: Plan, runs: Sequence[Run], slots: Sequence[Slot], say: Callable[[str], None] = tqdm.write,
+    plan: RunPlan, runs: Sequence[Run], slots: Sequence[Slot], say: Callable[[str], None] = tqdm.write,
     command: Sequence[str] = COMMAND,
 ) -> list[Run]:  # fmt: skip
     """Run what is not finished, one run a slot at a time; returns the runs that failed.
@@ -171,7 +171,7 @@ def run_all(
     return failed
 
 
-def _run_here(plan: Plan, runs: Sequence[Run], threads: int, say: Callable[[str], None]) -> list[Run]:
+def _run_here(plan: RunPlan, runs: Sequence[Run], threads: int, say: Callable[[str], None]) -> list[Run]:
     """:func:`run_all` without processes, whose start would take longer than a very short run."""
     if threads:
         torch.set_num_threads(threads)
@@ -185,7 +185,7 @@ def _run_here(plan: Plan, runs: Sequence[Run], threads: int, say: Callable[[str]
     return failed
 
 
-def _begin(plan: Plan, run: Run, failed: list[Run], say: Callable[[str], None], work: Callable[[Run], None]) -> bool:
+def _begin(plan: RunPlan, run: Run, failed: list[Run], say: Callable[[str], None], work: Callable[[Run], None]) -> bool:
     """Do ``work`` for a run unless there is nothing left to do or it fails, which is told and noted; whether it did."""
     try:
         if culprit := next((need for need in plan.needs(run) if need in failed), None):
@@ -226,7 +226,7 @@ def _interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def _wait(running: dict[subprocess.Popen, tuple], bar: tqdm, plan: Plan) -> list[subprocess.Popen]:
+def _wait(running: dict[subprocess.Popen, tuple], bar: tqdm, plan: RunPlan) -> list[subprocess.Popen]:
     """Processes that have ended, as soon as there are any; shows how far the others are."""
     while running:
         if ended := [process for process in running if process.poll() is not None]:

@@ -48,7 +48,7 @@ def image_maps(source: Source, item: dict) -> dict[str, torch.Tensor]:
     return maps
 
 
-def pair_levels(a: Source, b: Source, pairing: str) -> list[tuple[str, str]]:
+def common_levels(a: Source, b: Source, pairing: str) -> list[tuple[str, str]]:
     """Levels of ``a`` and ``b`` that are compared, finest first.
 
     Args:
@@ -78,7 +78,7 @@ class AdaptationCosts:
 
     Args:
         sources: student and teachers, names all different.
-        pairing: see :func:`pair_levels`.
+        pairing: see :func:`common_levels`.
         sgd: None: exact least squares; else the maps are trained by SGD, one pass over the training images.
         seed: of the maps that are trained.
     """
@@ -95,7 +95,7 @@ class AdaptationCosts:
         self._sums: dict[str, dict[tuple, FeatureSums]] = {"train": {}, "val": {}}
         self._fits: dict[tuple, SGDFit] = {}
         for a, b in itertools.permutations(sources, 2):
-            self.pairs[a.name, b.name] = pair_levels(a, b, pairing)
+            self.pairs[a.name, b.name] = common_levels(a, b, pairing)
             for levels in self.pairs[a.name, b.name]:
                 key = (a.name, b.name, *levels)
                 channels = a.shapes()[levels[0]].channels, b.shapes()[levels[1]].channels
