@@ -12,7 +12,7 @@ from ..evaluation.detection_loss import own_counts
 from ..modeling.features import batch_norms
 
 
-def mend_hooks(hooks: list[HookBase], model: nn.Module) -> None:
+def guard_hooks(hooks: list[HookBase], model: nn.Module) -> None:
     """Let detectron2's hooks neither evaluate after an error nor change what the training of ``model`` goes on with.
 
     An EvalHook takes a training that stops in its last iteration for a finished one: it would evaluate before the error

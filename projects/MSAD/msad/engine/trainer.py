@@ -30,7 +30,7 @@ from . import preflight
 from .build import build_distillation, compile_backbone
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
-from .evaluating import mend_hooks, share_statistics
+from .evaluating import guard_hooks, share_statistics
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, FrozenBackbone, LossRatioLogger, SkippedImages
 from .precise_bn import NormsRunOnce
 from .run_folder import check_iterations
@@ -172,7 +172,7 @@ class DistillTrainer(DefaultTrainer):
             extra.update({f"assistant/{step.name}": step for step in distiller.assistants})
         self.checkpointer = CheckedCheckpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self), **extra)
         hooks = super().build_hooks()
-        mend_hooks(hooks, model)
+        guard_hooks(hooks, model)
         loader, period = self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD
         ours = [
             ExactResume(self.cfg.SEED, self.checkpointer.model, loader, period),
