@@ -329,6 +329,9 @@ def test_metrics_of_a_resumed_and_killed_run(tmp_path):
         file.write('{"iteration": 79, "total_loss": 1.0}\n{"iteration": 99, "total_loss": 2.0}\n')
     found = {record["iteration"]: record["total_loss"] for record in read_metrics(path)}
     assert found == {19: 19.0, 39: 7.0, 59: 59.0, 79: 1.0, 99: 2.0}
+    nested = '{"iteration": %d, "levels": {"p3": {"angle": %d}}}'
+    path.write_text(f"{nested % (9, 1)}\n{(nested % (19, 2))[:-9]}{nested % (29, 3)}\n")
+    assert [(r["iteration"], r["levels"]["p3"]["angle"]) for r in read_metrics(path)] == [(9, 1), (29, 3)]
     path.write_text("garbage\n7\n")
     with pytest.raises(ValueError, match=r"metrics\.json is no metrics\.json: no line"):
         read_metrics(path)

@@ -125,7 +125,7 @@ def test_what_is_read_is_not_overwritten(call, tmp_path, capsys):
     before = (tmp_path / "all.yaml").read_text()
     line = [str(call.out / "costs.json"), "--output", str(tmp_path / "all.yaml")]
     assert tool("order_teachers").main(line) == 2 and "would overwrite an input" in capsys.readouterr().err
-    status, printed = call("--config-file", call.out / "stages.yaml", "--quality", "wide=40")
+    status, printed = call("--config-file", call.out / "stages.yaml")
     assert status == 2 and "stages.yaml would overwrite an input" in printed.err
     assert (tmp_path / "all.yaml").read_text() == before
     (tmp_path / "all.yaml").unlink()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,12 +56,13 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def _record(line: str) -> dict:
-    """The record at the end of a line, whose values hold no braces; {} if there is none."""
-    try:
-        found = json.loads(line[max(line.rfind("{"), 0) :])
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    """The record of a line, or the one that begins within it; {} if there is none."""
+    for begin in (0, *(found.start() for found in re.finditer(r'(?<=.)\{"', line))):
+        with contextlib.suppress(ValueError):
+            found = json.loads(line[begin:])
+            if isinstance(found, dict) and (begin == 0 or "iteration" in found):
+                return found
+    return {}
 
 
 def ap_curve(records: list[dict], task: str = "bbox") -> tuple[np.ndarray, np.ndarray]:
