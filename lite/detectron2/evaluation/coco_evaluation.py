@@ -104,14 +104,11 @@ class COCOEvaluator(DatasetEvaluator):
                 proposal_boxes, objectness_logits; or both.
         """
         for item, output in zip(inputs, outputs):
-            prediction = {"image_id": item["image_id"]}
-            if "instances" in output:
-                found = output["instances"].to(self._cpu)
-                prediction["instances"] = instances_to_coco_json(found, item["image_id"])
-            if "proposals" in output:
-                prediction["proposals"] = output["proposals"].to(self._cpu)
-            if len(prediction) > 1:
-                self._predictions.append(prediction)
+            image = item["image_id"]
+            found = {kind: output[kind].to(self._cpu) for kind in ("instances", "proposals") if kind in output}
+            if "instances" in found:
+                found["instances"] = instances_to_coco_json(found["instances"], image)
+            self._predictions += [{"image_id": image, **found}] if found else []
 
     def evaluate(self, img_ids: Sequence | None = None) -> OrderedDict | None:
         """The metrics.
@@ -138,12 +135,9 @@ class COCOEvaluator(DatasetEvaluator):
             PathManager.mkdirs(self._output_dir)
             with PathManager.open(os.path.join(self._output_dir, "instances_predictions.pth"), "wb") as f:
                 torch.save(predictions, f)
-        results: OrderedDict = OrderedDict()
-        if "proposals" in predictions[0]:
-            results.update(self._evaluate_proposals(predictions))
-        if "instances" in predictions[0]:
-            results.update(self._evaluate_instances(predictions, img_ids))
-        return results
+        kinds = predictions[0].keys()
+        recalls = self._evaluate_proposals(predictions) if "proposals" in kinds else {}
+        return OrderedDict(recalls, **(self._evaluate_instances(predictions, img_ids) if "instances" in kinds else {}))
 
     def _evaluate_proposals(self, predictions: list[dict]) -> dict[str, dict[str, float]]:
         if self._output_dir:
