@@ -24,13 +24,15 @@ def _attention(
 ) -> torch.Tensor:
     """softmax(Q K^T / sqrt d) V of (N, heads, T, d) over the keys that are ``seen``, bool (N, 1, h, w); None: all.
 
-    A mask would keep torch from its kernels that store no scores. One more channel hides keys in any kernel.
+    A mask would keep torch from its kernels that store no scores. One more channel hides keys in any kernel; those of
+    GPUs want eight.
     """
     if seen is None:
         return F.scaled_dot_product_attention(query, key, value)
     hidden = torch.where(seen.flatten(2)[..., None], 0.0, _HIDDEN).to(key.dtype).expand(*key.shape[:3], 1)
-    query, key, value = F.pad(query, (0, 1), value=1.0), torch.cat([key, hidden], dim=3), F.pad(value, (0, 1))
-    return F.scaled_dot_product_attention(query, key, value, scale=(query.shape[3] - 1) ** -0.5)[..., :-1]
+    key, scale = F.pad(torch.cat([key, hidden], dim=3), (0, 7)), query.shape[3] ** -0.5
+    query, value = F.pad(query, (0, 8), value=1.0), F.pad(value, (0, 8))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)[..., :-8]
 
 
 class Aggregation(nn.Module):
