@@ -51,8 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("output/compare"), help="default: %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--reference", default="", metavar="NAME", help="of the differences; default: the first file")
-    parser.add_argument("--iterations", type=int, metavar="N", help="of every variant; default: as its yaml says")
-    parser.add_argument("--teacher-iterations", type=int, metavar="N", help="default: as the teacher's yaml says")
+    parser.add_argument("--iterations", type=cli.positive, metavar="N", help="of every variant; default: its yaml's")
+    parser.add_argument("--teacher-iterations", type=cli.positive, metavar="N", help="default: its yaml's")
     parser.add_argument("--teacher-weights", default="", metavar="FILE",
                         help="use this checkpoint and train no teacher; {seed} in it stands for the seed")  # fmt: skip
     parser.add_argument("--equal-time", action="store_true", help="each variant also at the reference's training time")
@@ -80,9 +80,6 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
     files = [file for file in args.configs if not file.name.startswith("Base")]
     if not files:
         raise ValueError("no yaml file to compare: Base*.yaml are what others are based on")
-    for name in ("iterations", "teacher_iterations"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     variants = {name: Variant(file) for name, file in unique_names(files).items()}
     reference = args.reference or next(iter(variants))
     if args.sweep:

@@ -18,7 +18,7 @@ from detectron2.modeling import build_backbone
 
 from msad import cli, load_config
 from msad.engine.slimmable import PIXEL_MEAN, PIXEL_STD, from_slimmable
-from msad.files import atomic_write, require_checkpoint
+from msad.files import atomic_write
 
 
 def convert(weights: str, config_file: str, output: str = "", opts: tuple = ()) -> str:
@@ -34,7 +34,8 @@ def convert(weights: str, config_file: str, output: str = "", opts: tuple = ()) 
             f"{config_file}: INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are {found}; "
             f"slimmable networks were trained with {expected}"
         )
-    require_checkpoint(weights)
+    if not os.path.isfile(weights):  # read here, and by no checkpointer
+        raise FileNotFoundError(f"no checkpoint {weights}")
     cli.refuse_overwriting([output], [weights, config_file])
     backbone = build_backbone(cfg)
     network = getattr(backbone, "bottom_up", backbone)

@@ -161,7 +161,7 @@ def test_segmentors_have_their_metric_and_panels(call, project, tmp_path):
     assert status == 2 and "--panels teacher is none of the variants psp" in printed.err
 
 
-def test_bad_command_lines_are_one_sentence(call, project, tmp_path):
+def test_bad_command_lines_are_one_sentence(call, project, tmp_path, capsys):
     status, printed = call(project / "fcos.yaml", "--reference", "gfl", "--report-only", "--output", tmp_path)
     assert status == 2 and printed.err == "compare: error: --reference gfl is none of the variants fcos\n"
     status, printed = call(tmp_path / "none.yaml", "--report-only", "--output", tmp_path)
@@ -170,5 +170,7 @@ def test_bad_command_lines_are_one_sentence(call, project, tmp_path):
     assert status == 2 and "no yaml file to compare" in printed.err
     status, printed = call(project / "fcos.yaml", "--devices", "gpu0", "--output", tmp_path)
     assert status == 2 and "cuda:0" in printed.err
-    status, printed = call(project / "fcos.yaml", "--iterations", "0", "--output", tmp_path)
-    assert status == 2 and "--iterations must be at least 1" in printed.err
+    for option in ("--iterations", "--teacher-iterations"):
+        with pytest.raises(SystemExit, match="2"):
+            call(project / "fcos.yaml", option, "0", "--output", tmp_path)
+        assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err

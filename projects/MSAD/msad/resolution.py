@@ -3,7 +3,6 @@
 A resolution is ``1 / 2**shift`` of the full input H. The *H frame* is the pixel grid of H. Pyramid level
 ``p{l}`` has stride ``2**l`` in the pixels of its own input, so ``p{l}`` of the image at shift m lies on the
 grid of ``p{l+m}`` of H: alignment is a renaming of levels, and nothing is resized (MSAD, CVPR 2021, Sec. 1).
-
 """
 
 from __future__ import annotations
@@ -200,14 +199,14 @@ def resample(x: torch.Tensor, size: tuple[int, int], ratio: float, average: bool
     """A map on another grid; both begin at the image's corner, and beyond its border a map goes on as there.
 
     Positions follow from the strides: where one does not divide the other's area, maps that were resized to equal
-    sizes would be up to a cell apart.
+    sizes would be up to a location apart.
 
     Args:
         x: (N, C, h, w).
         size: (rows, columns) of the grid.
         ratio: its stride, divided by that of ``x``.
-        average: where ``ratio`` is whole, the mean of ``x`` over each cell in place of its value, bilinear, at the
-            cell's centre.
+        average: where ``ratio`` is whole, the mean of ``x`` over the area of each location in place of its value,
+            bilinear, at its centre.
 
     Returns:
         (N, C, *size), or a view of ``x`` where the strides are equal.
@@ -230,9 +229,10 @@ def resample(x: torch.Tensor, size: tuple[int, int], ratio: float, average: bool
 def inside_images(x: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
     """Which locations of ``x`` (N, C, h, w) are among the first ``sizes``, (rows, columns) of each image: bool
     (N, 1, h, w)."""
-    extent = torch.tensor(sizes).to(x.device, non_blocking=True)
-    rows, cols = (torch.arange(side, device=x.device) < extent[:, i, None] for i, side in enumerate(x.shape[-2:]))
-    return (rows[:, :, None] & cols[:, None, :])[:, None]
+    inside = x.new_zeros(len(x), 1, *x.shape[-2:], dtype=torch.bool)
+    for of_image, (rows, cols) in zip(inside, sizes):
+        of_image[:, :rows, :cols] = True
+    return inside
 
 
 def masked_mean(x: torch.Tensor, sizes: list[tuple[int, int]] | None) -> torch.Tensor:

@@ -72,7 +72,7 @@ def inspect_image(path: str) -> ImageFile:
             file.seek(0)
             with Image.open(file) as image:
                 size, stored = upright_size(image), image.size
-                pixels = _PIXELS.get(image.mode.split(";")[0], "")
+                pixels = special_pixels(image)
                 if head.startswith(_PNG) and head[24] == 16 and not pixels:
                     pixels = "16 bits a channel"
                 if getattr(image, "is_animated", False):
@@ -85,6 +85,11 @@ def inspect_image(path: str) -> ImageFile:
     except Exception as error:  # decoders raise nearly anything at a broken file
         return ImageFile(0, 0, problem=" ".join(str(error).split()) or type(error).__name__)
     return ImageFile(*size, pixels, size != stored)
+
+
+def special_pixels(image: Image.Image) -> str:
+    """What is special about the pixels of an opened image, see :class:`ImageFile`."""
+    return _PIXELS.get(image.mode.split(";")[0], "")
 
 
 def refused(pixels: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -10,8 +11,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from detectron2.data.detection_utils import read_image
+from PIL import Image
 
-from .image_files import inspect_image, refused
+from .image_files import refused, special_pixels
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
@@ -67,8 +69,9 @@ def choose_outputs(inputs: Sequence[Path], output: Path) -> list[Path]:
 
 def require_bytes(source: Path) -> None:
     """Unreadable with the way out if an image has 16-bit or float pixels, which would all be white."""
-    if reason := refused(inspect_image(str(source)).pixels):
-        raise Unreadable(reason)
+    with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(source) as image:  # reading it says what
+        if reason := refused(special_pixels(image)):
+            raise Unreadable(reason)
 
 
 def read_picture(source: Path) -> np.ndarray:

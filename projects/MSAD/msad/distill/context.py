@@ -77,7 +77,9 @@ class HeadPair:
         if self.name != "dense":
             return (self.labels >= 0).sum().clamp(min=1)
         count = len(self.positives[0]) if self.count is None else self.count
-        return torch.as_tensor(count, dtype=torch.float32, device=self.labels.device).clamp(min=1)
+        if not isinstance(count, torch.Tensor):
+            count = self.labels.new_full((), count, dtype=torch.float32)
+        return count.clamp(min=1)
 
     def matched_deltas(self, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Encoded boxes of the P positives: student's, teacher's and target, (P, 4).

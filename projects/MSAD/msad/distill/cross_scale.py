@@ -29,8 +29,8 @@ def _attention(
     """
     if seen is None:
         return F.scaled_dot_product_attention(query, key, value)
-    hidden = torch.where(seen.flatten(2)[..., None], 0.0, _HIDDEN).to(key.dtype).expand(*key.shape[:3], 1)
-    key, scale = F.pad(torch.cat([key, hidden], dim=3), (0, 7)), query.shape[3] ** -0.5
+    hidden = F.pad(torch.where(seen.flatten(2)[..., None], 0.0, _HIDDEN).to(key.dtype), (0, 7))
+    key, scale = torch.cat([key, hidden.expand(*key.shape[:3], 8)], dim=3), query.shape[3] ** -0.5
     query, value = F.pad(query, (0, 8), value=1.0), F.pad(value, (0, 8))
     return F.scaled_dot_product_attention(query, key, value, scale=scale)[..., :-8]
 

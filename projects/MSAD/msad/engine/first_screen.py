@@ -83,8 +83,8 @@ def first_screen(cfg: CfgNode, model: nn.Module, start_iter: int) -> list[str]:
     lines.append(f"Weights: {cfg.MODEL.WEIGHTS or 'MODEL.WEIGHTS is empty'}")
     for entry in teachers:
         name = f" {entry['NAME']}" if len(teachers) > 1 else ""
-        members = ", ".join(entry.get("MEAN_OF", []))
-        lines.append(f"Teacher{name}: {f'mean of {members}' if members else '{CONFIG} with {WEIGHTS}'.format(**entry)}")
+        mean = f"mean of {', '.join(entry.get('MEAN_OF', ()))}"
+        lines.append(f"Teacher{name}: {mean if 'MEAN_OF' in entry else '{CONFIG} with {WEIGHTS}'.format(**entry)}")
     if teachers:
         losses = ", ".join(f"{entry['NAME']} (weight {entry.get('WEIGHT', 'its own')})" for entry in cfg.DISTILL.LOSSES)
         lines.append(f"Distillation: {losses or 'none, the student only starts from its teacher'}; "

@@ -62,7 +62,7 @@ class SDF(nn.Module):
     """Squared difference of the scale-decoupled embeddings of both sides; one loss for all branches.
 
     Meant for the last stage of both backbones: TAP: bottom_up, LEVELS: [res5], MATCH: by_index. A teacher's map that is
-    larger (input at twice the size) is averaged over the cells of the student's grid. The student's map first passes an
+    larger (input at twice the size) is averaged on the student's grid. The student's map first passes an
     MLP to the teacher's channels.
 
     The paper does not say who trains the teacher's side; trained by this loss alone, equal constants would be its

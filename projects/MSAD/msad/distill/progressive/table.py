@@ -16,13 +16,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from operator import getitem
 from typing import Any
 
 import yaml
 
 from ...config import load_config
-from ...config_values import plain
+from ...config_values import plain, value_at
 from .order import Costs, check_costs
 
 
@@ -175,7 +174,7 @@ def curriculum(
     for key in opts[::2]:
         *sections, name = key.split(".")
         node = reduce(lambda tree, section: tree.setdefault(section, {}), sections, whole)
-        node.setdefault(name, plain(reduce(getitem, key.split("."), cfg)))
+        node.setdefault(name, plain(value_at(cfg, key)))
     return whole
 
 
