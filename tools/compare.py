@@ -22,25 +22,20 @@ Results: OUTPUT/report.html, report.md, report.json, and a folder a seed and var
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from msad import cli
-from msad.engine.provenance import command_line
-from msad.engine.setup import engine_name
+from msad.engine.provenance import about_report
 from msad.experiments.comparison import Comparison
 from msad.experiments.jobs import make_slots, take_devices
 from msad.experiments.metrics import choose_metric
-from msad.experiments.panels import draw_panels, load_predictors
+from msad.experiments.panels import draw_panels, load_predictor
 from msad.experiments.report import PANELS, write_report
 from msad.experiments.rows import check_metric, failures, rows_of
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import Variant, at_equal_time, equal_cost, sweep, unique_names
-from msad.files import atomic_write
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -100,17 +95,9 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
 
 
 def report(comparison: Comparison, metric: str) -> dict:
-    """Write report.json and the report; returns the data."""
-    data = {
-        "command": command_line(),
-        "engine": engine_name(),
-        "versions": {"torch": torch.__version__},
-        **comparison.collect(),
-    }
+    """Write the report; returns its data."""
+    data = {**about_report(), **comparison.collect()}
     check_metric(rows_of(data), metric)
-    comparison.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(comparison.output / "report.json", "w") as file:
-        json.dump(data, file, indent=1)
     write_report(data, comparison.output, "Comparison", metric)
     return data
 
@@ -122,8 +109,9 @@ def work(args: argparse.Namespace) -> int:
     if args.report_only:
         comparison.check()
     failed = [] if args.report_only else comparison.run(make_slots(args.jobs, args.threads, args.devices))
-    if args.panels and comparison.finished():
-        draw_panels(comparison, args.output / PANELS, load_predictors(comparison, args.panels))
+    if args.panels and (models := comparison.models()):
+        predictors = {name: load_predictor(*models[name]) for name in args.panels if name in models}
+        draw_panels(next(iter(models.values()))[0], args.output / PANELS, predictors)
     elif not args.report_only:
         (args.output / PANELS).unlink(missing_ok=True)  # of an earlier call, perhaps of other models
     data = report(comparison, metric)

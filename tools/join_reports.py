@@ -13,7 +13,6 @@ network at several input sizes.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from msad.experiments.joining import Part, join, joined_costs
 from msad.experiments.report import write_report
 from msad.experiments.rows import check_metric, main_metric, rows_of
 from msad.experiments.tables import format_tables
-from msad.files import atomic_write
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,9 +58,6 @@ def work(args: argparse.Namespace) -> None:
         data["cost"] = joined_costs(args.parts)
         if without := [name for name in names if name not in data["cost"]]:
             print(f"note: no costs of {', '.join(without)}: their weights are gone", file=sys.stderr)
-    args.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(args.output / "report.json", "w") as file:
-        json.dump(data, file, indent=1)
     write_report(data, args.output, "Comparison", metric)
     print(f"{format_tables(data, metric)}\n\nReport: {args.output / 'report.html'}")
 

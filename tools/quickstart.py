@@ -22,29 +22,24 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from msad import cli, load_config
 from msad.data.layouts import LAYOUTS, read_contents, register_entries
 from msad.data.register import registered
 from msad.data.synthetic import DEMO, make_dataset
-from msad.engine.provenance import command_line
-from msad.engine.setup import engine_name, load_model
+from msad.engine.provenance import about_report
 from msad.experiments.comparison import Comparison
-from msad.experiments.costs import measure_costs
+from msad.experiments.costs import costs_of_trained
 from msad.experiments.data_facts import describe_data
-from msad.experiments.gallery import write_gallery
 from msad.experiments.jobs import Run, count_cores, error_of, make_slots, take_devices
-from msad.experiments.panels import draw_panels, load_predictors
-from msad.experiments.report import PANELS, write_report
+from msad.experiments.panels import draw_pictures
+from msad.experiments.report import write_report
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import LONGER, QUICK, choose, standard_variants
 from msad.export import export
-from msad.files import atomic_write
 from msad.modeling.adapters import num_classes_key
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -114,23 +109,6 @@ def make_study(args: argparse.Namespace) -> Comparison:
                       reference=reference, input_scale=scale)  # fmt: skip
 
 
-def draw_pictures(study: Comparison) -> None:
-    """Write panels.jpg, ground truth, teacher and low-resolution models side by side on a few validation images, and
-    the gallery of more of them."""
-    finished = study.finished()
-    conventional = "baseline_equal_cost" if "baseline_equal_cost" in finished else "baseline_L"
-    roles = {"teacher": "teacher", "conventional": conventional, "student": "student_L"}
-    predictors = load_predictors(study, roles.values())
-    draw_panels(study, study.output / PANELS, predictors)
-    test = study.config(Run(finished[0], study.seeds[0])).DATASETS.TEST[0]
-
-    def detect(name: str, image):
-        return predictors[name](image)["instances"]
-
-    columns = {role: (name, partial(detect, name)) for role, name in roles.items() if name in predictors}
-    write_gallery(study.output, DatasetCatalog.get(test), MetadataCatalog.get(test), columns)
-
-
 def add_seconds(output: Path, seconds: float) -> float:
     """Add to the time that the study has taken so far, over interruptions; returns the sum."""
     file = output / "seconds.json"
@@ -141,30 +119,19 @@ def add_seconds(output: Path, seconds: float) -> float:
 
 
 def finish(study: Comparison, begin: float) -> dict:
-    """Measure costs, draw the pictures, write report.json and the report; returns the data.
+    """Measure costs, draw the pictures, write the report; returns its data.
 
     Args:
         begin: of this attempt, by time.time().
     """
-    runs = {name: Run(name, study.seeds[0]) for name in study.finished()}
-    configs = {name: study.config(run) for name, run in runs.items()}
-    models = {n: (cfg, load_model(cfg, str(study.weights(runs[n])))) for n, cfg in configs.items()}
-    cost = measure_costs(models)
-    with registered(next(iter(configs.values()))):
-        about = describe_data(next(iter(configs.values())))
-        draw_pictures(study)
-    data = {
-        "engine": engine_name(),
-        "seconds": add_seconds(study.output, time.time() - begin),
-        "command": command_line(),
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "data": about,
-        **study.collect(),
-        "cost": cost,
-    }
-    with atomic_write(study.output / "report.json", "w") as file:
-        json.dump(data, file, indent=1)
-    curves = {name: study.folder(run) / "metrics.json" for name, run in runs.items()}
+    models = study.models()
+    cost, about = costs_of_trained(models), describe_data(next(iter(models.values()))[0])
+    conventional = "baseline_equal_cost" if "baseline_equal_cost" in models else "baseline_L"
+    roles = {"teacher": "teacher", "conventional": conventional, "student": "student_L"}
+    draw_pictures(study.output, models, roles)
+    seconds = add_seconds(study.output, time.time() - begin)
+    data = {**about_report(), "seconds": seconds, "data": about, **study.collect(), "cost": cost}
+    curves = {name: weights.with_name("metrics.json") for name, (_, weights) in models.items()}
     write_report(data, study.output, TITLE, curves=curves)
     return data
 

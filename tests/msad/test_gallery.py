@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -54,8 +53,7 @@ def test_images_that_only_training_reads_are_shown(tmp_path):
     DatasetCatalog.register("read by PIL", lambda: records)
     try:
         cfg = CfgNode({"DATASETS": {"REGISTER": [], "TEST": ["read by PIL"]}})
-        study = SimpleNamespace(config=lambda run: cfg, finished=lambda: ["a"], seeds=(0,))
-        draw_panels(study, tmp_path / "panels.jpg", {})
+        draw_panels(cfg, tmp_path / "panels.jpg", {})
         about = {"format": "BGR", "min_size": 60, "max_size": 80}
         assert pareto._test_images(about, "read by PIL", 2)[0].shape == (*SIZE, 3)
     finally:

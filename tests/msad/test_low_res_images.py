@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -146,8 +145,7 @@ def test_panels_show_what_a_student_finds_in_its_own_files(thermal, tmp_path, mo
         seen[title] = []
         predictors[title].model.register_forward_pre_hook(lambda _, args, own=seen[title]: own.extend(args[0]))
     monkeypatch.setattr("msad.experiments.panels.save_panels", lambda path, panels, *_, **__: drawn.extend(panels))
-    study = SimpleNamespace(finished=lambda: ["student"], seeds=[0], config=lambda run: cfg)
-    draw_panels(study, tmp_path / "panels.jpg", predictors, count=2)
+    draw_panels(cfg, tmp_path / "panels.jpg", predictors, count=2)
     assert len(drawn) == 2
     for panel, ours, theirs in zip(drawn, seen["student"], seen["plain"]):
         small = inference_mapper(cfg)({"file_name": str(low / panel.caption)})["image"]

@@ -301,12 +301,12 @@ def test_data_are_loaded_once(project, tmp_path, monkeypatch):
 
 def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):
     calls = []
-    study = SimpleNamespace(collect=lambda: {"runs": [], "variants": {}}, finished=list)
+    study = SimpleNamespace(collect=lambda: {"runs": [], "variants": {}}, models=dict)
     project = SimpleNamespace(output=tmp_path, study=study, student="s", models=dict)
     project.config, project.choices = lambda name: load_config(""), SimpleNamespace(checkpoint="")
-    for name in ("write_report", "describe_data", "_draw"):
+    for name in ("write_report", "describe_data", "draw_pictures"):
         monkeypatch.setattr(results, name, lambda *args, **kwargs: None)
-    monkeypatch.setattr(results, "measure_costs", calls.append)
+    monkeypatch.setattr(results, "costs_of_trained", calls.append)
     monkeypatch.setattr(Path, "exists", lambda file: True)  # the picture
     for device in ("one", "one", "another"):
         monkeypatch.setattr(results, "machine", lambda _, device=device: {"device": device})

@@ -55,7 +55,7 @@ def test_interrupted_after_every_step(data, tmp_path, monkeypatch):
 
     # Trained, and stopped before the report.
     with monkeypatch.context() as patch:
-        patch.setattr(results, "measure_costs", stop)
+        patch.setattr(results, "costs_of_trained", stop)
         with pytest.raises(KeyboardInterrupt):
             call()
     assert len(asked) == 2 and asked[0].runs == asked[1].runs  # measured once
@@ -80,6 +80,8 @@ def test_interrupted_after_every_step(data, tmp_path, monkeypatch):
     assert result.cost["student_L"]["gmacs"]["total"] == result.cost["teacher_L"]["gmacs"]["total"]
     assert load_config(result.config).INPUT.MIN_SIZE_TEST == 32 and result.weights.is_file()
     assert result.report.is_file() and "student_L" in result.report.read_text()
+    written = json.loads(result.report.with_name("report.json").read_text())
+    assert {name for run in written["runs"] for name in run["results"]} == set(result.metrics) == set(written["cost"])
     card = result.card.read_text()
     assert str(tmp_path) not in card.split("## Made with")[0]  # it may be moved
     assert "fcos on tiny" in card and "short side of 32 px: 1/2 of the 64 px" in card and "licence: none used" in card

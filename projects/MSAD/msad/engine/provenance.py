@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shlex
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,12 @@ def command_line() -> str:
     """The command that is running, as a shell takes it."""
     program, *args = sys.argv
     return shlex.join([*(program.split() if program.startswith("msad ") else ["python", program]), *args])
+
+
+def about_report() -> dict[str, Any]:
+    """Command, engine and versions, as a report shows them."""
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"command": command_line(), "engine": engine_name(), "versions": versions}
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -247,6 +247,11 @@ class Comparison:
         """Variants that are finished with every seed and have a model of their own."""
         return [n for n in self.variants if all(self.result(Run(n, seed)) is not None for seed in self.seeds)]
 
+    def models(self) -> dict[str, tuple[CfgNode, Path]]:
+        """name -> config and weights, with the first seed, of the variants that :meth:`finished` names."""
+        runs = {name: Run(name, self.seeds[0]) for name in self.finished()}
+        return {name: (self.config(run), self.weights(run)) for name, run in runs.items()}
+
     def collect(self) -> dict:
         """All that is known, as plain data for :mod:`msad.experiments.rows`.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..data.mappers import inference_mapper
 from ..data.register import registered
+from ..engine.setup import load_model
 from ..evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs, time_parts
 from ..modeling.teacher import MultiScaleTeacher
 
@@ -161,6 +163,11 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
     for key, found in times.items():
         costs[key]["ms"] = _rounded(min(found[1:], key=lambda one: one[TOTAL]))  # the first is for warming up
     return {name: costs[key] for key, names in same.items() for name in names}
+
+
+def costs_of_trained(models: Mapping[str, tuple[CfgNode, Path]]) -> dict[str, dict]:
+    """:func:`measure_costs` of name -> (config, weights)."""
+    return measure_costs({name: (cfg, load_model(cfg, str(weights))) for name, (cfg, weights) in models.items()})
 
 
 def _select(model: nn.Module, branch: str | None) -> None:

@@ -10,9 +10,8 @@ from detectron2.config import CfgNode
 
 from ..config import load_config
 from ..engine.run_folder import changes, same_but_places
-from ..engine.setup import load_model
 from ..files import FINAL
-from .costs import measure_costs
+from .costs import costs_of_trained
 from .run import read_json
 
 
@@ -122,6 +121,5 @@ def joined_costs(parts: Sequence[Part]) -> dict[str, dict]:
             home, name = folder / f"seed{run['seed']}" / run["variant"], run["variant"] + suffix
             weights = home / FINAL
             if name not in models and weights.is_file():
-                cfg = load_config(home / "config.yaml")
-                models[name] = cfg, load_model(cfg, str(weights))
-    return measure_costs(models)
+                models[name] = load_config(home / "config.yaml"), weights
+    return costs_of_trained(models)

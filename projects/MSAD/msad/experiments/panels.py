@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
 
 from ..data.low_res import FILE, reads_low_res
 from ..data.register import registered
@@ -15,34 +19,50 @@ from ..data.sampling import at_equal_distances
 from ..data.sem_seg import is_segmentation
 from ..engine.predictor import predict_low_res
 from ..visualization import LabelMap, Panel, save_panels
-from .comparison import Comparison
-from .jobs import Run
+from .gallery import write_gallery
+from .report import PANELS
 
 
-def load_predictors(study: Comparison, names: Iterable[str]) -> dict[str, DefaultPredictor]:
-    """Of those of ``names`` that are finished variants, trained with the study's first seed, by name."""
-    predictors = {}
-    for name in names:
-        if name in study.finished():
-            run = Run(name, study.seeds[0])
-            cfg = study.config(run).clone()
-            cfg.defrost()
-            cfg.MODEL.WEIGHTS = str(study.weights(run))
-            predictors[name] = DefaultPredictor(cfg)
-    return predictors
+def load_predictor(cfg: CfgNode, weights: Path) -> DefaultPredictor:
+    """What a trained model finds in an image, in pixels of that image."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(weights)
+    return DefaultPredictor(cfg)
+
+
+def draw_pictures(out_dir: Path, models: Mapping[str, tuple[CfgNode, Path]], roles: Mapping[str, str]) -> None:
+    """Write panels.jpg, a few validation images, and the gallery of more of them, for :func:`write_report`.
+
+    Args:
+        models: name -> config and weights of all models; the images are those that the first is tested on.
+        roles: of the gallery -> the name of the model that has it; those that are none of ``models`` are left out.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    cfg = next(iter(models.values()))[0]
+    predictors = {role: load_predictor(*models[name]) for role, name in roles.items() if name in models}
+    draw_panels(cfg, out_dir / PANELS, {roles[role]: predictor for role, predictor in predictors.items()})
+
+    def detect(role: str, image: np.ndarray) -> Instances:
+        return predictors[role](image)["instances"]
+
+    columns = {role: (roles[role], partial(detect, role)) for role in predictors}
+    with registered(cfg):
+        test = cfg.DATASETS.TEST[0]
+        write_gallery(out_dir, DatasetCatalog.get(test), MetadataCatalog.get(test), columns)
 
 
 def draw_panels(
-    study: Comparison, path: Path, predictors: Mapping[str, DefaultPredictor], count: int = 4, threshold: float = 0.5
+    cfg: CfgNode, path: Path, predictors: Mapping[str, DefaultPredictor], count: int = 4, threshold: float = 0.5
 ) -> None:
     """Write a picture: a row an image, the ground truth and then a column a model.
 
     Args:
+        cfg: whose first test data set has the images.
         predictors: by title; those of students with LOW_RES_IMAGES see these, and the picture shows the H image.
-        count: of images, at equal distances in the data set that the first finished variant is tested on.
+        count: of images, at equal distances in the data set.
         threshold: least score of the detections that are shown.
     """
-    cfg = study.config(Run(study.finished()[0], study.seeds[0]))
     with registered(cfg):
         records, metadata = DatasetCatalog.get(cfg.DATASETS.TEST[0]), MetadataCatalog.get(cfg.DATASETS.TEST[0])
         panels = []

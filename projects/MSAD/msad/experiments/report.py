@@ -1,4 +1,5 @@
-"""The report of a comparison: report.html and report.md with tables, a summary, charts, and how to reproduce it.
+"""The report of a comparison: report.html and report.md with tables, a summary, charts, and how to reproduce it, beside
+the numbers in report.json.
 
 The page is report.html beside this module, whose script sorts tables and draws the gallery; it needs no server and no
 network.
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from ..files import atomic_write
 from ..visualization import (
     CostRow,
     IntervalRow,
@@ -60,11 +62,11 @@ class Picture(NamedTuple):
 def write_report(
     data: dict, out_dir: str | Path, title: str, metric: str = AP, curves: Mapping[str, Path] | None = None
 ) -> Path:
-    """Write ``report.html``, ``report.md`` and their charts into ``out_dir`` and return the path of the former.
+    """Write ``report.html``, ``report.md``, their charts and ``report.json`` into ``out_dir``; returns the first.
 
     Args:
-        data: from :meth:`msad.experiments.comparison.Comparison.collect`, and if known "cost", "data", "engine",
-            "versions", "command" and "seconds". Anything may be missing.
+        data: what report.json will hold: from :meth:`msad.experiments.comparison.Comparison.collect`, and if known
+            "cost", "data", "seconds" and :func:`msad.engine.provenance.about_report`. Anything may be missing.
         title: of the page.
         metric: TASK/METRIC of the charts and the first column.
         curves: variant -> metrics.json of a run. A ``panels.jpg`` and a gallery (:func:`write_gallery`) are shown if
@@ -82,6 +84,8 @@ def write_report(
                      for name, v in (data.get("variants") or {}).items()},
         "command": data.get("command", ""),
     }  # fmt: skip
+    with atomic_write(out_dir / "report.json", "w") as stream:
+        json.dump(data, stream, indent=1)
     (out_dir / "report.md").write_text(_markdown(**page), encoding="utf-8")
     path = out_dir / "report.html"
     titles = {row.name: row.title for row in rows_of(data)}

@@ -115,7 +115,7 @@ class Project:
 
     def models(self) -> dict[str, tuple[CfgNode, Path]]:
         """name -> (config, weights) of all that is finished, and of the user's own model."""
-        found = {name: (self.config(name), self.weights(name)) for name in self.study.finished()}
+        found = self.study.models()
         if self.choices.checkpoint:
             found[BASELINE] = self.given(), Path(self.choices.checkpoint)
         return found

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import sys
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor
-from detectron2.structures import Instances
 
 from .. import __version__
 from ..data.register import registered
-from ..engine.provenance import command_line, fingerprint, machine
+from ..engine.provenance import about_report, fingerprint, machine
 from ..engine.setup import engine_name, evaluate, load_model
-from ..experiments.costs import measure_costs
+from ..experiments.costs import costs_of_trained
 from ..experiments.data_facts import describe_data
-from ..experiments.gallery import write_gallery
-from ..experiments.jobs import Run
-from ..experiments.panels import draw_panels
+from ..experiments.panels import draw_pictures
 from ..experiments.report import PANELS, write_report
 from ..experiments.rows import counted
 from ..experiments.run import log_to
@@ -61,49 +52,23 @@ def all_metrics(data: dict, first: str) -> dict[str, dict]:
 def report(project: Project) -> dict:
     """Measure costs, draw pictures, write the report; returns its data."""
     folder = project.output / "report"
-    data = {
-        "command": command_line(), "engine": engine_name(), "versions": {"torch": torch.__version__,
-        "python": sys.version.split()[0]}, **project.study.collect(),
-    }  # fmt: skip
+    data = {**about_report(), **project.study.collect()}
     for name, result in _given_results(project).items():
         data["runs"].append({"variant": name, "seed": project.seed, "results": {name: result}})
         data["variants"][name] = {"file": project.choices.checkpoint, "title": "the given model", "teacher": False}
 
     def make() -> dict:
         models = project.models()
-        cost = measure_costs({name: (cfg, load_model(cfg, str(file))) for name, (cfg, file) in models.items()})
-        _draw(project, models, folder)
-        with registered(project.config(project.student)):
-            return {"cost": cost, "data": describe_data(project.config(project.student))}
+        roles = {"teacher": TEACHER if TEACHER in models else BASELINE, "conventional": "baseline_L",
+                 "student": project.student}  # fmt: skip
+        draw_pictures(folder, models, roles)
+        return {"cost": costs_of_trained(models), "data": describe_data(project.config(project.student))}
 
     key = [data["runs"], data["variants"], machine(project.config(project.student).MODEL.DEVICE)]
     data |= kept(folder / "made.json", key, make, [folder / PANELS])
-    curves = {name: project.study.folder(Run(name, project.seed)) / "metrics.json" for name in project.study.finished()}
+    curves = {name: weights.with_name("metrics.json") for name, (_, weights) in project.study.models().items()}
     write_report(data, folder, "A low-resolution detector by distillation", curves=curves)
     return data
-
-
-def _draw(project: Project, models: dict[str, tuple[CfgNode, Path]], folder: Path) -> None:
-    """Panels and the gallery, of teacher, conventional detector and student, as far as they are there."""
-    teacher = next((name for name in (TEACHER, BASELINE) if name in models), "")
-    roles = {"teacher": teacher, "conventional": "baseline_L", "student": project.student}
-    predictors = {}
-    for role, name in roles.items():
-        if name in models:
-            cfg = models[name][0].clone()
-            cfg.defrost()
-            cfg.MODEL.WEIGHTS = str(models[name][1])
-            predictors[role] = DefaultPredictor(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_panels(project.study, folder / PANELS, predictors)
-
-    def detect(role: str, image: np.ndarray) -> Instances:
-        return predictors[role](image)["instances"]
-
-    columns = {role: (roles[role], partial(detect, role)) for role in predictors}
-    test = project.config(project.student).DATASETS.TEST[0]
-    with registered(project.config(project.student)):
-        write_gallery(folder, DatasetCatalog.get(test), MetadataCatalog.get(test), columns)
 
 
 def export_student(project: Project) -> dict[str, str]:
