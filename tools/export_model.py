@@ -19,7 +19,7 @@ import sys
 
 from msad import cli, load_config
 from msad.export import export
-from msad.export.onnx import export_onnx, require
+from msad.export.onnx import FLOAT, INT8, export_onnx, require
 from msad.export.torchscript import export_torchscript
 
 FORMATS = {"detectron2": export, "onnx": export_onnx, "torchscript": export_torchscript}
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             cli.refuse_overwriting([args.output], [os.path.dirname(used) or "."])
         print(FORMATS[args.format](load_config(args.config_file, args.opts), args.weights, args.output))
         if args.int8:
-            files = [os.path.join(args.output, name) for name in ("model.onnx", "model_int8.onnx")]
+            files = [os.path.join(args.output, name) for name in (FLOAT, INT8)]
             print(f"{files[1]}: {quantize(files[0], images, files[1])} integer layers, {len(images)} images")
 
     return cli.run(parser.prog, work)

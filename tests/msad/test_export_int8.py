@@ -101,6 +101,24 @@ def test_integers_find_nearly_the_same(exported, images, tmp_path):
     assert 0 < np.abs(best[0] - best[1]).mean() < 0.1 * best[0].mean()
 
 
+def test_heads_that_never_run_are_not_calibrated(tmp_path, images):
+    """Without a detection, the range of a mask head's maps would be taken for 0 to 1."""
+    opts = ["MODEL.MASK_ON", True, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.ROI_HEADS.NUM_CLASSES", 3]
+    cfg = load_config("quickstart/Base-RCNN.yaml", opts)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    file = tmp_path / "model.onnx"
+    for threshold, finds in ((0.0, True), (0.999, False)):
+        model.roi_heads.box_predictor.test_score_thresh = threshold
+        graph = detection_graph(model)
+        file.write_bytes(exporter.trace(graph, exporter.describe(cfg, graph, {})))
+        if finds:
+            assert quantize(file, images[:1], tmp_path / "int8.onnx") > 20
+        else:
+            with pytest.raises(ValueError, match=r"finds nothing in these images.* a score threshold below 0\.999"):
+                quantize(file, images[:1], tmp_path / "int8.onnx")
+
+
 def test_calibration_images_that_cannot_be_used(exported, images, tmp_path, caplog):
     about = Detector(exported[2]).about
     (tmp_path / "a.jpg").write_bytes(b"no image")

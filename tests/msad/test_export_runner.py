@@ -56,6 +56,14 @@ def test_resizes_as_for_training(size):
         assert np.abs(linear.astype(int) - wanted).mean() > 20 * apart.mean()
 
 
+def test_sizes_are_rounded_as_for_training():
+    """Where the long side decides, products of two factors may end on either side of a half."""
+    for size in [(302, 151), (151, 302), (638, 319), (319, 638), (500, 500), (1333, 800), (2000, 1200)]:
+        image = np.zeros((*size, 3), np.uint8)
+        wanted = T.ResizeShortestEdge.get_output_shape(*size, 800, 1333)
+        assert runner.resize_shortest_edge(image, 800, 1333).shape[:2] == wanted, size
+
+
 def test_no_resizing_where_the_model_wants_none():
     image = np.zeros((5, 7, 3), np.uint8)
     assert runner.resize_shortest_edge(image, 0, 100) is image

@@ -55,7 +55,7 @@ def test_images_that_only_training_reads_are_shown(tmp_path):
         cfg = CfgNode({"DATASETS": {"REGISTER": [], "TEST": ["read by PIL"]}})
         draw_panels(cfg, tmp_path / "panels.jpg", {})
         about = {"format": "BGR", "min_size": 60, "max_size": 80}
-        assert pareto._test_images(about, "read by PIL", 2)[0].shape == (*SIZE, 3)
+        assert pareto._test_images(about, "read by PIL", 2, False)[0].shape == (*SIZE, 3)
     finally:
         DatasetCatalog.remove("read by PIL")
     assert cv2.imread(str(tmp_path / "panels.jpg")).std() > 30

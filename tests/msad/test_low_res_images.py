@@ -226,6 +226,7 @@ def test_an_exported_file_sees_what_its_student_sees(thermal, tmp_path, monkeypa
     from msad.export import evaluate
     from msad.export.graph import detection_graph
     from msad.export.onnx import describe, trace
+    from msad.export.pareto import _test_images
 
     cfg, _ = thermal
     cfg.INPUT.MIN_SIZE_TEST = 32  # the size of the files
@@ -244,6 +245,8 @@ def test_an_exported_file_sees_what_its_student_sees(thermal, tmp_path, monkeypa
             return found
 
     monkeypatch.setattr(evaluate, "ExportedModel", Recorded)
+    timed = _test_images({"format": "BGR", "min_size": 0, "max_size": 0}, cfg.DATASETS.TEST[0], 2, True)
+    assert [image.shape[:2] for image in timed] == [(32, 32)] * 2
     for source in (cfg, by_itself(cfg)):
         given.clear()
         evaluate.evaluate_exported(source, tmp_path / "model.onnx", threads=1)

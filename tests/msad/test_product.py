@@ -174,7 +174,8 @@ def test_detectors_at_l_train_at_half_of_all_sizes(make, tmp_path):
     for name in ("baseline_L", "student"):
         size = alone[name].INPUT
         assert (size.MIN_SIZE_TRAIN, size.MIN_SIZE_TRAIN_SAMPLING) == ((80, 101), "range")
-        assert size.MAX_SIZE_TRAIN == size.MAX_SIZE_TEST == 167 and size.CROP.SIZE == [45, 61]
+        assert size.MAX_SIZE_TRAIN == size.MAX_SIZE_TEST == 167
+        assert size.CROP.SIZE == [90, 121]  # in pixels of the file
     (tmp_path / "mine.yaml").write_text(make(opts=opts)["student"].dump())
     (tmp_path / "mine.pth").write_bytes(b"")
     mine = {"checkpoint": str(tmp_path / "mine.pth"), "config": str(tmp_path / "mine.yaml")}
@@ -297,6 +298,12 @@ def test_data_are_loaded_once(project, tmp_path, monkeypatch):
     made = Project(tmp_path / "data", tmp_path / "out", Choices(backbone="tiny"), 0, [])
     assert loaded == ["data_data_train", "data_data_val"]
     assert "has no bbox and is left out" in "".join(made.warnings)  # what only loading finds
+
+
+def test_the_full_size_is_that_of_the_detector_that_has_it(project, tmp_path):
+    """Half of 63 px is 32 px, whose double nobody trains at."""
+    made = Project(project / "data", tmp_path / "out", Choices(backbone="tiny", short_side=63), 0, [])
+    assert (made.short, made.configs["student"].INPUT.MIN_SIZE_TEST) == (63, 32)
 
 
 def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):

@@ -194,14 +194,14 @@ def test_markdown_and_terminal_tables_agree(seeded):
     assert re.split(r"\s{2,}", format_tables(seeded).splitlines()[2].strip()) == cells[0]
 
 
-def test_classes_with_bars_end_no_cell(seeded):
+def test_names_of_classes_end_no_cell_and_are_no_html(seeded):
     for run in seeded["runs"]:
         for result in run.get("results", {}).values():
-            result["bbox"] |= {"AP-a|b": 10.0, "AP-c": 20.0}
+            result["bbox"] |= {"AP-a|b": 10.0, "AP-c": 20.0, "AP-<b>two\nlines": 30.0}
     table = accuracy_table(seeded)
     assert "AP a|b" in table[0] and "AP a|b" in format_table(table, "simple")
     for text in (format_table(table, "github"), card._table(table)):
-        assert r"AP a\|b" in text
+        assert r"AP a\|b" in text and r"AP \<b>two lines" in text
         assert {len(re.split(r"(?<!\\)\|", line)) for line in text.splitlines()} == {len(table[0]) + 2}
 
 

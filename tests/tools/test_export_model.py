@@ -65,6 +65,8 @@ def test_exports_to_onnx(project, tmp_path, export):
     calibration = ["--int8", "--calibration", project / "data" / "images"]
     code, said, _ = export(*arguments, "--format", "onnx", *calibration)
     assert code == 0 and re.fullmatch(rf"{run.parent}/model_int8.onnx: \d\d integer layers, 8 images", said)
+    export(*arguments, "--format", "onnx")
+    assert {p.name for p in run.parent.iterdir()} == {"model.onnx", "run.py"}  # integers of other weights are gone
     code, _, error = export(*arguments, *calibration)
     assert code == 2 and "--int8 needs --format onnx and --calibration DIR" in error
     code, _, error = export(*arguments, "--format", "onnx", "MODEL.RETINANET.NUM_CLASSES", 7)

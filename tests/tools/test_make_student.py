@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from load_tool import load_tool
 from yolo_data import write_yolo
@@ -15,7 +19,7 @@ from yolo_data import write_yolo
 from msad import load_config
 from msad.engine.setup import prepare, train
 from msad.export.plain import foreign_parts
-from msad.modeling.student_config import student_config
+from msad.modeling.student_config import student_config, train_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,3 +221,34 @@ def test_converted_data_lie_beside_the_student(tool, trained, tmp_path, clean_ca
     entries = load_config(tmp_path / "out/student.yaml").DATASETS.REGISTER
     files = [tmp_path / "out/data" / f"annotations_{split}.json" for split in ("train", "val")]
     assert [entry["JSON"] for entry in entries] == [str(file) for file in files] and all(f.is_file() for f in files)
+
+
+@pytest.mark.parametrize("least, crop", [((240,), None), ((256,), [256, 256]), ((0,), [200, 300]), ((0,), None)])
+def test_trained_alone_objects_have_the_size_that_students_see(tmp_path, least, crop):
+    """An object of 40 pixels of H, of which the student sees 20, whatever is cut out of the file before."""
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((480, 640, 3), np.uint8))
+    boxes = [[x, y, 40, 40] for x in range(0, 600, 44) for y in range(0, 440, 44)]
+    annotations = [{"bbox": box, "bbox_mode": 1, "category_id": 0} for box in boxes]
+    record = {"file_name": f"{tmp_path}/a.png", "height": 480, "width": 640, "annotations": annotations}
+
+    def largest(cfg):
+        seen = DatasetMapper(cfg, True)(copy.deepcopy(record))["instances"].gt_boxes.tensor
+        return (seen[:, 2] - seen[:, 0]).max().item()
+
+    opts = ["INPUT.MIN_SIZE_TEST", 480, "INPUT.MIN_SIZE_TRAIN", least]
+    opts += ["INPUT.MAX_SIZE_TRAIN", 1333, "INPUT.RANDOM_FLIP", "none"]
+    if crop:
+        opts += ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", crop]
+    cfg = student_config(load_config("quickstart/baseline_H.yaml", opts), "L")
+    size = largest(cfg)
+    train_at(cfg, 1)
+    assert largest(cfg) == pytest.approx(size / 2, abs=0.5)
+
+
+def test_a_segmentors_crops_and_those_of_its_own_files_are_those_of_the_student():
+    opts = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", [101, 60]]
+    for name, low in (("Segmentation/pspnet_R_18_voc.yaml", False), ("quickstart/student_L.yaml", True)):
+        cfg = load_config(name, [*opts, "INPUT.MIN_SIZE_TRAIN", (480, 0)])
+        test = cfg.INPUT.MIN_SIZE_TEST
+        train_at(cfg, 1, low_res_files=low)
+        assert (list(cfg.INPUT.CROP.SIZE), cfg.INPUT.MIN_SIZE_TRAIN) == ([51, 30], (240, 0 if low else test))

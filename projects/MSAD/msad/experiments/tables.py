@@ -107,17 +107,21 @@ def format_tables(data: dict, metric: str = AP) -> str:
 
 def format_table(table: Table, style: str) -> str:
     """One table in a style of tabulate's: "simple" for a terminal, "github" for a Markdown page."""
-    headers, cells = without_bars(table) if style == "github" else table
+    headers, cells = for_markdown(table) if style == "github" else table
     if style == "github":
         cells = [[f"`{row[0]}`", *row[1:]] for row in cells]
     align = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(cells, headers, tablefmt=style, colalign=align if cells else None, disable_numparse=True)
 
 
-def without_bars(table: Table) -> Table:
-    """A table whose texts, such as names of classes, end no cell of a Markdown page."""
+def for_markdown(table: Table) -> Table:
+    """A table whose texts, such as names of classes, end no cell of a Markdown page and are no HTML."""
+
+    def escaped(text: str) -> str:
+        return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<")
+
     headers, cells = table
-    return [h.replace("|", "\\|") for h in headers], [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    return [escaped(header) for header in headers], [[escaped(cell) for cell in row] for row in cells]
 
 
 def _fixed(value: float | None, digits: int, unit: str = "", factor: float = 1.0) -> str | None:

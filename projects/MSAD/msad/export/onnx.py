@@ -27,7 +27,7 @@ from .plain import load_by_itself
 from .verify import checked, example_images, verify
 
 OPSET = 17
-RUNNER = "run.py"
+FLOAT, INT8, RUNNER = "model.onnx", "model_int8.onnx", "run.py"
 
 
 def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
@@ -55,10 +55,11 @@ def export_onnx(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     content = checked(lambda: trace(graph, about), check, graph.detector)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(output / "model.onnx") as file:
+    with atomic_write(output / FLOAT) as file:
         file.write(content)
+    (output / INT8).unlink(missing_ok=True)  # of earlier weights
     shutil.copyfile(Path(__file__).with_name("runner.py"), output / RUNNER)
-    command = shlex.join(["python", str(output / RUNNER), str(output / "model.onnx")])
+    command = shlex.join(["python", str(output / RUNNER), str(output / FLOAT)])
     return f"{command} --input PATH --output DIR runs this model."
 
 

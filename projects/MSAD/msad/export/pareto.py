@@ -15,13 +15,14 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..data.low_res import FILE, reads_low_res
 from ..data.register import register_datasets
 from ..engine.checkpoint import CheckedCheckpointer
 from ..engine.predictor import is_segmentor
 from ..engine.setup import evaluate
 from ..evaluation.cost import count_macs
 from .evaluate import evaluate_exported
-from .onnx import export_onnx
+from .onnx import FLOAT, INT8, export_onnx
 from .quantize import quantize
 from .runner import Detector, network_input
 
@@ -64,9 +65,9 @@ def measure(
         cfg, files = candidate.cfg, {}
         output = folder / candidate.name
         say(f"{candidate.name}: {export_onnx(cfg, candidate.weights, output)}")
-        files["onnxruntime"] = output / "model.onnx"
+        files["onnxruntime"] = output / FLOAT
         if calibration:
-            files["int8"] = output / "model_int8.onnx"
+            files["int8"] = output / INT8
             quantize(files["onnxruntime"], calibration, files["int8"])
         cfg = cfg.clone()
         cfg.defrost()
@@ -75,7 +76,7 @@ def measure(
         CheckedCheckpointer(model).load_all(candidate.weights, f"the config of {candidate.name}")
         model.eval()
         name = cfg.DATASETS.TEST[0]
-        small = _test_images(Detector(files["onnxruntime"]).about, name, images)
+        small = _test_images(Detector(files["onnxruntime"]).about, name, images, reads_low_res(cfg))
         gmacs = count_macs(model, [_input(small[0])])["total"]
         accuracy = {"torch": evaluate(cfg, model)["bbox"]["AP"]}
         accuracy |= {engine: evaluate_exported(cfg, file)[name]["bbox"]["AP"] for engine, file in files.items()}
@@ -100,9 +101,11 @@ def require_boxes(candidate: Candidate) -> None:
         raise ValueError(f"{candidate.name}: data set {name!r} has no annotated boxes, whose AP is measured")
 
 
-def _test_images(about: dict, dataset: str, count: int) -> list:
-    """The first images of a data set, (h, w, 3) as the model is given them."""
-    return [network_input(read_image(r["file_name"], "BGR"), about) for r in DatasetCatalog.get(dataset)[:count]]
+def _test_images(about: dict, dataset: str, count: int, low_res: bool) -> list:
+    """The first images of a data set, (h, w, 3) as the model is given them; ``low_res``: it reads LOW_RES_IMAGES."""
+    records = DatasetCatalog.get(dataset)[:count]
+    files = [record[FILE] if low_res and FILE in record else record["file_name"] for record in records]
+    return [network_input(read_image(file, "BGR"), about) for file in files]
 
 
 def _input(image) -> dict:

@@ -17,12 +17,13 @@ from torch import nn
 
 from ..config import add_msad_config, detector_architecture
 from ..config_values import plain
-from ..data.low_res import reads_low_res
+from ..data.low_res import reads_low_res, student_shift
 from ..data.names import FILE, dataset_names, write_names
 from ..engine.checkpoint import CheckedCheckpointer
 from ..files import atomic_write
 from ..modeling.detectors.mask_code import IN_CHECKPOINT
-from ..resolution import downsampled_size, get_resolution, level_of
+from ..modeling.student_config import train_at
+from ..resolution import level_of
 
 # Parts that projects/MSAD/plain/plain_backbone.py makes of detectron2's own.
 PLAIN_BACKBONE = {"MODEL.BACKBONE.NAME build_level_fpn_backbone", "MODEL.FPN.BOTTOM_UP build_resnet_c1_backbone"}
@@ -80,17 +81,15 @@ def plain_file(cfg: CfgNode) -> str | None:
 def by_itself(cfg: CfgNode) -> CfgNode:
     """The config of a student without its teacher.
 
-    Training images have the size that the student sees: the teacher's trainer reads H and downsamples it, detectron2's
-    does not. Crops stay as they are, because detectron2 cuts them out before it resizes.
+    Training images have the size that the student sees, see :func:`msad.modeling.student_config.train_at`.
     """
     out = cfg.clone()
     out.defrost()
-    shift = get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift if cfg.DISTILL.TEACHERS else 0
-    sizes = out.INPUT
-    sizes.MIN_SIZE_TRAIN = tuple(downsampled_size((size, size), shift)[0] for size in sizes.MIN_SIZE_TRAIN)
-    sizes.MAX_SIZE_TRAIN = downsampled_size((sizes.MAX_SIZE_TRAIN,) * 2, shift)[0]
+    low_res_files = reads_low_res(cfg) and any("LOW_RES_IMAGES" in entry for entry in cfg.DATASETS.REGISTER)
+    if cfg.DISTILL.TEACHERS:
+        train_at(out, student_shift(cfg), low_res_files=low_res_files)
     out.DISTILL = add_msad_config(get_cfg()).DISTILL
-    if reads_low_res(cfg) and any("LOW_RES_IMAGES" in entry for entry in cfg.DATASETS.REGISTER):
+    if low_res_files:
         out.DATASETS.LOW_RES = True
         out.DISTILL.STUDENT_RESOLUTION = cfg.DISTILL.STUDENT_RESOLUTION  # to check the sizes of the files
     return out

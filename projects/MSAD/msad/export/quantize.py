@@ -47,18 +47,25 @@ def quantize(model: str | Path, images: Sequence[Path], output: str | Path) -> i
         the number of layers that became integer.
 
     Raises:
-        ValueError: none of the images can be used.
+        ValueError: none of the images can be used, or the model finds nothing in them that would calibrate the heads
+            of masks and keypoints.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.inputs = calibration_inputs(Detector(model).about, images)
+            self.inputs = calibration_inputs(detector.about, images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.inputs, None)
 
+    detector = Detector(model)
+    if {"masks", "keypoints"} & set(detector.outputs) and not _finds_any(detector, images):
+        raise ValueError(
+            "calibration: the model finds nothing in these images, so that its head of masks or keypoints never runs: "
+            f"take images with objects, or export with a score threshold below {detector.about['score_threshold']}"
+        )
     floats = onnx.load(model)
     chosen = {node.name: node.op_type for node in integer_nodes(floats.graph)}
     with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +80,12 @@ def quantize(model: str | Path, images: Sequence[Path], output: str | Path) -> i
     onnx.helper.set_model_props(quantized, {"msad": json.dumps(about)})
     onnx.save(quantized, output)
     return sum(kind in LAYERS for kind in chosen.values())
+
+
+def _finds_any(detector: Detector, images: Sequence[Path]) -> bool:
+    """Whether anything is found in any of the images."""
+    inputs = calibration_inputs(detector.about, images)
+    return any(len(detector.session.run(["scores"], one)[0]) for one in inputs)
 
 
 def integer_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

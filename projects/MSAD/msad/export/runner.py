@@ -51,8 +51,11 @@ def resize_shortest_edge(image: np.ndarray, short: int, longest: int) -> np.ndar
     if short <= 0:
         return image
     scale = short / min(image.shape[:2])
-    scale *= min(1.0, longest / (scale * max(image.shape[:2])))
-    height, width = (int(side * scale + 0.5) for side in image.shape[:2])
+    sides = [short if side == min(image.shape[:2]) else side * scale for side in image.shape[:2]]
+    if max(sides) > longest:  # a second factor: products round in this order
+        scale = longest / max(sides)
+        sides = [side * scale for side in sides]
+    height, width = (int(side + 0.5) for side in sides)
     if not height or not width:
         raise TooNarrow(f"{image.shape[1]}x{image.shape[0]} pixels would be {width}x{height} at the model's size")
     return _resize_rows(_resize_rows(image.swapaxes(0, 1), width).swapaxes(0, 1), height)

@@ -83,6 +83,33 @@ def student_config(teacher: CfgNode, resolution: str) -> CfgNode:
     return cfg
 
 
+def train_at(cfg: CfgNode, shift: int, *, low_res_files: bool = False) -> None:
+    """Let a config that tests at a student's size train without a teacher on what the student sees; in place.
+
+    A student's trainer loads images of H, the sizes of INPUT, and downsamples them; detectron2's does not. So sizes are
+    divided by ``2**shift``, and crops where they are cut out of the resized image, as a segmentor's are
+    (:func:`msad.data.sem_seg.crop_mapper`). Crops that detectron2 cuts out of the file stay. For a size of 0, the
+    files' own, half of an absolute crop stands, else the size of tests.
+
+    Args:
+        low_res_files: the files are those of the student, which the crops fit no more, and their own size does.
+    """
+
+    def divided(side: float) -> int:
+        return downsampled_size((int(side),) * 2, shift)[0]
+
+    size, crop = cfg.INPUT, cfg.INPUT.CROP
+    absolute = crop.ENABLED and crop.TYPE.startswith("absolute")
+    cropped_last = detector_architecture(cfg) == "SemanticSegmentor"
+    own = 0 if low_res_files else size.MIN_SIZE_TEST
+    if absolute and not (cropped_last or low_res_files):
+        own = divided(min(crop.SIZE))
+    size.MIN_SIZE_TRAIN = tuple(divided(side) or own for side in size.MIN_SIZE_TRAIN)
+    size.MAX_SIZE_TRAIN = divided(size.MAX_SIZE_TRAIN)
+    if absolute and (cropped_last or low_res_files):
+        crop.SIZE = [divided(side) for side in crop.SIZE]
+
+
 def _moved(key: str, names: Iterable[str], shift: int) -> list[int]:
     try:
         levels = [level_of(name) - shift for name in names]

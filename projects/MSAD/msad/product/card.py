@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..experiments.tables import without_bars
+from ..experiments.tables import for_markdown
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
@@ -81,7 +81,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 def _table(table: tuple[list[str], list[list[str]]]) -> str:
-    headers, cells = without_bars(table)
+    headers, cells = for_markdown(table)
     align = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(cells, headers, tablefmt="github", colalign=align if cells else None, disable_numparse=True)
 

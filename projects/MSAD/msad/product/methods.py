@@ -7,8 +7,8 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from ..modeling.student_config import LEVEL_KEYS, student_config
-from ..resolution import downsampled_size, get_resolution
+from ..modeling.student_config import LEVEL_KEYS, student_config, train_at
+from ..resolution import get_resolution
 from .choices import Choices
 
 STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline_H"
@@ -19,22 +19,6 @@ def _entry(file: str, choices: Choices, name: str = "teacher") -> dict:
     """Of DISTILL.TEACHERS; the weights of a teacher that is still to be trained are set when it is."""
     weights = str(Path(choices.checkpoint).resolve()) if choices.checkpoint else f"{file}.pth"
     return {"NAME": name, "CONFIG": f"{file}.yaml", "WEIGHTS": weights}
-
-
-def train_at(cfg: CfgNode, resolution: str) -> None:
-    """Divide sizes of training images, which are those of H, so that ``cfg`` trains at ``resolution``; in place.
-
-    Those of tests are divided before; one of them stands for a size of 0, the files' own.
-    """
-
-    def divided(side: int) -> int:
-        return downsampled_size((side, side), get_resolution(resolution).shift)[0]
-
-    size = cfg.INPUT
-    size.MIN_SIZE_TRAIN = tuple(divided(side) or size.MIN_SIZE_TEST for side in size.MIN_SIZE_TRAIN)
-    size.MAX_SIZE_TRAIN = divided(size.MAX_SIZE_TRAIN)
-    if size.CROP.ENABLED and size.CROP.TYPE.startswith("absolute"):
-        size.CROP.SIZE = [divided(int(side)) for side in size.CROP.SIZE]
 
 
 def _student(base: CfgNode, choices: Choices, teachers: list[dict], losses: list[dict]) -> CfgNode:
@@ -112,7 +96,7 @@ def _none(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Con
     """The student's architecture without distillation; a given model is only where it starts."""
     if not choices.checkpoint:
         student = student_config(base, choices.resolution)
-        train_at(student, choices.resolution)
+        train_at(student, get_resolution(choices.resolution).shift)
         student.MODEL.WEIGHTS = base.MODEL.WEIGHTS
         return {STUDENT: student}
     return {BASELINE: base, STUDENT: _student(base, choices, [_entry(BASELINE, choices)], [])}

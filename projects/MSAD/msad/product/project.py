@@ -20,7 +20,7 @@ from ..experiments.variants import Variant, equal_cost
 from ..finding import WARNING
 from .advice import describe, measure_objects, recommend
 from .choices import Choices
-from .methods import BASELINE, STUDENT
+from .methods import BASELINE, STUDENT, TEACHER
 from .plan import Plan, measured_once
 from .recipe import make_configs, write_configs
 
@@ -46,7 +46,8 @@ class Project:
             self.configs = self._configs(content, devices)
             findings = check_data(self.configs[STUDENT], known=loaded)[1]
         raise_errors(findings)
-        self.short = self.configs[STUDENT].INPUT.MIN_SIZE_TEST * self.divisor
+        full = next((self.configs[name] for name in (TEACHER, BASELINE) if name in self.configs), None)
+        self.short = full.INPUT.MIN_SIZE_TEST if full else self.configs[STUDENT].INPUT.MIN_SIZE_TEST * self.divisor
         self.warnings = [str(finding) for finding in findings if finding.level == WARNING]
         self.files = write_configs(self.configs, output / "configs")
         self.study = Comparison(self._variants(), output / "runs", [], (seed,), teacher_weights=choices.checkpoint)

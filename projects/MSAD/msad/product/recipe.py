@@ -14,11 +14,12 @@ from ..config_values import set_value, value_at
 from ..engine.scaling import set_iterations
 from ..export.plain import split_config
 from ..modeling.adapters import num_classes_key
-from ..modeling.student_config import LEVEL_KEYS
+from ..modeling.student_config import LEVEL_KEYS, train_at
+from ..resolution import get_resolution
 from .advice import Objects, finest_anchor, longest_side
 from .backbones import choose_backbone
 from .choices import Choices
-from .methods import BASELINE, BUILDERS, STUDENT, Configs, train_at
+from .methods import BASELINE, BUILDERS, STUDENT, Configs
 
 # Passes over the training images, and the least number of iterations at the batch of the yaml: small sets need more.
 EPOCHS, LEAST_ITERATIONS = 24, 1500
@@ -173,7 +174,7 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
         low = base.clone()
         for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
             low.INPUT[key] = configs[STUDENT].INPUT[key]
-        train_at(low, choices.resolution)
+        train_at(low, get_resolution(choices.resolution).shift)
         configs = {**({} if choices.checkpoint else {BASELINE: base}), "baseline_L": low, **configs}
     return configs
 
