@@ -25,11 +25,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
-from msad import add_msad_config, cli, load_config
+from msad import cli, load_config
+from msad.config import default_config
 from msad.data.layouts import LAYOUTS, register_entries
 from msad.data.register import register_datasets
 from msad.data.tally import raise_errors
@@ -98,14 +99,14 @@ def make(args: argparse.Namespace) -> dict[str, dict]:
     cfg = load_config(args.config_file, [*args.opts, *data_opts(args)])
     weights = args.weights if "://" in args.weights else os.path.abspath(args.weights)
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = weights, os.path.join(args.output, "teacher")
-    cfg.DISTILL = add_msad_config(get_cfg()).DISTILL
+    cfg.DISTILL = default_config().DISTILL
     check_data(cfg)
     student = student_config(cfg, args.resolution)
     student.OUTPUT_DIR = os.path.join(args.output, "student")
     distil_aligned(student, {"CONFIG": "teacher.yaml", "WEIGHTS": weights}, ratio=0.5)
     trees = {}
     for name, config in (("teacher", cfg), ("student", student)):
-        tree = split_config(config, add_msad_config(get_cfg()))[0]
+        tree = split_config(config, default_config(config.MSAD.IMPORTS))[0]
         trees[name] = {"VERSION": config.VERSION, **tree}
     return trees
 

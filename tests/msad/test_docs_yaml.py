@@ -23,8 +23,12 @@ def test_there_are_some():
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_loads(text, tmp_path):
-    """Without the file that it is based on, whose place is the reader's."""
+def test_loads(text, tmp_path, monkeypatch):
+    """Without the file that it is based on, whose place is the reader's; with the module that the page writes."""
+    pages = "".join(page.read_text() for page in PAGES)
+    for name, module in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", pages, flags=re.DOTALL):
+        (tmp_path / name).write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
     path = tmp_path / "a.yaml"
     path.write_text("VERSION: 2\n" + re.sub(r"^_BASE_:.*\n", "", text, flags=re.MULTILINE))
     load_config(path)

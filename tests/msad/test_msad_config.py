@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 
 from msad import add_msad_config, config, load_config
+from msad.config import add_imports, default_config
 from msad.config_values import value_at
+from msad.export import export
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -50,6 +55,70 @@ def test_defaults_of_the_methods():
     assert (cfg.MSAD.EVAL_BRANCH, cfg.MSAD.DOWNSAMPLE, cfg.MSAD.FUSION.REDUCTION) == ("fused", "antialias", 16)
     assert (cfg.DISTILL.TEACHERS, cfg.DISTILL.STUDENT_RESOLUTION) == ([], "L")
     assert (cfg.DISTILL.INIT_STUDENT, cfg.DISTILL.TEACHER_BN) == ("full", "eval")
+
+
+OWN = """
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, build_resnet_backbone
+
+def add_config(cfg):
+    cfg.MODEL.OWN_NET = CfgNode({"WIDTH": 32, "NOTE": "unchanged"})
+
+@BACKBONE_REGISTRY.register()
+def build_own_net(cfg, shape):
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = cfg.MODEL.OWN_NET.WIDTH
+    return build_resnet_backbone(cfg, shape)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with a yaml file on one that names an own module, whose backbone has a key."""
+    if "own_net_of_a_test" not in sys.modules:  # registries take a name once
+        write(tmp_path, "own_net_of_a_test.py", OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write(tmp_path, "base.yaml", "MSAD: {IMPORTS: [own_net_of_a_test]}\nMODEL: {OWN_NET: {WIDTH: 16}}\n")
+    text = "_BASE_: base.yaml\nMODEL:\n  META_ARCHITECTURE: RetinaNet\n  BACKBONE: {NAME: build_own_net}\n"
+    text += "  RESNETS: {WIDTH_PER_GROUP: 4, OUT_FEATURES: [res3, res4]}\n  RETINANET: {IN_FEATURES: [res3, res4]}\n"
+    text += "  DEVICE: cpu\nMSAD: {IMPORTS: [json]}\n"
+    return write(tmp_path, "own.yaml", text)
+
+
+def test_own_modules_register_parts_and_add_keys(own, tmp_path):
+    cfg = load_config(own, ["MODEL.OWN_NET.WIDTH", "8"])
+    assert cfg.MODEL.OWN_NET.WIDTH == 8 and cfg.MSAD.IMPORTS == ["own_net_of_a_test", "json"]
+    model = build_model(cfg)
+    assert model.backbone.output_shape()["res3"].channels == 16
+    again = load_config(write(tmp_path, "run/config.yaml", cfg.dump()))  # as children and other tools read it
+    assert again.dump() == cfg.dump()
+    assert "OWN_NET" not in load_config("").MODEL and default_config(["own_net_of_a_test"]).MODEL.OWN_NET.WIDTH == 32
+
+
+def test_exports_have_what_own_modules_need(own, tmp_path):
+    cfg = load_config(own)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "w.pth")
+    said = export(cfg, str(tmp_path / "w.pth"), tmp_path / "out")
+    assert "where own_net_of_a_test registers MODEL.BACKBONE.NAME build_own_net." in said
+    plain = add_imports(get_cfg(), ["own_net_of_a_test"])
+    plain.merge_from_file(str(tmp_path / "out/config.yaml"))  # without keys of the project
+    assert CfgNode({"WIDTH": 16, "NOTE": "unchanged"}) == plain.MODEL.OWN_NET
+    whole = load_config(tmp_path / "out/config.yaml")
+    assert whole.MSAD.IMPORTS == cfg.MSAD.IMPORTS and whole.MODEL.OWN_NET == cfg.MODEL.OWN_NET
+
+
+@pytest.mark.parametrize(
+    "text, opts, message",
+    [
+        ("MSAD: {IMPORTS: [no_such_module]}", [], r"MSAD\.IMPORTS: no_such_module cannot be imported .*PYTHONPATH"),
+        ("MSAD: {IMPORTS: json}", [], r"a\.yaml: MSAD\.IMPORTS is a list of modules, such as \[mynet\], not 'json'"),
+        ("VERSION: 2", ["MSAD.IMPORTS", "['json']"], r"MSAD\.IMPORTS belongs into the yaml file"),
+    ],
+)
+def test_modules_that_are_not_there_are_named(tmp_path, text, opts, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(write(tmp_path, "a.yaml", text + "\n"), opts)
 
 
 def test_yaml_then_overrides(tmp_path):

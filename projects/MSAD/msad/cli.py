@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from .config import add_msad_config, load_config, nearest, valid_keys
+from .config import default_config, load_config, nearest, valid_keys
 from .files import require_checkpoint
 from .finding import error_text
 
@@ -102,7 +102,7 @@ def _is_key(token: str) -> bool:
     return section in _SECTIONS or bool(difflib.get_close_matches(section, _SECTIONS, n=1, cutoff=0.75))
 
 
-_DEFAULTS = add_msad_config(get_cfg())
+_DEFAULTS = default_config()
 _SECTIONS = tuple(_DEFAULTS.keys())
 
 

@@ -7,8 +7,9 @@ which has the keys of backbones and detectors.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from detectron2 import model_zoo
@@ -16,7 +17,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from .config_model import add_model_config
-from .config_values import check_entries, check_yaml, decode, nearest, valid_keys, value_at
+from .config_values import check_entries, check_sections, decode, imports_of, nearest, read_trees, valid_keys, value_at
 from .files import local_file
 
 # Keys of earlier versions and what they are called now.
@@ -41,8 +42,12 @@ def add_msad_config(cfg: CN) -> CN:
 
     add_model_config(cfg)
 
-    # --- the multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiScaleTeacher) -------------------------------
     cfg.MSAD = CN()
+    # Modules of your own, which the yaml file alone can name: they are imported before it is read, register parts, and
+    # where one has a function add_config(cfg), it adds its keys. See docs/USING.md.
+    cfg.MSAD.IMPORTS = []
+
+    # --- the multi-resolution teacher (MODEL.META_ARCHITECTURE: MultiScaleTeacher) -------------------------------
     # Meta-architecture of the detector inside the teacher, configured by its usual keys in the H frame.
     cfg.MSAD.DETECTOR = "FCOS"
     # Branches, H first: H, L (1/2), EL (1/4).
@@ -158,6 +163,27 @@ def add_msad_config(cfg: CN) -> CN:
     return cfg
 
 
+def add_imports(cfg: CN, imports: Iterable[str]) -> CN:
+    """Import the modules of MSAD.IMPORTS and add their keys to a config, in place; returns it.
+
+    Raises:
+        ValueError: a module cannot be imported; names it.
+    """
+    for name in imports:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"MSAD.IMPORTS: {name} cannot be imported ({error}); is it in PYTHONPATH?") from None
+        if hasattr(module, "add_config"):
+            module.add_config(cfg)
+    return cfg
+
+
+def default_config(imports: Iterable[str] = ()) -> CN:
+    """detectron2's defaults with the project's keys and those of :func:`add_imports`."""
+    return add_imports(add_msad_config(get_cfg()), imports)
+
+
 def detector_architecture(cfg: CN) -> str:
     """Meta-architecture of the detector: of a teacher or fusion student, that of the one inside."""
     name = cfg.MODEL.META_ARCHITECTURE
@@ -196,21 +222,27 @@ def load_config(config_file: str | os.PathLike, opts: list | tuple = ()) -> CN:
 
     Raises:
         FileNotFoundError: no such yaml file, or none that it is based on.
-        ValueError: not a yaml file, wrong entries of a list, or overrides that are not pairs or of the wrong type.
+        ValueError: not a yaml file, wrong entries of a list, overrides that are not pairs or of the wrong type, or a
+            module of MSAD.IMPORTS that cannot be imported.
         KeyError: an unknown key; names the file and the nearest valid key.
     """
-    cfg = add_msad_config(get_cfg())
+    cfg, imports = default_config(), []
     config_file = os.fspath(config_file)
     if config_file:
         config_file = find_config(config_file)
         exported = os.path.join(os.path.dirname(config_file), "msad.yaml")
         more = [exported] if os.path.basename(config_file) == "config.yaml" and os.path.isfile(exported) else []
+        trees = [tree for file in [config_file, *more] for tree in read_trees(file)]
+        imports = imports_of(trees)
+        cfg = default_config(imports)
+        for file, tree in trees:
+            check_sections(file, tree, cfg)
         for file in [config_file, *more]:
-            check_yaml(file, cfg)
             try:
                 cfg.merge_from_file(file)
             except KeyError as error:
                 raise _unknown_key(error, cfg, file) from None
+        cfg.merge_from_list(["MSAD.IMPORTS", imports])
         check_entries(cfg)
         _look_beside(cfg, os.path.dirname(config_file))
     if len(opts) % 2:
@@ -220,6 +252,8 @@ def load_config(config_file: str | os.PathLike, opts: list | tuple = ()) -> CN:
             raise _unknown_key(KeyError(key), cfg, "command line")
         value = decode(value, value_at(cfg, key))
         cfg.merge_from_list([key, repr(value) if isinstance(value, str) else value])  # or texts are decoded again
+    if imports != cfg.MSAD.IMPORTS:
+        raise ValueError("MSAD.IMPORTS belongs into the yaml file: its modules are imported before that is read")
     check_entries(cfg)
     name = detector_architecture(cfg)
     if any(cfg.MODEL.LIGHT_HEAD.values()) and "Light" not in name:

@@ -6,7 +6,7 @@ import ast
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from typing import Any
 
@@ -56,11 +56,13 @@ def set_value(cfg: CfgNode, key: str, value: Any) -> None:
     (value_at(cfg, sections) if sections else cfg)[name] = value
 
 
-def check_yaml(file: str, cfg: CfgNode) -> None:
-    """Whether a config file and those that it is based on are mappings whose sections are mappings.
+def read_trees(file: str) -> Iterator[tuple[str, Mapping]]:
+    """(file, content) of a config file and of those that it is based on, these first.
+
+    Files that are no local ones, and those with tags that run code, which the engine may accept, are passed over.
 
     Raises:
-        ValueError: names the file, and the section that is none.
+        ValueError: one is no yaml file or no mapping; names it.
         FileNotFoundError: a file that it is based on does not exist.
     """
     if "://" in file:
@@ -69,7 +71,7 @@ def check_yaml(file: str, cfg: CfgNode) -> None:
         try:
             tree = yaml.safe_load(stream)
         except yaml.constructor.ConstructorError:
-            return  # has tags that run code, which the engine may accept
+            return
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not valid yaml: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -81,9 +83,26 @@ def check_yaml(file: str, cfg: CfgNode) -> None:
         path = os.path.join(os.path.dirname(file), os.path.expanduser(base))
         if "://" not in base and not os.path.isfile(path):
             raise FileNotFoundError(f"{file}: _BASE_: no file {path}")
-        check_yaml(path, cfg)
+        yield from read_trees(path)
+    yield file, tree
+
+
+def check_sections(file: str, tree: Mapping, cfg: CfgNode) -> None:
+    """ValueError that names file and key where ``tree`` has a value for a section of ``cfg``."""
     for name, value in _not_sections(tree, cfg, ""):
         raise ValueError(f"{file}: {name} is a section of keys, not {_brief(value)}")
+
+
+def imports_of(trees: Iterable[tuple[str, Mapping]]) -> list[str]:
+    """The modules that files name in MSAD.IMPORTS, each once; ValueError that names the file if it is no such list."""
+    found: dict[str, None] = {}
+    for file, tree in trees:
+        section = tree.get("MSAD")
+        names = section.get("IMPORTS", []) if isinstance(section, Mapping) else []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{file}: MSAD.IMPORTS is a list of modules, such as [mynet], not {_brief(names)}")
+        found.update(dict.fromkeys(names))
+    return list(found)
 
 
 def _not_sections(tree: Mapping, cfg: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from ..config import add_msad_config
+from ..config import default_config
 from . import backbones, dense, settings
 from .files import Checkpoint
 from .rcnn import rcnn
@@ -133,7 +132,7 @@ def _pixels(said: dict, pixels: str) -> dict:
 
 def check(tensors: Tensors, config: dict, kind: str) -> None:
     """ValueError that names what the model of ``config`` lacks of ``tensors``, and the other way round."""
-    cfg = add_msad_config(get_cfg())
+    cfg = default_config()
     cfg.merge_from_other_cfg(type(cfg)(config))
     # Without values, which take a while to draw; but detectron2's Swin computes its settings with tensors.
     cfg.MODEL.DEVICE = "cpu" if "SWIN" in config["MODEL"] else "meta"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from ..config import add_msad_config, load_config
+from ..config import default_config, load_config
 from ..config_values import plain, set_value, valid_keys, value_at
 from ..data.cache import checkpoint_id
 from ..data.fingerprint import dataset_fingerprint
@@ -92,7 +92,7 @@ def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode,
     if not mine.is_file():
         return cfg, [f"{mine} is gone, so that what has changed since the run began is not known"]
     try:
-        old = add_msad_config(get_cfg())
+        old = default_config(cfg.MSAD.IMPORTS)
         old.merge_from_file(str(mine))
     except (KeyError, TypeError, ValueError) as error:
         return cfg, [f"{mine} cannot be compared with the config: {error}"]
@@ -248,9 +248,10 @@ def _teacher(entry: Mapping[str, Any]) -> dict[str, Any]:
     if "MEAN_OF" in entry:
         return {}
     weights = str(entry.get("WEIGHTS", ""))
+    cfg = load_config(entry["CONFIG"])
     settings = {
         key: plain(value)
-        for key, _, value in changes(add_msad_config(get_cfg()), load_config(entry["CONFIG"]))
+        for key, _, value in changes(default_config(cfg.MSAD.IMPORTS), cfg)
         if key.startswith(("MODEL.", "MSAD.", "INPUT.FORMAT")) and key not in KEPT and not _is_free(key)
     }
     moved = (file := local_file(weights)) and not Path(file).is_file()  # nothing is known of a file that is gone

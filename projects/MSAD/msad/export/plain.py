@@ -15,7 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from fvcore.common.registry import Registry
 from torch import nn
 
-from ..config import add_msad_config, detector_architecture
+from ..config import add_imports, default_config, detector_architecture
 from ..config_values import plain
 from ..data.low_res import reads_low_res, student_shift
 from ..data.names import FILE, dataset_names, write_names
@@ -51,16 +51,17 @@ def split_config(cfg: CfgNode, stock: CfgNode) -> tuple[dict, dict]:
     return known, own
 
 
-def foreign_parts(cfg: CfgNode) -> list[str]:
-    """"KEY VALUE" of every part of the model that detectron2 itself does not register."""
+def foreign_parts(cfg: CfgNode) -> dict[str, str]:
+    """"KEY VALUE" of every part of the model that detectron2 itself does not register -> the package that does."""
     registries = [r for r in vars(detectron2.modeling).values() if isinstance(r, Registry)]
-    found = []
+    found = {}
     for key, value in _texts(cfg.MODEL, "MODEL."):
         if key == "MODEL.FPN.BOTTOM_UP" and cfg.MODEL.BACKBONE.NAME != "build_level_fpn_backbone":
             continue  # nobody reads it
         for registry in registries:
-            if value in registry and registry.get(value).__module__.split(".")[0] != "detectron2":
-                found.append(f"{key} {value}")
+            package = registry.get(value).__module__.split(".")[0] if value in registry else "detectron2"
+            if package != "detectron2":
+                found[f"{key} {value}"] = package
     return found
 
 
@@ -70,7 +71,7 @@ def plain_file(cfg: CfgNode) -> str | None:
     # detectron2's FPN has an output for every level between the finest and P5.
     if levels and levels != list(range(min(levels[0], 5), max(levels[-1], 5) + 1)):
         return None
-    stock = add_msad_config(get_cfg()).MODEL
+    stock = default_config(cfg.MSAD.IMPORTS).MODEL
     if any(cfg.MODEL[node][key] != stock[node][key] for node, keys in UNKNOWN_TO_PLAIN.items() for key in keys):
         return None
     names = {(): "plain_rcnn.py", ("MODEL.META_ARCHITECTURE FCOS",): "plain_fcos.py"}
@@ -88,7 +89,7 @@ def by_itself(cfg: CfgNode) -> CfgNode:
     low_res_files = reads_low_res(cfg) and any("LOW_RES_IMAGES" in entry for entry in cfg.DATASETS.REGISTER)
     if cfg.DISTILL.TEACHERS:
         train_at(out, student_shift(cfg), low_res_files=low_res_files)
-    out.DISTILL = add_msad_config(get_cfg()).DISTILL
+    out.DISTILL = default_config().DISTILL
     if low_res_files:
         out.DATASETS.LOW_RES = True
         out.DISTILL.STUDENT_RESOLUTION = cfg.DISTILL.STUDENT_RESOLUTION  # to check the sizes of the files
@@ -125,7 +126,7 @@ def needed(own: dict, cfg: CfgNode) -> dict:
     parts = {"FPN", *(known.__name__.upper() for known in classes)} if foreign_parts(cfg) else set()
     others = {name.upper() for name, _ in META_ARCH_REGISTRY} - parts
     own = {**own, "MODEL": {key: value for key, value in own["MODEL"].items() if key not in others}}
-    return _prune(own, add_msad_config(get_cfg()), {f"MODEL.{part}" for part in parts}, "")
+    return _prune(own, default_config(), {f"MODEL.{part}" for part in parts}, "")
 
 
 def _prune(tree: dict, defaults: CfgNode, whole: set[str], prefix: str) -> dict:
@@ -169,7 +170,7 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     output.mkdir(parents=True, exist_ok=True)
     with atomic_write(files["model.pth"]) as file:
         torch.save({"model": model.state_dict()}, file)
-    known, own = split_config(cfg, get_cfg())
+    known, own = split_config(cfg, add_imports(get_cfg(), cfg.MSAD.IMPORTS))
     known.pop("OUTPUT_DIR", None)  # the training's, into which nobody should write
     known["VERSION"] = cfg.VERSION
     known["MODEL"]["WEIGHTS"] = "model.pth"
@@ -182,7 +183,9 @@ def export(cfg: CfgNode, weights: str, output: str | os.PathLike) -> str:
     foreign = foreign_parts(cfg)
     if not foreign:
         return f"{files['config.yaml']} builds this model in plain detectron2, with MODEL.WEIGHTS {files['model.pth']}."
-    how = f"msad.load_config({str(files['config.yaml'])!r}), where msad registers {', '.join(foreign)}"
+    by_package = {package: [part for part in foreign if foreign[part] == package] for package in foreign.values()}
+    who = " and ".join(f"{package} registers {', '.join(parts)}" for package, parts in by_package.items())
+    how = f"msad.load_config({str(files['config.yaml'])!r}), where {who}"
     plain = plain_file(cfg)
     if plain:
         return f"To build this model, {how}; {plain} builds it without msad."

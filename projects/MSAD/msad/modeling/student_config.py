@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from ..config import add_msad_config, detector_architecture
+from ..config import default_config, detector_architecture
 from ..config_values import set_value, value_at
 from ..resolution import downsampled_size, get_resolution, level_of
 
@@ -131,7 +131,7 @@ def _take_stock_neck(cfg: CfgNode, levels: list[int]) -> None:
 
     That is RetinaNet's on detectron2's ResNet from P2 on; other detectors read other levels than a builder makes.
     """
-    neck, known = cfg.MODEL.FPN, add_msad_config(get_cfg()).MODEL.FPN
+    neck, known = cfg.MODEL.FPN, default_config().MODEL.FPN
     same = all(neck[key] == known[key] for key in ("TOP_SOURCE", "TOP_RELU", "TOP_NORM", "TOP_BLOCK"))
     resnet = neck.BOTTOM_UP in ("build_resnet_backbone", "build_resnet_c1_backbone")
     if cfg.MODEL.BACKBONE.NAME == "build_level_fpn_backbone" and same and resnet and 2 <= levels[0] <= levels[-1] <= 7:

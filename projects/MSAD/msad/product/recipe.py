@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from ..config import add_msad_config, load_config
+from ..config import default_config, load_config
 from ..config_values import set_value, value_at
 from ..engine.scaling import set_iterations
 from ..export.plain import split_config
@@ -132,7 +132,7 @@ def given_config(choices: Choices, entries: list[dict], content: dict, objects: 
     """
     cfg = load_config(choices.config)
     cfg.MODEL.WEIGHTS = str(Path(choices.checkpoint).resolve())
-    cfg.DISTILL = add_msad_config(get_cfg()).DISTILL
+    cfg.DISTILL = default_config().DISTILL
     cfg.DATASETS.REGISTER = entries
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (entries[0]["NAME"],), (entries[1]["NAME"],)
     if choices.short_side:
@@ -184,7 +184,7 @@ def write_configs(configs: Configs, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.yaml" for name in configs}
     for name, cfg in configs.items():
-        tree = split_config(cfg, add_msad_config(get_cfg()))[0]
+        tree = split_config(cfg, default_config(cfg.MSAD.IMPORTS))[0]
         tree.pop("OUTPUT_DIR", None)
         files[name].write_text(yaml.safe_dump({"VERSION": cfg.VERSION, **tree}, sort_keys=False))
     return files
