@@ -76,6 +76,19 @@ def test_float_images(data):
     assert "16-bit or float pixels" in error and "convert to 8 bits" in error
 
 
+def test_frames_of_16_bits_are_no_smaller_fault_than_one(data):
+    """As microscopes and thermal cameras write them: a TIFF of several pages."""
+    data.splits["val"]["images"][1]["file_name"] = "val_1.tif"
+    pages = [Image.fromarray(np.full((HEIGHT, WIDTH), 4000, np.uint16)) for _ in range(2)]
+    pages[0].save(data.image("val_1.tif"), save_all=True, append_images=pages[1:])
+    (error,) = data.texts(ERROR)
+    assert "val_1.tif has 16-bit or float pixels" in error and "convert to 8 bits" in error
+    pages = [page.convert("L") for page in pages]
+    pages[0].save(data.image("val_1.tif"), save_all=True, append_images=pages[1:])
+    (warning,) = data.texts(WARNING)
+    assert "val_1.tif has several frames" in warning and "only the first is used" in warning
+
+
 def test_a_few_broken_images_are_skipped_in_training_but_not_most(data, caplog):
     whole = data.image("train_1.png").read_bytes()
     data.image("train_1.png").write_bytes(whole[:2000])

@@ -24,7 +24,7 @@ from msad.data.mappers import inference_mapper
 from msad.engine import DistillTrainer
 from msad.experiments.panels import draw_panels
 from msad.export.plain import by_itself
-from msad.finding import ERROR
+from msad.finding import ERROR, WARNING
 from msad.resolution import downsample, downsample_batch, downsample_labels
 
 
@@ -333,6 +333,19 @@ def test_wrong_files_are_found_before_training(thermal):
     assert not [f for f in check_data(cfg)[1] if f.level == ERROR]
     shutil.rmtree(low)
     assert any("LOW_RES_IMAGES: no such folder" in f.text for f in check_data(cfg)[1])
+
+
+def test_pixels_of_the_files_are_looked_at_as_those_of_images_are(thermal):
+    """A thermal camera's 16 bits would all be white; what is only worth a word counts among the files, not the images."""
+    cfg, low = thermal
+    Image.fromarray(np.full((32, 32), 4000, np.uint16)).save(low / "train_000001.jpg", format="PNG")
+    Image.fromarray(np.zeros((32, 32, 4), np.uint8)).save(low / "val_000001.jpg", format="PNG")
+    findings = check_data(cfg)[1]
+    (error,) = [f for f in findings if f.level == ERROR]
+    assert "train_000001.jpg has 16-bit or float pixels (1 of 6 files of LOW_RES_IMAGES)" in error.text
+    assert "convert to 8 bits: values above 255 would all be white" in error.fix
+    (warning,) = [f for f in findings if "alpha" in f.text]
+    assert warning.level == WARNING and "val_000001.jpg has an alpha channel (1 of 2 files of LOW_RES_" in warning.text
 
 
 def test_an_exported_student_is_evaluated_on_its_own_files(thermal):

@@ -53,17 +53,22 @@ def check_data(
         findings += MetadataCatalog.get(name).get("findings") or []
         findings += check_records(loaded[name], name, needs_of(cfg, training=name in train))
         if images:
-            tally = Tally(f"data set {name!r}")
-            check_image_files(tally, loaded[name], name in train, cfg.DATASETS.CHECK_IMAGES)
-            if reads_low_res(cfg) and any(FILE in record for record in loaded[name]):
-                check_low_res_files(tally, loaded[name], student_shift(cfg), cfg.DATASETS.CHECK_IMAGES)
-            if cfg.MODEL.HTC.SEMANTIC_ON and (name in train or cfg.TEST.LOSS_IMAGES > 0):
-                classes, ignored = cfg.MODEL.HTC.SEMANTIC_CLASSES, cfg.MODEL.HTC.SEMANTIC_IGNORE
-                check_label_maps(tally, loaded[name], classes, ignored, cfg.DATASETS.CHECK_IMAGES)
-            findings += tally.findings()
+            findings += _check_files(cfg, name, loaded[name])
     findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
     findings += _never_learned(train, test, loaded)
     return {name: loaded[name] for name in train if name in loaded}, findings
+
+
+def _check_files(cfg: CfgNode, name: str, records: list[dict]) -> list[Finding]:
+    """Look into the images, the files of LOW_RES_IMAGES and the label maps that the model of a config reads."""
+    training, count = name in cfg.DATASETS.TRAIN, cfg.DATASETS.CHECK_IMAGES
+    images, low_res, labels = (Tally(f"data set {name!r}") for _ in range(3))  # each counts among files of its own
+    check_image_files(images, records, training, count)
+    if reads_low_res(cfg) and any(FILE in record for record in records):
+        check_low_res_files(low_res, records, student_shift(cfg), count)
+    if cfg.MODEL.HTC.SEMANTIC_ON and (training or cfg.TEST.LOSS_IMAGES > 0):
+        check_label_maps(labels, records, cfg.MODEL.HTC.SEMANTIC_CLASSES, cfg.MODEL.HTC.SEMANTIC_IGNORE, count)
+    return [*images.findings(), *low_res.findings(), *labels.findings()]
 
 
 def load_train_dicts(cfg: CfgNode) -> list[dict]:

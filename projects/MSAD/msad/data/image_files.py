@@ -75,7 +75,7 @@ def inspect_image(path: str) -> ImageFile:
                 pixels = special_pixels(image)
                 if head.startswith(_PNG) and head[24] == 16 and not pixels:
                     pixels = "16 bits a channel"
-                if getattr(image, "is_animated", False):
+                if getattr(image, "is_animated", False) and not refused(pixels):
                     pixels = "several frames"
                 end = _ENDS.get(image.format)
         if end is None or end not in tail:
@@ -99,7 +99,7 @@ def refused(pixels: str) -> str:
 
 def inspect_images(paths: Sequence[str]) -> list[ImageFile]:
     """:func:`inspect_image` of each; what is known of a file of the same size and time is not looked at again."""
-    name = f"images-{hashlib.sha256(os.path.dirname(paths[0]).encode()).hexdigest()[:32]}.json" if paths else ""
+    name = f"image-files-{hashlib.sha256(os.path.dirname(paths[0]).encode()).hexdigest()[:32]}.json" if paths else ""
     known, out, changed = (name and read_cache(name)) or {}, [], False
     for path in paths:
         stamp = _stamp(path)
@@ -170,6 +170,11 @@ def check_image_files(tally: Tally, records: Sequence[dict], training: bool, cou
                 seen += ", the sides are exchanged"
                 fix += ", turned as its EXIF orientation says; boxes too" if file.turned else ""
             tally.add(ERROR, "has another size than its record", path, fix, of, seen)
-        if file.pixels:
-            level = ERROR if refused(file.pixels) else WARNING
-            tally.add(level, f"has {file.pixels}", path, _ADVICE[file.pixels], of)
+        check_pixels(tally, file, path, of)
+
+
+def check_pixels(tally: Tally, file: ImageFile, path: str, of: str) -> None:
+    """Whether an image file has 8-bit grey or colour; ``of``: among what it is counted, see :meth:`Tally.add`."""
+    if file.pixels:
+        level = ERROR if refused(file.pixels) else WARNING
+        tally.add(level, f"has {file.pixels}", path, _ADVICE[file.pixels], of)

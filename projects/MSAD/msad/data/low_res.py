@@ -23,7 +23,7 @@ from PIL import Image
 from ..finding import ERROR, OK
 from ..resolution import downsampled_size, get_resolution
 from .coco_annotations import bitmap
-from .image_files import inspect_image, inspect_images
+from .image_files import check_pixels, inspect_image, inspect_images
 from .label_maps import resized_label_map
 from .mappers import inference_mapper
 from .sampling import at_equal_distances
@@ -232,7 +232,7 @@ class _Recorder(T.Augmentation):
 
 
 def check_low_res_files(tally: Tally, records: Sequence[dict], shift: int, count: int) -> None:
-    """Whether the files of LOW_RES_IMAGES are there, whole, and of the right size.
+    """Whether the files of LOW_RES_IMAGES are there, whole, of the right size and of 8 bits.
 
     Args:
         count: so many files, taken at equal distances, are looked into; 0: all.
@@ -250,3 +250,4 @@ def check_low_res_files(tally: Tally, records: Sequence[dict], shift: int, count
         if problem:
             fix = "give the files this size, or correct DISTILL.STUDENT_RESOLUTION"
             tally.add(ERROR, "has another size than its image asks for", record[FILE], fix, of, problem)
+        check_pixels(tally, file, record[FILE], of)
