@@ -12,8 +12,11 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from msad import load_config
+from msad.data.checks import check_data
 from msad.data.layouts import entries_of, find_splits, read_contents, register_entries
 from msad.data.register import registered
+from msad.finding import WARNING
 
 
 def image(file: Path, height: int = 50, width: int = 100) -> None:
@@ -115,6 +118,25 @@ def test_yolo_keypoints(tmp_path):
     assert read_contents(entries)[0] == {"classes": ["mouse"], "masks": False, "keypoints": 3}
     text(root / "labels/train/a.txt", "0 0.5 0.5 0.2 0.4 0.5 0.5\n")
     assert "has not 4 + 3 x 3 numbers behind the class" in read(find_splits(root, tmp_path / "out"))[1][0]
+
+
+@pytest.mark.parametrize(
+    ("flip", "pairs"), [(None, None), ([], None), ([0, 2, 1], [["point_1", "point_2"]]), ([0, 1, 2], [])]
+)
+def test_what_a_mirrored_image_exchanges_is_known_only_if_it_is_said(tmp_path, flip, pairs):
+    """Without flip_idx nobody says that left and right are not exchanged: the data are checked as COCO's are."""
+    line = "0 0.5 0.5 0.2 0.4 0.5 0.5 0.4 0.5 0.6 0.5\n"
+    more = {} if flip is None else {"flip_idx": flip}
+    root = yolo(tmp_path / "set", line, line, names=["mouse"], kpt_shape=[3, 2], **more)
+    (category,) = read(splits := find_splits(root, tmp_path / "out"))[0]["categories"]
+    assert category.get("flip_pairs") == pairs
+    entries = entries_of(splits, "mirrored")
+    options = ["DATASETS.REGISTER", entries, "DATASETS.TRAIN", ("mirrored_train",), "MODEL.KEYPOINT_ON", True,
+               "MODEL.ROI_HEADS.NUM_CLASSES", 1, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3]  # fmt: skip
+    cfg = load_config("", options)
+    with registered(cfg):
+        said = [f for f in check_data(cfg)[1] if "no pair of left and right" in f.text]
+    assert [(f.level, "flip_idx" in f.fix) for f in said] == ([] if pairs is not None else [(WARNING, True)])
 
 
 def test_yolo_keypoints_that_cannot_be_used_are_said(tmp_path):

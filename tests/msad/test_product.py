@@ -306,6 +306,24 @@ def test_the_full_size_is_that_of_the_detector_that_has_it(project, tmp_path):
     assert (made.short, made.configs["student"].INPUT.MIN_SIZE_TEST) == (63, 32)
 
 
+def test_keypoints_of_unknown_sides_are_a_warning_of_the_plan(project, tmp_path, monkeypatch):
+    """YOLO's data.yaml without flip_idx: mirrored images would confuse left and right."""
+    for split in ("train", "val"):
+        (tmp_path / "yolo/labels" / split).mkdir(parents=True)
+        (tmp_path / "yolo/images" / split).mkdir(parents=True)
+        image = next((project / "data/images").glob(f"{split}_*.jpg"))
+        shutil.copy(image, tmp_path / f"yolo/images/{split}/a.jpg")
+        (tmp_path / f"yolo/labels/{split}/a.txt").write_text("0 0.5 0.5 0.4 0.4 0.4 0.5 0.6 0.5\n")
+    spec = "names: [ant]\ntrain: images/train\nval: images/val\nkpt_shape: [2, 2]\n"
+    (tmp_path / "yolo/data.yaml").write_text(spec)
+    choices = Choices(detector="keypoint_rcnn", backbone="tiny", scale="1/2")
+    made = Project(tmp_path / "yolo", tmp_path / "out", choices, 0, [])
+    measured = dict.fromkeys((file.stem for file in made.files.values()), Measured(10, 0.1, 0.1, 10, 1))
+    monkeypatch.setattr("msad.product.project.measured_once", lambda *_: measured)
+    (line,) = [line for line in made.plan(1).text().splitlines() if "no pair of left and right" in line]
+    assert line.startswith("warning: ") and "flip_idx" in line
+
+
 def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):
     calls = []
     study = SimpleNamespace(collect=lambda: {"runs": [], "variants": {}}, models=dict)

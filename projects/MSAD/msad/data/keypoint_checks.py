@@ -28,7 +28,10 @@ def check_keypoint_metadata(tally: Tally, name: str, needs: Needs) -> None:
     if needs.training and needs.flips:
         given = metadata.get("keypoint_flip_pairs_given", bool(pairs))
         alone = sided_without_partner(names, pairs) if pairs or not given else []
-        fix = "set DATASETS.REGISTER[].KEYPOINT_FLIP_PAIRS ([] if there are none), or INPUT.RANDOM_FLIP none"
+        fix = (
+            "set DATASETS.REGISTER[].KEYPOINT_FLIP_PAIRS ([] if there are none), or flip_idx in the data.yaml of YOLO, "
+            "or INPUT.RANDOM_FLIP none"
+        )
         if alone:
             reason = f"has keypoints of a side without a counterpart: {shorten(alone)}; a mirrored image would mislead"
             tally.add(WARNING if given else ERROR, reason, "it", fix)

@@ -71,16 +71,22 @@ def _categories(spec: dict[str, Any], file: Path) -> tuple[list[dict], tuple[int
     if not good or shape[0] < 1 or shape[1] not in (2, 3):
         raise ValueError(f"{file}: kpt_shape must be [number of keypoints, 2 or 3], got {shape!r}")
     count = shape[0]
-    flip = spec.get("flip_idx") or list(range(count))
+    points = [f"point_{index}" for index in range(count)]
+    # The format has no sigmas; Ultralytics takes 1 / K of each where they are not those of COCO's person.
+    extra = {"keypoints": points, "skeleton": [], "sigmas": [1 / count] * count}
+    if spec.get("flip_idx"):  # without it, what a mirrored image exchanges is not known
+        extra["flip_pairs"] = _flip_pairs(spec["flip_idx"], points, file)
+    return [{**category, **extra} for category in categories], (count, shape[1])
+
+
+def _flip_pairs(flip: Any, points: list[str], file: Path) -> list[list[str]]:
+    """Pairs of keypoints that mirroring exchanges, of flip_idx: the index of each one's counterpart."""
+    count = len(points)
     if not isinstance(flip, list) or len(flip) != count or any(
         type(j) is not int or not 0 <= j < count or flip[j] != i for i, j in enumerate(flip)
-    ):
+    ):  # fmt: skip
         raise ValueError(f"{file}: flip_idx must exchange pairs of the {count} keypoints, got {flip}")
-    points = [f"point_{index}" for index in range(count)]
-    pairs = [[points[i], points[j]] for i, j in enumerate(flip) if i < j]
-    # The format has no sigmas; Ultralytics takes 1 / K of each where they are not those of COCO's person.
-    extra = {"keypoints": points, "skeleton": [], "flip_pairs": pairs, "sigmas": [1 / count] * count}
-    return [{**category, **extra} for category in categories], (count, shape[1])
+    return [[points[i], points[j]] for i, j in enumerate(flip) if i < j]
 
 
 def _places(spec: dict[str, Any], key: str, file: Path) -> list[Path]:
@@ -170,9 +176,7 @@ def _is_fraction(value: float) -> bool:
     return -_MARGIN <= value <= 1 + _MARGIN  # not so for NaN
 
 
-def _keypoints(
-    builder: CocoBuilder, values: Sequence[float], dims: int, image: dict, culprit: str
-) -> dict[str, Any]:
+def _keypoints(builder: CocoBuilder, values: Sequence[float], dims: int, image: dict, culprit: str) -> dict[str, Any]:
     """COCO's keypoints; without visibility in the file, (0, 0) is a point that is not there.
 
     A point that cannot be used becomes one that is not labelled, which is counted.
