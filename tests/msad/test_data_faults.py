@@ -5,11 +5,13 @@ The same files go to whichever engine is installed, so that both say the same.
 
 from __future__ import annotations
 
+import base64
 import json
 import uuid
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,7 +21,7 @@ from detectron2.structures import Boxes, Instances
 from spoiled_data import HEIGHT, WIDTH, Data
 
 from msad.data import build_train_loader, check_data
-from msad.data.coco_annotations import bitmap
+from msad.data.coco_annotations import bitmap, read_counts
 from msad.finding import ERROR, OK, WARNING
 
 
@@ -85,6 +87,15 @@ def test_an_object_whose_only_outline_is_no_polygon_needs_a_mask(data):
 
 # --- annotation files -----------------------------------------------------------------------------------------------
 
+
+def rle(content, spoil):
+    """Give the third annotation a run-length mask, its compressed counts as ``spoil`` makes them of the bytes."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    mask[9:30, 7:50] = np.random.default_rng(0).integers(0, 2, (21, 43))
+    counts = spoil(mask_util.encode(mask)["counts"])
+    content["annotations"][2]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+
+
 VALUES = {
     "text ids": (lambda d: [c.update(id=str(c["id"])) for c in d["categories"]], "category '1' has no whole number"),
     "text category_id": (lambda d: [a.update(category_id="1") for a in d["annotations"]],
@@ -128,6 +139,14 @@ VALUES = {
                    "run-length mask of size [60, 40] in an image of [40, 60]"),
     "rle too short": (lambda d: d["annotations"][0].update(segmentation={"size": [HEIGHT, WIDTH], "counts": [5, 5]}),
                       "do not sum up to its image"),
+    "rle negative": (lambda d: d["annotations"][0].update(
+        segmentation={"size": [HEIGHT, WIDTH], "counts": [-5, 5, HEIGHT * WIDTH]}), "do not sum up to its image"),
+    "rle as bytes": (lambda d: rle(d, lambda counts: str(counts)), "annotation 3 has run-length counts \"b'"),
+    "rle in base64": (lambda d: rle(d, lambda counts: base64.b64encode(counts).decode()), "which are damaged"),
+    "rle cut off": (lambda d: rle(d, lambda counts: counts.decode()[:-3]), "neither str(counts) nor base64"),
+    "rle cut at a number": (lambda d: rle(d, lambda counts: counts.decode()[:4]), "which are damaged, in 'val_0.png'"),
+    "rle empty": (lambda d: rle(d, lambda counts: ""), "which are damaged"),
+    "rle of other letters": (lambda d: rle(d, lambda counts: "\ud800" + counts.decode()), "which are damaged"),
     "keypoints odd": (lambda d: d["annotations"][0].update(keypoints=[1, 2]), "annotation 1 has keypoints [1, 2]"),
     "keypoint texts": (lambda d: d["annotations"][0].update(keypoints=["1"] * 9), "texts instead of numbers"),
     "keypoint nan": (lambda d: d["annotations"][0].update(keypoints=[float("inf"), 1, 2] * 3), "keypoint with NaN or"),
@@ -145,6 +164,21 @@ def test_values_of_a_wrong_type_or_range_are_named(data, case):
     findings = [finding for finding in data.check() if finding.level == ERROR]
     assert len(findings) == 1 and text in findings[0].text + findings[0].fix, findings
     assert findings[0].check == "data set 'd_val'"
+
+
+@pytest.mark.parametrize("share", [0, 0.02, 0.5, 1])
+@pytest.mark.parametrize("size", [(1, 1), (40, 60), (333, 217)])
+def test_compressed_run_lengths_are_read_as_they_were_written(size, share):
+    mask = np.asfortranarray(np.random.default_rng(0).random(size) < share, np.uint8)
+    column = mask.ravel(order="F").astype(int)
+    changes = np.flatnonzero(np.diff(column, prepend=0))
+    wanted = np.diff(changes, prepend=0, append=column.size).tolist()
+    assert read_counts(mask_util.encode(mask)["counts"].decode()) == wanted
+
+
+def test_whole_run_lengths_have_no_complaints(data):
+    rle(data.splits["val"], lambda counts: counts.decode())
+    assert data.texts(ERROR) == []
 
 
 @pytest.mark.parametrize(

@@ -138,12 +138,16 @@ class AnnotationChecker:
             seen = f"has a run-length mask of size {shown(size)} in an image of {wanted}"
             add(ERROR, "has a run-length mask of another size", fix, seen)
         elif isinstance(counts, list):
-            if not _NUMBERS.issuperset(map(type, counts)) or sum(counts) != size[0] * size[1]:
+            if not _NUMBERS.issuperset(map(type, counts)) or not _cover(counts, size):
                 fix = "count down the columns, background first"
                 add(ERROR, "has run lengths that do not sum up to its image", fix)
         elif not isinstance(counts, str):
             fix = "write COCO's compressed text or a list of numbers"
             add(ERROR, "has no run-length counts", fix, f"has run-length counts {shown(counts)}")
+        elif not _cover(read_counts(counts), size):
+            seen = f"has run-length counts {shown(counts)}, which are damaged"
+            fix = "write pycocotools' counts.decode(), all of it: neither str(counts) nor base64"
+            add(ERROR, "has damaged run-length counts", fix, seen)
 
     def _check_keypoints(self, a: dict, add: Callable) -> None:
         points = a["keypoints"]
@@ -200,6 +204,33 @@ def _area(a: dict[str, Any], image: dict[str, Any], box: Sequence[float]) -> flo
     except Exception:  # what is wrong with the mask has been counted
         pass
     return float(max(box[2], 0) * max(box[3], 0))
+
+
+def _cover(runs: Sequence[float], size: Sequence[int]) -> bool:
+    """Whether run lengths fill an image of ``size`` (height, width) exactly."""
+    return len(runs) > 0 and min(runs) >= 0 and sum(runs) == size[0] * size[1]
+
+
+def read_counts(text: str) -> list[int]:
+    """The run lengths in pixels that COCO's compressed text stands for; [] if it is none.
+
+    A character is 48 + 5 bits of a number, lowest first, + 32 if more follow; the last bit of a number is its sign.
+    From the fourth on, the number is the difference to the run before the last. pycocotools decodes a text that is cut
+    off without a word, to pixels that are in no file, and writes out every mask for it.
+    """
+    codes = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes < 32)
+    if not ends.size or codes.min() < 0 or codes.max() > 63 or ends[-1] < len(codes) - 1:
+        return []
+    starts = np.append(0, ends[:-1] + 1)
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # 35 bits: no image is as large
+        return []
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((codes & 31) << shifts, starts) - ((codes[ends] & 16) >> 4 << 5 * lengths)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs.tolist()
 
 
 def is_polygon(values: list) -> bool:
