@@ -22,9 +22,10 @@ from msad.data import build_train_loader, check_data, register_datasets
 from msad.data.low_res import build_test_loader, follow, size_problem, to_low_res
 from msad.data.mappers import inference_mapper
 from msad.engine import DistillTrainer
+from msad.engine.preflight.model_checks import box_ap, check_test_size
 from msad.experiments.panels import draw_panels
 from msad.export.plain import by_itself
-from msad.finding import ERROR, WARNING
+from msad.finding import ERROR, OK, WARNING
 from msad.resolution import downsample, downsample_batch, downsample_labels
 
 
@@ -258,6 +259,45 @@ def test_an_exported_file_sees_what_its_student_sees(thermal, tmp_path, monkeypa
             assert one.image_size == theirs.image_size == (64, 64) and len(one) == len(theirs) > 20
             torch.testing.assert_close(one.scores, theirs.scores, rtol=0, atol=1e-4)
             torch.testing.assert_close(one.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
+
+
+def test_preflight_measures_every_model_on_its_own_files(thermal, monkeypatch):
+    cfg, low = thermal
+    teacher = cfg.clone()
+    teacher.DISTILL.TEACHERS = []
+    seen = []
+
+    def run(_model, loader, _evaluator):
+        seen.extend(item for batch in loader for item in batch)
+        return {"bbox": {"AP": 50.0}}
+
+    monkeypatch.setattr("msad.engine.preflight.model_checks.inference_on_dataset", run)
+    for source in (cfg, teacher):
+        assert box_ap(source, torch.nn.Identity(), cfg.DATASETS.TEST[0], 1) == 50
+    student, other = seen
+    assert student["file_name"] == str(low / other["file_name"].rsplit("/", 1)[1]) != other["file_name"]
+    image = cv2.imread(student["file_name"])
+    assert torch.equal(student["image"], inference_mapper(cfg)({"file_name": student["file_name"]})["image"])
+    assert (
+        (student["height"], student["width"])
+        == (other["height"], other["width"])
+        == tuple(2 * np.array(image.shape[:2]))
+    )
+
+
+def test_the_smallest_image_of_a_test_is_that_of_the_second_folder(thermal):
+    cfg, _ = thermal
+    cfg.INPUT.MIN_SIZE_TEST, seen = 0, []
+
+    class Model(torch.nn.GroupNorm):
+        def forward(self, inputs):
+            seen.extend(tuple(item["image"].shape[-2:]) for item in inputs)
+
+    for source in (cfg, by_itself(cfg)):
+        assert check_test_size(source, Model(2, 2))[0].level == OK
+    cfg.DISTILL.TEACHERS = []
+    assert check_test_size(cfg, Model(2, 2))[0].level == OK
+    assert seen == [(32, 32), (32, 32), (64, 64)]
 
 
 def test_annotations_are_scaled_with_the_file(tmp_path):

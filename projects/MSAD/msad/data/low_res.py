@@ -64,13 +64,20 @@ def low_res_mapper(cfg: CfgNode, mapper: Callable[[dict], dict], dicts: Sequence
     return LowResPairs(mapper, student_shift(cfg))
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str):
-    """detectron2's test loader of the images that the model of ``cfg`` sees; results are in the frame of H."""
+def sees_low_res(cfg: CfgNode, dataset_name: str) -> bool:
+    """Whether the model of a config reads the LOW_RES_IMAGES of a data set, which has some."""
+    return reads_low_res(cfg) and "LOW_RES_IMAGES" in (MetadataCatalog.get(dataset_name).get("definition") or {})
+
+
+def build_test_mapper(cfg: CfgNode, dataset_name: str) -> Callable[[dict], dict]:
+    """What maps a data set to the images that the model of ``cfg`` sees in tests; results are in the frame of H."""
     mapper = inference_mapper(cfg)
-    has_low_res = "LOW_RES_IMAGES" in (MetadataCatalog.get(dataset_name).get("definition") or {})
-    return build_detection_test_loader(
-        cfg, dataset_name, mapper=LowResOnly(mapper) if has_low_res and reads_low_res(cfg) else mapper
-    )
+    return LowResOnly(mapper) if sees_low_res(cfg, dataset_name) else mapper
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str):
+    """detectron2's test loader with :func:`build_test_mapper`."""
+    return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg, dataset_name))
 
 
 class LowResPairs:

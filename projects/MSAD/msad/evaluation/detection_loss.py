@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..data.fixed import FixedInputs
-from ..data.low_res import reads_low_res
+from ..data.low_res import sees_low_res
 
 BATCH_SIZE = 4
 
@@ -42,8 +42,7 @@ def fixed_batches(cfg: CfgNode, dataset: str, images: int, batch_size: int, seed
         ValueError: the data set has no image with annotations.
     """
     size = {"short_side": cfg.INPUT.MIN_SIZE_TEST, "longest": cfg.INPUT.MAX_SIZE_TEST}
-    low_res = "LOW_RES_IMAGES" in (MetadataCatalog.get(dataset).get("definition") or {}) and reads_low_res(cfg)
-    inputs = list(FixedInputs(cfg, dataset, images, **size, seed=seed, low_res=low_res))
+    inputs = list(FixedInputs(cfg, dataset, images, **size, seed=seed, low_res=sees_low_res(cfg, dataset)))
     return [inputs[i : i + batch_size] for i in range(0, len(inputs), batch_size)]
 
 

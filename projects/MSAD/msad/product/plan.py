@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 
-from ..data.mappers import inference_mapper
+from ..data.low_res import build_test_mapper
 from ..data.register import registered
 from ..engine.provenance import machine
 from ..engine.stages import stage_configs
@@ -120,7 +120,7 @@ def _detect(cfg: CfgNode, test: str) -> float:
     """Seconds that detecting in an image takes, in every branch of a multi-resolution teacher."""
     model = build_model(cfg).eval()
     with registered(cfg), torch.no_grad():
-        inputs = [*map(inference_mapper(cfg), DatasetCatalog.get(test)[: IMAGES + 1])]
+        inputs = [*map(build_test_mapper(cfg, test), DatasetCatalog.get(test)[: IMAGES + 1])]
         model(inputs[:1])
         begin = time.perf_counter()
         for one in inputs[1:] or inputs:

@@ -14,13 +14,14 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from torch import nn
 
-from ...data.mappers import inference_mapper
+from ...data.low_res import build_test_mapper, sees_low_res, student_shift
 from ...data.sampling import at_equal_distances
 from ...evaluation.evaluators import loadable_records
 from ...files import local_file
 from ...finding import ERROR, OK, WARNING, Finding, check, error_text
 from ...modeling.features import tap_neck
 from ...modeling.teacher import MultiScaleTeacher
+from ...resolution import downsampled_size
 from ..checkpoint import CheckedCheckpointer
 
 _MIN_AP = 5.0
@@ -66,9 +67,11 @@ def check_test_size(cfg: CfgNode, model: nn.Module) -> Generator:
     """
     if not any(isinstance(m, nn.GroupNorm) and m.num_groups == m.num_channels for m in model.modules()):
         return None
-    records = [record for name in cfg.DATASETS.TEST for record in loadable_records(name)]
-    sides = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    sizes = {(record["height"], record["width"]) for record in records if "height" in record}
+    sides, sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST), set()
+    for name in cfg.DATASETS.TEST:
+        whole = {(record["height"], record["width"]) for record in loadable_records(name) if "height" in record}
+        shift = student_shift(cfg) if sees_low_res(cfg, name) else 0
+        sizes |= {downsampled_size(size, shift) for size in whole}
     if sides[0]:
         sizes = {ResizeShortestEdge.get_output_shape(*size, *sides) for size in sizes}
     if not sizes:
@@ -146,7 +149,7 @@ def box_ap(cfg: CfgNode, model: nn.Module, name: str, images: int) -> float | No
         name, tasks=("bbox",), distributed=False, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE
     )
     evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in dicts])
-    loader = build_detection_test_loader(dicts, mapper=inference_mapper(cfg), num_workers=0)
+    loader = build_detection_test_loader(dicts, mapper=build_test_mapper(cfg, name), num_workers=0)
     return inference_on_dataset(model.eval(), loader, evaluator).get("bbox", {}).get("AP", 0.0)
 
 
