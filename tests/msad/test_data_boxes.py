@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from spoiled_data import HEIGHT, WIDTH, Data
 
+from msad.data.checks import load_train_dicts
 from msad.data.keypoints import mirrored_pairs, sided_without_partner
 from msad.finding import ERROR, OK, WARNING
 
@@ -110,6 +111,19 @@ def test_crowds(data):
 # --- masks and keypoints --------------------------------------------------------------------------------------------
 
 RLE = {"size": [HEIGHT, WIDTH], "counts": [45, 7, HEIGHT * WIDTH - 52]}
+
+
+def test_images_of_which_only_a_crowd_is_left_are_not_trained_on(data):
+    annotations = data.splits["train"]["annotations"]
+    annotations[0]["bbox"], annotations[1]["bbox"] = [30, 20, 0, 8], [WIDTH + 5, 20, 9, 8]
+    annotations[2]["iscrowd"] = 1
+    annotations[3]["bbox"] = [30, 20, 0, 8]  # of the second image, which has two others
+    data.register()
+    left = [(record["image_id"], len(record["annotations"])) for record in load_train_dicts(data.cfg)]
+    assert left == [(2, 2), (3, 3), (4, 3)]
+    data.cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    left = [(record["image_id"], len(record["annotations"])) for record in load_train_dicts(data.cfg)]
+    assert left == [(1, 1), (2, 2), (3, 3), (4, 3)]
 
 
 def test_run_length_masks_need_bitmasks(data):

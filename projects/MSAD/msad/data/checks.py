@@ -95,11 +95,11 @@ def load_train_dicts(cfg: CfgNode) -> list[dict]:
         if proposal_file:
             dicts = load_proposals_into_dataset(dicts, proposal_file)
         if dicts and "annotations" in dicts[0]:
+            dicts = clean(dicts)
             if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
                 dicts = filter_images_with_only_crowd_annotations(dicts)
             if cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE > 0:
                 dicts = filter_images_with_few_keypoints(dicts, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)
-            dicts = clean(dicts, drop_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
         if not dicts:
             raise ValueError(f"data set {name!r}: none of the images has a usable instance")
         loaded += dicts
@@ -125,12 +125,8 @@ def shared_findings(findings: list[Finding]) -> list[Finding]:
     return list(dict.fromkeys(finding for part in comm.all_gather(findings) for finding in part))
 
 
-def clean(dicts: Iterable[dict], *, drop_empty: bool = False) -> list[dict]:
-    """Dataset dicts without degenerate boxes and boxes wholly outside the image; the input is left as it is.
-
-    Args:
-        drop_empty: leave out images that have no instance (left).
-    """
+def clean(dicts: Iterable[dict]) -> list[dict]:
+    """Dataset dicts without degenerate boxes and boxes wholly outside the image; the input is left as it is."""
     cleaned = []
     for record in dicts:
         annotations = record.get("annotations")
@@ -138,8 +134,7 @@ def clean(dicts: Iterable[dict], *, drop_empty: bool = False) -> list[dict]:
             kept = [a for a in annotations if judge_box(a, record) in ("good", "clipped")]
             if len(kept) < len(annotations):
                 record = {**record, "annotations": kept}
-        if record.get("annotations") or not drop_empty:
-            cleaned.append(record)
+        cleaned.append(record)
     return cleaned
 
 
