@@ -388,6 +388,43 @@ def test_names_that_no_data_set_has(data):
     assert "no data set is called 'd_vall'; did you mean d_val?" in error
 
 
+@pytest.fixture
+def both(data):
+    """A set of masks and keypoints that is trained on and tested on, with a crowd in run lengths."""
+    data.cfg.MODEL.KEYPOINT_ON = data.cfg.MODEL.MASK_ON = True
+    data.cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 3
+    data.cfg.DATASETS.TEST = ("d_train",)
+    crowd = {"iscrowd": 1, "segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 7, HEIGHT * WIDTH - 12]}, "area": 7}
+    data.splits["train"]["annotations"][0].update(crowd)
+    return data
+
+
+def test_a_good_set_that_is_trained_and_tested_on(both):
+    said = [(f.level, f.text) for f in both.check() if "trained on too" not in f.text]
+    assert [level for level, _ in said] == [OK, OK] and "12 of 12 instances" in said[1][1], said
+
+
+def test_a_set_that_is_trained_and_tested_on_is_checked_as_both(both):
+    """As in the check whether a model learns a few images by heart: what a test set lacks stops it, and is said once."""
+    content = both.splits["train"]
+    for category in content["categories"]:
+        del category["sigmas"]
+    content["annotations"][1]["bbox"], content["annotations"][1]["area"] = [30, 20, 0, 8], 0
+    content["annotations"][2]["iscrowd"] = 1
+    del content["annotations"][2]["segmentation"]
+    both.image("train_1.png").write_bytes(both.image("train_1.png").read_bytes()[:2000])
+    found = [f for f in both.check() if f.level != OK and "trained on too" not in f.text]
+    texts = {level: [f.text for f in found if f.level == level] for level in (ERROR, WARNING)}
+    mask, sigmas, image = texts[ERROR]
+    assert "has no mask, and MODEL.MASK_ON is set (1 of 12 annotations)" in mask
+    assert "has 3 keypoints and 0 OKS sigmas for evaluation" in sigmas
+    assert "train_1.png cannot be read" in image and "takes another" not in image
+    (box,) = texts[WARNING]
+    assert "not finite; training leaves it out and it can never be found (1 of 12 annotations)" in box
+    both.cfg.DATASETS.TEST = ()
+    assert not both.texts(ERROR)
+
+
 def test_images_that_are_trained_and_tested_on(data):
     data.cfg.DATASETS.TEST = ("d_train",)
     (warning,) = data.texts(WARNING)

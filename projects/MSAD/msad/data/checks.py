@@ -51,7 +51,7 @@ def check_data(
             findings.append(Finding(ERROR, check, error_text(error).removeprefix(f"{check}: "), _fix_of(name)))
             continue
         findings += MetadataCatalog.get(name).get("findings") or []
-        findings += check_records(loaded[name], name, needs_of(cfg, training=name in train))
+        findings += check_records(loaded[name], name, needs_of(cfg, name))
         if images:
             findings += _check_files(cfg, name, loaded[name])
     findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
@@ -61,12 +61,13 @@ def check_data(
 
 def _check_files(cfg: CfgNode, name: str, records: list[dict]) -> list[Finding]:
     """Look into the images, the files of LOW_RES_IMAGES and the label maps that the model of a config reads."""
-    training, count = name in cfg.DATASETS.TRAIN, cfg.DATASETS.CHECK_IMAGES
+    training, testing = name in cfg.DATASETS.TRAIN, name in cfg.DATASETS.TEST
+    count = cfg.DATASETS.CHECK_IMAGES
     images, low_res, labels = (Tally(f"data set {name!r}") for _ in range(3))  # each counts among files of its own
-    check_image_files(images, records, training, count)
+    check_image_files(images, records, testing, count)
     if reads_low_res(cfg) and any(FILE in record for record in records):
         check_low_res_files(low_res, records, student_shift(cfg), count)
-    if cfg.MODEL.HTC.SEMANTIC_ON and (training or cfg.TEST.LOSS_IMAGES > 0):
+    if cfg.MODEL.HTC.SEMANTIC_ON and (training or (testing and cfg.TEST.LOSS_IMAGES > 0)):
         check_label_maps(labels, records, cfg.MODEL.HTC.SEMANTIC_CLASSES, cfg.MODEL.HTC.SEMANTIC_IGNORE, count)
     return [*images.findings(), *low_res.findings(), *labels.findings()]
 

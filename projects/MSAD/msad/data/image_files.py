@@ -135,10 +135,11 @@ def name_like(path: str) -> str | None:
     return None
 
 
-def check_image_files(tally: Tally, records: Sequence[dict], training: bool, count: int) -> None:
+def check_image_files(tally: Tally, records: Sequence[dict], testing: bool, count: int) -> None:
     """Whether the files of dataset dicts are there, whole, of the size that the dicts say and of 8 bits.
 
     Args:
+        testing: the images are tested on, each of them; training alone takes another one where a file is broken.
         count: so many files, taken at equal distances, are looked into; 0: all. All are looked for.
     """
     files = {record["file_name"]: record for record in records}
@@ -158,7 +159,7 @@ def check_image_files(tally: Tally, records: Sequence[dict], training: bool, cou
     for path, file in zip(there, found):
         record = files[path]
         if file.problem:
-            level = WARNING if training and 2 * broken < len(there) else ERROR
+            level = WARNING if not testing and 2 * broken < len(there) else ERROR
             use = "; training takes another image instead" if level == WARNING else ""
             tally.add(level, "cannot be read", path, "replace the file", of, f"cannot be read ({file.problem}){use}")
             continue

@@ -40,16 +40,16 @@ def check_keypoint_metadata(tally: Tally, name: str, needs: Needs) -> None:
             tally.add(WARNING, reason, "it", fix)
     sigmas = needs.sigmas or metadata.get("keypoint_oks_sigmas") or ()
     fix = "set TEST.KEYPOINT_OKS_SIGMAS, or DATASETS.REGISTER[].KEYPOINT_SIGMAS"
-    if not needs.training and len(sigmas or range(17)) != len(names):
+    if needs.testing and len(sigmas or range(17)) != len(names):
         reason = f"has {len(names)} keypoints and {len(sigmas)} OKS sigmas for evaluation"
         tally.add(ERROR, reason, "it", f"{fix}: {len(names)} numbers, e.g. {[0.05] * min(len(names), 3)}...")
-    elif not needs.training and not sigmas and names[0] != "nose":
+    elif needs.testing and not sigmas and names[0] != "nose":
         tally.add(WARNING, "has no OKS sigmas: those of COCO's 17 body points are used", "it", fix)
 
 
 def check_keypoints(tally: Tally, pairs: list[tuple[dict, dict]], needs: Needs) -> None:
     """Keypoints of all (record, annotation) pairs: absent, too few or many, not in pixels."""
-    single = [(record, a) for record, a in pairs if not a.get("iscrowd") or not needs.training]
+    single = [(record, a) for record, a in pairs if not a.get("iscrowd") or needs.testing]
     add, wanted = tally.among(single), 3 * needs.keypoints
     without = [record for record, a in single if not a.get("keypoints")]
     if without:

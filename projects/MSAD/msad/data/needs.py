@@ -19,8 +19,8 @@ class Needs(NamedTuple):
         masks, mask_format: whether it learns masks; INPUT.MASK_FORMAT.
         flips: images are mirrored in training.
         sigmas: OKS sigmas of the config.
-        training: the data are trained on; otherwise they are only evaluated on.
-        losses: TEST.LOSS_IMAGES: detection losses are computed on the data, trained on or not.
+        training, testing: the data are trained on, evaluated on; they may be both.
+        losses: TEST.LOSS_IMAGES: detection losses are computed on the data, which are tested on.
         ignored: label of the pixels that a segmentor's losses leave out.
     """
 
@@ -32,12 +32,14 @@ class Needs(NamedTuple):
     flips: bool = False
     sigmas: tuple[float, ...] = ()
     training: bool = True
+    testing: bool = False
     losses: bool = False
     ignored: int = 255
 
 
-def needs_of(cfg: CfgNode, training: bool) -> Needs:
-    """What the model of a config needs of DATASETS.TRAIN (``training``) or DATASETS.TEST."""
+def needs_of(cfg: CfgNode, name: str) -> Needs:
+    """What the model of a config needs of a data set of DATASETS.TRAIN, DATASETS.TEST or both."""
+    testing = name in cfg.DATASETS.TEST
     try:
         key = num_classes_key(cfg)
         classes = value_at(cfg, key)
@@ -51,7 +53,8 @@ def needs_of(cfg: CfgNode, training: bool) -> Needs:
         mask_format=cfg.INPUT.MASK_FORMAT,
         flips=cfg.INPUT.RANDOM_FLIP != "none",
         sigmas=tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS),
-        training=training,
-        losses=cfg.TEST.LOSS_IMAGES > 0,
+        training=name in cfg.DATASETS.TRAIN,
+        testing=testing,
+        losses=testing and cfg.TEST.LOSS_IMAGES > 0,
         ignored=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
     )

@@ -129,8 +129,8 @@ def _check_boxes(tally: Tally, records: list[dict], pairs: list[tuple[dict, dict
     for verdict, reason in (("degenerate", "has no area or is not finite"), ("outside", "is outside of the image")):
         if counts[verdict]:
             level, fix = (ERROR if 2 * dropped >= len(pairs) else WARNING), "correct the box, or remove the annotation"
-            use = "training leaves it out" if needs.training else "it can never be found"
-            add(level, f"has a box that {reason}; {use}", first[verdict], fix, count=counts[verdict])
+            uses = ["training leaves it out"] * needs.training + ["it can never be found"] * needs.testing
+            add(level, f"has a box that {reason}; {' and '.join(uses)}", first[verdict], fix, count=counts[verdict])
     if 2 * counts["clipped"] >= len(pairs) > 2 * dropped:
         fix = "see whether boxes belong to images of another size"
         add(WARNING, "has a box over the border of its image", first["clipped"], fix, count=counts["clipped"])
@@ -180,7 +180,7 @@ def _check_convention(tally: Tally, pairs: list[tuple[dict, dict]]) -> None:
 
 
 def _check_masks(tally: Tally, pairs: list[tuple[dict, dict]], needs: Needs) -> None:
-    single = [(record, a) for record, a in pairs if not a.get("iscrowd") or not needs.training]
+    single = [(record, a) for record, a in pairs if not a.get("iscrowd") or needs.testing]
     add = tally.among(single)
     without = [record for record, a in single if not a.get("segmentation")]
     if single and len(without) == len(single):
@@ -194,7 +194,8 @@ def _check_masks(tally: Tally, pairs: list[tuple[dict, dict]], needs: Needs) -> 
     if without:
         fix = "add the masks, remove these annotations, or set MODEL.MASK_ON False"
         add(ERROR, "has no mask, and MODEL.MASK_ON is set", without[0], fix, count=len(without))
-    encoded = [record for record, a in single if isinstance(a.get("segmentation"), dict)]
+    learned = [(record, a) for record, a in single if not a.get("iscrowd")]
+    encoded = [record for record, a in learned if isinstance(a.get("segmentation"), dict)]
     if encoded and needs.training and needs.mask_format == "polygon":
         reason = "has a run-length mask, and INPUT.MASK_FORMAT is polygon"
         add(ERROR, reason, encoded[0], "set INPUT.MASK_FORMAT bitmask", count=len(encoded))
