@@ -7,6 +7,7 @@ from spoiled_data import HEIGHT, WIDTH, Data
 
 from msad.data.checks import load_train_dicts
 from msad.data.keypoints import mirrored_pairs, sided_without_partner
+from msad.evaluation.detection_loss import fixed_batches
 from msad.finding import ERROR, OK, WARNING
 
 
@@ -141,6 +142,22 @@ def test_run_length_masks_need_bitmasks(data):
     data.cfg.MODEL.MASK_ON = True
     data.each(lambda a: a.update(iscrowd=1), "train", start=6)  # crowds are not trained on
     assert not data.texts(ERROR)
+
+
+def test_run_length_masks_of_a_test_set_need_bitmasks_for_its_losses(data):
+    """COCO's crowds are run lengths: losses are computed without them."""
+    data.cfg.MODEL.MASK_ON = True
+    data.each(lambda a: a.update(segmentation=RLE), start=4)
+    assert not data.texts(ERROR)
+    data.cfg.TEST.LOSS_IMAGES = 2
+    (error,) = data.texts(ERROR)
+    assert "val_1.png has a run-length mask, and INPUT.MASK_FORMAT is polygon (2 of 6 annotations)" in error
+    data.cfg.INPUT.MASK_FORMAT = "bitmask"
+    assert not data.texts(ERROR)
+    data.cfg.INPUT.MASK_FORMAT = "polygon"
+    data.each(lambda a: a.update(iscrowd=1), start=4)
+    assert not data.texts(ERROR)
+    assert fixed_batches(data.cfg, "d_val", 2, 2)
 
 
 def test_masks_on_a_part_of_the_instances(data):

@@ -196,7 +196,7 @@ def _check_masks(tally: Tally, pairs: list[tuple[dict, dict]], needs: Needs) -> 
         add(ERROR, "has no mask, and MODEL.MASK_ON is set", without[0], fix, count=len(without))
     learned = [(record, a) for record, a in single if not a.get("iscrowd")]
     encoded = [record for record, a in learned if isinstance(a.get("segmentation"), dict)]
-    if encoded and needs.training and needs.mask_format == "polygon":
+    if encoded and (needs.training or needs.losses) and needs.mask_format == "polygon":
         reason = "has a run-length mask, and INPUT.MASK_FORMAT is polygon"
         add(ERROR, reason, encoded[0], "set INPUT.MASK_FORMAT bitmask", count=len(encoded))
     looked_at = [a.get("segmentation") for _, a in at_equal_distances(single, _SAMPLE)]
