@@ -7,7 +7,7 @@ import re
 import pytest
 
 from msad.data.cache import checkpoint_id
-from msad.files import atomic_write, local_file, require_checkpoint
+from msad.files import atomic_write, files_below, local_file, require_checkpoint
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -18,6 +18,22 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
         file.flush()
         assert path.read_text() == "old"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_files_behind_links_are_found_and_hidden_ones_are_not(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    for file in ("root/b/2.png", "root/1.png", "root/.hidden.png", "root/.ipynb_checkpoints/1.png", "other/3.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (root / "c").symlink_to(other)
+    (root / "d").symlink_to(other)  # twice, by different names, to which different labels may belong
+    (root / "e.png").symlink_to(other / "3.png")
+    (root / "gone.png").symlink_to(tmp_path / "nowhere")
+    (root / "b/up").symlink_to(root)
+    (other / "back").symlink_to(root / "b")  # into root again, whose folder b links to root
+    found = [os.path.relpath(path, root) for path in files_below(root)]
+    assert found == ["1.png", "b/2.png", "c/3.png", "c/back/2.png", "d/3.png", "d/back/2.png", "e.png", "gone.png"]
+    assert list(files_below(os.fspath(root))) == list(files_below(root))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -187,6 +187,21 @@ def test_yolo_labels_lie_beside_links(tmp_path, listed):
     assert [a["category_id"] for a in content["annotations"]] == [1, 2] and not said
 
 
+def test_yolo_images_behind_links_to_folders(tmp_path):
+    """A split that is put together of several recordings; what editors hide beside the images is none of it."""
+    root = yolo(tmp_path / "set", "0 0.5 0.5 0.2 0.4\n")
+    for part in ("images", "labels"):
+        (tmp_path / "store" / part).mkdir(parents=True)
+        (root / part / "train/night").symlink_to(tmp_path / "store" / part)
+    image(tmp_path / "store/images/b.png")
+    text(tmp_path / "store/labels/b.txt", "1 0.5 0.5 0.2 0.4\n")
+    image(root / "images/train/.ipynb_checkpoints/a-checkpoint.png")
+    image(root / "images/train/._a.png")
+    content, said = read(find_splits(root, tmp_path / "out"))
+    assert [i["file_name"] for i in content["images"]] == ["a.png", "night/b.png"] and not said
+    assert [a["category_id"] for a in content["annotations"]] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [

@@ -70,6 +70,15 @@ class TestFiles:
         assert metadata.stuff_classes == CLASSES and metadata.ignore_label == 255
         assert metadata.evaluator_type == "sem_seg"
 
+    def test_links_to_folders_are_followed_and_hidden_ones_left(self, folder, tmp_path_factory):
+        write(folder, "a", [[0]])
+        write(folder, ".ipynb_checkpoints/a-checkpoint", [[0]])
+        store = tmp_path_factory.mktemp("store")
+        write(store, "b", [[1]])
+        for kind in ("images", "labels"):
+            (folder / kind / "night").symlink_to(store / kind)
+        assert [record["image_id"] for record in load()] == ["a", "night/b"]
+
     def test_list_of_names(self, folder):
         for name in "abc":
             write(folder, name, [[0]])

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever interrupts the writing, what JSON can hold, and the files of checkpoints."""
+"""Files that are whole or absent, whatever interrupts the writing, those below a folder, and those of checkpoints."""
 
 from __future__ import annotations
 
@@ -28,6 +28,22 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", shared: bool = False
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def files_below(folder: str | os.PathLike, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Paths of all files in a folder and those inside it, also behind links; names that begin with a dot are hidden.
+
+    Args:
+        above: real paths of the folders around it: a link back to one of them is not followed.
+    """
+    above |= {os.path.realpath(folder)}
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry.path
+        elif os.path.realpath(entry.path) not in above:
+            yield from files_below(entry.path, above)
 
 
 def finite(value: float) -> float | None:

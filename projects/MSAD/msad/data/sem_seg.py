@@ -14,6 +14,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from PIL import Image
 
+from ..files import files_below
 from .dataset_types import DATASET_TYPE_REGISTRY, NAMES, PATH, TEXT, Key, add_dataset, check_entry
 from .image_files import upright_size
 from .label_maps import THREADS, readable_label_map, wrong_labels
@@ -35,7 +36,7 @@ def sem_seg(name: str, entry: dict[str, Any]) -> None:
 
     Keys of the entry:
 
-    - ``IMAGES``, ``LABELS``: folders, with or without folders inside. A label map is an image of one channel ("L"), or
+    - ``IMAGES``, ``LABELS``: folders, with or without folders (or links to folders) inside. A label map is an image of one channel ("L"), or
       with a palette ("P"), whose values are the numbers of classes; it belongs to the image of the same path without
       the suffixes.
     - ``IMAGE_SUFFIX``, ``LABEL_SUFFIX``: ends of the file names, ".jpg" and ".png". Cityscapes: "_leftImg8bit.png" and
@@ -94,11 +95,8 @@ def _load(entry: dict[str, Any], ignored: int) -> list[dict]:
 
 
 def _names(folder: str, suffix: str) -> Iterable[str]:
-    for parent, _, files in os.walk(folder):
-        inside = os.path.relpath(parent, folder)
-        for file in files:
-            if file.endswith(suffix):
-                yield os.path.normpath(os.path.join(inside, file.removesuffix(suffix)))
+    """Paths from ``folder``, without the suffix, of the files that end with it."""
+    return (os.path.relpath(file, folder).removesuffix(suffix) for file in files_below(folder) if file.endswith(suffix))
 
 
 def _read_list(path: str, where: str) -> list[str]:

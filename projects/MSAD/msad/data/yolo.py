@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..files import files_below
 from .converted import SUFFIXES, CocoBuilder, text_of
 
 # Coordinates are fractions of the image; further outside than this, they are no coordinates.
@@ -108,7 +109,7 @@ def _places(spec: dict[str, Any], key: str, file: Path) -> list[Path]:
 
 def _images(place: Path) -> list[Path]:
     if place.is_dir():
-        found = [path for path in sorted(place.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        found = [path for path in map(Path, files_below(place)) if path.suffix.lower() in SUFFIXES]
     else:
         lines = [line.strip() for line in text_of(place).splitlines()]
         found = [Path(os.path.abspath(place.parent / line)) for line in lines if line]
