@@ -120,6 +120,15 @@ def test_yolo_keypoints(tmp_path):
     assert "has not 4 + 3 x 3 numbers behind the class" in read(find_splits(root, tmp_path / "out"))[1][0]
 
 
+@pytest.mark.parametrize(("count", "first"), [(17, [0.026, 0.025]), (16, [1 / 16] * 2)])
+def test_yolo_sigmas_are_those_that_its_own_metric_takes(tmp_path, count, first):
+    line = f"0 0.5 0.5 0.2 0.4{' 0.5 0.5 2' * count}\n"
+    root = yolo(tmp_path / "set", line, line, names=["person"], kpt_shape=[count, 3])
+    (category,) = read(find_splits(root, tmp_path / "out"))[0]["categories"]
+    assert category["sigmas"][:2] == pytest.approx(first) and len(category["sigmas"]) == count
+    assert category["sigmas"][-1] == pytest.approx(0.089 if count == 17 else 1 / 16)
+
+
 @pytest.mark.parametrize(
     ("flip", "pairs"), [(None, None), ([], None), ([0, 2, 1], [["point_1", "point_2"]]), ([0, 1, 2], [])]
 )

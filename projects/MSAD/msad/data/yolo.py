@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pycocotools.cocoeval import Params
 
 from ..files import files_below
 from .converted import SUFFIXES, CocoBuilder, text_of
@@ -73,8 +74,10 @@ def _categories(spec: dict[str, Any], file: Path) -> tuple[list[dict], tuple[int
         raise ValueError(f"{file}: kpt_shape must be [number of keypoints, 2 or 3], got {shape!r}")
     count = shape[0]
     points = [f"point_{index}" for index in range(count)]
-    # The format has no sigmas; Ultralytics takes 1 / K of each where they are not those of COCO's person.
-    extra = {"keypoints": points, "skeleton": [], "sigmas": [1 / count] * count}
+    # The format has no sigmas; Ultralytics takes 17 points for those of COCO's person, and else 1 / K of each.
+    coco = Params("keypoints").kpt_oks_sigmas.tolist()
+    sigmas = coco if count == len(coco) else [1 / count] * count
+    extra = {"keypoints": points, "skeleton": [], "sigmas": sigmas}
     if spec.get("flip_idx"):  # without it, what a mirrored image exchanges is not known
         extra["flip_pairs"] = _flip_pairs(spec["flip_idx"], points, file)
     return [{**category, **extra} for category in categories], (count, shape[1])
