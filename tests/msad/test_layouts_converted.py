@@ -318,6 +318,33 @@ def test_voc_as_roboflow_writes_it(tmp_path):
         find_splits(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("encoding", ["gb2312", "shift_jis", "gbk", "utf-16", "iso-8859-1"])
+def test_voc_in_the_encoding_of_its_header(tmp_path, encoding):
+    name = "chat" if encoding == "iso-8859-1" else "\u732b"
+    xml = f'<?xml version="1.0" encoding="{encoding}"?>\n' + voc_xml(OBJECT.format(name, "", 1, 1, 10, 20))
+    for split in ("train", "valid"):
+        image(tmp_path / split / "a.jpg")
+        (tmp_path / split / "a.xml").write_bytes(xml.encode(encoding))
+    content, said = read(find_splits(tmp_path, tmp_path / "out"))
+    assert [c["name"] for c in content["categories"]] == [name] and not said
+    assert [a["bbox"] for a in content["annotations"]] == [[0, 0, 10, 20]]
+
+
+@pytest.mark.parametrize(("encoding", "said"), [("ansi", "ansi"), ("gb2312", "gb2312"), ("gbk", "not well-formed")])
+def test_voc_in_an_encoding_that_is_not_known_is_counted(tmp_path, encoding, said):
+    """Or that is not that of the file, or of what is no XML anyhow."""
+    for split in ("train", "valid"):
+        for stem in "ab":
+            image(tmp_path / split / f"{stem}.jpg")
+            text(tmp_path / split / f"{stem}.xml", voc_xml(OBJECT.format("dog", "", 1, 1, 10, 20)))
+    bad = f'<?xml version="1.0" encoding="{encoding}"?><annotation>'.encode()
+    bad += b"<<" if encoding == "gbk" else b"\xff\xff</annotation>"
+    (tmp_path / "train/b.xml").write_bytes(bad)
+    content, (found,) = read(find_splits(tmp_path, tmp_path / "out"))
+    assert [i["file_name"] for i in content["images"]] == ["a.jpg"]
+    assert f"{tmp_path}/train/b.xml is no XML (" in found and said in found and "left out (1 in all)" in found
+
+
 def voc_image(root: Path, name: str) -> None:
     image(root / f"JPEGImages/{name}.jpg")
     text(root / f"Annotations/{name}.xml", voc_xml(OBJECT.format("dog", "", 1, 1, 10, 20)))

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from .converted import SUFFIXES, CocoBuilder, text_of
 
+_DECLARATION = re.compile(rb"""\s*<\?xml[^>]*?\sencoding\s*=\s*["'](?P<encoding>[\w.:-]+)["'][^>]*\?>""")
+
 
 class _Part(NamedTuple):
     """Annotation files of a split by the stem of their images, and where images are."""
@@ -105,12 +107,26 @@ def _parse(part: _Part) -> dict[str, tuple[ElementTree.Element | None, str]]:
     out: dict[str, tuple[ElementTree.Element | None, str]] = {}
     for stem, file in part.annotations.items():
         try:
-            out[stem] = ElementTree.parse(file).getroot(), ""
+            out[stem] = _root(file.read_bytes()), ""
         except FileNotFoundError:
             out[stem] = None, "does not exist, its image is left out"
-        except ElementTree.ParseError as error:
+        except (LookupError, ElementTree.ParseError, ValueError) as error:
             out[stem] = None, f"is no XML ({error}), its image is left out"
     return out
+
+
+def _root(content: bytes) -> ElementTree.Element:
+    """The root of an XML file, whose encoding may be one that Python knows and the parser does not: gb2312, shift_jis.
+
+    Raises:
+        ElementTree.ParseError, LookupError, ValueError: it is no XML, in no encoding that is known, or in another.
+    """
+    try:
+        return ElementTree.fromstring(content)
+    except (LookupError, ValueError):
+        if (declared := _DECLARATION.match(content)) is None:
+            raise
+        return ElementTree.fromstring(content[declared.end() :].decode(declared["encoding"].decode()))
 
 
 def _add(builder: CocoBuilder, part: _Part, trees: dict, classes: list[str]) -> None:
@@ -148,9 +164,7 @@ def _check_size(builder: CocoBuilder, tree: ElementTree.Element, record: dict, c
         builder.drop("says another size than its image has: that of the image is taken", culprit)
 
 
-def _add_object(
-    builder: CocoBuilder, image: dict, item: ElementTree.Element, classes: list[str], culprit: str
-) -> None:
+def _add_object(builder: CocoBuilder, image: dict, item: ElementTree.Element, classes: list[str], culprit: str) -> None:
     name = _text(item, "name")
     corners = [_number(item.find("bndbox"), key) for key in ("xmin", "ymin", "xmax", "ymax")]
     if name not in classes:
