@@ -405,7 +405,7 @@ def test_a_good_set_that_is_trained_and_tested_on(both):
 
 
 def test_a_set_that_is_trained_and_tested_on_is_checked_as_both(both):
-    """As in the check whether a model learns a few images by heart: what a test set lacks stops it, and is said once."""
+    """As in the check whether a model learns a few images by heart: what a test set lacks is an error, said once."""
     content = both.splits["train"]
     for category in content["categories"]:
         del category["sigmas"]

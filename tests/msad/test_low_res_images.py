@@ -376,7 +376,7 @@ def test_wrong_files_are_found_before_training(thermal):
 
 
 def test_pixels_of_the_files_are_looked_at_as_those_of_images_are(thermal):
-    """A thermal camera's 16 bits would all be white; what is only worth a word counts among the files, not the images."""
+    """A thermal camera's 16 bits would all be white; faults count among these files, not among the images."""
     cfg, low = thermal
     Image.fromarray(np.full((32, 32), 4000, np.uint16)).save(low / "train_000001.jpg", format="PNG")
     Image.fromarray(np.zeros((32, 32, 4), np.uint8)).save(low / "val_000001.jpg", format="PNG")

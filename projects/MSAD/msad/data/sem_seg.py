@@ -36,9 +36,9 @@ def sem_seg(name: str, entry: dict[str, Any]) -> None:
 
     Keys of the entry:
 
-    - ``IMAGES``, ``LABELS``: folders, with or without folders (or links to folders) inside. A label map is an image of one channel ("L"), or
-      with a palette ("P"), whose values are the numbers of classes; it belongs to the image of the same path without
-      the suffixes.
+    - ``IMAGES``, ``LABELS``: folders, with or without folders (or links to folders) inside. A label map is an image of
+      one channel ("L"), or with a palette ("P"), whose values are the numbers of classes; it belongs to the image of
+      the same path without the suffixes.
     - ``IMAGE_SUFFIX``, ``LABEL_SUFFIX``: ends of the file names, ".jpg" and ".png". Cityscapes: "_leftImg8bit.png" and
       "_gtFine_labelTrainIds.png".
     - ``LIST``: file with one name (path without suffix) a line; without it, all files are taken.
