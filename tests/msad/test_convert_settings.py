@@ -132,12 +132,30 @@ def test_anchor_of_gfl_and_the_model_that_is_built(tmp_path):
         ("faster", "roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(type='RoIPool')))", "RoIPool"),
         ("fcos", "bbox_head=dict(norm_on_bbox='yes')", r"bbox_head\.norm_on_bbox is 'yes'"),
         ("fcos", "bbox_head=dict(strides=[4, 8, 16, 32, 64])", r"bbox_head\.strides"),
+        ("gfl", "neck=dict(type='FPN', add_extra_convs='on_lateral')", r"neck\.add_extra_convs is 'on_lateral'"),
+        ("mask", "neck=dict(type='FPN', upsample_cfg=dict(mode='bilinear'))", r"upsample_cfg\.mode is 'bilinear'"),
+        ("mask", "neck=dict(type='PAFPN')", r"neck\.type is 'PAFPN'"),
+        ("mask", "backbone=dict(type='ResNet', style='pytorch', strides=(1, 2, 2, 1))", r"backbone\.strides is"),
+        ("mask", "backbone=dict(style='pytorch', conv_cfg=dict(type='ConvWS'))", r"conv_cfg\.type is 'ConvWS'"),
         ("reppoints", "bbox_head=dict(point_strides=[4, 8, 16, 32, 64])", r"bbox_head\.point_strides"),
     ],
 )
 def test_what_cannot_be_expressed_is_named(case, said, named):
     with pytest.raises(ValueError, match=named):
         converted(case, said)
+
+
+@pytest.mark.parametrize(
+    ("case", "said", "relu"),
+    [
+        ("fcos", "", True), ("retinanet", "", False),  # no neck is described: those of mmdetection's zoo
+        ("fcos", "neck=dict(type='FPN', start_level=1)", False),
+        ("fcos", "neck=dict(type='FPN', relu_before_extra_convs=True)", True),
+        ("gfl", "neck=dict(type='FPN', relu_before_extra_convs=True)", True),
+    ],
+)  # fmt: skip
+def test_whether_p7_reads_negative_numbers(case, said, relu):
+    assert converted(case, said)["MODEL"]["FPN"]["TOP_RELU"] is relu
 
 
 PIPELINE = "[dict(type='MultiScaleFlipAug', img_scale={}, flip={}, transforms=[dict(type='Resize', keep_ratio={})])]"

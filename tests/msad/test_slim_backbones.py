@@ -180,6 +180,22 @@ def test_mobilenetv2_options():
     assert all(p.requires_grad is False for p in build(mobile_cfg(0.35, ["res2"], FREEZE_AT=5)).parameters())
 
 
+@pytest.mark.parametrize("freeze_at", [-1, 0])
+@pytest.mark.parametrize(
+    "builder, section",
+    [("mobilenetv2", "MOBILENETV2"), ("efficientnet_lite", "EFFICIENTNET_LITE"), ("tiny_resnet", "RESNETS"),
+     ("resnet_c1", "RESNETS")],
+)  # fmt: skip
+def test_nothing_is_frozen_below_1(builder, section, freeze_at):
+    """As in detectron2's ResNets, where -1 is the usual way to say so."""
+    cfg = load_config("")
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = f"build_{builder}_backbone", freeze_at
+    cfg.MODEL[section].NORM, cfg.MODEL[section].OUT_FEATURES = "BN", ["res2", "res3", "res4", "res5"]
+    net = build_backbone(cfg)
+    assert all(p.requires_grad for p in net.parameters())
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in net.modules())
+
+
 def test_mobilenetv2_errors():
     with pytest.raises(ValueError, match=r"MODEL\.MOBILENETV2\.OUT_FEATURES \['res6'\] must name some of \['c1'"):
         build(mobile_cfg(out_features=["res6"]))

@@ -248,6 +248,24 @@ def test_a_region_beside_a_small_object_leaves_its_positives(tiny_model, make_ba
     assert 0 < losses[1] < losses[0]
 
 
+def test_reppoints_that_reach_out_of_a_region_are_left_out(tiny_model, make_batch):
+    """A location in a region is positive where its first stage's box, 4 strides to the left, overlaps an object."""
+    (item,) = make_batch([(256, 256)], boxes=1)
+    item["instances"].gt_boxes.tensor[:] = torch.tensor([40.0, 40.0, 96.0, 96.0])
+    model = tiny_model("RepPoints", levels=range(3, 8)).train()
+    head = model.head
+    grid = head.grid.flatten().view(-1, 2)
+    torch.nn.init.zeros_(head.pts_init_out.weight)
+    head.pts_init_out.bias.data = torch.stack([2 * grid[:, 0], 2 * grid[:, 1] - 3.5], dim=1).flatten()
+    IgnoredRegions(model)
+    losses = []
+    for region in ([0.0, 0.0, 0.0, 0.0], [100 / 256, 0.0, 1.0, 1.0]):
+        item["ignored_regions"] = torch.tensor([region])
+        with EventStorage(), torch.no_grad():
+            losses.append(model([item])["loss_cls"].item())
+    assert 0 < losses[1] < 5 * losses[0]  # a positive without a score would have a loss of 25
+
+
 class Copies(TorchDispatchMode):
     """Number of tensors that were moved to another device, or made of numbers on it."""
 

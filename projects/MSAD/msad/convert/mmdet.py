@@ -55,7 +55,7 @@ def convert(checkpoint: Checkpoint, pixels: str = "", style: str = "") -> Conver
     """
     tensors, said = checkpoint.tensors, settings.read(checkpoint.config, checkpoint.prefix)
     kind, rules, config = _head(tensors, said)
-    body_rules, body = _body(tensors, kind, _style(tensors, said, style))
+    body_rules, body = _body(tensors, kind, _style(tensors, said, style), said)
     rules = [*body_rules, *backbones.neck_rules(tensors), *rules]
     plan = make_plan(list(tensors), rules)
     if plan.unknown:
@@ -86,8 +86,9 @@ def _head(tensors: Tensors, said: dict) -> tuple[str, list, dict]:
     raise ValueError(f"no known detector: {_some(heads)}; known are R-CNNs with boxes and {', '.join(known)}")
 
 
-def _body(tensors: Tensors, kind: str, stride_in_1x1: bool) -> tuple[list, dict]:
+def _body(tensors: Tensors, kind: str, stride_in_1x1: bool, said: dict) -> tuple[list, dict]:
     if "backbone.layer1.0.conv1.weight" in tensors:
+        settings.check_resnet(said)
         rules = backbones.resnet_rules("backbone.", "backbone.bottom_up.")
         config = backbones.resnet_config(tensors, stride_in_1x1)
         maps = ["res2", "res3", "res4", "res5"]
@@ -99,7 +100,7 @@ def _body(tensors: Tensors, kind: str, stride_in_1x1: bool) -> tuple[list, dict]
         raise ValueError(f"no known backbone: {_some(begun)}; known are ResNets and Swin Transformers")
     if "neck.lateral_convs.0.conv.weight" not in tensors:
         raise ValueError("no known neck: there is no neck.lateral_convs.0.conv.weight")
-    neck = backbones.neck_config(tensors, maps, relu=kind == "FCOS")
+    neck = backbones.neck_config(tensors, maps, settings.neck_relu(said, kind == "FCOS"))
     config = settings.merge(config, neck)
     if "RESNETS" in config["MODEL"]:
         config["MODEL"]["RESNETS"]["OUT_FEATURES"] = config["MODEL"]["FPN"]["IN_FEATURES"]

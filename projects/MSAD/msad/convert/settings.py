@@ -99,6 +99,24 @@ def _numbers(value: Any, where: str, count: int = 0) -> list[float]:
     return value
 
 
+def check_resnet(config: dict) -> None:
+    """ValueError if the backbone has settings of a ResNet that its tensors do not show and ours lacks."""
+    told = part(config, "model", "backbone")
+    require(told, "backbone", strides=([1, 2, 2, 2],), dilations=([1, 1, 1, 1],))
+    require(part(told, "conv_cfg"), "backbone.conv_cfg", type=("ConvAWS",))
+
+
+def neck_relu(config: dict, usual: bool) -> bool:
+    """Whether P7 is made of ReLU(P6); ``usual`` where no neck is described. ValueError names what ours lacks."""
+    told = part(config, "model", "neck")
+    require(
+        told, "neck", type=("FPN", "RFP"), add_extra_convs=(False, True, "on_input", "on_output"), conv_cfg=(None,),
+        act_cfg=(None,),
+    )  # fmt: skip
+    require(part(told, "upsample_cfg"), "neck.upsample_cfg", mode=("nearest",))
+    return bool(told.get("relu_before_extra_convs", False)) if told else usual
+
+
 class Anchors(NamedTuple):
     """Anchors of each location.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..modeling.adapters import adapt
 from ..modeling.detectors import atss
-from ..modeling.detectors.dense import mean_of_processes
+from ..modeling.detectors.dense import SURELY_BACKGROUND, mean_of_processes
 from ..modeling.detectors.distribution import DistributionTransform
 from ..modeling.head_outputs import (
     DENSE,
@@ -26,7 +26,6 @@ from ..modeling.head_outputs import (
     prediction_size,
     proposal_targets,
 )
-from ..modeling.ignored_regions import SURELY_BACKGROUND
 from ..resolution import shift_names
 from .context import Features, HeadPair
 

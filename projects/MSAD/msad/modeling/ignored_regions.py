@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from .adapters import adapt
-
-# Sigmoid of it is 0 in float32 and the number exists in float16.
-SURELY_BACKGROUND = -100.0
+from .detectors.dense import SURELY_BACKGROUND
 
 
 class IgnoredRegions:

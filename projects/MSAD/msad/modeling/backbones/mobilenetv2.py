@@ -38,7 +38,7 @@ class MobileNetV2(Backbone):
         self._out_features = sorted(out_features, key=STAGE_ENDS.get)
         self._out_feature_channels = {name: self.features[STAGE_ENDS[name] - 1].out_channels for name in out_features}
         self._out_feature_strides = {name: 2 ** (list(STAGE_ENDS).index(name) + 1) for name in out_features}
-        frozen = list(STAGE_ENDS.values())[:freeze_at][-1:]
+        frozen = list(STAGE_ENDS.values())[: max(freeze_at, 0)][-1:]
         for i in range(min(*frozen, len(self.features)) if frozen else 0):
             self.features[i].requires_grad_(False)
             self.features[i] = FrozenBatchNorm2d.convert_frozen_batchnorm(self.features[i])

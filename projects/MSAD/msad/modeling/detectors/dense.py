@@ -13,6 +13,9 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.utils import comm
 from torch import nn
 
+# Logit of all classes in an ignored region. Its sigmoid is 0 in float32, and the number exists in float16.
+SURELY_BACKGROUND = -100.0
+
 
 def dense_arguments(cfg: CfgNode, node: str, build_head: Callable[[list[ShapeSpec]], nn.Module]) -> dict:
     """Arguments of a subclass of detectron2's DenseDetector that all kinds take from MODEL.{node} alike.

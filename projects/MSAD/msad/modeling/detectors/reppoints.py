@@ -18,7 +18,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from ..deformable import deform_conv
 from .candidates import best_candidates, suppress
-from .dense import cell_generator, dense_arguments, mean_of_processes
+from .dense import SURELY_BACKGROUND, cell_generator, dense_arguments, mean_of_processes
 from .point_sets import POINTS, PointSetTransform, base_grid, best_overlaps, inside_image, nearest_points
 
 # Share of the second stage's gradient that moves the first stage's points (Sec. 4.2).
@@ -234,6 +234,7 @@ class RepPoints(DenseDetector):
         locations = Boxes.cat(anchors).tensor
         boxes = [self.box2box_transform.apply_deltas(points, locations) for points in (first, second)]
         labels, refined = map(torch.stack, self.label_refined(anchors, boxes[0], counted, gt_instances))
+        labels = labels.masked_fill((logits == SURELY_BACKGROUND).all(dim=2), -1)  # whose boxes may reach an object
         nearest = torch.stack([_boxes_of(owner, gt) for owner, gt in zip(owners, gt_instances)])
         positive = torch.stack(owners) >= 0, (labels >= 0) & (labels < self.num_classes)
         # At least one for each image, as if each were a batch of its own.
