@@ -161,6 +161,38 @@ def test_a_failure_that_no_longer_exists_is_forgotten(files, tmp_path):
     assert "error" not in found and found["results"]
 
 
+def test_what_stands_for_a_run_of_equal_time_counts_for_more_than_an_earlier_run(files, tmp_path):
+    """After labels were corrected; its folder has the model of the time before."""
+    comparison = Comparison(timed(files, "plain"), tmp_path)
+    run = Run("plain@equal_time", 0)
+    for name, seconds in (("no_kd", 12.0), ("plain", 6.0), ("teacher", 6.0)):
+        finish(comparison, name, cpu_seconds=seconds)
+    finish(comparison, run.name, iterations=12)
+    assert run.name in comparison.finished()
+    found = {r["variant"]: r for r in comparison.collect()["runs"]}
+    assert found[run.name]["iterations"] == 12
+    finish(comparison, "no_kd", cpu_seconds=6.1)
+    found = {r["variant"]: r for r in comparison.collect()["runs"]}
+    assert found[run.name]["iterations"] == 6 and set(found[run.name]["results"]) == {run.name}
+    assert run.name not in comparison.finished() and "plain" in comparison.finished()
+    (comparison.folder(Run("no_kd", 0)) / "result.json").unlink()  # its time is to be measured again
+    assert run.name not in {r["variant"] for r in comparison.collect()["runs"]}
+
+
+def test_a_result_from_before_a_failure_is_not_reported(files, tmp_path):
+    """What it learns from could not be trained again; it may be another one by now."""
+    comparison = Comparison(files("plain"), tmp_path)
+    run, cfg = Run("plain", 0), comparison.config(Run("plain", 0))
+    assert not is_finished(cfg)
+    finish(comparison, "plain")
+    (comparison.folder(run) / "failed.txt").write_text("not run, because what it needs (teacher, seed 0) failed")
+    (found,) = comparison.collect()["runs"]
+    assert "results" not in found and "teacher, seed 0" in found["error"] and not comparison.finished()
+    assert not comparison.prepare(run)
+    (found,) = comparison.collect()["runs"]
+    assert "results" in found and comparison.finished() == ["plain"]
+
+
 def test_other_times_make_another_run_of_equal_time(files, tmp_path):
     """After labels were corrected and the reference trained again; the earlier run is kept under another name."""
     comparison, said = Comparison(timed(files, "msad"), tmp_path), []

@@ -118,6 +118,7 @@ class Comparison:
         return [Run(name, run.seed) for name in dict.fromkeys(names)]
 
     def prepare(self, run: Run) -> bool:
+        """See :class:`msad.experiments.jobs.RunPlan`."""
         if self._stands_for(run) != run:  # its time is that of the run without a budget
             (self.folder(run) / "failed.txt").unlink(missing_ok=True)
             return False
@@ -205,6 +206,17 @@ class Comparison:
         same = abs(self.iterations_in_time(run) / self._iterations(variant.base) - 1) <= TIME_TOLERANCE
         return Run(variant.base, run.seed) if same else run
 
+    def _source(self, run: Run) -> Run | None:
+        """The run whose results are those of ``run``: itself or what it is the same as; None where there are none.
+
+        Of equal time there are none while the runs that it needs, whose times may become others, are not finished.
+        """
+        timed = self.variants[run.name].budget == "equal_time"
+        if error_of(self.folder(run)) is not None or (timed and not all(map(self.result, self.needs(run)))):
+            return None
+        source = self._stands_for(run)
+        return source if self.result(source) is not None else None
+
     # --- results ------------------------------------------------------------------------------------------------------
 
     def runs(self) -> list[Run]:
@@ -245,7 +257,7 @@ class Comparison:
 
     def finished(self) -> list[str]:
         """Variants that are finished with every seed and have a model of their own."""
-        return [n for n in self.variants if all(self.result(Run(n, seed)) is not None for seed in self.seeds)]
+        return [n for n in self.variants if all(self._source(Run(n, seed)) == Run(n, seed) for seed in self.seeds)]
 
     def models(self) -> dict[str, tuple[CfgNode, Path]]:
         """name -> config and weights, with the first seed, of the variants that :meth:`finished` names."""
@@ -263,17 +275,13 @@ class Comparison:
         runs = []
         for run in self.runs():
             entry = {"variant": run.name, "seed": run.seed}
-            error, result = error_of(self.folder(run)), self.result(run)
-            if result is None and error is None and all(self.result(need) for need in self.needs(run)):
-                source = self._stands_for(run)
-                result = self.result(source)
-                if result is not None:
-                    names = {n: n.replace(source.name, run.name, 1) for n in result["results"]}
-                    result = {**result, "results": {names[n]: r for n, r in result["results"].items()}}
-            if result is not None:
-                runs.append({**entry, **result})
-            elif error is not None:
+            error, source = error_of(self.folder(run)), self._source(run)
+            if error is not None:
                 runs.append({**entry, "error": error})
+            elif source is not None:
+                result = self.result(source)
+                renamed = {n.replace(source.name, run.name, 1): r for n, r in result["results"].items()}
+                runs.append({**entry, **result, "results": renamed})
         described = {}
         for name, v in self.variants.items():
             losses = self._load(v.file, v.overrides).DISTILL.LOSSES

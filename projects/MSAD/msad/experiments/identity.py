@@ -93,9 +93,9 @@ def is_finished(cfg: CfgNode, say=print, timed: bool = False) -> bool:
             elif before["data"] != now["data"]:
                 say(f"{folder}: the test data have changed, it is evaluated again")
                 (folder / "result.json").unlink(missing_ok=True)
+        (folder / "failed.txt").unlink(missing_ok=True)
         if (folder / "result.json").is_file():
             return True
-        (folder / "failed.txt").unlink(missing_ok=True)
         (folder / "config.yaml").write_text(cfg.dump())
         (folder / "identity.json").write_text(json.dumps(now))
     return False
