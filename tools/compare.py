@@ -107,7 +107,7 @@ def work(args: argparse.Namespace) -> int:
     comparison = make_comparison(args)
     metric = choose_metric(comparison, args.metric)
     if args.report_only:
-        comparison.check()
+        comparison.check(report_only=True)
     failed = [] if args.report_only else comparison.run(make_slots(args.jobs, args.threads, args.devices))
     if args.panels and (models := comparison.models()):
         predictors = {name: load_predictor(*models[name]) for name in args.panels if name in models}

@@ -86,7 +86,7 @@ def work(args: argparse.Namespace) -> int:
     study = order_study(args.config, args.student, args.output, args.seeds, args.longest, opts)
     slots, failed = make_slots(args.jobs, args.threads, args.devices), []
     metric = choose_metric(study.networks, args.metric)
-    study.check()
+    study.check(args.report_only)
     if not args.report_only:
         failed = study.networks.run(slots)
         report(study, metric)  # costs and suggestions are known long before the orders

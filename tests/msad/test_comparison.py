@@ -207,13 +207,49 @@ def test_other_times_make_another_run_of_equal_time(files, tmp_path):
     with pytest.raises(ValueError, match=r"another configuration \(SOLVER.MAX_ITER 300, now 350"):
         is_finished(cfg)  # of any other run that would be another one
     assert comparison.config(run).SOLVER.MAX_ITER == 350 and not is_finished(cfg, said.append, timed=True)
-    assert "the measured times have changed, it is trained again; the earlier run is msad@equal_time~1" in said[0]
+    assert "the measured times or the reference have changed, it is trained again; the earlier run is msad@equal_time~1" in said[0]
     assert (tmp_path / "seed0/msad@equal_time~1/result.json").is_file()
     with pytest.raises(ValueError, match=r"another configuration \(SOLVER.BASE_LR"):
         cfg.defrost()
         finish(comparison, run.name)
         cfg.SOLVER.BASE_LR *= 2
         is_finished(cfg, timed=True)
+
+
+def test_equal_time_of_another_reference_is_not_reported(files, tmp_path):
+    def study(reference):
+        return Comparison(timed(files, "plain", reference=reference), tmp_path)
+
+    run, comparison = Run("plain@equal_time", 0), study("no_kd")
+    for name, seconds in (("teacher", 6.0), ("no_kd", 12.0), ("msad", 18.0), ("plain", 6.0)):
+        assert not is_finished(comparison.config(Run(name, 0)))
+        finish(comparison, name, cpu_seconds=seconds)
+    assert not is_finished(comparison.config(run), timed=True)
+    finish(comparison, run.name, iterations=12)
+    comparison.check(report_only=True)
+    finish(comparison, "no_kd", cpu_seconds=12.2)  # within what can be measured
+    comparison.check(report_only=True)
+    study("msad").check()
+    with pytest.raises(ValueError, match=r"plain@equal_time: the measured times or the reference have changed since"):
+        study("msad").check(report_only=True)
+    (comparison.folder(Run("msad", 0)) / "result.json").unlink()  # nothing of that time is known or reported
+    study("msad").check(report_only=True)
+    assert run.name not in {found["variant"] for found in study("msad").collect()["runs"]}
+
+
+def test_a_student_of_another_teacher_is_not_reported(files, tmp_path):
+    comparison = Comparison(files("msad"), tmp_path)
+    teacher = comparison.weights(Run("teacher", 0))
+    assert not is_finished(comparison.config(Run("teacher", 0)))
+    teacher.write_bytes(b"first")
+    assert not is_finished(comparison.config(Run("msad", 0)))
+    comparison.check(report_only=True)
+    finish(comparison, "msad")
+    teacher.write_bytes(b"another")
+    with pytest.raises(ValueError, match="seed0/msad: the weights of its teacher or its start have changed since"):
+        Comparison(files("msad"), tmp_path).check(report_only=True)
+    teacher.unlink()  # which changes nothing
+    comparison.check(report_only=True)
 
 
 def test_a_measured_time_that_moves_a_little_does_not_make_another_run(files, tmp_path):
@@ -359,6 +395,8 @@ def test_changed_data_are_another_run(project, tmp_path):
         (tmp_path / "run" / name).write_text("{}")
     assert is_finished(cfg)
 
+    study = Comparison({"run": Variant(project / "fcos.yaml")}, tmp_path / "out", opts)
+
     def correct(name):
         """As in a new process: what the data were is looked at once a process."""
         from msad.experiments import identity
@@ -369,12 +407,20 @@ def test_changed_data_are_another_run(project, tmp_path):
         file.write_text(json.dumps(content))
         identity._data.cache_clear()
 
+    assert not is_finished(study.config(Run("run", 0)))
+    finish(study, "run")
+    study.check(report_only=True)
     said = []
     correct("val")  # the model stays, its result does not
     assert not is_finished(cfg, said.append) and (tmp_path / "run/last_checkpoint").is_file()
     (tmp_path / "run/result.json").write_text("{}")
     assert is_finished(cfg, said.append)
+    with pytest.raises(ValueError, match=r"seed0/run: the test data have changed since its run; .* evaluates it again"):
+        study.check(report_only=True)
+    study.check()
     correct("train")
+    with pytest.raises(ValueError, match="seed0/run: the training data have changed since its run"):
+        study.check(report_only=True)
     assert not is_finished(cfg, said.append) and not (tmp_path / "run/last_checkpoint").is_file()
     assert (tmp_path / "run~1/last_checkpoint").is_file()
     assert "test data have changed" in said[0] and "training data have changed" in said[1] and len(said) == 2

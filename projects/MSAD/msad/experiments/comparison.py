@@ -16,7 +16,7 @@ from ..engine.scaling import scale_to_batch
 from ..engine.stages import set_total_iterations, total_iterations
 from ..files import FINAL
 from .costs import scale_inputs, set_equal_cost
-from .identity import check_same, is_finished
+from .identity import check_reportable, check_same, is_finished
 from .jobs import Run, Slot, error_of, run_all
 from .run import read_json
 from .variants import Variant, map_teachers, unique_names
@@ -242,13 +242,19 @@ class Comparison:
         self.check()
         return run_all(self, self.runs(), slots, say)
 
-    def check(self) -> None:
+    def check(self, report_only: bool = False) -> None:
         """KeyError or ValueError if a config is wrong, or a folder holds a run of another one.
 
         Runs of equal time, whose config follows from finished ones, are checked with those without a budget.
+
+        Args:
+            report_only: nothing will be trained: results of other data, weights or measured times are errors, too.
         """
         for run in self.runs():
-            if self.variants[run.name].budget != "equal_time":
+            timed = self.variants[run.name].budget == "equal_time"
+            if report_only and self._source(run) == run:
+                check_reportable(self.config(run), timed)
+            elif not timed:
                 check_same(self.config(run))
 
     def result(self, run: Run) -> dict | None:

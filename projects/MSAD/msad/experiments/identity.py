@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -19,8 +20,11 @@ from ..data.register import registered
 from ..engine.run_folder import changes, has_run, same_but_places
 from ..engine.scaling import SCHEDULE
 from ..engine.setup import engine_name
+from ..files import local_file
 from .run import exclusive_lock, read_json
 from .variants import map_teachers
+
+TEST_DATA = "test data"
 
 
 def identity(cfg: CfgNode) -> dict:
@@ -78,27 +82,49 @@ def is_finished(cfg: CfgNode, say=print, timed: bool = False) -> bool:
         before = _before(folder)
         if before is not None:
             check_same(cfg, SCHEDULE if timed else ())
-            data = [{name: of["data"].get(name) for name in cfg.DATASETS.TRAIN} for of in (before, now)]
-            changed = {
-                "training data": data[0] != data[1],
-                "weights of its teacher or its start": before["weights"] != now["weights"],
-                "measured times": timed and bool(_differences(cfg, before)),
-            }
-            what = next((cause for cause, applies in changed.items() if applies), "")
-            if what:
+            what = _changed(cfg, before, now, timed)
+            if what == TEST_DATA:
+                say(f"{folder}: the {what} have changed, it is evaluated again")
+                (folder / "result.json").unlink(missing_ok=True)
+            elif what:
                 old = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}~{n}")).exists())
                 folder.rename(old)
                 folder.mkdir()
                 say(f"{folder}: the {what} have changed, it is trained again; the earlier run is {old.name}")
-            elif before["data"] != now["data"]:
-                say(f"{folder}: the test data have changed, it is evaluated again")
-                (folder / "result.json").unlink(missing_ok=True)
         (folder / "failed.txt").unlink(missing_ok=True)
         if (folder / "result.json").is_file():
             return True
         (folder / "config.yaml").write_text(cfg.dump())
         (folder / "identity.json").write_text(json.dumps(now))
     return False
+
+
+def check_reportable(cfg: CfgNode, timed: bool = False) -> None:
+    """ValueError if :func:`is_finished` would not keep the run in the OUTPUT_DIR of ``cfg``, or its result; says why.
+
+    Nothing in the folder is touched. Data and weights that are gone have not changed.
+    """
+    check_same(cfg, SCHEDULE if timed else ())
+    before = _before(Path(cfg.OUTPUT_DIR))
+    if before is not None and (what := _changed(cfg, before, identity(cfg), timed)):
+        raise ValueError(f"{cfg.OUTPUT_DIR}: the {what} have changed since its run; without --report-only the same "
+                         f"command {'evaluates' if what == TEST_DATA else 'trains'} it again")  # fmt: skip
+
+
+def _changed(cfg: CfgNode, before: dict, now: dict, timed: bool) -> str:
+    """What has changed, of data, weights and measured times, since the run of an identity; "" for nothing."""
+    data = {name for name, found in now["data"].items()
+            if found != before["data"].get(name) and found["annotations"] not in ("missing", "unknown")}  # fmt: skip
+    # The id of a checkpoint that is there has no file's ending.
+    there = [not Path(local_file(found)).suffix for found in now["weights"]]
+    weights = [list(itertools.compress(of["weights"], there)) for of in (before, now)]
+    changed = {
+        "training data": not data.isdisjoint(cfg.DATASETS.TRAIN),
+        "weights of its teacher or its start": weights[0] != weights[1],
+        "measured times or the reference": timed and bool(_differences(cfg, before)),
+        TEST_DATA: bool(data),
+    }
+    return next((cause for cause, applies in changed.items() if applies), "")
 
 
 def check_same(cfg: CfgNode, free: Sequence[str] = ()) -> None:

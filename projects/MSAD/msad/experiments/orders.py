@@ -23,7 +23,7 @@ from ..engine.build import teacher_entries
 from ..files import FINAL, atomic_write
 from .adaptation import STUDENT, cost_record, finite_costs, measure_adaptation
 from .comparison import Comparison
-from .identity import check_same, is_finished
+from .identity import check_reportable, check_same, is_finished
 from .jobs import Run
 from .rows import AP
 from .run import read_json
@@ -78,11 +78,12 @@ class OrderStudy:
         before, separator, _ = run.name.rpartition(SEPARATOR)
         return [Run(before, run.seed)] if separator else []
 
-    def check(self) -> None:
-        """KeyError or ValueError if a config is wrong, or a folder holds a run of another one."""
-        self.networks.check()
+    def check(self, report_only: bool = False) -> None:
+        """As :meth:`msad.experiments.comparison.Comparison.check`, of the networks and all orders."""
+        self.networks.check(report_only)
         for run in self.runs():
-            check_same(self.stage(run))
+            finished = (self.folder(run) / "result.json").is_file()
+            (check_reportable if report_only and finished else check_same)(self.stage(run))
 
     def prepare(self, run: Run) -> bool:
         return not is_finished(self.stage(run), tqdm.write)
