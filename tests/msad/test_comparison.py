@@ -287,6 +287,17 @@ def test_reference_must_be_there(files, tmp_path):
         Comparison(files("plain"), tmp_path, reference="nobody")
 
 
+@pytest.mark.parametrize("sets", [("tiny_val", "tiny_train"), ()])
+def test_several_test_sets_are_refused_before_training(files, tmp_path, sets):
+    opts = ["DATASETS.TEST", sets]
+    with pytest.raises(ValueError, match=r"msad\.yaml: a comparison needs one data set in DATASETS\.TEST, got \["):
+        Comparison(files("msad"), tmp_path / "out", opts)
+    given = Comparison(files("msad"), tmp_path / "out", opts, teacher_weights="t.pth")
+    for ask in (given.runs, given.check):
+        with pytest.raises(ValueError, match="needs one data set"):
+            ask()
+
+
 def test_one_process_a_folder(tmp_path):
     with exclusive_lock(tmp_path), pytest.raises(ValueError, match="another process is training in"):
         exclusive_lock(tmp_path).__enter__()

@@ -103,6 +103,8 @@ def test_pools_that_cannot_be_ordered(call, tmp_path):
         (tmp_path / "pool.yaml").write_text(yaml.safe_dump(pool))
         status, printed = call()
         assert status == 2 and words in printed.err and printed.err.count("\n") == 1
+    status, printed = call("DATASETS.TEST", "('tiny_val', 'tiny_train')")
+    assert status == 2 and "pool.yaml: a comparison needs one data set in DATASETS.TEST" in printed.err
 
 
 def test_all_orders_of_a_study_come_after_their_beginnings(call, tmp_path):

@@ -16,6 +16,7 @@ from ..engine.scaling import scale_to_batch
 from ..engine.stages import set_total_iterations, total_iterations
 from ..files import FINAL
 from .costs import scale_inputs, set_equal_cost
+from .data_facts import check_test_set
 from .identity import check_reportable, check_same, is_finished
 from .jobs import Run, Slot, error_of, run_all
 from .run import read_json
@@ -81,7 +82,9 @@ class Comparison:
     def _load(self, file: Path, overrides: Sequence = ()) -> CfgNode:
         key = file, repr(overrides)
         if key not in self._loaded:
-            self._loaded[key] = scale_to_batch(load_config(file, [*self.opts, *overrides]))
+            cfg = load_config(file, [*self.opts, *overrides])
+            check_test_set(cfg, file)
+            self._loaded[key] = scale_to_batch(cfg)
         return self._loaded[key].clone()
 
     def _teacher_files(self, cfg: CfgNode) -> list[Path]:
@@ -118,7 +121,6 @@ class Comparison:
         return [Run(name, run.seed) for name in dict.fromkeys(names)]
 
     def prepare(self, run: Run) -> bool:
-        """See :class:`msad.experiments.jobs.RunPlan`."""
         if self._stands_for(run) != run:  # its time is that of the run without a budget
             (self.folder(run) / "failed.txt").unlink(missing_ok=True)
             return False
@@ -207,10 +209,7 @@ class Comparison:
         return Run(variant.base, run.seed) if same else run
 
     def _source(self, run: Run) -> Run | None:
-        """The run whose results are those of ``run``: itself or what it is the same as; None where there are none.
-
-        Of equal time there are none while the runs that it needs, whose times may become others, are not finished.
-        """
+        """The run whose results are those of ``run``, or None; of equal time only after the runs that it needs."""
         timed = self.variants[run.name].budget == "equal_time"
         if error_of(self.folder(run)) is not None or (timed and not all(map(self.result, self.needs(run)))):
             return None

@@ -1,11 +1,23 @@
-"""What a report says of the data of a comparison."""
+"""The data of a comparison: what it needs, and what its report says of them."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..data.register import registered
+
+
+def check_test_set(cfg: CfgNode, file: Path) -> None:
+    """ValueError unless models are tested on one data set: of several, results have no place in the tables.
+
+    Args:
+        file: that ``cfg`` is of.
+    """
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ValueError(f"{file}: a comparison needs one data set in DATASETS.TEST, got {list(cfg.DATASETS.TEST)}")
 
 
 def describe_data(cfg: CfgNode) -> dict:

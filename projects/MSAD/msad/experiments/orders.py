@@ -23,6 +23,7 @@ from ..engine.build import teacher_entries
 from ..files import FINAL, atomic_write
 from .adaptation import STUDENT, cost_record, finite_costs, measure_adaptation
 from .comparison import Comparison
+from .data_facts import check_test_set
 from .identity import check_reportable, check_same, is_finished
 from .jobs import Run
 from .rows import AP
@@ -159,9 +160,12 @@ def order_study(
         longest: most teachers of an order; None: all.
 
     Raises:
-        ValueError: fewer than two teachers, a mean of teachers, or a name that cannot be part of a folder's.
+        ValueError: fewer than two teachers, a mean of teachers, a name that cannot be part of a folder's, or not one
+            test set.
     """
-    entries = teacher_entries(load_config(config, list(opts)))
+    cfg = load_config(config, list(opts))
+    check_test_set(cfg, config)
+    entries = teacher_entries(cfg)
     for entry in entries:
         if "MEAN_OF" in entry:
             raise ValueError(f"{config}: {entry['NAME']} is a mean of teachers, which cannot be put in order")
