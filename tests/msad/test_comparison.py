@@ -146,6 +146,7 @@ def test_equal_time_follows_the_measured_steps(files, tmp_path):
     runs = {r["variant"]: r for r in comparison.collect()["runs"]}
     assert runs["msad@equal_time"]["iterations"] == 3 and runs["plain@equal_time"]["iterations"] == 6
     assert set(runs["plain@equal_time"]["results"]) == {"plain@equal_time"}
+    assert runs["plain@equal_time"]["same_as"] == "plain" and "same_as" not in runs["msad@equal_time"]
 
 
 def test_a_failure_that_no_longer_exists_is_forgotten(files, tmp_path):

@@ -275,7 +275,7 @@ class Comparison:
         {"seeds", "reference", "variants": {name: {"file", "title", "description", "teacher", "swept",
         "losses": [entry of DISTILL.LOSSES]}}, "runs": [{"variant", "seed", "iterations", "warmup", "seconds",
         "cpu_seconds", "steps", "results": {name: {task: {metric: value}}}} or {"variant", "seed", "error"}]}. A run of
-        equal time that would be the same as the one without a budget has that one's numbers.
+        equal time that would be the same as the one without a budget has that one's numbers, and its name as "same_as".
         """
         runs = []
         for run in self.runs():
@@ -286,7 +286,8 @@ class Comparison:
             elif source is not None:
                 result = self.result(source)
                 renamed = {n.replace(source.name, run.name, 1): r for n, r in result["results"].items()}
-                runs.append({**entry, **result, "results": renamed})
+                same = {"same_as": source.name} if source != run else {}
+                runs.append({**entry, **result, "results": renamed, **same})
         described = {}
         for name, v in self.variants.items():
             losses = self._load(v.file, v.overrides).DISTILL.LOSSES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .jobs import format_seconds
-from .rows import AP, Row, full_resolution, rows_of, without_detections
+from .rows import AP, MIOU, Row, full_resolution, rows_of, without_detections
 from .statistics import Estimate
 
 MIN_SEEDS = 3  # fewer are not called evidence
@@ -25,10 +25,16 @@ _STEPS = (
 )
 
 
-def no_percentages(data: dict) -> list[str]:
-    """Reasons why shares of the full-resolution AP would mislead: training that is far from done."""
+def no_percentages(data: dict, metric: str = AP) -> list[str]:
+    """Reasons why shares of the full-resolution model would mislead: training that is far from done.
+
+    Args:
+        metric: TASK/METRIC; it is the AP or mIoU of its task, over all classes and sizes, that says how far.
+    """
+    task = metric.split("/")[0]
+    whole = MIOU if MIOU.startswith(f"{task}/") else f"{task}/AP"
     rows = rows_of(data)
-    named = {row.name: found.mean for row in rows if (found := row.estimate(AP)) is not None}
+    named = {row.name: found.mean for row in rows if (found := row.estimate(whole)) is not None}
     reasons = []
     short = [r.name for r in rows if (r.mean("warmup") or 0) > MAX_WARMUP * (r.mean("iterations") or math.inf)]
     if short:
@@ -36,15 +42,15 @@ def no_percentages(data: dict) -> list[str]:
             f"The warm-up takes more than a tenth of the iterations of {_some(short)}: these runs compare learning "
             "rates; lower SOLVER.WARMUP_ITERS or train longer."
         )
-    full = full_resolution(rows)
+    full = full_resolution(rows, whole)
     longer = [(name, name.removesuffix(_LONGER)) for name in named if name.endswith(_LONGER)]
     gains = [(name, base) for name, base in longer if named[name] > (1 + MAX_GAIN) * named.get(base, math.inf)]
     if full is not None and named[full.name] < MIN_AP:
-        reasons.append(f"{full.name} reaches only {named[full.name]:.1f} AP: {_far(data, full)}")
+        reasons.append(f"{full.name} reaches only {_number(named[full.name], whole)}: {_far(data, full)}")
     elif gains:
         name, base = gains[0]
         reasons.append(
-            f"Longer training alone lifts {base} from {named[base]:.1f} to {named[name]:.1f} AP: "
+            f"Longer training alone lifts {base} from {named[base]:.1f} to {_number(named[name], whole)}: "
             f"{_far(data, next(row for row in rows if row.name == base))}"
         )
     return reasons
@@ -54,8 +60,17 @@ def _far(data: dict, row: Row) -> str:
     text = "training is far from converged"
     if row.mean("iterations") is None:
         return f"{text}."
-    took = sum(run.get("seconds", 0.0) for run in data["runs"])
+    took = sum(run.get("seconds", 0.0) for run in data["runs"] if not run.get("same_as"))
     return f"{text}, try {4 * row.mean('iterations'):.0f} iterations, {format_seconds(4 * took)} of training in all."
+
+
+def _short(metric: str) -> str:
+    """A metric's name in a sentence: its own, where it is that of the task's tables."""
+    return metric.split("/")[1] if metric in (AP, MIOU) else metric
+
+
+def _number(value: float, metric: str) -> str:
+    return f"{value:.1f} {_short(metric)}"
 
 
 def _some(names: list[str]) -> str:
@@ -66,31 +81,30 @@ def summary(data: dict, metric: str = AP) -> list[str]:
     """Sentences: first what the numbers are worth, then the student, then each step of the method.
 
     Args:
-        metric: TASK/METRIC that counts where there is no box AP, as of segmentors, which have no steps.
+        metric: TASK/METRIC that is spoken of; models without it are left out.
     """
-    rows = [row for row in rows_of(data) if row.estimate(AP) is not None]
-    doubts = no_percentages(data)
+    rows = [row for row in rows_of(data) if row.estimate(metric) is not None]
+    if not rows:
+        return ["No model has been evaluated yet."]
+    doubts = no_percentages(data, metric)
     empty = without_detections(data)
     said = [f"Nothing is detected by {_some(empty)}: AP counts as 0 there."] if empty else []
-    if not rows:
-        rows = [row for row in rows_of(data) if row.estimate(metric) is not None]
-        return [*doubts, *said, _evidence(rows, metric)] if rows else ["No model has been evaluated yet."]
     named = {row.name: row for row in rows}
-    sentences = [*doubts, *said, _evidence(rows)]
+    sentences = [*doubts, *said, _evidence(rows, metric)]
     if "student_L" in named:
-        sentences.append(_headline(named["student_L"], full_resolution(rows), not doubts))
+        sentences.append(_headline(named["student_L"], full_resolution(rows, metric), metric, not doubts))
     for name, other, what in _STEPS:
         if name in named and other in named:
-            sentences.append(_step(named[name], named[other], what))
+            sentences.append(_step(named[name], named[other], what, metric))
     return sentences
 
 
-def _evidence(rows: list[Row], metric: str = AP) -> str:
+def _evidence(rows: list[Row], metric: str) -> str:
     seeds = min(row.estimate(metric).n for row in rows)
     if seeds < MIN_SEEDS:
         return (
             f"{'One seed' if seeds == 1 else f'{seeds} seeds'}: another seed can reverse differences of a few "
-            f"{metric.split('/')[-1]}. Run at least {MIN_SEEDS} before drawing conclusions."
+            f"{_short(metric)}. Run at least {MIN_SEEDS} before drawing conclusions."
         )
     return (
         f"Means of {seeds} seeds; differences are taken seed by seed, with their 95 % confidence intervals. One that "
@@ -98,13 +112,13 @@ def _evidence(rows: list[Row], metric: str = AP) -> str:
     )
 
 
-def _headline(student: Row, full: Row | None, percentages: bool) -> str:
-    ap, of = student.estimate(AP).mean, 0.0 if full is None else full.estimate(AP).mean
-    text = f"The half-resolution student (student_L) reaches {ap:.1f} AP"
+def _headline(student: Row, full: Row | None, metric: str, percentages: bool) -> str:
+    value, of = student.estimate(metric).mean, 0.0 if full is None else full.estimate(metric).mean
+    text = f"The half-resolution student (student_L) reaches {_number(value, metric)}"
     if of <= 0:
         return f"{text}."
-    share = f"{100 * ap / of:.0f} % of " if percentages else ""
-    text += f", {share}{'' if percentages else 'against '}the {of:.1f} AP of {full.name}"
+    share = f"{100 * value / of:.0f} % of " if percentages else ""
+    text += f", {share}{'' if percentages else 'against '}the {_number(of, metric)} of {full.name}"
     costs = [
         f"{student.total(key) / full.total(key):.2f} times its {what}"
         for key, what in (("gmacs", "multiply-adds"), ("ms", "latency"))
@@ -113,24 +127,23 @@ def _headline(student: Row, full: Row | None, percentages: bool) -> str:
     return f"{text}, for {' and '.join(costs)}." if costs else f"{text}."
 
 
-def _step(row: Row, other: Row, what: str) -> str:
-    change = row.minus(other)
+def _step(row: Row, other: Row, what: str, metric: str) -> str:
+    change = row.minus(other, metric)
     if change is None:
         return f"{what}: {row.name} and {other.name} have no seed in common."
-    text = f"{what}: {row.name} is {_relation(change)} {other.name}{_worth(change)}"
+    text = f"{what}: {row.name} is {_relation(change, other.name, metric)}"
     factor = (row.total("gmacs") or 0) / (other.total("gmacs") or math.inf)
     return text + (f", at {factor:.2f} times the multiply-adds." if factor and abs(factor - 1) > 0.05 else ".")
 
 
-def _relation(change: Estimate) -> str:
-    size = f"{abs(change.mean):.1f}"
-    if float(size) == 0:
-        return "equal, to a tenth of an AP, with"
-    return f"{size} AP {'above' if change.mean > 0 else 'below'}"
-
-
-def _worth(change: Estimate) -> str:
-    """How certain a difference is, as a clause."""
+def _relation(change: Estimate, other: str, metric: str) -> str:
+    """How far above or below another row, and how certain it is that it is not equal."""
+    size = _number(abs(change.mean), metric)
+    equal = size.startswith("0.0 ")
     if change.n < MIN_SEEDS:
-        return " (one run)" if change.n == 1 else f" ({change.n} seeds)"
-    return f" (± {change.half:.1f}, {'significant' if change.excludes_zero else 'not significant'})"
+        certainty = "one run" if change.n == 1 else f"{change.n} seeds"
+    else:
+        worth = "" if equal else ", significant" if change.excludes_zero else ", not significant"
+        certainty = f"± {change.half:.1f}{worth}"
+    relation = f"equal, to {_number(0.1, metric)}, with" if equal else f"{size} {'above' if change.mean > 0 else 'below'}"
+    return f"{relation} {other} ({certainty})"

@@ -30,7 +30,7 @@ def accuracy_table(data: dict, metric: str = AP) -> Table:
     columns: Columns = [(name, lambda row: _plus_minus(row.estimate(metric)))]
     if several:
         columns.append(("95 % interval", lambda row: _interval(row.estimate(metric))))
-    if full is not None and full.estimate(metric).mean > 0 and not no_percentages(data):
+    if full is not None and full.estimate(metric).mean > 0 and not no_percentages(data, metric):
         whole = full.estimate(metric).mean
         columns.append((f"of {full.name}", lambda row: _fixed(row.mean(metric), 0, " %", 100 / whole)))
     reference = next((row for row in rows if row.name == data.get("reference")), None)
