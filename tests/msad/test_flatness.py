@@ -38,6 +38,27 @@ def test_a_network_of_scaled_weights_has_scaled_directions():
     torch.testing.assert_close(random_direction(scaled, 1)["0.weight"], 7 * random_direction(model, 1)["0.weight"])
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filters_of_a_transposed_convolution_are_its_output_channels(groups):
+    """Output channels of other scales move by the same share: |d| = |w| for each, over all inputs of its group."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=groups)
+    scales = torch.tensor([1.0, 10.0, 100.0, 2.0, 20.0, 200.0])
+
+    def by_output(weight):
+        """(6, in / groups * 9): what makes each output channel, group by group."""
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in weight.chunk(groups)])
+
+    per_input = scales.view(groups, -1).repeat_interleave(4 // groups, 0)  # (in, out / groups), as the weight
+    with torch.no_grad():
+        layer.weight.mul_(per_input[..., None, None])
+    found = random_direction(nn.Sequential(layer), 3)["0.weight"]
+    torch.testing.assert_close(by_output(found).norm(dim=1), by_output(layer.weight.detach()).norm(dim=1))
+    draw = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(3))
+    ratio = by_output(found) / by_output(draw)
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
+
+
 def test_moving_adds_and_puts_back_every_bit():
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -16,6 +16,7 @@ from torch import nn
 
 # Distances at which sharpness is reported, as fractions of the norm of each filter.
 DISTANCES = (0.05, 0.1, 0.25, 0.5)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Direction = dict[str, torch.Tensor]
 
 
@@ -26,14 +27,28 @@ def random_direction(model: nn.Module, seed: int) -> Direction:
     parameters get the same draws for one seed.
     """
     generator = torch.Generator().manual_seed(seed)
+    transposed = {id(module.weight): module.groups for module in model.modules() if isinstance(module, TRANSPOSED)}
     direction = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
         draw = torch.randn(parameter.shape, generator=generator).to(parameter)
-        norms = parameter.detach().flatten(1).norm(dim=1) / draw.flatten(1).norm(dim=1).clamp(min=1e-12)
-        direction[name] = draw * norms.view(-1, *[1] * (parameter.dim() - 1))
+        own, drawn = (_filter_norms(w, transposed.get(id(parameter))) for w in (parameter.detach(), draw))
+        direction[name] = draw * (own / drawn.clamp(min=1e-12))
     return direction
+
+
+def _filter_norms(weight: torch.Tensor, groups: int | None) -> torch.Tensor:
+    """The norm of each element's filter, in a shape that broadcasts to ``weight``.
+
+    Args:
+        groups: of a transposed convolution, whose weight is (in, out / groups, *kernel); None: the first axis is out.
+    """
+    if groups is None:
+        return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim())), keepdim=True)
+    grouped = weight.unflatten(0, (groups, -1))
+    norms = torch.linalg.vector_norm(grouped, dim=(1, *range(3, grouped.dim())), keepdim=True)
+    return norms.expand(-1, grouped.shape[1], *norms.shape[2:]).flatten(0, 1)
 
 
 @contextmanager
