@@ -87,6 +87,7 @@ def test_panels_of_an_earlier_call_are_not_shown(call, project, finished):
         ("segm/AP", "--metric segm/AP"),
         ("sem_seg/mIoU", "--metric sem_seg/mIoU"),
         ("bbox/AP-", "--metric bbox/AP-"),
+        ("validation/L_detect", "--metric validation/L_detect is a loss: models are compared by metrics of which more"),
         ("bbox/AP-disc", ""),
         ("bbox/AP50", ""),
     ],
@@ -104,13 +105,14 @@ def test_a_metric_that_no_model_has_is_refused_before_training(project, tmp_path
 def test_a_metric_of_other_models_or_evaluators(project, tmp_path):
     """Masks need MASK_ON; what an evaluator that is not known here gives is not refused."""
     fcos = Variant(project / "fcos.yaml")
-    masks = replace(fcos, overrides=("MODEL.MASK_ON", True, "TEST.LOSS_IMAGES", 2))
+    masks = replace(fcos, overrides=("MODEL.MASK_ON", True))
     study = Comparison({"fcos": fcos, "masks": masks}, tmp_path / "out")
-    for metric in ("segm/APs", "validation/L_detect"):
-        assert choose_metric(study, metric) == metric
+    assert choose_metric(study, "segm/APs") == "segm/APs"
     MetadataCatalog.get("counted here").evaluator_type = "counting"
-    opts = ["DATASETS.TEST", ("counted here",)]
-    assert choose_metric(Comparison({"fcos": fcos}, tmp_path / "out", opts), "count/N") == "count/N"
+    counted = Comparison({"fcos": fcos}, tmp_path / "out", ["DATASETS.TEST", ("counted here",), "TEST.LOSS_IMAGES", 2])
+    assert choose_metric(counted, "count/N") == "count/N"
+    with pytest.raises(ValueError, match="--metric validation/L_detect is a loss"):
+        choose_metric(counted, "validation/L_detect")
 
 
 def test_a_wrong_metric_trains_nothing(call, project, tmp_path):

@@ -126,6 +126,8 @@ def test_what_cannot_be_joined_is_named(call, tmp_path):
     assert status == 2 and "--reference none is none of the models plain" in printed.err
     status, printed = call(one, "--metric", "segm/AP", "--output", tmp_path / "all")
     assert status == 2 and "bbox/AP50" in printed.err
+    status, printed = call(one, "--metric", "validation/L_detect", "--output", tmp_path / "all")
+    assert status == 2 and "--metric validation/L_detect is a loss" in printed.err
     status, printed = call(one, "--output", one)
     assert status == 2 and str(one) in printed.err
     status, printed = call(one, "--output", tmp_path / "all", "SOLVER.BASE_LR", "1")

@@ -11,18 +11,19 @@ from ..engine.predictor import is_segmentor
 from ..evaluation.evaluators import METRICS
 from .comparison import Comparison
 from .jobs import Run
-from .rows import AP, MIOU
+from .rows import AP, MIOU, refuse_losses
 
 
 def choose_metric(study: Comparison, asked: str | None = None) -> str:
     """``asked``, or without one that of the first variant's task: mIoU of segmentors, AP of boxes of all else.
 
     Raises:
-        ValueError: no variant is evaluated by ``asked``, as far as the configs tell; names what there is.
+        ValueError: it is a loss, or no variant is evaluated by it, as far as the configs tell; names what there is.
     """
     names = [name for name, variant in study.variants.items() if variant.budget != "equal_time"]
     if asked is None:
         return MIOU if is_segmentor(study.config(Run(names[0], study.seeds[0]))) else AP
+    refuse_losses(asked)
     known = [metrics_of(study.config(Run(name, study.seeds[0]))) for name in names]
     if "/" in asked and None in known:
         return asked
@@ -48,5 +49,4 @@ def metrics_of(cfg: CfgNode) -> list[str] | None:
     absent |= {"keypoints"} if not cfg.MODEL.KEYPOINT_ON else set()
     absent |= {"bbox"} if is_segmentor(cfg) else {"sem_seg"}
     found = {task: names for kind in kinds for task, names in METRICS[kind].items() if task not in absent}
-    found |= {"validation": ["L_detect"]} if cfg.TEST.LOSS_IMAGES else {}
     return [f"{task}/{name}" for task, names in found.items() for name in names]

@@ -115,8 +115,15 @@ def main_metric(rows: list[Row]) -> str:
     return next((metric for metric in (AP, MIOU) if any(row.values(metric) for row in rows[:1])), AP)
 
 
+def refuse_losses(metric: str) -> None:
+    """ValueError if TASK/METRIC is better where it is smaller, which no ranking, chart or sentence here expects."""
+    if metric.startswith("validation/"):
+        raise ValueError(f"--metric {metric} is a loss: models are compared by metrics of which more is better")
+
+
 def check_metric(rows: list[Row], metric: str) -> None:
-    """ValueError with the known ones if no row was evaluated by TASK/METRIC."""
+    """ValueError with the known ones if no row was evaluated by TASK/METRIC, or if that is a loss."""
+    refuse_losses(metric)
     found = [run["metrics"] for row in rows for run in row.runs.values()]
     known = dict.fromkeys(f"{task}/{name}" for metrics in found for task, values in metrics.items() for name in values)
     if known and metric not in known:
