@@ -31,6 +31,7 @@ from msad.data.layouts import LAYOUTS, read_contents, register_entries
 from msad.data.register import registered
 from msad.data.synthetic import DEMO, make_dataset
 from msad.engine.provenance import about_report
+from msad.evaluation.sweep import short_side_of
 from msad.experiments.comparison import Comparison
 from msad.experiments.costs import costs_of_trained
 from msad.experiments.data_facts import describe_data
@@ -103,7 +104,7 @@ def make_study(args: argparse.Namespace) -> Comparison:
         opts = data_opts(folder, args.output / "data", list(files), opts, args.data is not None) + opts
     scale = 1.0
     if args.short_side:
-        scale = args.short_side / load_config(args.configs / "Base.yaml").INPUT.MIN_SIZE_TEST
+        scale = args.short_side / short_side_of(load_config(args.configs / "Base.yaml"))
     reference = "student_L_no_kd" if len(args.seeds) > 1 and "student_L_no_kd" in chosen else ""
     return Comparison(chosen, args.output, opts, tuple(args.seeds), args.iterations, args.iterations,
                       reference=reference, input_scale=scale)  # fmt: skip

@@ -1,5 +1,6 @@
 """Variants of a folder, of files and of a sweep; the input size of equal cost."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +172,39 @@ def test_equal_cost_is_the_students(project, tmp_path):
     target = costs["student"]["gmacs"]["total"]
     near = [count_macs(detector, random_inputs(size + step, size + step))["total"] for step in (-32, 0, 32)]
     assert min(near, key=lambda macs: abs(macs - target)) == near[1] == pytest.approx(target, rel=0.1)
+
+
+def size_of_equal_cost(project, tmp_path, short, reference, channels=32):
+    """Short side of a detector at the cost of the same network, with 32 channels, at the short side ``reference``."""
+    own = ("INPUT.MIN_SIZE_TEST", short, "INPUT.MAX_SIZE_TEST", 2 * short, "MODEL.FPN.OUT_CHANNELS", channels)
+    other = ("INPUT.MIN_SIZE_TEST", reference, "INPUT.MAX_SIZE_TEST", 2 * reference)
+    baseline = replace(equal_cost(project / "fcos.yaml", "other")["baseline_equal_cost"], overrides=own)
+    variants = {"other": Variant(project / "fcos.yaml", other), "baseline_equal_cost": baseline}
+    return Comparison(variants, tmp_path).config(Run("baseline_equal_cost", 0)).INPUT.MIN_SIZE_TEST
+
+
+def test_a_reference_may_cost_many_times_more(project, tmp_path, monkeypatch):
+    assert size_of_equal_cost(project, tmp_path, 32, 128) == 128
+    monkeypatch.setattr(costs, "LARGEST", 2)
+    costs._equal_cost_size.cache_clear()
+    said = r"equal cost: the reference takes [\d.]+ GMACs, and the conventional detector [\d.]+ at 64 px"
+    with pytest.raises(ValueError, match=said):
+        size_of_equal_cost(project, tmp_path, 32, 128)
+
+
+def test_a_detector_that_costs_more_at_any_size_is_not_called_equal(project, tmp_path):
+    with pytest.raises(ValueError, match=r"equal cost: the reference takes [\d.]+ GMACs, .* at 32 px"):
+        size_of_equal_cost(project, tmp_path, 64, 32, channels=256)
+
+
+def test_equal_cost_of_files_that_are_not_resized(project, tmp_path):
+    """A detector has no scale then; a reference has the size of the first file."""
+    with pytest.raises(ValueError, match="INPUT.MIN_SIZE_TEST is 0, the size of the files"):
+        size_of_equal_cost(project, tmp_path, 0, 64)
+    image = json.loads((project / "data/annotations_val.json").read_text())["images"][0]
+    short = min(image["height"], image["width"])
+    as_it_is, resized = (size_of_equal_cost(project, tmp_path, 64, size) for size in (0, short))
+    assert as_it_is == resized >= short
 
 
 def test_equal_cost_passes_over_sizes_that_norms_refuse(project, tmp_path):

@@ -47,6 +47,13 @@ def test_default_sizes_are_those_of_table_2(trained, paper):
     assert default_sizes(cfg) == paper
 
 
+def test_files_that_are_not_resized_have_no_sizes():
+    cfg = load_config("", ["INPUT.MIN_SIZE_TEST", 0])
+    for ask in (default_sizes, lambda cfg: at_size(cfg, 100)):
+        with pytest.raises(ValueError, match="INPUT.MIN_SIZE_TEST is 0"):
+            ask(cfg)
+
+
 def test_the_longest_side_is_scaled_alike():
     cfg = load_config("")
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 800, 1333

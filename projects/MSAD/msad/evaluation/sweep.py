@@ -20,7 +20,14 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 def default_sizes(cfg: CfgNode) -> list[int]:
     """Short sides in pixels of the model's input: the paper's shares of INPUT.MIN_SIZE_TEST, largest first."""
-    return [round(share * cfg.INPUT.MIN_SIZE_TEST) for share in SHARES]
+    return [round(share * short_side_of(cfg)) for share in SHARES]
+
+
+def short_side_of(cfg: CfgNode) -> int:
+    """INPUT.MIN_SIZE_TEST; ValueError if it is 0, which means no resizing to detectron2, so that it has no scale."""
+    if not cfg.INPUT.MIN_SIZE_TEST:
+        raise ValueError("INPUT.MIN_SIZE_TEST is 0, the size of the files: there is no scale to another short side")
+    return cfg.INPUT.MIN_SIZE_TEST
 
 
 def at_size(cfg: CfgNode, short_side: int) -> CfgNode:
@@ -31,11 +38,10 @@ def at_size(cfg: CfgNode, short_side: int) -> CfgNode:
     """
     if short_side < 1:
         raise ValueError(f"a short side must be positive, got {short_side}")
-    if not cfg.INPUT.MIN_SIZE_TEST:
-        raise ValueError("INPUT.MIN_SIZE_TEST is 0, the size of the files: there is no scale to another short side")
+    scale = short_side / short_side_of(cfg)
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.INPUT.MAX_SIZE_TEST = round(cfg.INPUT.MAX_SIZE_TEST * short_side / cfg.INPUT.MIN_SIZE_TEST)
+    cfg.INPUT.MAX_SIZE_TEST = round(cfg.INPUT.MAX_SIZE_TEST * scale)
     cfg.INPUT.MIN_SIZE_TEST = short_side
     cfg.freeze()
     return cfg

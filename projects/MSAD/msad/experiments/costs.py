@@ -18,7 +18,10 @@ from ..data.mappers import inference_mapper
 from ..data.register import registered
 from ..engine.setup import load_model
 from ..evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs, time_parts
+from ..evaluation.sweep import short_side_of
 from ..modeling.teacher import MultiScaleTeacher
+
+LARGEST = 8  # times its own input size, at which a detector may be compared; its cost goes with the square
 
 
 def scale_inputs(cfg: CfgNode, factor: float) -> None:
@@ -59,8 +62,11 @@ def set_equal_cost(cfg: CfgNode, reference: CfgNode) -> None:
 
     Costs are those of an image with the shape of the first test image. Found by bisection over the short side
     INPUT.MIN_SIZE_TEST; the training sizes are scaled alike.
+
+    Raises:
+        ValueError: no size up to LARGEST times its own costs as much, or none as little, or INPUT.MIN_SIZE_TEST is 0.
     """
-    was = cfg.INPUT.MIN_SIZE_TEST
+    was = short_side_of(cfg)
     size = _equal_cost_size(*map(_without_seed, (cfg, reference)))
     scale_inputs(cfg, size / was)
     cfg.INPUT.MIN_SIZE_TEST = size
@@ -81,7 +87,9 @@ def _equal_cost_size(text: str, reference_text: str) -> int:
     models = [build_model(cfg).eval() for cfg in configs]
 
     def macs(model: nn.Module, short: int, longest: int) -> float:
-        shape = T.ResizeShortestEdge.get_output_shape(record["height"], record["width"], short, longest)
+        shape = record["height"], record["width"]
+        if short:  # 0: as the files are
+            shape = T.ResizeShortestEdge.get_output_shape(*shape, short, longest)
         step = max(getattr(model, "detector", model).backbone.size_divisibility, 1)
         return padded_macs(model, *(-(-side // step) * step for side in shape))
 
@@ -95,8 +103,18 @@ def _equal_cost_size(text: str, reference_text: str) -> int:
     cfg, reference = configs
     target = macs(models[1], reference.INPUT.MIN_SIZE_TEST, reference.INPUT.MAX_SIZE_TEST)
     ratio = cfg.INPUT.MAX_SIZE_TEST / cfg.INPUT.MIN_SIZE_TEST
-    # A reference that costs more than the detector itself needs more than its size; twice that is enough.
-    return nearest_size(lambda short: macs(models[0], short, round(short * ratio)), target, 2 * cfg.INPUT.MIN_SIZE_TEST)
+
+    def cost(short: int) -> float:
+        return macs(models[0], short, round(short * ratio))
+
+    highest = 2 * cfg.INPUT.MIN_SIZE_TEST
+    while cost(highest) <= target and highest < LARGEST * cfg.INPUT.MIN_SIZE_TEST:
+        highest *= 2
+    size = nearest_size(cost, target, highest)
+    if cost(highest) < target or cost(1) > 2 * target:  # what padding adds to the least input is not to be helped
+        raise ValueError(f"equal cost: the reference takes {target:.3g} GMACs, and the conventional detector "
+                         f"{cost(size):.3g} at {size} px, the nearest of its sizes up to {highest} px")  # fmt: skip
+    return size
 
 
 def _first_record(cfg: CfgNode) -> dict:
