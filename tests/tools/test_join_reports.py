@@ -101,6 +101,20 @@ def test_other_data_and_other_configs_are_not_joined(project, tmp_path):
     assert len(join(timed)["runs"]) == 2
 
 
+def test_a_run_that_failed_gives_way_to_one_that_did_not(call, tmp_path):
+    """Whichever comes first; of two that failed the first is told of."""
+    failed = write_part(tmp_path / "a", {"plain": [30.0, None, None]})
+    finished = write_part(tmp_path / "b", {"plain": [None, 31.0, None]})
+    for parts in ((failed, finished), (finished, failed)):
+        runs = join([Part(folder) for folder in parts])["runs"]
+        assert {run["seed"]: run.get("results", {}).get("plain", {}).get("bbox", {}).get("AP") for run in runs} == {
+            0: 30.0, 1: 31.0, 2: None,
+        }  # fmt: skip
+        assert [run["seed"] for run in runs if "error" in run] == [2] and len(runs) == 3
+    with pytest.raises(ValueError, match=rf"plain with seed 0 is in {failed} and in {tmp_path}/c"):
+        join([Part(folder) for folder in (failed, finished, write_part(tmp_path / "c", {"plain": [30.0]}))])
+
+
 def test_segmentors_are_joined_by_their_metric(call, tmp_path):
     part = write_part(tmp_path / "a", {"psp": [40.0]})
     data = json.loads((part / "report.json").read_text())

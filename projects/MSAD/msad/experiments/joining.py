@@ -25,14 +25,14 @@ class Part(NamedTuple):
 def join(parts: Sequence[Part]) -> dict:
     """The data of one report from those of several; differences are then taken seed by seed over all of them.
 
-    The reference is the first part's that has one. What parts say of costs is left out: milliseconds compare only where
+    A run that failed in one part gives way to another part's. The reference is the first part's that has one. What parts say of costs is left out: milliseconds compare only where
     models take turns (:func:`joined_costs`).
 
     Raises:
         ValueError: a folder has no report.json of a comparison, or two have the same variant with the same seed, other
             configs under one name, or other test data; names them.
     """
-    variants, runs, owners = {}, [], {}
+    variants, runs, owners = {}, {}, {}
     found = [_read(part.folder) for part in parts]
     _check_data(parts, found)
     _check_configs(parts, found)
@@ -44,11 +44,14 @@ def join(parts: Sequence[Part]) -> dict:
                 raise ValueError(f"{name + suffix} is {known['file']} and, in {folder}, {variant['file']}{other}")
         for run in data["runs"]:
             old, new, seed = run["variant"], run["variant"] + suffix, run["seed"]
-            if (new, seed) in owners:
+            if "error" not in run and (new, seed) in owners:
                 raise ValueError(f"{new} with seed {seed} is in {owners[new, seed]} and in {folder}{other}")
-            owners[new, seed] = folder
             renamed = {name.replace(old, new, 1): result for name, result in run.get("results", {}).items()}
-            runs.append({**run, "variant": new, **({"results": renamed} if renamed else {})})
+            found_run = {**run, "variant": new, **({"results": renamed} if renamed else {})}
+            if "error" in run:
+                runs.setdefault((new, seed), found_run)
+            else:
+                owners[new, seed], runs[new, seed] = folder, found_run
     references = [data["reference"] + part.suffix for part, data in zip(parts, found) if data.get("reference")]
     names = dict.fromkeys(name for data in found for name in data.get("versions", ()))
     return {
@@ -56,15 +59,15 @@ def join(parts: Sequence[Part]) -> dict:
         "versions": {name: _all_of(data.get("versions", {}).get(name) for data in found) for name in names},
         "data": next((data["data"] for data in found if data.get("data")), None),
         "seeds": sorted({seed for data in found for seed in data.get("seeds", ())}),
-        "reference": next(iter(references), ""), "variants": variants, "runs": runs,
+        "reference": next(iter(references), ""), "variants": variants, "runs": list(runs.values()),
     }  # fmt: skip
 
 
 def _homes(part: Part, data: dict) -> Iterator[tuple[dict, Path]]:
-    """(run, its folder) of the runs whose folder is still there."""
+    """(run, its folder) of the runs that did not fail and whose folder is still there."""
     for run in data["runs"]:
         home = part.folder / f"seed{run['seed']}" / run["variant"]
-        if (home / "config.yaml").is_file() and (home / "identity.json").is_file():
+        if "error" not in run and (home / "config.yaml").is_file() and (home / "identity.json").is_file():
             yield run, home
 
 
@@ -117,7 +120,8 @@ def joined_costs(parts: Sequence[Part]) -> dict[str, dict]:
     """
     models = {}
     for folder, suffix in parts:
-        for run in sorted(_read(folder)["runs"], key=lambda run: run["seed"]):
+        finished = [run for run in _read(folder)["runs"] if "error" not in run]
+        for run in sorted(finished, key=lambda run: run["seed"]):
             home, name = folder / f"seed{run['seed']}" / run["variant"], run["variant"] + suffix
             weights = home / FINAL
             if name not in models and weights.is_file():
