@@ -2,8 +2,9 @@
 """What detectors cost, part by part: parameters, multiply-adds, latency, peak memory, and a distillation step.
 
 Weights are random, unless --trained asks for those of the yaml files; nothing is downloaded. Every model is measured on
-one image at the size of its own resolution. Timings alternate between the models, so that other work on the machine
-hits all alike.
+one image at the size of its own resolution; R-CNNs with random weights make as many proposals and detections of it as
+their limits allow (MODEL.RPN.POST_NMS_TOPK_TEST, TEST.DETECTIONS_PER_IMAGE). Timings alternate between the models, so
+that other work on the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from msad.engine.provenance import machine
 from msad.engine.setup import load_model
 from msad.evaluation import cost
 from msad.evaluation.memory import peak_memory, step_memory
+from msad.evaluation.region_limits import fill_regions
 from msad.files import atomic_write
 from msad.modeling.teacher import MultiScaleTeacher
 from msad.resolution import downsampled_size, get_resolution
@@ -151,7 +153,7 @@ def benchmark_models(args: argparse.Namespace) -> list[dict[str, Any]]:
         for row, cfg in described:
             bar.set_postfix_str(f"{row['name']}: multiply-adds")
             with blaming(row["config"]):
-                model = build(cfg)
+                model = build(cfg) if cfg.MODEL.WEIGHTS else fill_regions(build(cfg))
                 row["parameters"] = cost.count_parameters(model)
             row["gmacs"] = cost.count_macs(model, cost.random_inputs(*row["input"]))
             bar.update()

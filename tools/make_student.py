@@ -38,6 +38,7 @@ from msad.distill.init import init_student
 from msad.engine.build import load_teacher
 from msad.engine.preflight import preflight
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
+from msad.evaluation.region_limits import fill_regions
 from msad.export.plain import foreign_parts, plain_file, split_config
 from msad.finding import WARNING
 from msad.modeling.adapters import num_classes_key
@@ -132,7 +133,7 @@ def check(folder: Path) -> list[str]:
     for name, model in (("teacher", teacher.model.eval()), ("student", student)):
         if hasattr(model, "roi_heads"):  # what masks and keypoints cost depends on what is found
             model.roi_heads.mask_on = model.roi_heads.keypoint_on = False
-        macs[name] = count_macs(model, random_inputs(*sizes[name]))[TOTAL]
+        macs[name] = count_macs(fill_regions(model), random_inputs(*sizes[name]))[TOTAL]
         parameters = count_parameters(model)[TOTAL] / 1e6
         height, width = sizes[name]
         lines.append(f"{name}: {parameters:.1f} M parameters, {macs[name]:.4g} GMACs for {height} x {width} pixels")

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage
 
@@ -13,6 +15,7 @@ from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.evaluation import cost
+from msad.evaluation.region_limits import fill_regions
 from msad.modeling.adapters import adapt
 from msad.modeling.features import run_neck
 from msad.resolution import RESOLUTIONS, downsample_batch, scale_instances
@@ -272,3 +275,25 @@ def test_cost_of_the_heads(tiny_model):
 def test_cascade_stages_belong_to_the_head(tiny_model):
     parameters = cost.count_parameters(tiny_model("CascadeRCNN", resolutions=["H", "L"]))
     assert parameters["total"] == sum(parameters[part] for part in cost.PARTS) and parameters["fusion"] > 0
+
+
+@pytest.mark.parametrize("arch", RCNNS)
+def test_untrained_models_have_as_many_regions_as_their_limits_allow(tiny_cfg, arch):
+    cfg, seen = tiny_cfg(arch), []
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST, cfg.TEST.DETECTIONS_PER_IMAGE = 50, 7
+    detector = fill_regions(build_model(cfg).eval())
+    for module in detector.modules():
+        if isinstance(module, FastRCNNOutputLayers):
+            module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    with torch.no_grad():
+        found = detector(cost.random_inputs(128, 192))[0]["instances"]
+    assert seen == [50] * (1 if arch in RCNNS[:3] else 3)
+    assert len(found) == 7 and found.pred_classes.tolist() == [0] * 7
+    assert arch not in OUTPUTS or len(found.get(OUTPUTS[arch])) == 7
+
+
+def test_other_detectors_keep_their_weights(tiny_model):
+    for arch in ("FCOS", "RetinaNet"):
+        detector = tiny_model(arch)
+        before = {name: value.clone() for name, value in detector.state_dict().items()}
+        assert all(torch.equal(value, before[name]) for name, value in fill_regions(detector).state_dict().items())

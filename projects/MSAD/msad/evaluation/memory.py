@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .cost import random_inputs
+from .region_limits import fill_regions
 
 
 @torch.no_grad()
 def _build_and_run(cfg: CfgNode, height: int, width: int) -> None:
-    build_model(cfg).eval()(random_inputs(height, width))
+    fill_regions(build_model(cfg).eval())(random_inputs(height, width))
 
 
 def resident_bytes() -> tuple[int, int]:
@@ -146,6 +147,8 @@ def prepare_inference(cfg: str, height: int, width: int) -> Callable[[], None]:
 
 def peak_memory(cfg: CfgNode, height: int, width: int, threads: int | None = None) -> int:
     """Bytes that the model of ``cfg``, with random weights, needs at most to process one image.
+
+    R-CNNs have as many regions as their limits allow, see :func:`msad.evaluation.region_limits.fill_regions`.
 
     On a GPU: the most that torch's allocator held at once. On a CPU: by how much the resident memory of a fresh
     process grows from before the model is built, so it also contains what the allocator of the C library keeps.

@@ -18,6 +18,7 @@ from ..data.mappers import inference_mapper
 from ..data.register import registered
 from ..engine.setup import load_model
 from ..evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs, time_parts
+from ..evaluation.region_limits import fill_regions
 from ..evaluation.sweep import short_side_of
 from ..modeling.teacher import MultiScaleTeacher
 
@@ -60,7 +61,8 @@ def nearest_size(cost: Callable[[int], float], target: float, highest: int) -> i
 def set_equal_cost(cfg: CfgNode, reference: CfgNode) -> None:
     """Scale the input sizes of ``cfg`` so that its whole model costs the multiply-adds of ``reference``, in place.
 
-    Costs are those of an image with the shape of the first test image. Found by bisection over the short side
+    Costs are those of an image with the shape of the first test image, in R-CNNs with as many regions as their limits
+    allow (:func:`msad.evaluation.region_limits.fill_regions`). Found by bisection over the short side
     INPUT.MIN_SIZE_TEST; the training sizes are scaled alike.
 
     Raises:
@@ -84,7 +86,7 @@ def _without_seed(cfg: CfgNode) -> str:
 def _equal_cost_size(text: str, reference_text: str) -> int:
     configs = [CfgNode.load_cfg(part) for part in (text, reference_text)]
     record = _first_record(configs[0])
-    models = [build_model(cfg).eval() for cfg in configs]
+    models = [fill_regions(build_model(cfg).eval()) for cfg in configs]
 
     def macs(model: nn.Module, short: int, longest: int) -> float:
         shape = record["height"], record["width"]
