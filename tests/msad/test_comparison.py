@@ -208,7 +208,8 @@ def test_other_times_make_another_run_of_equal_time(files, tmp_path):
     with pytest.raises(ValueError, match=r"another configuration \(SOLVER.MAX_ITER 300, now 350"):
         is_finished(cfg)  # of any other run that would be another one
     assert comparison.config(run).SOLVER.MAX_ITER == 350 and not is_finished(cfg, said.append, timed=True)
-    assert "the measured times or the reference have changed, it is trained again; the earlier run is msad@equal_time~1" in said[0]
+    assert "the measured times or the reference have changed, it is trained again; the earlier run is" in said[0]
+    assert said[0].endswith("msad@equal_time~1")
     assert (tmp_path / "seed0/msad@equal_time~1/result.json").is_file()
     with pytest.raises(ValueError, match=r"another configuration \(SOLVER.BASE_LR"):
         cfg.defrost()

@@ -284,7 +284,7 @@ def test_the_metric_asked_for_is_the_one_that_is_spoken_of(data):
         for name, results in run["results"].items():
             if name != "baseline_L":
                 results["segm"] = {"AP": results["bbox"]["AP"] - 12.0 + (name == "student_L")}
-    evidence, headline, init, margin, distillation, *_ = summary(data, "segm/AP")
+    evidence, headline, init, _, distillation, *_ = summary(data, "segm/AP")
     assert "a few segm/AP." in evidence
     assert "reaches 25.0 segm/AP, 89 % of the 28.0 segm/AP of baseline_H" in headline
     assert "student_L_no_kd is 2.7 segm/AP above baseline_L_shifted (one run)" in init

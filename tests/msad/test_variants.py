@@ -199,7 +199,7 @@ def test_a_detector_that_costs_more_at_any_size_is_not_called_equal(project, tmp
 
 def test_equal_cost_of_files_that_are_not_resized(project, tmp_path):
     """A detector has no scale then; a reference has the size of the first file."""
-    with pytest.raises(ValueError, match="INPUT.MIN_SIZE_TEST is 0, the size of the files"):
+    with pytest.raises(ValueError, match=r"INPUT\.MIN_SIZE_TEST is 0, the size of the files"):
         size_of_equal_cost(project, tmp_path, 0, 64)
     image = json.loads((project / "data/annotations_val.json").read_text())["images"][0]
     short = min(image["height"], image["width"])

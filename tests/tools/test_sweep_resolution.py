@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from load_tool import load_tool
@@ -50,7 +52,7 @@ def test_default_sizes_are_those_of_table_2(trained, paper):
 def test_files_that_are_not_resized_have_no_sizes():
     cfg = load_config("", ["INPUT.MIN_SIZE_TEST", 0])
     for ask in (default_sizes, lambda cfg: at_size(cfg, 100)):
-        with pytest.raises(ValueError, match="INPUT.MIN_SIZE_TEST is 0"):
+        with pytest.raises(ValueError, match=r"INPUT\.MIN_SIZE_TEST is 0"):
             ask(cfg)
 
 
@@ -219,8 +221,36 @@ def test_plot_shows_every_number():
     assert [list(zip(*line.get_data())) for line in by_time.lines] == [[(7.0, 37.4), (9.0, 39.7)], [(9.0, 35.0)]]
     assert [t.get_text() for t in by_time.texts] == ["320", "400"]  # the first task's, which stand for all
     assert len(sweep_figure([entry(400, bbox=39.7)]).axes) == 1
-    with pytest.raises(ValueError, match="no size has an AP"):
+    with pytest.raises(ValueError, match="no size has an AP or mIoU"):
         sweep_figure([entry(400, bbox=None)])
+
+
+def test_a_segmentor_has_a_line_of_mious(tool, project, tmp_path, capsys):
+    """Every pixel of an untrained one, at two sizes."""
+    psp = Path(__file__).parents[2] / "configs" / "Segmentation" / "pspnet_R_18_voc.yaml"
+    sets = {"TYPE": "coco_sem_seg", "IMAGES": str(project / "data" / "images")}
+    entries = [{"NAME": f"swept_{s}", "JSON": str(project / "data" / f"annotations_{s}.json"), **sets}
+               for s in ("train", "val")]  # fmt: skip
+    config = {
+        "_BASE_": str(psp), "DATASETS": {"REGISTER": entries, "TRAIN": ["swept_train"], "TEST": ["swept_val"]},
+        "MODEL": {
+            "DEVICE": "cpu", "RESNETS": {"STEM_OUT_CHANNELS": 8, "RES2_OUT_CHANNELS": 8, "NORM": "BN"},
+            "SEM_SEG_HEAD": {"NUM_CLASSES": 7, "CONVS_DIM": 8, "NORM": "BN"},
+        },
+    }  # fmt: skip
+    (tmp_path / "psp.yaml").write_text(yaml.safe_dump(config))
+    weights = tmp_path / "psp.pth"
+    torch.save({"model": build_model(load_config(tmp_path / "psp.yaml")).state_dict()}, weights)
+    output = tmp_path / "out"
+    argv = ["--config-file", str(tmp_path / "psp.yaml"), "--weights", str(weights), "--output", str(output)]
+    assert tool.main([*argv, "--sizes", "96", "64"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()[1:5]
+    assert header.split()[:4] == ["short", "side", "longest", "mIoU"]
+    assert [row.split()[0] for row in rows] == ["96", "64"]
+    sizes = json.loads((output / "sweep.json").read_text())["sizes"]
+    (line,) = sweep_figure(sizes).axes[0].lines
+    assert list(line.get_ydata()) == [e["results"]["sem_seg"]["mIoU"] for e in reversed(sizes)]
+    assert sweep_figure(sizes).axes[0].get_ylabel() == "mIoU" and all(e["milliseconds"] > 0 for e in sizes)
 
 
 def test_texts_of_the_plot_do_not_overlap_or_leave_it():

@@ -15,7 +15,7 @@ from ..files import finite
 
 # Test sizes of Table 2, relative to the size that the student was trained for.
 SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mIoU", "fwIoU", "mACC", "pACC")
 
 
 def default_sizes(cfg: CfgNode) -> list[int]:
@@ -85,9 +85,9 @@ def evaluate_size(
 
 
 def tasks_of(sizes: Sequence[dict]) -> list[str]:
-    """Tasks (bbox, segm, keypoints) with an AP at any of the sizes, in the order in which they come."""
+    """Tasks (bbox, segm, keypoints, sem_seg) with an AP or mIoU at any size, in the order in which they come."""
     names = dict.fromkeys(task for entry in sizes for task in entry["results"])
-    return [task for task in names if any("AP" in (entry["results"].get(task) or {}) for entry in sizes)]
+    return [task for task in names if any({"AP", "mIoU"} & (e["results"].get(task) or {}).keys() for e in sizes)]
 
 
 def format_sweep(sizes: Sequence[dict]) -> str:

@@ -25,8 +25,8 @@ class Part(NamedTuple):
 def join(parts: Sequence[Part]) -> dict:
     """The data of one report from those of several; differences are then taken seed by seed over all of them.
 
-    A run that failed in one part gives way to another part's. The reference is the first part's that has one. What parts say of costs is left out: milliseconds compare only where
-    models take turns (:func:`joined_costs`).
+    A run that failed in one part gives way to another part's. The reference is the first part's that has one. What
+    parts say of costs is left out: milliseconds compare only where models take turns (:func:`joined_costs`).
 
     Raises:
         ValueError: a folder has no report.json of a comparison, or two have the same variant with the same seed, other

@@ -145,5 +145,5 @@ def _relation(change: Estimate, other: str, metric: str) -> str:
     else:
         worth = "" if equal else ", significant" if change.excludes_zero else ", not significant"
         certainty = f"± {change.half:.1f}{worth}"
-    relation = f"equal, to {_number(0.1, metric)}, with" if equal else f"{size} {'above' if change.mean > 0 else 'below'}"
-    return f"{relation} {other} ({certainty})"
+    unequal = f"{size} {'above' if change.mean > 0 else 'below'}"
+    return f"{f'equal, to {_number(0.1, metric)}, with' if equal else unequal} {other} ({certainty})"

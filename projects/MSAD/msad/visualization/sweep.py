@@ -20,20 +20,20 @@ def plot_sweep(sizes: Sequence[dict], path: str | Path, title: str = "") -> Path
 
 
 def sweep_figure(sizes: Sequence[dict], title: str = "") -> Figure:
-    """AP against the short side, a line a task, and beside it AP against latency if that was measured.
+    """AP or mIoU against the short side, a line a task, and beside it against latency if that was measured.
 
     Args:
-        sizes: dicts with "short_side" (pixels), "results" {task: {"AP": value}} and "milliseconds" (or None).
+        sizes: dicts with "short_side" (pixels), "results" {task: {"AP" or "mIoU": value}} and "milliseconds" (or None).
 
     Raises:
-        ValueError: there is no AP at any size.
+        ValueError: there is no such value at any size.
     """
     sizes = sorted(sizes, key=lambda entry: entry["short_side"])
     tasks = dict.fromkeys(task for entry in sizes for task in entry["results"])
-    lines = {task: [e for e in sizes if (e["results"].get(task) or {}).get("AP") is not None] for task in tasks}
+    lines = {task: [e for e in sizes if _score(e, task) is not None] for task in tasks}
     lines = {task: entries for task, entries in lines.items() if entries}
     if not lines:
-        raise ValueError("nothing to plot: no size has an AP")
+        raise ValueError("nothing to plot: no size has an AP or mIoU")
     timed = any(e["milliseconds"] is not None for entries in lines.values() for e in entries)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2 if timed else 5.2, 3.9), layout="constrained")
@@ -43,10 +43,10 @@ def sweep_figure(sizes: Sequence[dict], title: str = "") -> Figure:
                 "color": PALETTE[i % len(PALETTE)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 5.5,
                 "linewidth": 1.6, "label": task,
             }  # fmt: skip
-            ap = [e["results"][task]["AP"] for e in entries]
-            axes[0].plot([e["short_side"] for e in entries], ap, **style)
+            scores = [_score(e, task) for e in entries]
+            axes[0].plot([e["short_side"] for e in entries], scores, **style)
             if timed:
-                points = [(e["milliseconds"], y, e["short_side"]) for e, y in zip(entries, ap)]
+                points = [(e["milliseconds"], y, e["short_side"]) for e, y in zip(entries, scores)]
                 points = [point for point in points if point[0] is not None]
                 axes[1].plot([p[0] for p in points], [p[1] for p in points], **style)
                 for k, (x, y, side) in enumerate(points if i == 0 else ()):
@@ -57,7 +57,7 @@ def sweep_figure(sizes: Sequence[dict], title: str = "") -> Figure:
                     )  # fmt: skip
         axes[0].set_xticks(_apart([e["short_side"] for e in sizes]))
         axes[0].set_xlabel("short side of the test image (px)")
-        axes[0].set_ylabel("AP")
+        axes[0].set_ylabel("mIoU" if lines.keys() == {"sem_seg"} else "AP")
         if timed:
             axes[1].set_xlabel("ms an image (labels: short side)")
         for panel in axes:
@@ -67,6 +67,11 @@ def sweep_figure(sizes: Sequence[dict], title: str = "") -> Figure:
         if title:
             figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     return figure
+
+
+def _score(entry: dict, task: str) -> float | None:
+    values = entry["results"].get(task) or {}
+    return values.get("AP", values.get("mIoU"))
 
 
 def _apart(sides: Sequence[int]) -> list[int]:
