@@ -262,8 +262,9 @@ def test_no_percentages_of_what_has_not_converged(data):
     for run in far["runs"]:
         if run["variant"] == LONGER:
             run["results"][LONGER]["bbox"]["AP"] = 36.0  # 10.8 % above
-    assert "lifts baseline_L_shifted from 32.5 to 36.0 AP: training is far from converged, try 4000 iterations" in (
-        no_percentages(far)[0]
+    assert (
+        "lifts baseline_L_shifted from 32.5 to 36.0 AP: training is far from converged, try 4000 iterations"
+        in (no_percentages(far)[0])
     )
     weak = copy.deepcopy(data)
     for run in weak["runs"]:

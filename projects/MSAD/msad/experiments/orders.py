@@ -115,7 +115,7 @@ class OrderStudy:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def adaptation(self, seed: int, quality: dict[str, float]) -> dict:
-        """"costs" and "normalized_costs" between the networks of a seed, noted for tools/order_teachers.py."""
+        """The "costs" and "normalized_costs" between the networks of a seed, noted for tools/order_teachers.py."""
         folder, cfg = self.output / f"seed{seed}" / "adaptation", self.curriculum(seed)
         register_datasets(cfg)
         teachers = [dict(entry) for entry in cfg.DISTILL.TEACHERS]
