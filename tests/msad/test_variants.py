@@ -20,6 +20,7 @@ from msad.experiments.jobs import Run
 from msad.experiments.variants import QUICK, Variant, choose, equal_cost, standard_variants, sweep, unique_names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+ON_SCENES = ["DATASETS.TEST", ("scenes_val",)]  # which configs/quickstart leaves to the tool
 
 
 def test_names():
@@ -46,7 +47,7 @@ def test_a_folder_makes_the_standard_study(tmp_path):
 
 
 def test_a_study_has_its_controls(tmp_path):
-    comparison = Comparison(standard_variants(CONFIGS / "quickstart"), tmp_path)
+    comparison = Comparison(standard_variants(CONFIGS / "quickstart"), tmp_path, ON_SCENES)
     no_kd, student = (comparison.config(Run(name, 0)) for name in ("student_L_no_kd", "student_L"))
     assert no_kd.DISTILL.LOSSES == [] and no_kd.DISTILL.TEACHERS == student.DISTILL.TEACHERS != []
     longer = comparison.config(Run("baseline_L_shifted@equal_iterations", 0)).SOLVER.MAX_ITER
@@ -58,7 +59,7 @@ def test_a_study_has_its_controls(tmp_path):
 
 def test_input_scale_reaches_every_variant(tmp_path):
     variants = choose(standard_variants(CONFIGS / "quickstart"), ["baseline_H", "baseline_L"])
-    comparison = Comparison(variants, tmp_path, input_scale=3.0)
+    comparison = Comparison(variants, tmp_path, ON_SCENES, input_scale=3.0)
     high, low = (comparison.config(Run(name, 0)).INPUT for name in variants)
     assert high.MIN_SIZE_TEST == 384 and tuple(high.MIN_SIZE_TRAIN) == (384,)
     assert low.MIN_SIZE_TEST == 192 and low.MAX_SIZE_TEST == high.MAX_SIZE_TEST // 2
