@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from runs import assert_equal_weights, left_by_a_killed_run, train
@@ -146,3 +147,31 @@ def test_branches_of_a_teacher_are_evaluated_and_the_choice_is_kept(student_conf
 def test_nothing_is_evaluated_without_weights(student_config):
     with pytest.raises(ValueError, match=r"MODEL.WEIGHTS is empty"):
         load_model(student_config())
+
+
+# --- subclasses ---------------------------------------------------------------------------------------------------
+
+
+class OwnLoader(DistillTrainer):
+    """With the loader of detectron2's tutorial, which knows nothing of seeds, iterations and skipped images."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+
+
+def test_a_loader_of_ones_own_trains_and_is_resumed(student_config, caplog):
+    cfg = student_config(SOLVER__CHECKPOINT_PERIOD=1, SOLVER__MAX_ITER=2)
+    with caplog.at_level(logging.WARNING, "msad"):
+        first = OwnLoader(cfg)
+    assert caplog.text.count("OwnLoader.build_train_loader makes a ") == 1
+    assert "a resumed run sees other images than an uninterrupted one" in caplog.text
+    first.resume_or_load(False)
+    first.train()
+    assert not {"seed", "start_iter"} & vars(first._trainer.data_loader).keys(), "nothing is set that nobody reads"
+    cfg.SOLVER.MAX_ITER = 3
+    again = OwnLoader(cfg)
+    again.resume_or_load(True)
+    assert again.start_iter == 2
+    again.train()
+    assert again.iter == 3

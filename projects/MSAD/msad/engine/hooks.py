@@ -38,7 +38,7 @@ class ExactResume(HookBase):
     Args:
         seed: of the run; a resumed run takes the saved one.
         model: whose modules may have a ``loss_normalizer``.
-        loader: training loader with a ``seed`` attribute.
+        loader: training loader whose ``seed`` can be set; None: another one, which a resumed run begins anew.
         period: iterations from one checkpoint to the next.
     """
 
@@ -83,7 +83,9 @@ class ExactResume(HookBase):
         return {"seed": self.seed, "scalars": self._of_ranks or [self._scalars()]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.seed = self.loader.seed = state_dict["seed"]
+        self.seed = state_dict["seed"]
+        if self.loader is not None:
+            self.loader.seed = self.seed
         of_ranks = state_dict["scalars"]
         modules = dict(self.model.named_modules())
         # Resumed with more processes than before, the new ones start from the first one's.

@@ -9,7 +9,7 @@ import weakref
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -67,8 +67,8 @@ class DistillTrainer(DefaultTrainer):
 
     Without DISTILL.TEACHERS it trains any model of the config: a baseline or a teacher. With teachers, the model of
     the config is the student: it alone is evaluated and checkpointed, under the parameter names it has by itself, so
-    its checkpoints load into plain detectron2. Interrupted runs resume exactly. A trainer seeds the process with SEED:
-    initial weights do not depend on what ran before.
+    its checkpoints load into plain detectron2. Interrupted runs resume exactly, unless a subclass has a loader without
+    ``seed`` and ``start_iter``. A trainer seeds the process with SEED: initial weights do not depend on what ran before.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -174,10 +174,15 @@ class DistillTrainer(DefaultTrainer):
         hooks = super().build_hooks()
         guard_hooks(hooks, model)
         loader, period = self._trainer.data_loader, self.cfg.SOLVER.CHECKPOINT_PERIOD
-        ours = [
-            ExactResume(self.cfg.SEED, self.checkpointer.model, loader, period),
-            SkippedImages(loader, (20, period)),
-        ]
+        if not _begins_anywhere(loader):
+            logger.warning(
+                "%s.build_train_loader makes a %s, which has no seed and start_iter to set: a resumed run sees other "
+                "images than an uninterrupted one", type(self).__name__, type(loader).__name__,
+            )  # fmt: skip
+        exact = loader if _begins_anywhere(loader) else None
+        ours: list[HookBase] = [ExactResume(self.cfg.SEED, self.checkpointer.model, exact, period)]
+        if hasattr(loader, "skipped"):
+            ours.append(SkippedImages(loader, (20, period)))
         if self.cfg.TEST.PRECISE_BN.ENABLED:
             ours.append(NormsRunOnce(model))
         if distiller is not None and len(distiller.losses):
@@ -225,4 +230,10 @@ class DistillTrainer(DefaultTrainer):
         elif not resumed:
             preflight.report(preflight.preflight(self.cfg, student, self.distiller.teachers, loaded))
             init_student(student, self.distiller.teacher.model, self.cfg.DISTILL.INIT_STUDENT)
-        self._trainer.data_loader.start_iter = self.start_iter
+        if _begins_anywhere(self._trainer.data_loader):
+            self._trainer.data_loader.start_iter = self.start_iter
+
+
+def _begins_anywhere(loader) -> bool:
+    """Whether a loader can be set to yield what an uninterrupted run would, as :class:`msad.data.loader.TrainLoader`."""
+    return hasattr(loader, "seed") and hasattr(loader, "start_iter")
