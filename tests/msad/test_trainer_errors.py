@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
+from detectron2.evaluation import DatasetEvaluators
 from runs import assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
@@ -172,22 +173,29 @@ def test_empty_data_set_is_named(student_config, project, tmp_path, emptied):
         DistillTrainer(student_config("fcos", DATASETS__REGISTER=[entry], DATASETS__TRAIN=(name,)))
 
 
+class OwnEvaluator(DistillTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        return DatasetEvaluators([])
+
+
 @pytest.mark.parametrize(
-    ("kind", "more", "message"),
+    ("kind", "more", "message", "fix"),
     [
-        ("lvis", {}, "has evaluator_type 'lvis'; there are"),
-        ("visdrone", {"crop": (0, 0, 8, 8)}, "has patches of images .*; test on whole images"),
+        ("lvis", {}, "has evaluator_type 'lvis'; there are", "register one in .*EVALUATOR_REGISTRY, or override build_ev"),
+        ("visdrone", {"crop": (0, 0, 8, 8)}, "has patches of images .*; test on whole images", "correct DATASETS.TEST"),
     ],
 )
-def test_what_an_evaluator_refuses_is_said_before_training(student_config, kind, more, message):
+def test_what_an_evaluator_refuses_is_said_before_training(student_config, kind, more, message, fix):
     cfg = student_config("fcos", DATASETS__TEST=("judged",))
     records = [{**record, **more} for record in DatasetCatalog.get("tiny_val")]
     DatasetCatalog.register("judged", lambda: records)
     classes = MetadataCatalog.get("tiny_val").thing_classes
     MetadataCatalog.get("judged").set(evaluator_type=kind, thing_classes=classes)
     try:
-        with pytest.raises(ValueError, match=f"evaluation: data set 'judged' {message}.*Fix: correct DATASETS.TEST"):
+        with pytest.raises(ValueError, match=f"evaluation: data set 'judged' {message}.*Fix: {fix}"):
             DistillTrainer(cfg)
+        assert OwnEvaluator(cfg).iter == 0, "which judges every set by itself"
         assert [f.check for f in examine(cfg, images=0) if f.level == ERROR] == ["evaluation"]
     finally:
         DatasetCatalog.remove("judged")

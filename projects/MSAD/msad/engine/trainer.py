@@ -81,6 +81,8 @@ class DistillTrainer(DefaultTrainer):
             logger.info("SEED is not set; this run uses %d", cfg.SEED)
         seed_all_rng(cfg.SEED + comm.get_rank())
         super().__init__(scale_to_processes(scale_to_batch(apply_weighting(cfg)), comm.get_world_size()))
+        if getattr(self.build_evaluator, "__func__", None) is DistillTrainer.build_evaluator.__func__:
+            raise_errors(check_evaluators(cfg))
         self._recorder = LossRecorder(self._trainer.model)
 
     @property
@@ -119,10 +121,8 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """detectron2's of the checked data; ValueError also for what an evaluation would refuse after the training."""
-        loader = build_train_loader(cfg, seed=cfg.SEED)
-        raise_errors(check_evaluators(cfg))
-        return loader
+        """That of the checked data, see :mod:`msad.data.loader`."""
+        return build_train_loader(cfg, seed=cfg.SEED)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

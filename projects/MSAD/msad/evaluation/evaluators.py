@@ -23,6 +23,7 @@ from .visdrone import LIMITS
 from .visdrone_evaluator import VisDroneEvaluator, require_whole_images
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
+_OWN = "register one in msad.evaluation.evaluators.EVALUATOR_REGISTRY, or override build_evaluator of DistillTrainer"
 # By type: a function of a data set's name and dicts that raises ValueError for what the evaluator cannot judge.
 CHECKS: dict[str, Callable[[str, list[dict]], None]] = {"visdrone": require_whole_images}
 _COCO = {
@@ -61,11 +62,14 @@ def check_evaluators(cfg: CfgNode) -> list[Finding]:
     """An error for each of DATASETS.TEST that its evaluator would refuse; sets that cannot be loaded are left out."""
     found = []
     for name in cfg.DATASETS.TEST:
+        fix = _OWN
         try:
-            if check := CHECKS.get(_kind(name)):
+            check = CHECKS.get(_kind(name))
+            fix = "correct DATASETS.TEST"
+            if check:
                 check(name, loadable_records(name))
         except ValueError as error:
-            found.append(Finding(ERROR, "evaluation", str(error), "correct DATASETS.TEST"))
+            found.append(Finding(ERROR, "evaluation", str(error), fix))
     return found
 
 
