@@ -43,6 +43,7 @@ from msad.finding import ERROR
         ({"SOLVER__IMS_PER_BATCH": 0}, ValueError, "IMS_PER_BATCH is 0"),
         ({"SOLVER__CHECKPOINT_PERIOD": 0}, ValueError, "CHECKPOINT_PERIOD must be at least 1, not 0"),
         ({"TEST__PRECISE_BN__ENABLED": True}, ValueError, "PRECISE_BN cannot be used with DISTILL.TEACHERS"),
+        ({"DISTILL__STAGES": [{"TEACHERS": []}]}, ValueError, r"a trainer runs one stage, .* call msad\.engine\.setup\.tr"),
         ({"MODEL__FCOS__NUM_CLASSES": 5}, ValueError, r"MODEL.FCOS.NUM_CLASSES.*5.*"),
     ],
 )

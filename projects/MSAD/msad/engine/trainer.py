@@ -55,7 +55,12 @@ def apply_weighting(cfg: CfgNode) -> CfgNode:
 
 
 def check_training(cfg: CfgNode) -> None:
-    """Raise ValueError for values with which detectron2's hooks would fail in the middle of a training."""
+    """Raise ValueError for a curriculum, and for values with which detectron2's hooks would fail in mid-training."""
+    if cfg.DISTILL.STAGES:
+        raise ValueError(
+            "a trainer runs one stage, and DISTILL.STAGES has several: call msad.engine.setup.train(cfg), or "
+            "msad.engine.stages.train_stages with a function that trains by your own trainer"
+        )
     if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
         raise ValueError(f"SOLVER.CHECKPOINT_PERIOD must be at least 1, not {cfg.SOLVER.CHECKPOINT_PERIOD}")
     if cfg.TEST.PRECISE_BN.ENABLED and cfg.DISTILL.TEACHERS:

@@ -128,13 +128,16 @@ class _Findings(list[Finding]):
             return None
 
 
-def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Finding]:
-    """All checks of a config.
+def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "", coming: str = "") -> list[Finding]:
+    """All checks of the config of one run; of a curriculum see :func:`.stages.examine_stages`.
 
     Args:
         images: on which a student's teacher detects; 0: on none.
         no_kd_weights: checkpoint of the same student trained without distillation, to compare the teacher with.
+        coming: checkpoint that need not be there yet: an earlier run will write all tensors of the model into it.
     """
+    if cfg.DISTILL.STAGES:
+        raise ValueError("DISTILL.STAGES has several runs: call msad.engine.preflight.examine_stages")
     out = _Findings(check_device(cfg))
     if out[-1].level == ERROR:  # all else can be looked at on a CPU
         cfg = cfg.clone()
@@ -146,7 +149,7 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
     who = "student" if cfg.DISTILL.TEACHERS else "model"
     fix = "correct the student's config" if cfg.DISTILL.TEACHERS else "correct the config"
     model = out.attempt(who, fix, build_model, cfg)
-    loaded = _load(out, cfg, model) if model is not None else set()
+    loaded = _load(out, cfg, model, coming) if model is not None else set()
     if model is not None:
         out += out.attempt("test size", fix, check_test_size, cfg, model) or []
     if not cfg.DISTILL.TEACHERS:
@@ -163,8 +166,11 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "") -> list[Fi
     return out
 
 
-def _load(out: _Findings, cfg: CfgNode, model: nn.Module) -> set[str]:
-    """Names of the tensors that the weights from which the model begins have."""
+def _load(out: _Findings, cfg: CfgNode, model: nn.Module, coming: str) -> set[str]:
+    """Names of the tensors that the weights from which the model begins have, or will have."""
+    if coming == cfg.MODEL.WEIGHTS != "" and not os.path.isfile(coming):
+        out.append(Finding(OK, "student's weights", f"{coming} will be written by the stage before"))
+        return set(model.state_dict())
     if cfg.MODEL.WEIGHTS:
         found, loaded = check_checkpoint("student", model, cfg.MODEL.WEIGHTS)
         out += found
