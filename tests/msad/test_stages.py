@@ -19,7 +19,7 @@ from runs import CHILD, SAVED, TOOL, assert_equal_weights, config
 from msad import load_config
 from msad.distill.losses.fitnet import FitNet
 from msad.engine import DistillTrainer, stages
-from msad.engine.run_folder import check_folder, has_run
+from msad.engine.run_folder import changes, check_folder, has_run, last_checkpoint
 from msad.engine.setup import train
 from msad.engine.stage_summary import stage_table
 from msad.visualization.stages import Stage, stages_figure
@@ -346,6 +346,20 @@ def test_the_folder_of_a_curriculum_is_a_used_one(project, teacher_weights, tmp_
         check_folder(cfg, "", resume=False)
 
 
+def test_the_last_checkpoint_is_that_of_the_last_begun_stage(project, teacher_weights, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no last_checkpoint"):
+        last_checkpoint(tmp_path)
+    for number in (2, 9, 10, 11):
+        (tmp_path / f"stage{number}").mkdir()
+    for number in (2, 9, 10):
+        (tmp_path / f"stage{number}" / "last_checkpoint").write_text("model_0000003.pth")
+        torch.save({"iteration": 3}, tmp_path / f"stage{number}" / "model_0000003.pth")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "stage10" / "model_0000003.pth")
+    # The iterations of a stage are not compared with the length of the whole.
+    (tmp_path / "config.yaml").write_text(curriculum(project, teacher_weights, tmp_path).dump())
+    check_folder(curriculum(project, teacher_weights, tmp_path, **{"SOLVER.MAX_ITER": 2}), "", resume=True)
+
+
 def test_the_second_stage_starts_from_the_first(project, teacher_weights, tmp_path, monkeypatch):
     starts, original = [], DistillTrainer.train
 
@@ -359,3 +373,6 @@ def test_the_second_stage_starts_from_the_first(project, teacher_weights, tmp_pa
     cfg.DISTILL.STAGES = [{**stage, "SOLVER": {"MAX_ITER": 2}, "TEST": {"EVAL_PERIOD": 0}} for stage in STAGES]
     train(cfg)
     assert_equal_weights(starts[1], saved(tmp_path / "stage1")["model"])
+    for config in stages.stage_configs(cfg):
+        assert not [*changes(load_config(Path(config.OUTPUT_DIR) / "config.yaml"), config)]
+    assert last_checkpoint(tmp_path) == str(tmp_path / "stage2" / "model_final.pth")

@@ -43,13 +43,30 @@ LOOSE = {"DISTILL.TEACHERS": ("CONFIG", "WEIGHTS"), "DISTILL.LOSSES": ("WEIGHT",
 
 def has_run(folder: Path) -> bool:
     """Whether a run, or the stage of one, has left a checkpoint in ``folder``."""
-    stages = folder.glob("stage[0-9]*")
-    return (folder / "last_checkpoint").is_file() or any(folder.glob("model_*.pth")) or any(map(has_run, stages))
+    return (folder / "last_checkpoint").is_file() or any(folder.glob("model_*.pth")) or bool(_begun_stages(folder))
+
+
+def _begun_stages(folder: Path) -> list[Path]:
+    """Folders of the stages of a curriculum that have left a checkpoint, in their order."""
+    numbered = [stage for stage in folder.glob("stage[0-9]*") if stage.name.removeprefix("stage").isdecimal()]
+    return sorted(filter(has_run, numbered), key=lambda stage: int(stage.name.removeprefix("stage")))
+
+
+def write_config(cfg: CfgNode) -> None:
+    """Write OUTPUT_DIR/config.yaml."""
+    with atomic_write(Path(cfg.OUTPUT_DIR) / "config.yaml", "w") as file:
+        file.write(cfg.dump())
 
 
 def last_checkpoint(folder: Path) -> str:
-    """The checkpoint that a run in ``folder`` would go on with; FileNotFoundError if there is none."""
+    """The checkpoint that a run in ``folder`` would go on with, of a curriculum that of its last begun stage.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     named = folder / "last_checkpoint"
+    if not named.is_file() and (begun := _begun_stages(folder)):
+        return last_checkpoint(begun[-1])
     file = folder / named.read_text().strip() if named.is_file() else named
     if not file.is_file():
         raise FileNotFoundError(f"--resume: {folder} has no checkpoint to go on with: there is no {file.name}")
@@ -103,6 +120,8 @@ def check_folder(cfg: CfgNode, config_file: str, resume: bool) -> tuple[CfgNode,
 def _check_length(cfg: CfgNode, folder: Path) -> None:
     if cfg.SOLVER.REFERENCE_BATCH_SIZE or cfg.SOLVER.REFERENCE_WORLD_SIZE:
         return  # MAX_ITER is not yet that of the run; the trainer looks again
+    if not (folder / "last_checkpoint").is_file():
+        return  # as of a curriculum, whose stages have schedules of their own
     try:
         file = Path(last_checkpoint(folder))
     except FileNotFoundError:

@@ -18,10 +18,10 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..data.register import register_datasets
-from ..files import atomic_write
 from ..modeling.teacher import MultiScaleTeacher
 from .checkpoint import CheckedCheckpointer
 from .first_screen import TimeEstimate, first_screen, quiet_console
+from .run_folder import write_config
 from .stages import train_stages
 from .trainer import DistillTrainer
 
@@ -107,8 +107,7 @@ def start_process(cfg: CfgNode, command: str, *, training: bool) -> None:
         engine.info("%s, process %d of %d\nEnvironment:\n%s", command, rank, comm.get_world_size(), collect_env_info())
         engine.info("The full config:\n%s", cfg.dump())
     if comm.is_main_process():
-        with atomic_write(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
-            file.write(cfg.dump())
+        write_config(cfg)
     seed_all_rng(cfg.SEED + rank if cfg.SEED >= 0 else None)
     if cfg.get("FLOAT32_PRECISION"):
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)

@@ -18,6 +18,7 @@ from ..finding import error_text
 from ..resolution import get_resolution
 from .build import check_distillation, teacher_entries
 from .first_screen import quiet_console
+from .run_folder import write_config
 from .scaling import SCHEDULE, set_iterations
 from .stage_summary import read_stages, write_summary
 
@@ -134,8 +135,8 @@ def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], An
     One that was interrupted in its last evaluation is evaluated again. Before any trains, those after the first
     that is to be trained are built once, see :func:`check_stages`.
 
-    Only one stage's teachers are in memory at a time. After each stage, OUTPUT_DIR has a table and a curve over all
-    stages so far, see :mod:`msad.engine.stage_summary`.
+    Only one stage's teachers are in memory at a time. Each stage has its config.yaml in its folder. After each stage,
+    OUTPUT_DIR has a table and a curve over all stages so far, see :mod:`msad.engine.stage_summary`.
 
     Args:
         train: config, whether to resume -> the results of an ordinary run.
@@ -156,6 +157,7 @@ def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], An
         logger.info("Stage %d of %d: %d iterations, %s", number, len(configs), config.SOLVER.MAX_ITER, names)
         if comm.is_main_process():
             os.makedirs(config.OUTPUT_DIR, exist_ok=True)
+            write_config(config)
         comm.synchronize()
         results = train(config, resume)
         if comm.is_main_process():
