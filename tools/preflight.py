@@ -7,8 +7,9 @@
     tools/preflight.py STUDENT.yaml --no-kd-weights FILE                      is the teacher better than that?
     tools/preflight.py STUDENT.yaml DATASETS.CHECK_IMAGES 0                    look into every image file
 
-A curriculum is looked at stage by stage. Every finding that is not ok has a fix. Exit status: 0, or 1 if there is an error (with --strict: or a warning), or 2 if
-there is no such file. Training makes the quick ones of these checks by itself and stops at errors.
+A curriculum is looked at stage by stage. Every finding that is not ok has a fix. Exit status: 0, or 1 if there is an
+error (with --strict: or a warning), or 2 if there is no such file. Training makes the quick ones of these checks by
+itself and stops at errors.
 """
 
 import argparse
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         "--no-kd-weights", default="", metavar="FILE",
         help="checkpoint of the student trained without distillation: warn if the teacher is no better on its images",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print a list of {level, check, text, fix}, of a curriculum with {stage}")
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of {level, check, text, fix}, of a curriculum with {stage}"
+    )
     parser.add_argument("--strict", action="store_true", help="warnings count as errors for the exit status")
     args = cli.parse(parser, argv)
     logging.getLogger().addHandler(logging.NullHandler())  # what the engine says while loading is not a finding
@@ -59,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             print(json.dumps([{**f._asdict(), **({"stage": stage} if stage else {})} for stage, f in found], indent=1))
         else:
-            texts = [f"{stage}:\n{show(findings)}" if stage else show(findings) for stage, findings in of_stages.items()]
-            print("\n\n".join(texts))
+            parts = of_stages.items()
+            print("\n\n".join(f"{stage}:\n{show(findings)}" if stage else show(findings) for stage, findings in parts))
         bad = {ERROR, WARNING} if args.strict else {ERROR}
         return int(any(finding.level in bad for _, finding in found))
 

@@ -122,14 +122,62 @@ def test_what_a_kind_needs_is_named():
         adapt(detector)
 
 
-def test_a_teacher_leaves_no_head_out(tiny_model, make_batch):
-    """A semantic head beside the others, as PanopticFPN has it, would never be trained; a student keeps its own."""
-    detector = tiny_model("FasterRCNN")
-    detector.sem_seg_head = nn.Conv2d(4, 2, 1)
-    fusion, branches = CrossFeatureLevelFusion(4, 2), [RESOLUTIONS["H"], RESOLUTIONS["L"]]
-    with pytest.raises(TypeError, match=r"GeneralizedRCNN cannot be run .* its sem_seg_head would be left out"):
-        MultiScaleTeacher(detector=detector, resolutions=branches, fusion=fusion)
-    assert adapt(detector).levels
+class CountingRCNN(GeneralizedRCNN):
+    """With a loss more, beside those of the heads."""
+
+    def count_loss(self, features, targets):
+        found = torch.stack([features["p6"].mean() for _ in targets])
+        return {"loss_count": (found - torch.tensor([float(len(t)) for t in targets])).abs().mean()}
+
+    def forward(self, batched_inputs):
+        losses = super().forward(batched_inputs)
+        if not self.training:
+            return losses
+        features = self.backbone(self.preprocess_image(batched_inputs).tensor)
+        return {**losses, **self.count_loss(features, [x["instances"] for x in batched_inputs])}
+
+
+class CountingAdapter(RCNNAdapter):
+    """As docs/USING.md has it."""
+
+    def losses(self, images, features, targets):
+        return {**super().losses(images, features, targets), **self.detector.count_loss(features, targets)}
+
+
+class CarefulRCNN(GeneralizedRCNN):
+    def inference(self, batched_inputs, detected_instances=None, do_postprocess=True):
+        return super().inference(batched_inputs, detected_instances, do_postprocess)[:10]
+
+
+def two_branches(detector):
+    channels = detector.backbone.output_shape()["p3"].channels
+    fusion, branches = CrossFeatureLevelFusion(channels, 2), [RESOLUTIONS["H"], RESOLUTIONS["L"]]
+    return MultiScaleTeacher(detector=detector, resolutions=branches, fusion=fusion)
+
+
+@pytest.fixture
+def rcnn(tiny_cfg):
+    """An R-CNN that makes the levels that a teacher at H and L needs."""
+    return build_model(tiny_cfg("FasterRCNN", resolutions=["H", "L"])).detector
+
+
+@pytest.mark.parametrize(("kind", "method"), [(CountingRCNN, "forward"), (CarefulRCNN, "inference")])
+def test_a_teacher_leaves_nothing_out_that_a_subclass_does(rcnn, kind, method):
+    rcnn.__class__ = kind
+    with pytest.raises(TypeError, match=rf"{kind.__name__} cannot .* own {method} .* adapt\.register\({kind.__name__}"):
+        two_branches(rcnn)
+    assert adapt(rcnn).levels, "a student and a plain teacher keep their own"
+
+
+def test_an_own_adapter_answers_for_what_a_subclass_does(rcnn, make_batch):
+    rcnn.__class__ = CountingRCNN
+    adapt.register(CountingRCNN, CountingAdapter)
+    with EventStorage(0):
+        found = two_branches(rcnn)(make_batch([(64, 96)] * 2))
+    assert {name for name in found if "count" in name} == {"H/loss_count", "L/loss_count", "fused/loss_count"}
+    rcnn.__class__ = type("Heir", (CountingRCNN,), {"forward": GeneralizedRCNN.forward})
+    with pytest.raises(TypeError, match=r"Heir cannot .* own forward"):
+        two_branches(rcnn)
 
 
 def test_htc_teaches_at_several_resolutions_without_its_semantic_branch(tiny_cfg):

@@ -373,6 +373,6 @@ def test_the_second_stage_starts_from_the_first(project, teacher_weights, tmp_pa
     cfg.DISTILL.STAGES = [{**stage, "SOLVER": {"MAX_ITER": 2}, "TEST": {"EVAL_PERIOD": 0}} for stage in STAGES]
     train(cfg)
     assert_equal_weights(starts[1], saved(tmp_path / "stage1")["model"])
-    for config in stages.stage_configs(cfg):
-        assert not [*changes(load_config(Path(config.OUTPUT_DIR) / "config.yaml"), config)]
+    for stage in stages.stage_configs(cfg):
+        assert not [*changes(load_config(Path(stage.OUTPUT_DIR) / "config.yaml"), stage)]
     assert last_checkpoint(tmp_path) == str(tmp_path / "stage2" / "model_final.pth")

@@ -9,6 +9,7 @@ from .distill import losses as _losses  # noqa: F401  (fills DISTILL_LOSS_REGIST
 from .modeling import backbones as _backbones  # noqa: F401  (fills BACKBONE_REGISTRY)
 from .modeling import detectors as _detectors  # noqa: F401  (fills META_ARCH_REGISTRY)
 from .modeling import fusion_student as _fusion_student  # noqa: F401
+from .modeling import own_adapters as _own_adapters  # noqa: F401
 from .modeling import segmentation as _segmentation  # noqa: F401  (fills SEM_SEG_HEADS_REGISTRY)
 from .modeling import teacher as _teacher  # noqa: F401
 

@@ -73,7 +73,8 @@ class DistillTrainer(DefaultTrainer):
     Without DISTILL.TEACHERS it trains any model of the config: a baseline or a teacher. With teachers, the model of
     the config is the student: it alone is evaluated and checkpointed, under the parameter names it has by itself, so
     its checkpoints load into plain detectron2. Interrupted runs resume exactly, unless a subclass has a loader without
-    ``seed`` and ``start_iter``. A trainer seeds the process with SEED: initial weights do not depend on what ran before.
+    ``seed`` and ``start_iter``. A trainer seeds the process with SEED: initial weights do not depend on what ran
+    before.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -240,5 +241,5 @@ class DistillTrainer(DefaultTrainer):
 
 
 def _begins_anywhere(loader) -> bool:
-    """Whether a loader can be set to yield what an uninterrupted run would, as :class:`msad.data.loader.TrainLoader`."""
+    """Whether a loader can be set to yield what an uninterrupted run would see, as ours can."""
     return hasattr(loader, "seed") and hasattr(loader, "start_iter")

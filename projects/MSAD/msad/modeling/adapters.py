@@ -1,4 +1,4 @@
-"""The one place that knows which kinds of detectors there are, and how each is run from given features.
+"""The one place that knows how each kind of detector is run from given features.
 
 detectron2's detectors go from image to output in one ``forward``. A teacher needs the half after the neck (for several
 sets of features); distillation needs levels, heads and targets. :func:`adapt` gives any supported detector one
@@ -7,12 +7,13 @@ interface for all of that, without editing it:
 >>> adapt(detector).losses(images, features, targets)
 
 Another kind of detector is one subclass of :class:`DetectorAdapter` and one ``adapt.register(ItsClass, ItsAdapter)``.
+So is a subclass of a known kind whose ``forward`` or ``inference`` do more; docs/USING.md has a recipe.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import singledispatch
 from typing import Any
@@ -27,8 +28,7 @@ from torch import nn
 
 from ..config import detector_architecture
 from ..resolution import level_of
-from .detectors.reppoints import RepPoints
-from .head_outputs import DENSE, ROI, RPN, Head, covered
+from .head_outputs import DENSE, ROI, RPN, Head, first_result
 
 Features = dict[str, torch.Tensor]
 
@@ -72,8 +72,18 @@ class DetectorAdapter(ABC):
         """What :meth:`losses` needs of detectron2's input dicts, on the detector's device."""
         return [item["instances"].to(self.detector.pixel_mean.device) for item in inputs]
 
-    def check_whole(self) -> None:  # noqa: B027 (most kinds have no such part)
-        """UnfitDetector if :meth:`losses` and :meth:`predict` would leave out a part of the detector; names it."""
+    def check_whole(self) -> None:
+        """UnfitDetector if :meth:`losses` and :meth:`predict` would leave out a part of the detector; names it.
+
+        What a subclass of that which the adapter is registered for does in ``forward`` and ``inference`` is not known.
+        """
+        own, (kind, *_) = type(self.detector), _kinds(self.detector)
+        for method in ("forward", "inference"):
+            if getattr(own, method, None) is not getattr(kind, method, None):
+                raise UnfitDetector(
+                    f"a {own.__name__} cannot be run from features: what its own {method} does would be left out; do "
+                    f"it in an adapter, adapt.register({own.__name__}, MyAdapter), see msad.modeling.adapters"
+                )
 
     @abstractmethod
     def losses(self, images: ImageList, features: Features, targets: list[Any]) -> dict[str, torch.Tensor]:
@@ -124,24 +134,6 @@ class DetectorAdapter(ABC):
         raise KeyError(f"the config has no number of classes for a {known.__name__}")
 
 
-@contextmanager
-def _first_result(owner: Any, method: str, key: Callable[..., Any] = lambda *args: None) -> Iterator[None]:
-    """Inside, ``owner.method`` runs once for each ``key`` of its arguments, and repeats the result."""
-    if not hasattr(owner, method):
-        yield
-        return
-    call, memo = getattr(owner, method), {}
-
-    def first(*args):
-        name = key(*args)
-        if name not in memo:
-            memo[name] = call(*args)
-        return memo[name]
-
-    with covered(owner, method, first):
-        yield
-
-
 class DenseAdapter(DetectorAdapter):
     """Subclasses of detectron2's DenseDetector: RetinaNet, FCOS, GFL, ..."""
 
@@ -178,19 +170,10 @@ class DenseAdapter(DetectorAdapter):
     def assign_once(self) -> Iterator[None]:
         # detectron2 divides losses by a running mean of the number of positives, by name of the mean.
         with (
-            _first_result(self.detector, "label_anchors"),
-            _first_result(self.detector, "_ema_update", lambda name, *args: name),
+            first_result(self.detector, "label_anchors"),
+            first_result(self.detector, "_ema_update", lambda name, *args: name),
         ):
             yield
-
-
-class RepPointsAdapter(DenseAdapter):
-    """RepPoints: classes are assigned with the second stage, and the last output are its points."""
-
-    def heads(self) -> dict[str, Head]:
-        detector = self.detector
-        assigned = (detector, detector, "label_refined", self.levels, detector.num_classes)
-        return {DENSE: Head(detector.head, *assigned, boxes=2)}
 
 
 class RCNNAdapter(DetectorAdapter):
@@ -208,13 +191,6 @@ class RCNNAdapter(DetectorAdapter):
     @property
     def two_stage(self) -> bool:
         return True
-
-    def check_whole(self) -> None:
-        kind = f"a {type(self.detector).__name__} cannot be run from features"
-        if getattr(self.detector, "sem_seg_head", None) is not None:  # as detectron2's PanopticFPN
-            raise UnfitDetector(f"{kind}: its sem_seg_head would be left out")
-        if getattr(self.detector.roi_heads, "semantic_head", None) is not None:  # its maps come with the inputs
-            raise UnfitDetector(f"{kind} with its semantic branch: set MODEL.HTC.SEMANTIC_ON False")
 
     def losses(self, images: ImageList, features: Features, targets: list[Instances]) -> dict[str, torch.Tensor]:
         proposals, rpn_losses = self.detector.proposal_generator(images, features, targets)
@@ -260,7 +236,7 @@ class RCNNAdapter(DetectorAdapter):
     @contextmanager
     def assign_once(self) -> Iterator[None]:
         # The targets of the second stage depend on each branch's own proposals and are not shared.
-        with _first_result(self.detector.proposal_generator, "label_and_sample_anchors"):
+        with first_result(self.detector.proposal_generator, "label_and_sample_anchors"):
             yield
 
     @classmethod
@@ -282,8 +258,12 @@ def adapt(detector: nn.Module) -> DetectorAdapter:
 
 
 adapt.register(DenseDetector, DenseAdapter)
-adapt.register(RepPoints, RepPointsAdapter)
 adapt.register(GeneralizedRCNN, RCNNAdapter)
+
+
+def _kinds(detector: nn.Module) -> list[type]:
+    """The classes of a detector that have an adapter, its own kind first and detectron2's last."""
+    return [kind for kind in type(detector).__mro__ if kind in adapt.registry and kind is not object]
 
 
 def num_classes_key(cfg: CfgNode) -> str:
