@@ -8,12 +8,14 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from msad import cli
-from msad.modeling.adapters import DenseAdapter, RCNNAdapter, adapt, num_classes_key
+from msad.distill.teachers import FrozenTeacher
+from msad.export.graph import detection_graph
+from msad.modeling.adapters import DenseAdapter, RCNNAdapter, UnfitDetector, adapt, num_classes_key
 from msad.modeling.fusion import CrossFeatureLevelFusion
 from msad.modeling.teacher import MultiScaleTeacher
 from msad.resolution import RESOLUTIONS
@@ -191,3 +193,38 @@ def test_htc_teaches_at_several_resolutions_without_its_semantic_branch(tiny_cfg
 def test_a_detector_that_does_not_fit_is_bad_input(capsys):
     assert cli.run("tool", lambda: adapt(torch.nn.Linear(1, 1))) == 2
     assert "tool: error: Linear cannot be run from features" in capsys.readouterr().err
+
+
+class LogRCNN(GeneralizedRCNN):
+    """With intensities of its own."""
+
+    def preprocess_image(self, batched_inputs):
+        images = super().preprocess_image(batched_inputs)
+        return ImageList(images.tensor.abs().log1p(), images.image_sizes)
+
+
+def squared(detector):
+    """``detector`` with a backbone that pads to a square, as ViTDet's."""
+    kind = type(detector.backbone)
+    constraints = property(lambda self: {"square_size": 128})
+    detector.backbone.__class__ = type("Squared", (kind,), {"padding_constraints": constraints})
+    return detector
+
+
+def logarithmic(detector):
+    detector.__class__ = LogRCNN
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(logarithmic, "a LogRCNN has its own preprocess_image"), (squared, "Squared of a GeneralizedRCNN pads .* square")],
+)
+def test_images_that_only_the_detector_makes_are_refused(rcnn, tiny_model, make_distiller, spoil, message):
+    """A student runs as a whole; teachers at one and at several resolutions and exported graphs would pass them over."""
+    make_distiller(student=spoil(tiny_model("FasterRCNN")), teacher=tiny_model("FasterRCNN"))
+    for make in (two_branches, detection_graph):
+        with pytest.raises(UnfitDetector, match=f"^(a|the) .*{message[2:]}"):
+            make(spoil(rcnn))
+    with pytest.raises(UnfitDetector, match=f"DISTILL.TEACHERS: far: .*{message}"):
+        FrozenTeacher(rcnn, name="far")

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..modeling.adapters import DetectorAdapter, Features, adapt
+from ..modeling.adapters import DetectorAdapter, Features, UnfitDetector, adapt
 from ..modeling.features import batch_norms, keep_statistics, run_neck
 from ..modeling.fusion_student import told_sizes
 from ..modeling.taps import NECK, tap_shapes
@@ -32,6 +32,10 @@ class FrozenTeacher:
         scale: size of the model's input relative to H, the loader's image: any positive number.
         downsample_mode: how an input at a halving of H is made, see :func:`msad.resolution.downsample`.
 
+    Raises:
+        UnfitDetector: a detector of no known kind, or one that makes its images otherwise than by ``pixel_mean``,
+            ``pixel_std`` and padding.
+
     Attributes:
         shift: m where ``scale`` is ``2**-m``, so that levels can be aligned; None for other scales.
     """
@@ -50,6 +54,11 @@ class FrozenTeacher:
             raise ValueError(f"DISTILL.TEACHER_BN must be 'eval' or 'batch', not {batch_norm!r}")
         if not 0 < scale < math.inf:
             raise ValueError(f"DISTILL.TEACHERS: {name}: SCALE must be above 0, not {scale}")
+        if not hasattr(model, "neck_features"):
+            try:
+                adapt(model).check_preprocessing()
+            except UnfitDetector as error:
+                raise UnfitDetector(f"DISTILL.TEACHERS: {name}: {error}") from None
         self.model = model.eval().requires_grad_(False)
         self.reverse_channels = reverse_channels
         self.name, self.scale, self.downsample_mode = name, scale, downsample_mode

@@ -119,5 +119,3 @@ def prepare(cfg: CfgNode) -> None:
     """Register the yaml's data sets and say which engine runs."""
     register_datasets(cfg)
     logger.info("Engine: %s, torch %s", engine_name(), torch.__version__)
-
-

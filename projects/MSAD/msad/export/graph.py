@@ -13,6 +13,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from torch import Tensor, nn
 
+from ..modeling.adapters import adapt
 from ..modeling.detectors.gfl import GFL
 from ..modeling.detectors.meinst import MEInst
 from ..modeling.fusion_student import FusionBackbone
@@ -42,8 +43,7 @@ class DetectionGraph(nn.Module):
         super().__init__()
         if isinstance(detector.backbone, FusionBackbone):
             raise TypeError("a fusion student cannot be exported to ONNX: it makes smaller views image by image")
-        if (getattr(detector.backbone, "padding_constraints", None) or {}).get("square_size", 0) > 0:
-            raise TypeError(f"{type(detector.backbone).__name__} pads its input to a square: not supported in ONNX")
+        adapt(detector).check_preprocessing()
         self.detector = detector
         self.outputs = ["boxes", "scores", "classes", "image", *extras]
         self.eval()

@@ -85,6 +85,23 @@ class DetectorAdapter(ABC):
                     f"it in an adapter, adapt.register({own.__name__}, MyAdapter), see msad.modeling.adapters"
                 )
 
+    def check_preprocessing(self) -> None:
+        """UnfitDetector if its images are not normalised by ``pixel_mean`` and ``pixel_std`` and padded as usual.
+
+        Where a detector is not run as a whole, as that of a teacher or in an exported graph, its batch is made there.
+        """
+        own, backbone = type(self.detector), self.detector.backbone
+        if getattr(own, "preprocess_image", None) is not getattr(_kinds(self.detector)[-1], "preprocess_image", None):
+            raise UnfitDetector(
+                f"a {own.__name__} has its own preprocess_image, which would be passed over: images of teachers and of "
+                "exported models are normalised by MODEL.PIXEL_MEAN and PIXEL_STD alone"
+            )
+        if (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0) > 0:
+            raise UnfitDetector(
+                f"the {type(backbone).__name__} of a {own.__name__} pads images to a square (square_size), which those of "
+                "teachers and of exported models are not: set its size to 0"
+            )
+
     @abstractmethod
     def losses(self, images: ImageList, features: Features, targets: list[Any]) -> dict[str, torch.Tensor]:
         """Detection losses of the detector (in training mode)."""

@@ -75,6 +75,7 @@ class MultiScaleTeacher(nn.Module):
         self.w_fuse = w_fuse
         self.downsample_mode = downsample_mode
         self.adapter = adapt(detector)
+        self.adapter.check_preprocessing()
         self.adapter.check_whole()
         self.levels = self.adapter.levels
         made = detector.backbone.output_shape()

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -99,9 +100,7 @@ def preflight_checks(
     }
 
 
-def preflight(
-    cfg: CfgNode, student: nn.Module, teachers: Sequence[FrozenTeacher], loaded: set[str]
-) -> list[Finding]:
+def preflight(cfg: CfgNode, student: nn.Module, teachers: Sequence[FrozenTeacher], loaded: set[str]) -> list[Finding]:
     """All findings of :func:`preflight_checks`, each once.
 
     Class names of a teacher's data set are read if its yaml lists them or the annotation file is here and small.
@@ -196,7 +195,10 @@ def _examine_teacher(
     found, trained = check_checkpoint("teacher", model, entry["WEIGHTS"])
     out += found
     scale = float(entry.get("SCALE", 1.0))
-    teacher = FrozenTeacher(model, cfg.DISTILL.TEACHER_BN, name=entry["NAME"], scale=scale)
+    make = partial(FrozenTeacher, model, cfg.DISTILL.TEACHER_BN, name=entry["NAME"], scale=scale)
+    teacher = out.attempt("teacher", "take another teacher, or another value of DISTILL", make)
+    if teacher is None:
+        return None
     fix = "correct the student's config, or DISTILL.STUDENT_RESOLUTION"
     checks = out.attempt("student", fix, preflight_checks, cfg, student, teacher, loaded, classes)
     for name, check in (checks or {}).items():
