@@ -12,6 +12,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import DatasetEvaluators
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from runs import assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
@@ -86,6 +87,37 @@ def test_levels_that_do_not_meet_are_reported(student_config, caplog):
         DistillTrainer(student_config(DISTILL__STUDENT_RESOLUTION="H"))
     assert "Student (p2, p3, p4, p5, p6) and teacher (p3, p4, p5, p6, p7) differ in their levels" in caplog.text
     assert "is DISTILL.STUDENT_RESOLUTION H right?" in caplog.text
+
+
+class Renamed(Backbone):
+    """A network with a neck that does not say which part is the network."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__()
+        self.body = BACKBONE_REGISTRY.get("build_level_fpn_backbone")(cfg, input_shape)
+
+    @property
+    def size_divisibility(self):
+        return self.body.size_divisibility
+
+    def output_shape(self):
+        return self.body.output_shape()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("wanted", ["freeze", "tap"])
+def test_a_neck_that_does_not_name_its_network(student_config, monkeypatch, wanted):
+    """Its pyramid is not taken for the network in front of it."""
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "Renamed", Renamed)
+    loss = {"NAME": "FitNet", "TAP": "bottom_up", "MATCH": "by_index"}
+    options = {"freeze": {"DISTILL__FREEZE_BACKBONE_ITERS": 2}, "tap": {"DISTILL__LOSSES": [loss]}}[wanted]
+    cfg = student_config(MODEL__BACKBONE__NAME="Renamed", DISTILL__INIT_STUDENT="none")
+    assert DistillTrainer(cfg).distiller is not None
+    cfg = student_config(MODEL__BACKBONE__NAME="Renamed", DISTILL__INIT_STUDENT="none", **options)
+    with pytest.raises(ValueError, match=r"Renamed has no attribute bottom_up: TAP bottom_up and .*FREEZE_BACKBONE"):
+        DistillTrainer(cfg)
 
 
 def test_wrong_init_mode(student_config):

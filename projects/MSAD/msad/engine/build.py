@@ -23,7 +23,7 @@ from ..distill.schedules import distillation_factor
 from ..distill.teachers import Ensemble, FrozenTeacher
 from ..files import require_checkpoint
 from ..modeling.adapters import adapt
-from ..modeling.taps import NECK
+from ..modeling.taps import NECK, before_neck
 from ..resolution import get_resolution
 from .assistants import AssistantStep
 from .checkpoint import CheckedCheckpointer
@@ -217,6 +217,8 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teachers: list[FrozenTeach
             )  # fmt: skip
     sources: dict[str, ShapesAt] = {teacher.name: teacher.shapes for teacher in teachers}
     sources |= {ensemble.name: _at_neck(ensemble.name, ensemble.shapes(shapes)) for ensemble in ensembles}
+    if cfg.DISTILL.FREEZE_BACKBONE_ITERS > 0:
+        before_neck(student)  # which is an error here and not in the trainer's hook
     if cfg.DISTILL.ASSISTANTS:
         adapt(student).check_whole()
     assistants = build_assistants(cfg.DISTILL.ASSISTANTS, ours, shapes, seed=cfg.SEED)

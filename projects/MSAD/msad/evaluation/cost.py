@@ -50,9 +50,10 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
     head = adapt(detector).head_modules()
     backbone = detector.backbone
     backbones = list(backbone.branches.values()) if isinstance(backbone, FusionBackbone) else [backbone]
-    modules = {"bottom_up": before_neck(detector)}
     if all(hasattr(network, "bottom_up") for network in backbones):
-        modules["neck"] = backbones
+        modules = {"bottom_up": before_neck(detector), "neck": backbones}
+    else:
+        modules = {"bottom_up": backbones}
     if isinstance(backbone, FusionBackbone):
         modules["fusion"] = [backbone.fusion]
     elif detector is not model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from .adapters import Features
+from .adapters import Features, UnfitDetector
 from .fusion_student import FusionBackbone
 
 NECK = "neck"
@@ -30,10 +31,27 @@ class Tap(NamedTuple):
 
 
 def bottom_ups(detector: nn.Module) -> list[nn.Module]:
-    """What a detector has in front of its neck: a network, or one for each branch of a fusion student."""
+    """What a detector has in front of its neck: a network, or one for each branch of a fusion student.
+
+    A backbone without a neck is one as a whole.
+
+    Raises:
+        UnfitDetector: a backbone makes a pyramid and has no ``bottom_up``.
+    """
     backbone = detector.backbone
     networks = backbone.branches.values() if isinstance(backbone, FusionBackbone) else [backbone]
+    for network in networks:
+        if not hasattr(network, "bottom_up") and _makes_pyramid(network):
+            raise UnfitDetector(
+                f"{type(network).__name__} has no attribute bottom_up: TAP bottom_up and DISTILL.FREEZE_BACKBONE_ITERS "
+                "look there for the network in front of its neck"
+            )
     return [getattr(network, "bottom_up", network) for network in networks]
+
+
+def _makes_pyramid(backbone: nn.Module) -> bool:
+    """Whether a map is named as a level of a pyramid, P_l of stride 2^l; a bare Swin has p0 of stride 4."""
+    return any(name == f"p{math.log2(shape.stride):g}" for name, shape in backbone.output_shape().items())
 
 
 def before_neck(detector: nn.Module) -> list[nn.Module]:
