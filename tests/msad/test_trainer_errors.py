@@ -81,12 +81,21 @@ def test_nothing_is_evaluated_after_an_error_in_the_last_iteration(project, teac
 
 
 def test_levels_that_do_not_meet_are_reported(student_config, caplog):
-    with caplog.at_level(logging.WARNING, "msad"):
-        DistillTrainer(student_config())
-        assert "differ in their levels" not in caplog.text
-        DistillTrainer(student_config(DISTILL__STUDENT_RESOLUTION="H"))
-    assert "Student (p2, p3, p4, p5, p6) and teacher (p3, p4, p5, p6, p7) differ in their levels" in caplog.text
-    assert "is DISTILL.STUDENT_RESOLUTION H right?" in caplog.text
+    def warned(**options) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "msad"):
+            DistillTrainer(student_config(DISTILL__INIT_STUDENT="none", **options)).resume_or_load(False)
+        return [record.getMessage() for record in caplog.records if "levels" in record.getMessage()]
+
+    assert not warned()
+    (said,) = warned(DISTILL__STUDENT_RESOLUTION="H")
+    sides = "student p2, p3, p4, p5, p6; teacher p3, p4, p5, p6, p7 (names of the H frame)"
+    assert f"only p3, p4, p5, p6 are in both: {sides}. Fix: check DISTILL.STUDENT_RESOLUTION" in said
+    far = student_config().DISTILL.TEACHERS[0] | {"SCALE": 2.0}  # whose p3 has stride 4 in pixels of H
+    for losses in ([{"NAME": "FitNet", "MATCH": "by_index"}], []):
+        assert not warned(DISTILL__TEACHERS=[far], DISTILL__LOSSES=losses)
+    (said,) = warned(DISTILL__TEACHERS=[far], DISTILL__LOSSES=[{"NAME": "AlignedL1"}])
+    assert "only p3, p4, p5, p6 are in both" in said
 
 
 class Renamed(Backbone):

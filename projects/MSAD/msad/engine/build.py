@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import torch
@@ -28,7 +27,6 @@ from ..resolution import get_resolution
 from .assistants import AssistantStep
 from .checkpoint import CheckedCheckpointer
 
-logger = logging.getLogger(__name__)
 # With values of the kind that is asked for.
 TEACHER_KEYS = {"NAME": "", "CONFIG": "", "WEIGHTS": "", "SCALE": 1.0}
 ENSEMBLE_KEYS = {"NAME": "", "MEAN_OF": ("",), "WEIGHTS_OF": (1.0,)}
@@ -209,12 +207,6 @@ def build_distiller(cfg: CfgNode, student: nn.Module, teachers: list[FrozenTeach
         if "MEAN_OF" in entry
     ]
     ours, shapes = student_shapes(student, resolution), {teacher.name: teacher.shapes() for teacher in teachers}
-    for name, theirs in shapes.items():
-        if ours.keys() != theirs.keys():
-            logger.warning(
-                "Student (%s) and %s (%s) differ in their levels (H frame): is DISTILL.STUDENT_RESOLUTION %s right?",
-                ", ".join(ours), name, ", ".join(theirs), resolution.name,
-            )  # fmt: skip
     sources: dict[str, ShapesAt] = {teacher.name: teacher.shapes for teacher in teachers}
     sources |= {ensemble.name: _at_neck(ensemble.name, ensemble.shapes(shapes)) for ensemble in ensembles}
     if cfg.DISTILL.FREEZE_BACKBONE_ITERS > 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -48,7 +47,6 @@ from .model_checks import (
     check_test_size,
 )
 
-logger = logging.getLogger(__name__)
 # Bytes of an annotation file that is read for its class names when training starts: about a second.
 _SMALL_FILE = 32 * 2**20
 
@@ -89,7 +87,7 @@ def preflight_checks(
         "sizes": lambda: check_sizes(cfg, config, resolution) if whole else [],
         "levels": lambda: (
             check_levels(student_shapes(student, resolution), teacher.shapes(), matches)
-            if at_neck or adapt(student).levels  # segmentors have none
+            if matches or (whole and adapt(student).levels)  # segmentors have none
             else []
         ),
         "anchors": lambda: check_anchors(cfg, config, resolution.shift) if whole else [],
