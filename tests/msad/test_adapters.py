@@ -221,7 +221,7 @@ def logarithmic(detector):
     [(logarithmic, "a LogRCNN has its own preprocess_image"), (squared, "Squared of a GeneralizedRCNN pads .* square")],
 )
 def test_images_that_only_the_detector_makes_are_refused(rcnn, tiny_model, make_distiller, spoil, message):
-    """A student runs as a whole; teachers at one and at several resolutions and exported graphs would pass them over."""
+    """A student runs as a whole; teachers at one and at several resolutions and exported graphs do not."""
     make_distiller(student=spoil(tiny_model("FasterRCNN")), teacher=tiny_model("FasterRCNN"))
     for make in (two_branches, detection_graph):
         with pytest.raises(UnfitDetector, match=f"^(a|the) .*{message[2:]}"):

@@ -59,8 +59,11 @@ def test_configs_of_stages(project, teacher_weights, tmp_path):
         ({"TEACHERS": ["smal"]}, ValueError, r"STAGES\[0\]: no teacher is named 'smal'; did you mean small"),
         ({"SOLVER": {"MAX_ITERS": 3}}, KeyError, r"STAGES\[0\]: unknown config key SOLVER.MAX_ITERS"),
         ("small", ValueError, r"STAGES\[0\] is no mapping"),
-        ({"TEACHERS": [], "DISTILL": {"LOSSES": [], "STUDENT_RESOLUTION": "L"}}, ValueError,
-         r"STAGES\[0\]: without a teacher nothing makes images smaller, .*STUDENT_RESOLUTION L would"),
+        (
+            {"TEACHERS": [], "DISTILL": {"LOSSES": [], "STUDENT_RESOLUTION": "L"}},
+            ValueError,
+            r"STAGES\[0\]: without a teacher nothing makes images smaller, .*STUDENT_RESOLUTION L would",
+        ),
     ],
 )
 def test_wrong_stages_are_named(project, teacher_weights, tmp_path, stage, error, message):

@@ -64,7 +64,7 @@ class DetectionGraph(nn.Module):
         raise NotImplementedError
 
     def limits(self) -> dict[str, float]:
-        """"score_threshold", "nms_threshold" and "max_detections" of an image."""
+        """ "score_threshold", "nms_threshold" and "max_detections" of an image."""
         raise NotImplementedError
 
     def axes(self) -> dict[str, dict[int, str]]:
@@ -142,7 +142,6 @@ class DenseGraph(DetectionGraph):
         rest = [ops.take_rows(ops.flat_map(x, per_place), row) for x in (sides, *more)]
         scores = chosen * ops.take_rows(centerness, row)[..., 0] if late else chosen
         return [chosen, scores, index % detector.num_classes, anchors[row], *rest]
-
 
 
 class RCNNGraph(DetectionGraph):

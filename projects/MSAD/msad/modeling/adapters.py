@@ -98,8 +98,8 @@ class DetectorAdapter(ABC):
             )
         if (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0) > 0:
             raise UnfitDetector(
-                f"the {type(backbone).__name__} of a {own.__name__} pads images to a square (square_size), which those of "
-                "teachers and of exported models are not: set its size to 0"
+                f"the {type(backbone).__name__} of a {own.__name__} pads images to a square (square_size), which those "
+                "of teachers and of exported models are not: set its size to 0"
             )
 
     @abstractmethod
