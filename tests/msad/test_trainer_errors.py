@@ -18,7 +18,7 @@ from torch import nn
 
 from msad import load_config
 from msad.engine import DistillTrainer
-from msad.engine.build import load_teacher
+from msad.engine.build import check_distillation, load_teacher
 from msad.engine.checkpoint import CheckedCheckpointer
 from msad.engine.preflight import examine
 from msad.engine.setup import load_model
@@ -125,8 +125,9 @@ def test_a_neck_that_does_not_name_its_network(student_config, monkeypatch, want
     cfg = student_config(MODEL__BACKBONE__NAME="Renamed", DISTILL__INIT_STUDENT="none")
     assert DistillTrainer(cfg).distiller is not None
     cfg = student_config(MODEL__BACKBONE__NAME="Renamed", DISTILL__INIT_STUDENT="none", **options)
-    with pytest.raises(ValueError, match=r"Renamed has no attribute bottom_up: TAP bottom_up and .*FREEZE_BACKBONE"):
-        DistillTrainer(cfg)
+    for make in (check_distillation, DistillTrainer):  # what comes before a curriculum, and before a run
+        with pytest.raises(ValueError, match=r"Renamed has no attribute bottom_up: TAP bottom_up and .*FREEZE_BACKBONE"):
+            make(cfg)
 
 
 def test_wrong_init_mode(student_config):
