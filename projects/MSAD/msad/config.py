@@ -226,25 +226,25 @@ def load_config(config_file: str | os.PathLike, opts: list | tuple = ()) -> CN:
             module of MSAD.IMPORTS that cannot be imported.
         KeyError: an unknown key; names the file and the nearest valid key.
     """
-    cfg, imports = default_config(), []
-    config_file = os.fspath(config_file)
+    config_file, files = os.fspath(config_file), []
     if config_file:
         config_file = find_config(config_file)
         exported = os.path.join(os.path.dirname(config_file), "msad.yaml")
         more = [exported] if os.path.basename(config_file) == "config.yaml" and os.path.isfile(exported) else []
-        trees = [tree for file in [config_file, *more] for tree in read_trees(file)]
-        imports = imports_of(trees)
-        cfg = default_config(imports)
-        for file, tree in trees:
-            check_sections(file, tree, cfg)
-        for file in [config_file, *more]:
-            try:
-                cfg.merge_from_file(file)
-            except KeyError as error:
-                raise _unknown_key(error, cfg, file) from None
-        cfg.merge_from_list(["MSAD.IMPORTS", imports])
-        check_entries(cfg)
-        _look_beside(cfg, os.path.dirname(config_file))
+        files = [config_file, *more]
+    trees = [tree for file in files for tree in read_trees(file)]
+    imports = imports_of(trees)
+    cfg = default_config(imports)
+    for file, tree in trees:
+        check_sections(file, tree, cfg)
+    for file in files:
+        try:
+            cfg.merge_from_file(file)
+        except KeyError as error:
+            raise _unknown_key(error, cfg, file) from None
+    cfg.merge_from_list(["MSAD.IMPORTS", imports])  # of all files, where the last one's list would stand
+    check_entries(cfg)
+    _look_beside(cfg, os.path.dirname(config_file))
     if len(opts) % 2:
         raise ValueError(f"overrides must be KEY VALUE pairs, got {list(opts)}")
     for key, value in zip(opts[::2], opts[1::2]):

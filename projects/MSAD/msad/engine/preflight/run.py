@@ -165,7 +165,7 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "", coming: st
 
 def _load(out: _Findings, cfg: CfgNode, model: nn.Module, coming: str) -> set[str]:
     """Names of the tensors that the weights from which the model begins have, or will have."""
-    if coming == cfg.MODEL.WEIGHTS != "" and not os.path.isfile(coming):
+    if coming and coming == cfg.MODEL.WEIGHTS and not os.path.isfile(coming):
         out.append(Finding(OK, "student's weights", f"{coming} will be written by the stage before"))
         return set(model.state_dict())
     if cfg.MODEL.WEIGHTS:

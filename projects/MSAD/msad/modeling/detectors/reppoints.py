@@ -234,7 +234,7 @@ class RepPoints(DenseDetector):
         locations = Boxes.cat(anchors).tensor
         boxes = [self.box2box_transform.apply_deltas(points, locations) for points in (first, second)]
         labels, refined = map(torch.stack, self.label_refined(anchors, boxes[0], counted, gt_instances))
-        labels = labels.masked_fill((logits == SURELY_BACKGROUND).all(dim=2), -1)  # whose boxes may reach an object
+        labels = labels.masked_fill(logits[..., 0] == SURELY_BACKGROUND, -1)  # whose boxes may reach an object
         nearest = torch.stack([_boxes_of(owner, gt) for owner, gt in zip(owners, gt_instances)])
         positive = torch.stack(owners) >= 0, (labels >= 0) & (labels < self.num_classes)
         # At least one for each image, as if each were a batch of its own.
