@@ -64,7 +64,7 @@ class DetectionGraph(nn.Module):
         raise NotImplementedError
 
     def limits(self) -> dict[str, float]:
-        """ "score_threshold", "nms_threshold" and "max_detections" of an image."""
+        """The "score_threshold", "nms_threshold" and "max_detections" of an image."""
         raise NotImplementedError
 
     def axes(self) -> dict[str, dict[int, str]]:
