@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 
@@ -21,6 +22,7 @@ from .label_maps import check_label_maps
 from .low_res import FILE, check_low_res_files, reads_low_res, student_shift
 from .needs import needs_of
 from .record_checks import check_records, classes_of, judge_box, shorten
+from .scales import check_scales
 from .tally import Tally, raise_errors
 
 
@@ -56,6 +58,10 @@ def check_data(
             findings += _check_files(cfg, name, loaded[name])
     findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
     findings += _never_learned(train, test, loaded)
+    learned = [record for name in train for record in loaded.get(name, ())]
+    with contextlib.suppress(ValueError):  # sizes and crops that cannot be are refused where they are used
+        for name in test:
+            findings += check_scales(cfg, learned, loaded.get(name, ()), name)
     return {name: loaded[name] for name in train if name in loaded}, findings
 
 
