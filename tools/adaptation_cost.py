@@ -32,7 +32,7 @@ from msad.distill.progressive.order import suggest
 from msad.distill.progressive.table import curriculum, dump_stages, parse_quality, stages_block
 from msad.engine.build import teacher_entries
 from msad.engine.provenance import machine
-from msad.experiments.adaptation import STUDENT, cost_record, finite_costs, measure_adaptation
+from msad.experiments.adaptation import STUDENT, cost_record, finite_costs, measure_adaptation, pairing_of
 from msad.files import atomic_write, require_checkpoint
 from msad.visualization.adaptation import plot_graph, plot_heat_map
 
@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quality", nargs="+", default=[], metavar="NAME=AP", help="performance of the teachers, for their order")
     add("--k", type=positive, metavar="N", help="the most teachers to use (default: all)")
     add("--normalized", action="store_true", help="order by costs divided by the variance of the target")
-    add("--pairing", choices=PAIRINGS, default=PAIRINGS[0], help="which levels are compared (default by_stride)")
+    add("--pairing", choices=PAIRINGS, help="which levels are compared (default: those that DISTILL.LOSSES compare)")
     add("--ridge", type=float, default=1e-6, metavar="R", help="of least squares, relative (default 1e-6)")
     add("--sgd", action="store_true", help="train the maps by SGD, a step an image, instead of solving for them")
     add("--lr", type=float, default=SGDOptions().lr, metavar="F", help="learning rate of --sgd")
@@ -60,20 +60,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def undetermined(levels: dict[str, dict[str, dict[str, dict]]]) -> str:
-    """A warning if a linear map has fewer locations to be fitted on than unknowns, else ""."""
-    few = [
-        (entry["locations"], entry["unknowns"], pair)
-        for row in levels.values() for pairs in row.values() for pair, entry in pairs.items()
-        if entry["locations"] < entry["unknowns"]
+def doubts(levels: dict[str, dict[str, dict[str, dict]]]) -> str:
+    """Warnings of linear maps that have fewer locations to be fitted on than unknowns, or are worse than a constant."""
+    entries = [(pair, e) for row in levels.values() for pairs in row.values() for pair, e in pairs.items()]
+    few = [(e["locations"], e["unknowns"], pair) for pair, e in entries if e["locations"] < e["unknowns"]]
+    bad = [
+        (e["train_cost"] / e["train_variance"], pair)
+        for pair, e in entries if 0 < e["train_variance"] < e["train_cost"]
     ]  # fmt: skip
-    if not few:
-        return ""
-    locations, unknowns, pair = min(few)
-    return (
-        f"Warning: {len(few)} linear maps are fitted on fewer locations than they have unknowns (at worst {locations} "
-        f"for {unknowns}, {pair}): their costs say little. Fix: more --images.\n"
-    )
+    text = ""
+    if few:
+        locations, unknowns, pair = min(few)
+        text += (
+            f"Warning: {len(few)} linear maps are fitted on fewer locations than they have unknowns (at worst "
+            f"{locations} for {unknowns}, {pair}): their costs say little. Fix: more --images.\n"
+        )
+    if bad:
+        ratio, pair = max(bad)
+        text += (
+            f"Warning: {len(bad)} linear maps are worse than a constant on the images that they learned from (at "
+            f"worst {ratio:.2g} times, {pair}): --sgd has not got far. Fix: another --lr, more --images, or no --sgd.\n"
+        )
+    return text
 
 
 def check(args: argparse.Namespace, cfg: CfgNode) -> tuple[list[dict], dict[str, float]]:
@@ -105,25 +113,28 @@ def run(args: argparse.Namespace) -> str:
     refuse_overwriting([Path(args.output) / name for name in ("costs.json", "stages.yaml")], read)
     register_datasets(cfg)
     output, sgd = Path(args.output), SGDOptions(lr=args.lr) if args.sgd else None
-    options = {"images": args.images, "pairing": args.pairing, "ridge": args.ridge, "sgd": sgd, "seed": args.seed}
+    pairing = args.pairing or pairing_of(cfg)
+    options = {"images": args.images, "pairing": pairing, "ridge": args.ridge, "sgd": sgd, "seed": args.seed}
     found, images = measure_adaptation(cfg, args.weights, entries, output, **options)
     costs = finite_costs(found)
     used = costs["normalized_costs" if args.normalized else "costs"]
     names = [STUDENT, *(entry["NAME"] for entry in entries)]
-    order = suggest("algorithm1", used, STUDENT, quality, args.k or len(quality)) if quality else []
     about: dict[str, Any] = {
         **cost_record(args.config_file, args.weights, entries, args.opts, quality, costs),
         **machine(cfg.MODEL.DEVICE),
         "levels": found["levels"],
-        "order": order,
         "images": images,
         "short_side": max(cfg.INPUT.MIN_SIZE_TRAIN),
-        "pairing": args.pairing,
+        "pairing": pairing,
         "seed": args.seed,
         "fit": {"sgd": sgd._asdict()} if sgd else {"ridge": args.ridge},
     }
-    with atomic_write(output / "costs.json", "w") as stream:
-        json.dump(about, stream, indent=1)
+    order: list[str] = []
+    try:
+        order = suggest("algorithm1", used, STUDENT, quality, args.k or len(quality)) if quality else []
+    finally:  # what is measured is kept where no order follows from it
+        with atomic_write(output / "costs.json", "w") as stream:
+            json.dump({**about, "order": order}, stream, indent=1)
     plot_heat_map({"adaptation cost": costs["costs"], "divided by variance": costs["normalized_costs"]}, names,
                   output / "costs.png")  # fmt: skip
     plot_graph(used, names, output / "graph.png", order)
@@ -131,7 +142,7 @@ def run(args: argparse.Namespace) -> str:
     rows = [[a, *(costs["costs"][a].get(b) for b in names), *(costs["normalized_costs"][a].get(b) for b in names)]
             for a in names]  # fmt: skip
     header = ["from \\ to", *names, *(f"{name}/var" for name in names)]
-    table = undetermined(found["levels"]) + tabulate(rows, header, floatfmt=".3f", missingval="-")
+    table = doubts(found["levels"]) + tabulate(rows, header, floatfmt=".3f", missingval="-")
     if not order:
         hint = f"tools/order_teachers.py {output}/costs.json --quality NAME=AP ... puts the teachers in order"
         return f"{table}\n\n{output}: {', '.join(written)}\n{hint}"

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
@@ -32,7 +31,6 @@ from msad.engine.setup import load_model
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.evaluation.flatness import DISTANCES, loss_along, moved, random_direction, sharpness
 from msad.files import atomic_write, finite
-from msad.modeling.ignored_regions import IgnoredRegions
 from msad.visualization.flatness import plot_lines, plot_surfaces
 
 
@@ -49,7 +47,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--distances", nargs="+", type=positive_float, default=list(DISTANCES), metavar="D", help="in both senses")
     add("--surface", type=int, default=0, metavar="N", help="loss on a grid of N x N over two directions")
     add("--seed", type=int, default=0, metavar="N", help="of directions and images")
-    return parse(parser, argv)
+    args = parse(parser, argv)
+    if args.surface < 0 or args.surface == 1:
+        parser.error(f"--surface must be 2 or more points a side, or 0 for none, got {args.surface}")
+    return args
 
 
 class Record:
@@ -79,8 +80,6 @@ def explore(args: argparse.Namespace, cfg: CfgNode, weights: str, name: str) -> 
         batches = {"train": fixed_batches(cfg, cfg.DATASETS.TRAIN[0], args.images, args.batch_size, args.seed)}
         batches["val"] = fixed_batches(cfg, cfg.DATASETS.TEST[0], args.images, args.batch_size, args.seed)
         model = load_model(cfg, weights)
-        if any(MetadataCatalog.get(d).get("has_ignored_regions") for d in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
-            IgnoredRegions(model)
         evaluations = {key: len(steps) if key in lines else len(grid) if key in rows else 1 for key in missing}
         total = sum(count * len(batches["val" if key == "val" else "train"]) for key, count in evaluations.items())
         with tqdm(total=total, desc=name, unit="batch", dynamic_ncols=True, disable=None) as bar:

@@ -23,10 +23,12 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from msad.cli import parse, refuse_overwriting
+from msad import load_config
+from msad.cli import parse, positive, refuse_overwriting
 from msad.cli import run as run_command
 from msad.distill.progressive.order import RULES, path_costs, suggest
 from msad.distill.progressive.table import CostTable, curriculum, dump_stages, parse_quality, read_costs, stages_block
+from msad.engine.scaling import schedule_overrides, set_iterations
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,7 +41,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--at-most", action="store_true", help="sum and max: paths over at most k teachers, not k")
     parser.add_argument("--normalized", action="store_true", help="use the costs divided by the variance of the target")
     parser.add_argument("--quality", nargs="+", default=[], metavar="NAME=AP", help="performance of the teachers")
-    parser.add_argument("--max-iter", type=int, metavar="N", help="iterations of a stage (default: the yaml's)")
+    parser.add_argument("--max-iter", type=positive, metavar="N",
+                        help="iterations of a stage, its steps moved alike if the student's yaml is known")  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="yaml file for the DISTILL.STAGES block")
     args = parse(parser, argv)
     if args.opts:
@@ -58,6 +61,18 @@ def compare_rules(table: CostTable, costs: dict, longest: int, exactly: bool) ->
     return tabulate(rows, ["k", "rule", "order", "sum", "max"], floatfmt=".3f")
 
 
+def stage_length(table: CostTable, iterations: int | None) -> dict[str, dict]:
+    """What every stage overrides to take so many iterations; nothing for None."""
+    if iterations is None:
+        return {}
+    if not table.config:
+        return {"SOLVER": {"MAX_ITER": iterations}}
+    whole, cfg = (load_config(table.config, table.opts) for _ in range(2))
+    cfg.defrost()
+    set_iterations(cfg, iterations)
+    return schedule_overrides(cfg, whole)
+
+
 def run(args: argparse.Namespace) -> str:
     table = read_costs(args.costs, parse_quality(args.quality))
     if args.normalized and not table.normalized_costs:
@@ -65,10 +80,10 @@ def run(args: argparse.Namespace) -> str:
     costs = table.normalized_costs if args.normalized else table.costs
     longest = len(table.quality) if args.k is None else args.k
     order = suggest(args.rule, costs, table.student, table.quality, longest, exactly=not args.at_most)
-    stages = stages_block(order, table.teachers, args.max_iter)
+    if table.config and not os.path.isfile(table.config):
+        raise FileNotFoundError(f"{args.costs}: its student's config {table.config} is not there")
+    stages = stages_block(order, table.teachers, stage_length(table, args.max_iter))
     if table.config and "TEACHERS" in stages["DISTILL"]:
-        if not os.path.isfile(table.config):
-            raise FileNotFoundError(f"{args.costs}: its student's config {table.config} is not there")
         folder = os.path.dirname(args.output or "")
         stages = curriculum(stages, table.config, table.weights, folder, table.opts)
     block = dump_stages(stages)

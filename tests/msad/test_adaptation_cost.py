@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 
 from msad import load_config
+from msad.config import default_config
 from msad.distill.progressive.cost import AdaptationCosts, common_levels, image_maps
 from msad.distill.progressive.least_squares import FeatureSums, SGDFit, SGDOptions, with_ones
 from msad.experiments import adaptation
@@ -126,6 +127,15 @@ def test_sgd_approaches_least_squares():
     assert costs_between(a[:5], b[:5], a, b, sgd=SGDOptions(lr=0.05))["costs"]["a"]["b"] > 2 * exact
 
 
+def test_sgd_that_diverges_is_refused():
+    """Features of a root mean square of 40 in 64 channels are too much for the learning rate, and can be learned."""
+    a, b = [40 * m for m in images(0, number=40, channels=64)], images(9, number=40)
+    with pytest.raises(ValueError, match=r"from a p3 to b p3: SGD has diverged.*\(--lr\)"):
+        costs_between(a, b, sgd=SGDOptions(lr=0.1))
+    (entry,) = costs_between(a, b, sgd=SGDOptions(lr=1e-5))["levels"]["a"]["b"].values()
+    assert math.isfinite(entry["cost"]) and entry["train_variance"] == pytest.approx(1, abs=0.1)
+
+
 def test_convolution_and_upsampling_change_places():
     x, weight, bias = torch.randn(5, 4, 6), torch.randn(3, 5), torch.randn(3)
     first = F.conv2d(resample(x[None], (8, 12), 0.5), weight[..., None, None], bias)
@@ -200,6 +210,24 @@ def test_levels_pair_by_stride_or_index():
         common_levels(retina, Fixed("odd", {"p3": (8, 10.5)}), "by_stride")
     with pytest.raises(ValueError, match="unknown pairing"):
         common_levels(retina, rcnn, "by_name")
+    for pair in ((retina, Fixed("psp", {})), (Fixed("psp", {}), retina)):
+        for pairing in ("by_stride", "by_index"):
+            with pytest.raises(ValueError, match="psp has no pyramid"):
+                common_levels(*pair, pairing)
+
+
+@pytest.mark.parametrize("losses, expected", [
+    ([], "by_stride"),
+    ([{"NAME": "PKD"}], "by_stride"),
+    ([{"NAME": "PKD", "MATCH": "by_index"}], "by_index"),
+    ([{"NAME": "PKD", "MATCH": "by_index"}, {"NAME": "CWD"}], "by_stride"),
+    ([{"NAME": "PKD", "MATCH": "by_index"}, {"NAME": "Chen"}], "by_index"),
+    ([{"NAME": "SDF", "MATCH": "by_index", "TAP": "bottom_up"}, {"NAME": "CWD"}], "by_stride"),
+])  # fmt: skip
+def test_levels_pair_as_the_losses_pair_them(losses, expected):
+    cfg = default_config()
+    cfg.DISTILL.LOSSES = losses
+    assert adaptation.pairing_of(cfg) == expected
 
 
 def test_padding_does_not_count():

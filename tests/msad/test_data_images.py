@@ -13,6 +13,7 @@ from spoiled_data import HEIGHT, WIDTH, Data
 
 from msad import load_config
 from msad.data import build_train_loader
+from msad.data.checks import check_data
 from msad.finding import ERROR, OK, WARNING
 
 
@@ -175,6 +176,28 @@ def test_labels_beyond_the_classes_of_the_semantic_branch(data, stuff, mode):
     assert data.texts(ERROR) == [wanted]
     data.cfg.MODEL.HTC.SEMANTIC_ON = False
     assert data.texts(ERROR) == []
+
+
+def test_images_without_a_label_map_are_named_before_training(data, stuff):
+    """Some of those that are trained on, or of a test set on which the branch has a loss."""
+    stuff(labels_of(0, 4))
+    data.register()
+    whole = {name: DatasetCatalog.get(name) for name in ("d_train", "d_val")}
+    bare = {name: [{k: v for k, v in r.items() if k != "sem_seg_file_name"} for r in rs] for name, rs in whole.items()}
+
+    def errors(train, val):
+        findings = check_data(data.cfg, known={"d_train": train, "d_val": val})[1]
+        return [(finding.check, finding.text) for finding in findings if finding.level == ERROR]
+
+    assert errors(whole["d_train"], bare["d_val"]) == errors(bare["d_train"], bare["d_val"]) == []
+    ((check, text),) = errors([*whole["d_train"][:3], *bare["d_train"][3:]], whole["d_val"])
+    assert check == "data set 'd_train'" and "has no label map, which HTC's semantic branch learns from (1 of 4" in text
+    data.cfg.TEST.LOSS_IMAGES = 1
+    ((check, text),) = errors(whole["d_train"], bare["d_val"])
+    assert check == "data set 'd_val'" and "has no label map" in text
+    data.cfg.DATASETS.TRAIN, data.cfg.DATASETS.TEST, data.cfg.TEST.LOSS_IMAGES = ("d_train", "d_val"), (), 0
+    ((check, text),) = errors(whole["d_train"], bare["d_val"])
+    assert check == "data set 'd_val'" and "has no label map" in text
 
 
 def test_indices_of_a_palette_are_the_labels_of_the_semantic_branch(data, stuff):

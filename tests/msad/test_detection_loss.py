@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 from runs import config
 
@@ -12,6 +13,7 @@ from msad.data.checks import check_test_sets
 from msad.engine import DistillTrainer
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.experiments.rows import AP
+from msad.modeling.ignored_regions import IgnoredRegions
 
 
 def test_the_validation_loss_of_a_student_is_its_detection_loss_alone(project, teacher_weights, tmp_path):
@@ -38,6 +40,21 @@ def test_each_test_set_has_its_own(project, teacher_weights, tmp_path):
     assert losses == [DetectionLoss(fixed_batches(cfg, name, 1, 4))(model) for name in ("tiny_val", "tiny_train")]
     cfg.TEST.LOSS_IMAGES = 0
     assert "validation" not in DistillTrainer.test(cfg, model)["tiny_val"]
+
+
+@pytest.mark.parametrize("arch", ["FCOS", "FasterRCNN"])
+def test_ignored_regions_are_left_out_whether_the_model_was_trained_so_or_not(tiny_model, make_batch, arch):
+    """A loaded checkpoint has no hooks, and the model in training has them: both are the same model."""
+    batch = make_batch([(64, 96), (64, 64)])
+    plain, hooked = tiny_model(arch, levels=range(2, 7)), tiny_model(arch, levels=range(2, 7))
+    IgnoredRegions(hooked)
+    whole = DetectionLoss([batch])(plain)
+    for item in batch:
+        item["ignored_regions"] = torch.tensor([[0.0, 0.0, 0.7, 1.0]])
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in plain.modules()]
+    value = DetectionLoss([batch])(plain)
+    assert value == DetectionLoss([batch])(hooked) != whole
+    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in plain.modules()]
 
 
 def test_a_test_set_without_labels_has_no_losses(project, teacher_weights, tmp_path):

@@ -167,6 +167,7 @@ def test_a_table_in_yaml_and_in_json_is_the_same(table, tmp_path):
         ("student: S\nquality: {I: 1, X: 2}\ncosts: {S: {I: 1}}", "'X' has a quality but no costs"),
         ("student: S\nquality: {I: 1}\ncosts: {S: {I: much}}", "costs from 'S': 'I' must be a number, got 'much'"),
         ("student: S\nquality: {I: 1, II: 2}\ncosts: {S: {I: 1, II: 1}, I: {II: 1}}", "no adaptation cost from 'II'"),
+        ("student: S\nquality: {I: .nan}\ncosts: {S: {I: 1}}", "quality: 'I' must be a number, got nan"),
         ("student: {", "neither JSON nor yaml"),
         ("costs: {}", "student must be the name"),
     ],
@@ -180,7 +181,7 @@ def test_bad_tables_are_named(tmp_path, text, message):
 
 def test_one_stage_a_teacher():
     teachers = [{"NAME": "IV", "CONFIG": "iv.yaml"}, {"NAME": "III", "CONFIG": "iii.yaml"}]
-    block = stages_block(["III", "IV"], teachers, 90)
+    block = stages_block(["III", "IV"], teachers, {"SOLVER": {"MAX_ITER": 90}})
     assert yaml.safe_load(dump_stages(block)) == block == {
         "DISTILL": {
             "TEACHERS": [{"NAME": "III", "CONFIG": "iii.yaml"}, {"NAME": "IV", "CONFIG": "iv.yaml"}],

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from runs import CHILD, SAVED, TOOL, assert_equal_weights, config
 
@@ -171,11 +172,31 @@ def test_an_evaluation_that_was_killed_is_made_up_for(project, teacher_weights, 
     weights = (tmp_path / "stage2" / "model_final.pth").read_bytes()
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     metrics.write_text("".join(f"{json.dumps(r)}\n" for r in records if r["iteration"] < 1))
+    (tmp_path / "stage2" / stages.FINISHED).unlink()
     table.unlink()
     train(cfg, resume=True)
     assert len(loaded) == 1 and table.read_text() == written
     assert (tmp_path / "stage2" / "model_final.pth").read_bytes() == weights
     stages.train_stages(cfg, True, lambda *_: pytest.fail("all is there"))
+
+
+def test_stages_without_metrics_are_finished_too(project, teacher_weights, tmp_path):
+    """Data without annotations are tested for the detections that they give."""
+    records = [{k: v for k, v in r.items() if k != "annotations"} for r in DatasetCatalog.get("tiny_val")]
+    DatasetCatalog.register("unlabelled", lambda: records)
+    MetadataCatalog.get("unlabelled").set(thing_classes=MetadataCatalog.get("tiny_val").thing_classes)
+    try:
+        cfg = curriculum(project, teacher_weights, tmp_path)
+        cfg.DATASETS.TEST = ("unlabelled",)
+        cfg.DISTILL.STAGES = [{**stage, "SOLVER": {"MAX_ITER": 1}} for stage in STAGES]
+        train(cfg)
+        assert all(map(stages.finished, stages.stage_configs(cfg)))
+        stages.train_stages(cfg, True, lambda *_: pytest.fail("all is there"))
+        cfg.DISTILL.STAGES = [{**stage, "SOLVER": {"MAX_ITER": 2}} for stage in STAGES]
+        assert not any(map(stages.finished, stages.stage_configs(cfg))), "they are trained on"
+    finally:
+        DatasetCatalog.remove("unlabelled")
+        MetadataCatalog.remove("unlabelled")
 
 
 def test_a_stage_holds_its_own_teachers_alone_and_changes_none(project, teacher_weights, tmp_path, monkeypatch):

@@ -149,6 +149,29 @@ def test_a_network_adapts_to_itself_at_no_cost(call, tmp_path):
     assert found["order"] == [] and not (call.out / "stages.yaml").exists()
 
 
+def test_what_was_measured_is_kept_where_no_order_follows(call, monkeypatch):
+    def no_order(*_):
+        raise ValueError("no order")
+
+    monkeypatch.setattr(call.module, "suggest", no_order)
+    status, printed = call("--quality", "multi=30", "wide=40")
+    assert status == 2 and "no order" in printed.err
+    costs = json.loads((call.out / "costs.json").read_text())
+    assert costs["costs"]["student"]["wide"] > 0 and costs["order"] == []
+
+
+def test_maps_that_say_little_are_warned_of(call):
+    def level(**changes):
+        entry = {"train_cost": 1.0, "train_variance": 2.0, "locations": 9, "unknowns": 3} | changes
+        return {"a": {"b": {"p3>p3": entry, "p4>p4": entry | {"locations": 8}}}}
+
+    assert call.module.doubts(level()) == ""
+    few = call.module.doubts(level(unknowns=10))
+    assert few.startswith("Warning: 2 linear maps are fitted on fewer locations than") and "8 for 10, p4>p4)" in few
+    slow = call.module.doubts(level(train_cost=5.0))
+    assert slow.startswith("Warning: 2 linear maps are worse than a constant") and "(at worst 2.5 times, p4>p4)" in slow
+
+
 def test_errors_are_one_sentence(call, tmp_path):
     for args, words in (
         (["--quality", "wide=30"], "the performance of teacher 'multi' is missing"),

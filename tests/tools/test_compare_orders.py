@@ -49,7 +49,7 @@ def test_all_orders_share_their_beginnings_and_resume(call, tmp_path, monkeypatc
     monkeypatch.setattr(jobs, "train_and_evaluate", interrupted)
     options = ["SOLVER.BASE_LR", 0.001]
     status, printed = call(*options)
-    assert status == 130 and "goes on" in printed.err
+    assert status == 130 and "goes on" in printed.err, printed.err
     status, printed = call(*options)
     assert status == 0, printed.out + printed.err
     networks, stages = ["shelf", "one", "two"], ["one", "two", "one-two", "two-one"]
@@ -103,6 +103,14 @@ def test_pools_that_cannot_be_ordered(call, tmp_path):
         (tmp_path / "pool.yaml").write_text(yaml.safe_dump(pool))
         status, printed = call()
         assert status == 2 and words in printed.err and printed.err.count("\n") == 1
+    pool["DISTILL"]["TEACHERS"] = [dict(teachers[0], SCALE=0.75), teachers[1]]
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump(pool))
+    status, printed = call()
+    assert status == 2 and "have no level of equal stride" in printed.err and not list(call.out.glob("seed3/*/*.pth"))
+    pool["DISTILL"]["LOSSES"] = [{"NAME": "FitNet", "MATCH": "by_index"}]
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump(pool))
+    status, printed = call()
+    assert status == 0 and json.loads((call.out / "seed3/adaptation/costs.json").read_text())["costs"]["one"]["two"] > 0
     status, printed = call("DATASETS.TEST", "('tiny_val', 'tiny_train')")
     assert status == 2 and "pool.yaml: a comparison needs one data set in DATASETS.TEST" in printed.err
 

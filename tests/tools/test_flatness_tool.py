@@ -72,3 +72,5 @@ def test_errors_are_one_sentence(call, tmp_path, project):
         assert status == 2 and words in printed.err and len(printed.err.strip().splitlines()) == 1, printed.err
     with pytest.raises(SystemExit):
         call("--directions", 0)
+    with pytest.raises(SystemExit):
+        call("--surface", 1)

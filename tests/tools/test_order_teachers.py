@@ -46,10 +46,31 @@ def test_another_rule_and_other_performances(call):
     assert status == 0 and "algorithm1: S -> III" in printed.out
 
 
+def test_shorter_stages_have_a_shorter_schedule(call, project, tmp_path):
+    solver = {"MAX_ITER": 12, "STEPS": [6, 9], "WARMUP_ITERS": 4}
+    distill = {"START_ITER": 4, "TEACHERS": []}
+    config = {"_BASE_": f"{project}/student.yaml", "SOLVER": solver, "DISTILL": distill}
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump(config))
+    table = yaml.safe_load(TABLE) | {"config": str(tmp_path / "student.yaml"), "weights": "student.pth"}
+    (tmp_path / "costs.yaml").write_text(yaml.safe_dump(table))
+    status, printed = call("--max-iter", 3, "--k", 1, "--output", tmp_path / "stages.yaml")
+    assert status == 0, printed.err
+    (stage,) = yaml.safe_load((tmp_path / "stages.yaml").read_text())["DISTILL"]["STAGES"]
+    assert stage["SOLVER"] == {"MAX_ITER": 3, "STEPS": [2, 2], "WARMUP_ITERS": 1}
+    assert stage["DISTILL"]["START_ITER"] == 1
+
+
+def test_without_the_yaml_only_the_number_is_known(call, tmp_path):
+    assert call("--max-iter", 3, "--k", 1, "--output", tmp_path / "stages.yaml")[0] == 0
+    (stage,) = yaml.safe_load((tmp_path / "stages.yaml").read_text())["DISTILL"]["STAGES"]
+    assert stage == {"TEACHERS": ["IV"], "SOLVER": {"MAX_ITER": 3}}
+
+
 def test_errors_are_one_sentence(call, tmp_path):
     for args, words in (
         (["--normalized"], "no normalized_costs"),
         (["--quality", "IV"], "--quality takes NAME=AP, got 'IV'"),
+        (["--quality", "IV=nan"], "--quality takes NAME=AP, got 'IV=nan'"),
         (["--quality", "V=3"], "'V' has a quality but no costs"),
         (["--k", "0"], "at least 1"),
         (["--output", tmp_path / "costs.yaml"], "would overwrite an input"),

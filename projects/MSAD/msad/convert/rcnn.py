@@ -13,7 +13,7 @@ STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.06
 
 
 def _stage(match: re.Match) -> str:
-    """".1" of a cascade's stage 1, "" where there is one head."""
+    """The ".1" of a cascade's stage 1, "" where there is one head."""
     return match["stage"] or ""
 
 

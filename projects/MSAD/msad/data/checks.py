@@ -56,6 +56,8 @@ def check_data(
         findings += check_records(loaded[name], name, needs_of(cfg, name))
         if images:
             findings += _check_files(cfg, name, loaded[name])
+    if images and cfg.MODEL.HTC.SEMANTIC_ON:
+        findings += _check_label_maps(cfg, loaded)
     findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
     findings += _never_learned(train, test, loaded)
     learned = [record for name in train for record in loaded.get(name, ())]
@@ -66,16 +68,27 @@ def check_data(
 
 
 def _check_files(cfg: CfgNode, name: str, records: list[dict]) -> list[Finding]:
-    """Look into the images, the files of LOW_RES_IMAGES and the label maps that the model of a config reads."""
-    training, testing = name in cfg.DATASETS.TRAIN, name in cfg.DATASETS.TEST
+    """Look into the images and the files of LOW_RES_IMAGES that the model of a config reads."""
     count = cfg.DATASETS.CHECK_IMAGES
-    images, low_res, labels = (Tally(f"data set {name!r}") for _ in range(3))  # each counts among files of its own
-    check_image_files(images, records, testing, count)
+    images, low_res = (Tally(f"data set {name!r}") for _ in range(2))  # each counts among files of its own
+    check_image_files(images, records, name in cfg.DATASETS.TEST, count)
     if reads_low_res(cfg) and any(FILE in record for record in records):
         check_low_res_files(low_res, records, student_shift(cfg), count)
-    if cfg.MODEL.HTC.SEMANTIC_ON and (training or (testing and cfg.TEST.LOSS_IMAGES > 0)):
-        check_label_maps(labels, records, cfg.MODEL.HTC.SEMANTIC_CLASSES, cfg.MODEL.HTC.SEMANTIC_IGNORE, count)
-    return [*images.findings(), *low_res.findings(), *labels.findings()]
+    return [*images.findings(), *low_res.findings()]
+
+
+def _check_label_maps(cfg: CfgNode, loaded: dict[str, list[dict]]) -> list[Finding]:
+    """Look at the label maps of all sets that a semantic branch learns from, or has a loss on."""
+    branch, out = cfg.MODEL.HTC, []
+    # A mapper of one's own may make the maps of training otherwise, but not of some images alone.
+    some = any("sem_seg_file_name" in record for name in cfg.DATASETS.TRAIN for record in loaded.get(name, ()))
+    for name, records in loaded.items():
+        losses = name in cfg.DATASETS.TEST and cfg.TEST.LOSS_IMAGES > 0
+        if name in cfg.DATASETS.TRAIN or losses:
+            tally, count = Tally(f"data set {name!r}"), cfg.DATASETS.CHECK_IMAGES
+            check_label_maps(tally, records, branch.SEMANTIC_CLASSES, branch.SEMANTIC_IGNORE, count, losses or some)
+            out += tally.findings()
+    return out
 
 
 def load_train_dicts(cfg: CfgNode) -> list[dict]:

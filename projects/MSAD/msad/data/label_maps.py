@@ -92,13 +92,21 @@ def _decoding(file: str) -> Iterator[Image.Image]:
         raise ValueError(f"label map {file} cannot be read: {error}") from None
 
 
-def check_label_maps(tally: Tally, records: Sequence[dict], classes: int, ignored: int, count: int) -> None:
-    """Whether the values of the label maps that a semantic branch is trained on are its classes.
+def check_label_maps(
+    tally: Tally, records: Sequence[dict], classes: int, ignored: int, count: int, needed: bool
+) -> None:
+    """Whether the images have the label maps that a semantic branch is trained on, with its classes.
 
     Args:
         classes, ignored: of the branch.
         count: so many files, taken at equal distances, are looked into; 0: all.
+        needed: an image without a label map is an error.
     """
+    of = f"{len(records)} images"
+    without = [record for record in records if "sem_seg_file_name" not in record]
+    for record in without if needed else ():
+        reason, fix = "has no label map", "give its set STUFF, or set MODEL.HTC.SEMANTIC_ON False"
+        tally.add(ERROR, reason, record["file_name"], fix, of, f"{reason}, which HTC's semantic branch learns from")
     records = [record for record in records if "sem_seg_file_name" in record]
     records = at_equal_distances(records, count) if count else records
     with ThreadPoolExecutor(THREADS) as pool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from ..config_values import set_value, value_at
+from ..config_values import plain, set_value, value_at
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,16 @@ def set_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[str] = (
         if key not in keep:
             set_value(cfg, key, _shrink(value_at(cfg, key), 1 / factor))
     cfg.SOLVER.MAX_ITER = iterations
+
+
+def schedule_overrides(cfg: CfgNode, before: CfgNode | None = None) -> dict[str, dict]:
+    """SCHEDULE of a config as a stage of a curriculum overrides it; with ``before`` what differs from that alone."""
+    overrides: dict[str, dict] = {}
+    for key in SCHEDULE:
+        value, (section, name) = value_at(cfg, key), key.split(".")
+        if before is None or value != value_at(before, key):
+            overrides.setdefault(section, {})[name] = plain(value)
+    return overrides
 
 
 def _changed(cfg: CfgNode, values: dict[str, float | tuple[int, ...]]) -> CfgNode:

@@ -13,16 +13,18 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from ..config_values import nearest, valid_keys
-from ..files import FINAL
+from ..files import FINAL, atomic_write
 from ..finding import error_text
 from ..resolution import get_resolution
 from .build import check_distillation, teacher_entries
 from .first_screen import quiet_console
 from .run_folder import write_config
-from .scaling import SCHEDULE, set_iterations
+from .scaling import schedule_overrides, set_iterations
 from .stage_summary import read_stages, write_summary
 
 logger = logging.getLogger(__name__)
+
+FINISHED = "finished.txt"  # in the folder of a stage: its number of iterations
 
 
 def stage_configs(cfg: CfgNode) -> list[CfgNode]:
@@ -89,10 +91,9 @@ def set_total_iterations(cfg: CfgNode, iterations: int | None, keep: Sequence[st
     for stage, config in zip(cfg.DISTILL.STAGES, stage_configs(cfg)):
         config.defrost()
         set_iterations(config, max(round(config.SOLVER.MAX_ITER * factor), 1), keep)
-        changed = dict(stage)
-        for section, name in (key.split(".") for key in SCHEDULE):
-            changed[section] = {**changed.get(section, {}), name: config[section][name]}
-        stages.append(changed)
+        stages.append(dict(stage) | {
+            section: {**stage.get(section, {}), **values} for section, values in schedule_overrides(config).items()
+        })  # fmt: skip
     cfg.DISTILL.STAGES = stages
 
 
@@ -108,10 +109,19 @@ def _node(tree: Any) -> Any:
 
 
 def finished(cfg: CfgNode) -> bool:
-    """Whether the run of ``cfg`` has written its last checkpoint and what the evaluation after it has found."""
+    """Whether the run of ``cfg`` has written its last checkpoint and got over the evaluation after it.
+
+    A test set without annotations has no metrics to show for it.
+    """
     if not os.path.isfile(os.path.join(cfg.OUTPUT_DIR, FINAL)):
         return False
-    return not cfg.DATASETS.TEST or any(stage.is_evaluated() for stage in read_stages([cfg]))
+    if not cfg.DATASETS.TEST or any(stage.is_evaluated() for stage in read_stages([cfg])):
+        return True
+    try:
+        with open(os.path.join(cfg.OUTPUT_DIR, FINISHED)) as file:
+            return file.read() == str(cfg.SOLVER.MAX_ITER)
+    except FileNotFoundError:
+        return False
 
 
 def check_stages(configs: Mapping[int, CfgNode]) -> None:
@@ -161,6 +171,8 @@ def train_stages(cfg: CfgNode, resume: bool, train: Callable[[CfgNode, bool], An
         comm.synchronize()
         results = train(config, resume)
         if comm.is_main_process():
+            with atomic_write(os.path.join(config.OUTPUT_DIR, FINISHED), "w") as file:
+                file.write(str(config.SOLVER.MAX_ITER))
             write_summary(cfg.OUTPUT_DIR, configs)
         comm.synchronize()  # the next stage reads what the main process has just written
         gc.collect()

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.fixed import FixedInputs
 from ..data.low_res import sees_low_res
+from ..modeling.ignored_regions import IgnoredRegions
 
 BATCH_SIZE = 4
 
@@ -49,7 +50,8 @@ class DetectionLoss:
     """Mean of a model's detection losses over fixed batches; equal models give equal values.
 
     Everything random is seeded, norms use their running statistics, dropout is off. Losses that dense detectors divide
-    by a running count of positives are divided by those of the batch, and the count stays what it is.
+    by a running count of positives are divided by those of the batch, and the count stays what it is. Ignored regions
+    are left out, whether the model was trained so or not.
 
     Args:
         batches: of :func:`fixed_batches`.
@@ -63,7 +65,10 @@ class DetectionLoss:
     def __call__(self, model: nn.Module) -> float:
         """The sum of the losses, mean over batches; infinite or NaN where it cannot be computed any more."""
         values = []
-        with training_without_noise(model), own_counts(model), torch.no_grad(), EventStorage(), torch.random.fork_rng():
+        with (
+            training_without_noise(model), own_counts(model), ignoring_regions(model, self.batches),
+            torch.no_grad(), EventStorage(), torch.random.fork_rng(),
+        ):  # fmt: skip
             for number, batch in enumerate(self.batches):
                 torch.manual_seed(number)
                 try:
@@ -72,6 +77,19 @@ class DetectionLoss:
                     values.append(math.inf)
                 self.on_batch()
         return float(np.mean(values))
+
+
+@contextmanager
+def ignoring_regions(model: nn.Module, batches: Sequence[list[dict]]) -> Iterator[None]:
+    """Inside, losses leave out the ignored regions of ``batches``; where they are left out anyway nothing changes."""
+    if not any(len(item.get("ignored_regions", ())) for batch in batches for item in batch):
+        yield
+        return
+    hooks = IgnoredRegions(model)
+    try:
+        yield
+    finally:
+        hooks.remove()
 
 
 @contextmanager

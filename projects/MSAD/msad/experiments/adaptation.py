@@ -8,35 +8,68 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 from tqdm import tqdm
 
 from ..config import find_config, load_config
 from ..data.cache import checkpoint_id
 from ..data.fixed import FixedInputs
-from ..distill.progressive.cost import PAIRINGS, AdaptationCosts, Maps, image_maps
+from ..distill.losses.registry import compares_heads, lower_keys
+from ..distill.progressive.cost import AdaptationCosts, Maps, common_levels, image_maps
 from ..distill.progressive.least_squares import SGDOptions
 from ..distill.teachers import FrozenTeacher
 from ..engine.build import load_teacher
 from ..engine.provenance import fingerprint
 from ..engine.setup import load_model
 from ..files import atomic_write, local_file
+from ..modeling.taps import NECK
 from ..resolution import get_resolution
 
 STUDENT = "student"
 SAVE_SECONDS = 60
 
 
+def student_scale(cfg: CfgNode) -> float:
+    """Size of the student's input relative to H."""
+    return 0.5 ** get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
+
+
 def networks_of(cfg: CfgNode, weights: str, entries: list[dict]) -> list[FrozenTeacher]:
     """The student at its resolution and its teachers at their scales, all frozen."""
-    scale = 0.5 ** get_resolution(cfg.DISTILL.STUDENT_RESOLUTION).shift
     student = FrozenTeacher(
-        load_model(cfg, weights), name=STUDENT, scale=scale, downsample_mode=cfg.MSAD.DOWNSAMPLE
+        load_model(cfg, weights), name=STUDENT, scale=student_scale(cfg), downsample_mode=cfg.MSAD.DOWNSAMPLE
     )
     return [student, *(load_teacher(entry, cfg) for entry in entries)]
+
+
+def pairing_of(cfg: CfgNode) -> str:
+    """How adaptation costs pair levels: "by_index" if all of DISTILL.LOSSES between pyramids do, else "by_stride"."""
+    entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
+    between = [entry for entry in entries if not compares_heads(entry["name"]) and entry.get("tap", NECK) == NECK]
+    return "by_index" if {entry.get("match") for entry in between} == {"by_index"} else "by_stride"
+
+
+def check_levels(networks: Mapping[str, tuple[CfgNode, float]], pairing: str) -> None:
+    """Build networks, by name, with the size of their input relative to H, and look whether they can be compared.
+
+    Raises:
+        ValueError: two have no levels in common, or one has none.
+    """
+    sources = []
+    for name, (cfg, scale) in networks.items():
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
+        with torch.random.fork_rng(devices=[]):
+            shapes = FrozenTeacher(build_model(cfg), name=name, scale=scale).shapes()
+        sources.append(SimpleNamespace(name=name, shapes=lambda shapes=shapes: shapes))
+    for pair in itertools.permutations(sources, 2):
+        common_levels(*pair, pairing)
 
 
 class Progress:
@@ -76,7 +109,7 @@ def measure_adaptation(
     output: Path,
     *,
     images: int | None = None,
-    pairing: str = PAIRINGS[0],
+    pairing: str = "",
     ridge: float = 1e-6,
     sgd: SGDOptions | None = None,
     seed: int = 0,
@@ -88,7 +121,7 @@ def measure_adaptation(
         entries: teachers, of :func:`msad.engine.build.teacher_entries`, without means.
         output: folder in which progress is kept.
         images: of each data set, drawn at random; None: all.
-        pairing, ridge, sgd: see :class:`AdaptationCosts` and its ``result``.
+        pairing, ridge, sgd: see :class:`AdaptationCosts` and its ``result``; no pairing: that of :func:`pairing_of`.
         seed: of the drawn images and of the maps that SGD begins with.
 
     Returns:
@@ -101,6 +134,7 @@ def measure_adaptation(
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if "LOW_RES_IMAGES" in (MetadataCatalog.get(name).get("definition") or {}):
             raise ValueError(f"adaptation costs are measured on images made from H, but {name} has LOW_RES_IMAGES")
+    pairing = pairing or pairing_of(cfg)
     options = [images, pairing, sgd is not None and sgd.lr, seed]
     used = [[entry, checkpoint_id(entry["WEIGHTS"]), load_config(entry["CONFIG"]).dump()] for entry in entries]
     networks = networks_of(cfg, weights, entries)

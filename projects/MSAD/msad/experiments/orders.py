@@ -21,7 +21,15 @@ from ..data.register import register_datasets
 from ..distill.progressive.order import RULES, all_orders, rank, suggest
 from ..engine.build import teacher_entries
 from ..files import FINAL, atomic_write
-from .adaptation import STUDENT, cost_record, finite_costs, measure_adaptation
+from .adaptation import (
+    STUDENT,
+    check_levels,
+    cost_record,
+    finite_costs,
+    measure_adaptation,
+    pairing_of,
+    student_scale,
+)
 from .comparison import Comparison
 from .data_facts import check_test_set
 from .identity import check_reportable, check_same, is_finished
@@ -82,9 +90,19 @@ class OrderStudy:
     def check(self, report_only: bool = False) -> None:
         """As :meth:`msad.experiments.comparison.Comparison.check`, of the networks and all orders."""
         self.networks.check(report_only)
+        if not report_only:
+            self._check_levels()
         for run in self.runs():
             finished = (self.folder(run) / "result.json").is_file()
             (check_reportable if report_only and finished else check_same)(self.stage(run))
+
+    def _check_levels(self) -> None:
+        """Costs come after training the networks; what cannot be compared then is refused before."""
+        cfg = load_config(self.config, self.opts)
+        scales = {entry["NAME"]: float(entry.get("SCALE", 1.0)) for entry in teacher_entries(cfg)}
+        scales[STUDENT] = student_scale(cfg)
+        networks = {name: (self.networks.config(Run(name, self.seeds[0])), scale) for name, scale in scales.items()}
+        check_levels(networks, pairing_of(cfg))
 
     def prepare(self, run: Run) -> bool:
         return not is_finished(self.stage(run), tqdm.write)

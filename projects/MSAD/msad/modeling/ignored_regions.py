@@ -34,15 +34,20 @@ class IgnoredRegions:
         adapter, shapes = adapt(detector), detector.backbone.output_shape()
         self._regions: list[torch.Tensor] | None = None
         self._objects: list[torch.Tensor] = []
-        model.register_forward_pre_hook(self._take_batch)
+        self._hooks = [model.register_forward_pre_hook(self._take_batch)]
         if adapter.two_stage:
             self._anchors = detector.proposal_generator.anchor_generator
             levels, head = detector.proposal_generator.in_features, detector.proposal_generator.rpn_head
-            detector.roi_heads.register_forward_pre_hook(self._without_proposals, with_kwargs=True)
+            self._hooks.append(detector.roi_heads.register_forward_pre_hook(self._without_proposals, with_kwargs=True))
         else:
             self._anchors, levels, head = detector.anchor_generator, adapter.levels, detector.head
         self._strides = [shapes[name].stride for name in levels]
-        head.register_forward_hook(self._without_scores)
+        self._hooks.append(head.register_forward_hook(self._without_scores))
+
+    def remove(self) -> None:
+        """Let the model be as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _take_batch(self, model: nn.Module, args: tuple) -> None:
         batch = args[0] if model.training else []

@@ -56,14 +56,17 @@ def common_levels(a: Source, b: Source, pairing: str) -> list[tuple[str, str]]:
             pairs networks of other input scales or backbones too.
 
     Raises:
-        ValueError: an unknown pairing, or there is no pair.
+        ValueError: an unknown pairing, no levels, as of a segmentor, or no pair.
     """
+    if pairing not in PAIRINGS:
+        raise ValueError(f"unknown pairing {pairing!r}; known: {', '.join(PAIRINGS)}")
     strides = [{level: shape.stride for level, shape in source.shapes().items()} for source in (a, b)]
+    without = next((source.name for source, found in zip((a, b), strides) if not found), None)
+    if without is not None:
+        raise ValueError(f"{without} has no pyramid, between whose levels adaptation costs are measured")
     ordered = [sorted(found, key=found.__getitem__) for found in strides]
     if pairing == "by_index":
         return list(zip(*ordered))
-    if pairing != "by_stride":
-        raise ValueError(f"unknown pairing {pairing!r}; known: {', '.join(PAIRINGS)}")
     pairs = [(l, m) for l, m in itertools.product(*ordered) if strides[0][l] == strides[1][m]]  # noqa: E741
     if not pairs:
         raise ValueError(
@@ -137,9 +140,13 @@ class AdaptationCosts:
 
         Returns:
             {"costs": {A: {B: C(A, B)}}, "normalized_costs": the same divided by the variance of B,
-            "levels": {A: {B: {"A's level>B's level": {"cost", "variance", "train_cost", "locations", "unknowns"}}}}};
+            "levels": {A: {B: {"A's level>B's level": {"cost", "variance", both of the training images with "train_",
+            "locations", "unknowns"}}}}};
             costs are means over levels. A level of B that does not vary has no normalised cost and is left out of that
             mean (NaN if all). A map with fewer training locations than unknowns (per channel of B) is not determined.
+
+        Raises:
+            ValueError: a map cannot be solved for, or SGD has diverged; there are no validation images.
         """
         costs: dict[str, dict[str, float]] = {name: {} for name in self.names}
         normalized: dict[str, dict[str, float]] = {name: {} for name in self.names}
@@ -154,16 +161,24 @@ class AdaptationCosts:
 
     def _level(self, key: tuple, ridge: float) -> dict[str, float]:
         train, val = self._sums["train"][key], self._sums["val"][key]
+        where = f"from {key[0]} {key[2]} to {key[1]} {key[3]}"
         try:
             weight = self._fits[key].weight() if self._fits else train.solve(ridge)
         except ValueError as error:
-            raise ValueError(f"from {key[0]} {key[2]} to {key[1]} {key[3]}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
         if not val.count:
             raise ValueError("there are no validation images to judge the linear maps by")
+        learned = train.error(weight)
+        if self._fits and not learned <= (first := train.error(self._fits[key].initial)):
+            raise ValueError(
+                f"{where}: SGD has diverged, its map has an error of {learned:.3g} where the one that it began with "
+                f"has {first:.3g}: choose a smaller learning rate (--lr), or least squares"
+            )
         return {
             "cost": val.error(weight),
             "variance": val.variance(),
-            "train_cost": train.error(weight),
+            "train_cost": learned,
+            "train_variance": train.variance(),
             "locations": train.count,
             "unknowns": len(train.xx),
         }

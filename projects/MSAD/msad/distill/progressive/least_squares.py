@@ -97,6 +97,9 @@ class SGDFit:
 
     Args:
         seed: of the initial weights.
+
+    Attributes:
+        initial: the map that it begins with, as :meth:`weight` gives it.
     """
 
     def __init__(self, source_channels: int, target_channels: int, options: SGDOptions, seed: int = 0) -> None:
@@ -104,6 +107,7 @@ class SGDFit:
             torch.manual_seed(seed)
             self.layer = nn.Linear(source_channels, target_channels)
         self.optimizer = torch.optim.SGD(self.layer.parameters(), options.lr, options.momentum)
+        self.initial = self.weight()
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Learn from the locations of an image, x (n, A) and y (n, B)."""
@@ -119,7 +123,7 @@ class SGDFit:
 
     def weight(self) -> torch.Tensor:
         """The map (A + 1, B), the bias last, as :meth:`FeatureSums.error` takes it."""
-        return torch.cat([self.layer.weight.T, self.layer.bias[None]]).detach().cpu()
+        return torch.cat([self.layer.weight.T, self.layer.bias[None]]).detach().cpu()  # a copy
 
     def state_dict(self) -> dict:
         return {"layer": self.layer.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def parse_quality(pairs: Sequence[str]) -> dict[str, float]:
             quality[name] = float(value)
         except ValueError:
             equals = ""
-        if not (name and equals):
+        if not (name and equals and math.isfinite(quality[name])):
             raise ValueError(f"--quality takes NAME=AP, got {pair!r}")
     return quality
 
@@ -116,7 +117,7 @@ def _numbers(mapping: Any, where: str) -> dict[str, float]:
     if not isinstance(mapping, dict):
         raise ValueError(f"{where} must be a mapping from names to numbers, got {mapping!r}")
     for name, value in mapping.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"{where}: {name!r} must be a number, got {value!r}")
     return {str(name): float(value) for name, value in mapping.items()}
 
@@ -128,17 +129,16 @@ def _numbers_of_pairs(mapping: Any, where: str) -> dict[str, dict[str, float]]:
 
 
 def stages_block(
-    order: Sequence[str], teachers: Sequence[Mapping[str, Any]] = (), max_iter: int | None = None
+    order: Sequence[str], teachers: Sequence[Mapping[str, Any]] = (), overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The DISTILL block of a curriculum: one stage a teacher.
 
     Args:
         order: names of the teachers, first stage first.
         teachers: DISTILL.TEACHERS entries; those of the order are repeated in the block.
-        max_iter: iterations of each stage; None leaves SOLVER.MAX_ITER of the yaml.
+        overrides: of every stage.
     """
-    solver = {} if max_iter is None else {"SOLVER": {"MAX_ITER": max_iter}}
-    block: dict[str, Any] = {"STAGES": [{"TEACHERS": [name], **solver} for name in order]}
+    block: dict[str, Any] = {"STAGES": [{"TEACHERS": [name], **(overrides or {})} for name in order]}
     entries = {entry.get("NAME"): dict(entry) for entry in teachers}
     if all(name in entries for name in order):
         block = {"TEACHERS": [entries[name] for name in order], **block}
