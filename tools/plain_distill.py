@@ -83,19 +83,19 @@ def distill(cfg: CfgNode, student: nn.Module) -> Iterator[dict[str, torch.Tensor
 
             # 6. P2 of the small image is P3 of H: rename the student's levels, and cut the teacher's padding to theirs.
             maps = shift_levels(pyramid, resolution.shift)
-            common = [(name, x) for name, x in maps.items() if name in theirs]
-            on_grid = {name: theirs[name][..., : x.shape[-2], : x.shape[-1]] for name, x in common}
+            pairs = [(name, theirs[name], x.shape) for name, x in maps.items() if name in theirs]
+            on_grid = {name: x[..., : shape[-2], : shape[-1]] for name, x, shape in pairs}
 
             # 7. The distillation losses, phased in and out over training.
             context = DistillContext(inputs, iteration, student=maps, sources={teacher.name: on_grid})
-            options = cfg.DISTILL
-            phases = options.WARMUP_ITERS, options.DECAY_FROM, options.DECAY_TO, options.START_ITER
+            phases = [cfg.DISTILL[key] for key in ("WARMUP_ITERS", "DECAY_FROM", "DECAY_TO", "START_ITER")]
             factor = distillation_factor(iteration, cfg.SOLVER.MAX_ITER, *phases)
-            for loss in losses:
-                terms |= {name: factor * value for name, value in loss(context).items()}
-            # 8. An ordinary step.
+            terms |= {name: factor * value for loss in losses for name, value in loss(context).items()}
+            # 8. An ordinary step. While the losses do not count, what they train rests.
             optimizer.zero_grad()
             sum(terms.values()).backward()
+            for parameter in () if factor else losses.parameters():
+                parameter.grad = None
             for part in (optimizer, scheduler, storage):
                 part.step()
             yield {name: value.detach() for name, value in terms.items()}

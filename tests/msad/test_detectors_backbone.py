@@ -15,8 +15,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from msad import load_config
-from msad.engine.hooks import FrozenBackbone
 from msad.engine.preflight.model_checks import check_frozen
+from msad.engine.resting import frozen_backbone
 from msad.finding import ERROR
 from msad.modeling.backbones.rfp import ASPP, RFP
 from msad.modeling.backbones.switchable import ConvAWS, SwitchableAtrousConv
@@ -272,7 +272,7 @@ def test_both_networks_of_a_recursive_pyramid_are_in_front_of_it(tiny_cfg):
     cfg.MODEL.FPN.BOTTOM_UP, cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = "build_resnet_backbone", 8
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 16, 8
     model = build_model(cfg)
-    held = {id(p) for p in FrozenBackbone(model, 10).parameters}
+    held = {id(p) for p in frozen_backbone(model, 10).parameters}
     both = [model.backbone.bottom_up, model.backbone.rfp_bottom_up]
     assert held == {id(p) for network in both for p in network.parameters()}
     first = {name for name, _ in model.named_parameters() if name.startswith("backbone.bottom_up.")}

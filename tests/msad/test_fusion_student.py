@@ -19,8 +19,8 @@ from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
 from msad.distill.teachers import FrozenTeacher
 from msad.engine import DistillTrainer
-from msad.engine.hooks import FrozenBackbone
 from msad.engine.preflight import examine
+from msad.engine.resting import frozen_backbone
 from msad.engine.setup import prepare
 from msad.evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs
 from msad.export.plain import export
@@ -310,7 +310,7 @@ def test_trains_under_a_teacher(run_cfg, project, teacher_weights, caplog):
 
 def test_the_bottom_up_of_every_branch_is_frozen(fusion_cfg):
     student = build_model(fusion_cfg())
-    frozen = {id(p) for p in FrozenBackbone(student, 1).parameters}
+    frozen = {id(p) for p in frozen_backbone(student, 1).parameters}
     names = {name for name, p in student.named_parameters() if id(p) in frozen}
     assert names == {name for name, _ in student.named_parameters() if ".bottom_up." in name}
     assert {name.split(".")[2] for name in names} == {"H", "L"}

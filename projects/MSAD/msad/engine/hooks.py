@@ -18,7 +18,6 @@ from ..distill.analysis import decompose
 from ..distill.balance import GradientBalance
 from ..distill.context import DistillContext, Features
 from ..distill.distiller import Distiller
-from ..modeling.taps import before_neck
 
 logger = logging.getLogger(__name__)
 Levels = dict[str, dict[str, float]]  # by name: the parts by name
@@ -91,31 +90,6 @@ class ExactResume(HookBase):
         # Resumed with more processes than before, the new ones start from the first one's.
         for name, value in of_ranks[comm.get_rank() if comm.get_rank() < len(of_ranks) else 0].items():
             setattr(modules[name], self._scalar, value)
-
-
-class FrozenBackbone(HookBase):
-    """Leave the student's backbone in front of the neck as it is in the first iterations (ScaleKD, Sec. 3.2).
-
-    Its gradients are dropped before the optimizer sees them, and weights without gradient do not decay either. They are
-    computed, because DistributedDataParallel waits for all that it knows of. Running statistics of a BatchNorm go on.
-
-    Args:
-        student: a detector.
-        iterations: the first in which it is trained, counted from 0.
-    """
-
-    def __init__(self, student: nn.Module, iterations: int) -> None:
-        self.parameters = [p for network in before_neck(student) for p in network.parameters()]
-        self.iterations = iterations
-
-    def before_train(self) -> None:
-        # detectron2 calls after_backward of an inner trainer, which has no hooks.
-        self.trainer.optimizer.register_step_pre_hook(self._drop_gradients)
-
-    def _drop_gradients(self, *_args) -> None:
-        if self.trainer.iter < self.iterations:
-            for parameter in self.parameters:
-                parameter.grad = None
 
 
 class SkippedImages(HookBase):

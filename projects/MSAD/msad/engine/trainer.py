@@ -31,8 +31,9 @@ from .build import build_distillation, compile_backbone
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
 from .evaluating import guard_hooks, share_statistics
-from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, FrozenBackbone, LossRatioLogger, SkippedImages
+from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
 from .precise_bn import NormsRunOnce
+from .resting import frozen_backbone, resting_losses
 from .run_folder import check_iterations
 from .scaling import scale_to_batch, scale_to_processes
 from .solver import build_lr_scheduler, build_optimizer
@@ -192,6 +193,7 @@ class DistillTrainer(DefaultTrainer):
         if self.cfg.TEST.PRECISE_BN.ENABLED:
             ours.append(NormsRunOnce(model))
         if distiller is not None and len(distiller.losses):
+            ours.append(resting_losses(distiller))
             # DISTILL.BALANCE looks at gradients, and need not care for the losses' ratio.
             ours.append(LossRatioLogger(patience=3 if distiller.balance is None else 0))
             if distiller.balance is not None:
@@ -200,7 +202,7 @@ class DistillTrainer(DefaultTrainer):
             if distiller is None:
                 logger.warning("DISTILL.FREEZE_BACKBONE_ITERS has no effect without DISTILL.TEACHERS")
             else:
-                ours.append(FrozenBackbone(distiller.student, self.cfg.DISTILL.FREEZE_BACKBONE_ITERS))
+                ours.append(frozen_backbone(distiller.student, self.cfg.DISTILL.FREEZE_BACKBONE_ITERS))
         if distiller is not None and self.cfg.DISTILL.ANALYSIS_PERIOD > 0:
             ours.append(FeatureAnalysis(distiller, self.cfg.DISTILL.ANALYSIS_PERIOD, self.cfg.OUTPUT_DIR))
         return ours + hooks
