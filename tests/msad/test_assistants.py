@@ -347,6 +347,16 @@ def test_mixed_precision(cfg, make_batch):
     assert step.assistant.mix.weight.grad.isfinite().all() and step.assistant.mix.weight.grad.abs().sum() > 0
 
 
+def test_float16_scales_an_assistants_losses_on_every_device():
+    """lite trains in float16 on a CPU, too; a state from before mixed precision was turned on is empty."""
+    (step, context), (plain, _) = step_alone("SOLVER.AMP.ENABLED", True), step_alone()
+    assert step.scaler.is_enabled() and not plain.scaler.is_enabled()
+    step.load_state_dict(plain.state_dict())
+    with EventStorage(19):
+        step(context)
+    assert step.scaler.get_scale() > 1 and step.is_finite()
+
+
 @pytest.mark.parametrize("kind", ["Adam", "SGD"])
 def test_scaled_gradients_step_like_unscaled_ones(kind):
     """Half precision scales losses by a power of two, so the step is the same; after an overflow there is none."""

@@ -54,6 +54,15 @@ def test_half_precision_gradients_do_not_vanish():
     assert squared_gradient(tiny.float(), [maps]).item() == pytest.approx(4e-16, rel=0.05)
 
 
+def test_half_precision_gradients_of_sums_do_not_overflow():
+    """A sum over a map has gradients as large as the differences in it, which a fixed factor took beyond float16."""
+    maps = torch.full((3000,), 40.0, dtype=torch.float16, requires_grad=True)
+    total = maps.float().square().sum()
+    assert squared_gradient(total, [maps]).item() == pytest.approx(3000 * 80.0**2, rel=1e-3)
+    assert squared_gradient(total / 3000, [maps]).item() == pytest.approx(80.0**2 / 3000, rel=1e-3)
+    assert squared_gradient(0 * total, [maps]).item() == 0
+
+
 def test_a_step_without_numbers_does_not_count():
     balance = GradientBalance(1.0, 5, {"a": "neck"})
     x = torch.ones(2, requires_grad=True)

@@ -408,6 +408,19 @@ def test_chen_in_a_step_of_an_rcnn(make_distiller, tiny_model, make_batch, resol
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
+def test_losses_of_reppoints_are_divided_by_one_positive_an_image_at_least(make_distiller, make_batch, tiny_model):
+    """Detection losses count so, and losses between predictions are divided as they are."""
+    student, teacher = tiny_model("RepPoints", levels=range(2, 7)), tiny_model("RepPoints")
+    distiller = make_distiller("L", teacher=teacher, student=student, losses=[{"NAME": "Chen"}])
+    for boxes, least in (([0, 0, 0, 0], 4), ([0, 0, 3, 0], 4)):
+        batch = make_batch([(96, 128)] * 4, boxes=boxes)
+        with EventStorage(0):
+            context = distiller.observe(batch)
+            (pair,) = context.heads("teacher")
+        positives = ((pair.labels >= 0) & (pair.labels < pair.classes)).sum(dim=1)
+        assert pair.count == positives.clamp(min=1).sum() and pair.count >= least
+
+
 def test_point_sets_say_what_their_own_scale_makes_of_them(make_distiller, make_batch, tiny_model):
     """RepPoints learn it; the teacher's points under the student's scale are not the teacher's boxes."""
     student, teacher = tiny_model("RepPoints", levels=range(2, 7), seed=1), tiny_model("RepPoints", seed=3)

@@ -111,6 +111,19 @@ def test_adaptor_with_normalisation():
     torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(4), rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize(("norm", "words"), [("GN", "divisible"), ("Batch", "Batch")])
+def test_a_normalisation_that_does_not_fit_names_the_level(norm, words):
+    where = f"^DISTILL.LOSSES: distillation level p3 .*: ADAPTATION_NORM {norm} of 4 channels: .*{words}"
+    with pytest.raises(ValueError, match=where):
+        build_adaptation([LevelPair("p3", "p3", (8, 8))], shapes([3], 6), shapes([3], 4), "auto", norm)
+
+
+@pytest.mark.parametrize("source", [5, [], ["a", "a"], {"a": 1}])
+def test_sources_that_are_none(source):
+    with pytest.raises(ValueError, match=r"^DISTILL.LOSSES: FitNet: SOURCE must be a name, or a list of different"):
+        build_losses([{"NAME": "FitNet", "SOURCE": source}], lambda _: shapes([3]), {"a": lambda _: shapes([3])})
+
+
 def test_unknown_adaptor():
     with pytest.raises(ValueError, match="ADAPTATION must be one of auto, always, none, not 'yes'"):
         between([{"NAME": "FitNet", "ADAPTATION": "yes"}], shapes([3]), shapes([3]))
@@ -168,6 +181,11 @@ def test_numbers_that_yaml_reads_as_text(raw):
         ("FKD", "TEMPERATURE", "0", "above 0"),
         ("LD", "TEMPERATURE", 0, "above 0"),
         ("LD", "CLS_TEMPERATURE", 0, "above 0"),
+        ("Chen", "NU", -1, "at least 0"),
+        ("Chen", "FOCUS", -1, "at least 0"),
+        ("FGD", "ALPHA", -1e-3, "at least 0"),
+        ("FKD", "BETA", -1, "at least 0"),
+        ("LD", "W_VLR", -0.25, "at least 0"),
         ("CWD", "TAU", True, "a number"),
         ("CWD", "WEIGHT", float("nan"), "a number"),
         ("CWD", "WEIGHT", None, "a number"),

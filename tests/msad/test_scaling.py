@@ -27,6 +27,12 @@ def cfg():
     return cfg
 
 
+def test_periods_that_mean_never_stay(cfg):
+    cfg.TEST.EVAL_PERIOD, cfg.DISTILL.ANALYSIS_PERIOD, cfg.SOLVER.IMS_PER_BATCH = -1, -1, 4
+    scaled = scale_to_batch(cfg)
+    assert (scaled.TEST.EVAL_PERIOD, scaled.DISTILL.ANALYSIS_PERIOD) == (-1, -1)
+
+
 def test_linear_rule_and_log(cfg, caplog):
     cfg.SOLVER.IMS_PER_BATCH = 4
     before = cfg.dump()

@@ -90,8 +90,10 @@ def squared_gradient(loss: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.
     maps = [x for x in maps if x.requires_grad]  # those of frozen layers do not
     if not maps or not loss.requires_grad:
         return total
-    scale = _HALF_SCALE if any(x.dtype == torch.float16 for x in maps) else 1.0
+    scale = torch.ones_like(total)
+    if any(x.dtype == torch.float16 for x in maps):  # large losses are sums, whose gradients would not fit
+        scale = _HALF_SCALE / loss.detach().float().abs().clamp(min=1.0)
     for gradient in torch.autograd.grad(loss * scale, maps, retain_graph=True, allow_unused=True):
         if gradient is not None:
             total = total + (gradient.float() / scale).square().sum()
-    return total
+    return torch.where(loss.detach().isfinite(), total, torch.nan)

@@ -98,11 +98,16 @@ def _rows(levels: list[torch.Tensor], width: int) -> torch.Tensor:
 
 def _count_positives(student: nn.Module, labels: torch.Tensor, classes: int) -> float | torch.Tensor:
     """What the losses of a dense detector were divided by in this step: a running count of its own, as RetinaNet and
-    FCOS keep, or the mean over processes."""
+    FCOS keep, or the mean over processes, in which an image of RepPoints has at least one.
+
+    Args:
+        labels: (N, R), class indices of positives.
+    """
     running = vars(student).get("loss_normalizer")
     if running is not None:
         return running
-    return mean_of_processes(((labels >= 0) & (labels < classes)).sum().float())
+    counts = ((labels >= 0) & (labels < classes)).flatten(1).sum(dim=1)
+    return mean_of_processes(counts.clamp(min=getattr(student, "least_positives", 0)).sum().float())
 
 
 def pair_heads(

@@ -23,7 +23,11 @@ def own_options(cls: type, injected: Collection[str]) -> dict[str, Any]:
 
 
 def check_options(
-    where: str, options: Mapping[str, Any], defaults: Mapping[str, Any], positive: Collection[str] = ()
+    where: str,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    positive: Collection[str] = (),
+    not_negative: Collection[str] = (),
 ) -> dict[str, Any]:
     """``options`` (lower-case keys) of the kind of their defaults; yaml reads 1e-3 as a text and lists for tuples.
 
@@ -33,6 +37,7 @@ def check_options(
         defaults: of all that there are. One without a default, or None, may be anything; of an empty tuple the elements
             may, and of another one they are of the kind of its first.
         positive: names of those that must be above 0.
+        not_negative: of those that must not be below 0, beside WEIGHT, BASE_LR and WEIGHT_DECAY.
 
     Raises:
         ValueError: an unknown option, or a value of another kind than its default; names entry and option.
@@ -46,7 +51,7 @@ def check_options(
         numbers = found if isinstance(found, tuple) else (found,)
         if not wanted and key in positive and not all(number > 0 for number in numbers):
             wanted = "above 0"
-        if not wanted and key in NOT_NEGATIVE and found < 0:
+        if not wanted and (key in NOT_NEGATIVE or key in not_negative) and found < 0:
             wanted = "at least 0"
         if wanted:
             raise ValueError(f"{where}: {key.upper()} must be {wanted}, not {value!r}")

@@ -84,8 +84,7 @@ class AssistantStep:
         self._total: torch.Tensor | None = torch.zeros(())  # of the last step; None: it has not come so far
         self.scheduler = build_lr_scheduler(cfg, self.optimizer) if schedule == "solver" else None
         self.head_learns, self.w_det = options["head_learns"], cfg.DISTILL.W_DET
-        half = cfg.SOLVER.AMP.ENABLED and device == "cuda"
-        self.scaler = torch.amp.GradScaler(device, enabled=half)
+        self.scaler = torch.amp.GradScaler(device, enabled=cfg.SOLVER.AMP.ENABLED)
 
     def __call__(self, context: DistillContext, read: bool = True) -> None:
         """Train the assistant on the step and put its features into ``context.sources``.
@@ -144,4 +143,5 @@ class AssistantStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # that of a scaler that was disabled is empty
+            self.scaler.load_state_dict(state["scaler"])

@@ -12,7 +12,7 @@ from ..config_values import plain, set_value, value_at
 
 logger = logging.getLogger(__name__)
 
-# Counts of iterations that shrink when the batch grows; a period of 0 means never and stays.
+# Counts of iterations that shrink when the batch grows; a period of 0 or less means never and stays.
 ITERATIONS = (
     "SOLVER.MAX_ITER",
     "SOLVER.WARMUP_ITERS",
@@ -133,5 +133,5 @@ def _changes(before: CfgNode, after: CfgNode) -> str:
 
 
 def _shrink(iterations: int, factor: float) -> int:
-    """At least 1, if it was not 0 (never, or none)."""
-    return max(round(iterations / factor), 1) if iterations else 0
+    """At least 1, if it was above 0; what is not means never, or none, and stays."""
+    return max(round(iterations / factor), 1) if iterations > 0 else iterations

@@ -91,6 +91,7 @@ class Chen(nn.Module):
     """
 
     heads = ("dense", "distributions", "rcnn")
+    not_negative = ("nu", "margin", "w_bg", "focus")
 
     def __init__(
         self, mu: float = 0.5, nu: float = 0.5, margin: float = 0.0, w_bg: float = 1.5, focus: float = 2.0,

@@ -94,6 +94,7 @@ class FGD(nn.Module):
     """
 
     positive = ("temperature",)
+    not_negative = ("alpha", "beta", "gamma", "lam")
     needs_boxes = True
     two_stage = {"alpha": 5e-5, "beta": 2.5e-5, "gamma": 5e-5, "lam": 5e-7}
 

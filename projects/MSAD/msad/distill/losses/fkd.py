@@ -69,6 +69,7 @@ class FKD(nn.Module):
     """
 
     positive = ("temperature",)
+    not_negative = ("alpha", "beta")
     two_stage = {"alpha": 7e-5, "beta": 4e-3, "temperature": 0.5, "channel_mask": False}
 
     def __init__(

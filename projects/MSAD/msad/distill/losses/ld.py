@@ -59,6 +59,7 @@ class LD(nn.Module):
 
     heads = ("distributions",)
     positive = ("temperature", "cls_temperature")
+    not_negative = ("w_main", "w_vlr", "w_cls")
 
     def __init__(
         self, w_main: float = 0.25, w_vlr: float = 0.25, w_cls: float = 10.0, temperature: float = 10.0,

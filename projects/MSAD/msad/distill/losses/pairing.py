@@ -10,6 +10,8 @@ import torch
 from detectron2.layers import ShapeSpec, get_norm
 from torch import nn
 
+from ...finding import error_text
+
 MATCHES = ("by_stride", "by_index")
 ADAPTATIONS = ("auto", "always", "none")
 
@@ -118,7 +120,7 @@ def build_adaptation(
         norm: normalisation after the convolution, by detectron2's names ("BN", ...); "": none.
 
     Raises:
-        ValueError: an unknown mode, or channels that differ under "none"; names the level.
+        ValueError: an unknown mode, channels that differ under "none" or do not fit ``norm``; names the level.
     """
     if adaptation not in ADAPTATIONS:
         raise ValueError(f"DISTILL.LOSSES: ADAPTATION must be one of {', '.join(ADAPTATIONS)}, not {adaptation!r}")
@@ -132,7 +134,11 @@ def build_adaptation(
             )
         if adaptation == "always" or s != t:
             convolution = nn.Conv2d(s, t, 1, bias=not norm)
-            layers[pair.teacher] = nn.Sequential(convolution, get_norm(norm, t)) if norm else convolution
+            try:
+                layers[pair.teacher] = nn.Sequential(convolution, get_norm(norm, t)) if norm else convolution
+            except (KeyError, ValueError) as error:  # an unknown name, channels that make no groups
+                where = f"distillation level {pair.teacher} (H frame): ADAPTATION_NORM {norm} of {t} channels"
+                raise ValueError(f"DISTILL.LOSSES: {where}: {error_text(error)}") from None
     return layers
 
 

@@ -12,7 +12,7 @@ these names,
 It is called as ``loss(student, teacher, context)`` with feature dicts of equal names, grids and (but for
 ``student_channels``) shapes (N, C, h, w), and a :class:`msad.distill.context.DistillContext`; it returns a dict of
 scalar tensors. Losses know tensors, not models. Class attributes may say more of the options, by their names in lower
-case: ``default_weight`` is the WEIGHT of entries that have none, ``positive`` names those that must be above 0,
+case: ``default_weight`` is the WEIGHT of entries that have none, ``positive``, ``not_negative`` name those that must be,
 ``two_stage`` has values published for two-stage detectors where the defaults are those of dense ones,
 ``needs_boxes`` (of an instance, where options decide) says that it looks at ground truth boxes, which segmentors are
 not trained on, ``pools_teacher`` asks for the student's grid where levels differ in stride (otherwise it is the
@@ -185,7 +185,8 @@ def build_losses(
         for key in RENAMED.keys() & options:
             raise ValueError(f"DISTILL.LOSSES: {kind}: {key.upper()} is called {RENAMED[key].upper()} now")
         defaults = {**COMMON_OPTIONS, **own_options(cls, INJECTED_ARGUMENTS)}
-        options = check_options(f"DISTILL.LOSSES: {kind}", options, defaults, getattr(cls, "positive", ()))
+        limits = [getattr(cls, limit, ()) for limit in ("positive", "not_negative")]
+        options = check_options(f"DISTILL.LOSSES: {kind}", options, defaults, *limits)
         number = f"_{names.count(kind) + 1}" if kind in names else ""
         names.append(kind)
         for source in _sources(kind, options.pop("source", None), list(sources), default):
@@ -199,14 +200,16 @@ def build_losses(
 def _sources(kind: str, wanted: Any, known: list[str], default: Sequence[str] | None) -> list[str]:
     if wanted is None:
         return list(known if default is None else default)
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(wanted, (list, tuple)) or not wanted or any(wanted.count(name) > 1 for name in wanted):
+        raise ValueError(f"DISTILL.LOSSES: {kind}: SOURCE must be a name, or a list of different names, not {wanted!r}")
     for name in wanted:
         if name not in known:
             raise ValueError(
                 f"DISTILL.LOSSES: {kind}: SOURCE {name!r} is none of the names in DISTILL.TEACHERS and "
                 f"DISTILL.ASSISTANTS ({', '.join(known)}){nearest(str(name), known)}"
             )
-    return wanted
+    return list(wanted)
 
 
 def _suggest(kind: str, known: list[str]) -> str:

@@ -125,6 +125,8 @@ class RepPoints(DenseDetector):
         test_score_thresh, test_topk_candidates, test_nms_thresh, max_detections_per_image: as in detectron2's FCOS.
     """
 
+    least_positives = 1  # of an image, in what losses are divided by, as if each image were a batch of its own
+
     @configurable
     def __init__(
         self, *, backbone: nn.Module, head: nn.Module, head_in_features: list[str], num_classes: int,
@@ -237,8 +239,7 @@ class RepPoints(DenseDetector):
         labels = labels.masked_fill(logits[..., 0] == SURELY_BACKGROUND, -1)  # whose boxes may reach an object
         nearest = torch.stack([_boxes_of(owner, gt) for owner, gt in zip(owners, gt_instances)])
         positive = torch.stack(owners) >= 0, (labels >= 0) & (labels < self.num_classes)
-        # At least one for each image, as if each were a batch of its own.
-        counts = torch.stack([x.sum(dim=1).clamp(min=1).sum() for x in positive])
+        counts = torch.stack([x.sum(dim=1).clamp(min=self.least_positives).sum() for x in positive])
         first_count, second_count = mean_of_processes(counts.float())
         places = [x.nonzero(as_tuple=True) for x in positive]
         get_event_storage().put_scalar("num_pos_anchors", len(places[1][0]) / len(gt_instances))
