@@ -12,7 +12,7 @@ these names,
 It is called as ``loss(student, teacher, context)`` with feature dicts of equal names, grids and (but for
 ``student_channels``) shapes (N, C, h, w), and a :class:`msad.distill.context.DistillContext`; it returns a dict of
 scalar tensors. Losses know tensors, not models. Class attributes may say more of the options, by their names in lower
-case: ``default_weight`` is the WEIGHT of entries that have none, ``positive``, ``not_negative`` name those that must be,
+case: ``default_weight`` is the WEIGHT of entries that have none, ``positive``, ``not_negative`` name what must be so,
 ``two_stage`` has values published for two-stage detectors where the defaults are those of dense ones,
 ``needs_boxes`` (of an instance, where options decide) says that it looks at ground truth boxes, which segmentors are
 not trained on, ``pools_teacher`` asks for the student's grid where levels differ in stride (otherwise it is the
