@@ -33,7 +33,7 @@ from msad.experiments.jobs import make_slots, take_devices
 from msad.experiments.metrics import choose_metric
 from msad.experiments.panels import draw_panels, load_predictor
 from msad.experiments.report import PANELS, write_report
-from msad.experiments.rows import check_metric, failures, rows_of
+from msad.experiments.rows import check_metric, failures, rows_of, warnings
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import Variant, at_equal_time, equal_cost, sweep, unique_names
 
@@ -118,6 +118,8 @@ def work(args: argparse.Namespace) -> int:
     print(format_tables(data, metric) if rows_of(data) else "No run has finished yet.")
     for line in failures(data):
         print(f"FAILED: {line}")
+    for line in warnings(data):
+        print(f"WARNED: {line}")
     print(f"\nReport: {args.output / 'report.html'}")
     return 1 if failed else 0
 

@@ -1,6 +1,7 @@
 """Comparisons: what is run from what, budgets, and what a finished run is recognised by."""
 
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from msad.engine.stages import stage_configs
 from msad.experiments.comparison import Comparison
 from msad.experiments.identity import check_same, is_finished
 from msad.experiments.jobs import Run, Slot, error_of
-from msad.experiments.run import exclusive_lock, train_and_evaluate
+from msad.experiments.run import Warnings, exclusive_lock, train_and_evaluate
 from msad.experiments.variants import Variant, at_equal_time, sweep
 
 SMALL = ["SOLVER.IMS_PER_BATCH", 2]
@@ -374,6 +375,29 @@ def test_what_a_run_does_not_know_yet_is_no_difference(project, tmp_path):
     (tmp_path / "run" / "identity.json").unlink()
     with pytest.raises(ValueError, match=r"has no identity\.json"):
         check_same(cfg)
+
+
+def test_warnings_of_a_run_are_kept_over_resumes(tmp_path):
+    log, file = logging.getLogger("msad.anything"), tmp_path / "warnings.json"
+    with Warnings(file):
+        log.info("nothing")
+        for text in ("a", "b", "a"):
+            log.warning("it is %s", text)
+    log.warning("later")
+    with Warnings(file) as kept:
+        log.error("c")
+    assert kept.texts == json.loads(file.read_text()) == ["it is a", "it is b", "c"]
+
+
+def test_what_a_run_warns_of_is_in_its_result(files, project, tmp_path):
+    distill = "{LOSSES: [{NAME: CWD}], WARMUP_ITERS: 9}"
+    (tmp_path / "hasty.yaml").write_text(f"_BASE_: {tmp_path}/msad.yaml\nDISTILL: {distill}\n")
+    comparison = Comparison({"hasty": Variant(tmp_path / "hasty.yaml")}, tmp_path / "out", SMALL, teacher_iterations=1)
+    for name in ("teacher", "hasty"):
+        assert comparison.prepare(Run(name, 0))
+        found = train_and_evaluate(comparison.folder(Run(name, 0)))["warnings"]
+    assert any("DISTILL.WARMUP_ITERS 9 is not below SOLVER.MAX_ITER" in text for text in found)
+    assert found in [run["warnings"] for run in comparison.collect()["runs"] if run["variant"] == "hasty"]
 
 
 def test_a_curriculum_is_one_run(files, project, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from msad.experiments import report
 from msad.experiments.judgement import no_percentages, summary
 from msad.experiments.report import write_report
-from msad.experiments.rows import check_metric, rows_of
+from msad.experiments.rows import check_metric, rows_of, warnings
 from msad.experiments.statistics import estimate
 from msad.experiments.tables import accuracy_table, class_table, cost_table, format_table, format_tables
 from msad.product import card
@@ -116,6 +116,22 @@ def test_interval_by_hand():
     assert not estimate([1.0, -0.5, 0.4]).excludes_zero
     alone = estimate([3.0])
     assert alone == (3.0, None, None, 1) and not alone.excludes_zero
+
+
+def test_what_training_warned_of_is_in_the_report(seeded, tmp_path):
+    """Each text once, with the variants that it is about; of a run that stands for another one, once."""
+    for run in seeded["runs"][:4]:
+        run["warnings"] = ["weights are <small>"]
+    seeded["runs"][0]["warnings"] = ["weights are <small>", "few images"]
+    seeded["runs"][1] |= {"same_as": "b", "variant": "a@equal_time"}
+    assert warnings(seeded) == ["a, b: weights are <small>", "a: few images"]
+    page = write_report(seeded, tmp_path, "T").read_text()
+    assert "<h2>What training warned of</h2><ul><li>a, b: weights are &lt;small&gt;</li>" in page
+    markdown = (tmp_path / "report.md").read_text()
+    assert "## What training warned of\n\n- a, b: weights are <small>\n- a: few images\n" in markdown
+    for run in seeded["runs"]:
+        run.pop("warnings", None)
+    assert "warned" not in write_report(seeded, tmp_path, "T").read_text()
 
 
 def test_differences_are_paired_by_seed(seeded):

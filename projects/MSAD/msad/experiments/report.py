@@ -29,7 +29,7 @@ from ..visualization import (
 from . import gallery
 from .jobs import format_seconds
 from .judgement import summary
-from .rows import AP, Row, failures, full_resolution, rows_of
+from .rows import AP, Row, failures, full_resolution, rows_of, warnings
 from .tables import Table, accuracy_table, class_table, cost_table, format_table
 from .variants import label
 
@@ -79,7 +79,8 @@ def write_report(
         "tables": {name: (table, note) for name, table, note in (
             ("Accuracy", accuracy_table(data, metric), _ACCURACY), ("Classes", class_table(data, metric), _CLASSES),
             ("Cost", cost_table(data), _COST)) if table[0]},
-        "failed": failures(data), "pictures": draw_charts(data, out_dir, metric, curves or {}),
+        "notes": {"Runs that failed": failures(data), "What training warned of": warnings(data)},
+        "pictures": draw_charts(data, out_dir, metric, curves or {}),
         "variants": {name: (v.get("title", ""), v.get("description") or f"{v['file']}")
                      for name, v in (data.get("variants") or {}).items()},
         "command": data.get("command", ""),
@@ -179,13 +180,14 @@ def _facts(data: dict) -> Iterator[tuple[str, str]]:
         yield "Time in all", format_seconds(data["seconds"])
 
 
-def _markdown(title, facts, summary, tables, failed, pictures, variants, command) -> str:
+def _markdown(title, facts, summary, tables, notes, pictures, variants, command) -> str:
     lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items())]
     lines += ["", "## In short", "", *(f"- {sentence}" for sentence in summary)]
     for name, (table, note) in tables.items():
         lines += ["", f"## {name}", "", format_table(table, "github"), "", note]
-    if failed:
-        lines += ["", "## Runs that failed", "", *(f"- {line}" for line in failed)]
+    for heading, said in notes.items():
+        if said:
+            lines += ["", f"## {heading}", "", *(f"- {line}" for line in said)]
     for picture in pictures:
         lines += ["", f"![{picture.caption}]({picture.file})", "", picture.caption]
     lines += ["", "## The variants", ""]
@@ -195,7 +197,7 @@ def _markdown(title, facts, summary, tables, failed, pictures, variants, command
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _html(title, facts, summary, tables, failed, pictures, variants, command, titles, shown) -> str:
+def _html(title, facts, summary, tables, notes, pictures, variants, command, titles, shown) -> str:
     """The page; ``shown`` is the content of a gallery.json, which takes the place of the panels, or None."""
     e = html.escape
     about = "".join(f"<div><dt>{e(name)}</dt><dd>{e(value)}</dd></div>" for name, value in facts.items())
@@ -204,8 +206,9 @@ def _html(title, facts, summary, tables, failed, pictures, variants, command, ti
     for name, (table, note) in tables.items():
         body.append(f'<h2>{e(name)}</h2><div class="scroll">{_html_table(table, titles)}</div>')
         body.append(f'<p class="note">{e(note)}</p>')
-    if failed:
-        body.append(f"<h2>Runs that failed</h2><ul>{''.join(f'<li>{e(line)}</li>' for line in failed)}</ul>")
+    for heading, said in notes.items():
+        if said:
+            body.append(f"<h2>{heading}</h2><ul>{''.join(f'<li>{e(line)}</li>' for line in said)}</ul>")
     if shown:
         pictures = [picture for picture in pictures if picture.file != PANELS]
         body.append(_GALLERY.format(count=len(shown["images"]), least=gallery.LEAST_SCORE))

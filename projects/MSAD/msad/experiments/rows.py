@@ -130,6 +130,15 @@ def check_metric(rows: list[Row], metric: str) -> None:
         raise ValueError(f"--metric {metric}: the models were evaluated by {', '.join(known)}")
 
 
+def warnings(data: dict) -> list[str]:
+    """What training has warned of, a line for each text, with the variants that it is about."""
+    about: dict[str, list[str]] = {}
+    for run in data.get("runs") or ():
+        for text in () if "same_as" in run else run.get("warnings") or ():
+            about.setdefault(text, []).append(run["variant"])
+    return [f"{', '.join(dict.fromkeys(variants))}: {text}" for text, variants in about.items()]
+
+
 def failures(data: dict) -> list[str]:
     """A line for each run that has failed."""
     return [f"{r['variant']}, seed {r['seed']}: {r['error']}" for r in data.get("runs") or () if "error" in r]

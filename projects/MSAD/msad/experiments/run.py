@@ -43,7 +43,7 @@ def train_and_evaluate(folder: Path) -> dict:
 
     Returns:
         {"iterations", "warmup": iterations of the learning rate's warm-up, "seconds" and "cpu_seconds" that training
-        took, "steps" done in that time (those that an interruption cost are done twice), "results":
+        took, "steps" done in that time (those that an interruption cost are done twice), "warnings": texts, "results":
         {name: {task: {metric: value}}}}. The name is that of the folder; of a teacher one a branch, NAME_BRANCH.
 
     Raises:
@@ -59,7 +59,7 @@ def train_and_evaluate(folder: Path) -> dict:
         if trainer.start_iter < trainer.max_iter or is_curriculum:  # a stage may lack its evaluation only
             trainer.train()
 
-    with exclusive_lock(folder), log_to(folder / "log.txt"):
+    with exclusive_lock(folder), log_to(folder / "log.txt"), Warnings(folder / "warnings.json") as warnings:
         prepare(cfg)
         if is_curriculum:
             train_stages(cfg, True, train)
@@ -72,7 +72,8 @@ def train_and_evaluate(folder: Path) -> dict:
         else:
             results = {folder.name: evaluate(cfg, model)}
         clock = read_json(folder / "clock.json")
-        result = {"iterations": total_iterations(cfg), "warmup": cfg.SOLVER.WARMUP_ITERS, **clock, "results": results}
+        result = {"iterations": total_iterations(cfg), "warmup": cfg.SOLVER.WARMUP_ITERS, **clock}
+        result |= {"warnings": warnings.texts, "results": results}
         with atomic_write(folder / "result.json", "w") as file:
             json.dump(result, file, indent=1)
     return result
@@ -125,6 +126,28 @@ class _Clock(HookBase):
         if done % 20 == 0 or done == self.trainer.max_iter:
             with atomic_write(self.file, "w") as file:
                 json.dump({key: round(value, 1) for key, value in self.spent.items()}, file)
+
+
+class Warnings(logging.Handler):
+    """Keeps what is warned of, each text once, in a file, from which a resumed run goes on."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(logging.WARNING)
+        self.file, self.texts = file, read_json(file) or []
+
+    def __enter__(self) -> Warnings:
+        logging.getLogger("msad").addHandler(self)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        logging.getLogger("msad").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.texts:
+            self.texts.append(text)
+            with atomic_write(self.file, "w") as file:
+                json.dump(self.texts, file, indent=1)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,7 @@ def preflight_checks(
     teachers = {entry["NAME"]: entry for entry in teacher_entries(cfg)}
     config = load_config(teachers[teacher.name]["CONFIG"])
     first, whole = teacher.name == first_teacher(cfg), teacher.scale == 1
+    initialised = cfg.DISTILL.INIT_STUDENT != "none"
     entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
     at_neck = [e for e in entries if not compares_heads(e.get("name")) and e.get("tap", NECK) == NECK]
     matches = {entry.get("match", "by_stride") for entry in at_neck if _reads(entry, teacher.name, teachers.values())}
@@ -87,7 +88,7 @@ def preflight_checks(
         "sizes": lambda: check_sizes(cfg, config, resolution) if whole else [],
         "levels": lambda: (
             check_levels(student_shapes(student, resolution), teacher.shapes(), matches)
-            if matches or (whole and adapt(student).levels)  # segmentors have none
+            if matches or (whole and initialised and adapt(student).levels)  # segmentors have none
             else []
         ),
         "anchors": lambda: check_anchors(cfg, config, resolution.shift) if whole else [],
