@@ -26,7 +26,7 @@ from msad import load_config
 from msad.cli import parse, positive, refuse_overwriting, require_device
 from msad.cli import run as run_command
 from msad.data.register import register_datasets
-from msad.distill.progressive.cost import PAIRINGS
+from msad.distill.losses.pairing import MATCHES
 from msad.distill.progressive.least_squares import SGDOptions
 from msad.distill.progressive.order import suggest
 from msad.distill.progressive.table import curriculum, dump_stages, parse_quality, stages_block
@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quality", nargs="+", default=[], metavar="NAME=AP", help="performance of the teachers, for their order")
     add("--k", type=positive, metavar="N", help="the most teachers to use (default: all)")
     add("--normalized", action="store_true", help="order by costs divided by the variance of the target")
-    add("--pairing", choices=PAIRINGS, help="which levels are compared (default: those that DISTILL.LOSSES compare)")
+    add("--pairing", choices=MATCHES, help="which levels are compared (default: those that DISTILL.LOSSES compare)")
     add("--ridge", type=float, default=1e-6, metavar="R", help="of least squares, relative (default 1e-6)")
     add("--sgd", action="store_true", help="train the maps by SGD, a step an image, instead of solving for them")
     add("--lr", type=float, default=SGDOptions().lr, metavar="F", help="learning rate of --sgd")

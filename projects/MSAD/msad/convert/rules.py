@@ -1,4 +1,4 @@
-"""Renaming of tensors by rules, in both directions."""
+"""Renaming of tensors by rules."""
 
 from __future__ import annotations
 
@@ -11,23 +11,17 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 
-class Transform(NamedTuple):
-    """How values change with the name, and back; both keep every bit."""
-
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    backward: Callable[[torch.Tensor], torch.Tensor]
+Transform = Callable[[torch.Tensor], torch.Tensor]  # how values change with the name: their order alone
 
 
-SAME = Transform(lambda x: x, lambda x: x)
+def same(x: torch.Tensor) -> torch.Tensor:
+    """``x``."""
+    return x
 
 
 def reorder(index: Callable[[int], torch.Tensor], dim: int = 0) -> Transform:
     """Transform that takes rows (of ``dim``) in the order ``index(number of rows)``."""
-
-    def backward(x: torch.Tensor) -> torch.Tensor:
-        return x.index_select(dim, index(x.shape[dim]).argsort())
-
-    return Transform(lambda x: x.index_select(dim, index(x.shape[dim])), backward)
+    return lambda x: x.index_select(dim, index(x.shape[dim]))
 
 
 def anchor_order(size: int, sizes: int = 3, shapes: int = 3) -> torch.Tensor:
@@ -48,7 +42,7 @@ class Rule(NamedTuple):
 
     source: str
     target: str | Callable[[re.Match], str]
-    transform: Transform = SAME
+    transform: Transform = same
 
 
 # Buffers that are computed, not learned.
@@ -85,7 +79,7 @@ class Plan(NamedTuple):
         out: Tensors = {}
         vectors: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for move in self.moves:
-            value = move.transform.forward(tensors[move.source]).contiguous()
+            value = move.transform(tensors[move.source]).contiguous()
             if move.index is None:
                 out[move.target] = value
             else:
@@ -95,15 +89,6 @@ class Plan(NamedTuple):
             if [i for i, _ in ordered] != list(range(len(ordered))):
                 raise ValueError(f"{name} lacks elements: the file has {[i for i, _ in ordered]}")
             out[name] = torch.stack([value.reshape(()) for _, value in ordered])
-        return out
-
-    def to_mmdet(self, tensors: Tensors, shapes: dict[str, torch.Size]) -> Tensors:
-        """The inverse of :meth:`to_detectron2`; ``shapes`` are those of the file's tensors."""
-        out = {}
-        for move in self.moves:
-            value = tensors[move.target]
-            value = value if move.index is None else value[move.index]
-            out[move.source] = move.transform.backward(value).reshape(shapes[move.source]).contiguous()
         return out
 
 

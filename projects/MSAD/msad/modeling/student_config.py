@@ -23,6 +23,7 @@ LEVEL_KEYS = {
     "GFL": ("GFL.IN_FEATURES",),
     "GeneralizedRCNN": ("RPN.IN_FEATURES", "ROI_HEADS.IN_FEATURES"),
 }
+TWO_STAGE = ("GeneralizedRCNN",)
 WITH_ANCHORS = ("RetinaNet", "RetinaNetClippedFirst", "GeneralizedRCNN")
 # Sections with the OUT_FEATURES of bottom-up networks; maps of strides 2, 4, ..., 32 have the same names in all.
 BOTTOM_UPS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from ..modeling.student_config import LEVEL_KEYS, student_config, train_at
+from ..modeling.student_config import TWO_STAGE, student_config, train_at
 from ..resolution import get_resolution
 from .choices import Choices
 
@@ -67,7 +67,7 @@ def _msad(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Con
 def _scalekd(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
     """Zhu et al., CVPR 2023: the teacher sees the image at twice the student's size or more."""
     student = _student(base, choices, [_entry(BASELINE, choices)], [])
-    two_stage = len(LEVEL_KEYS[student.MODEL.META_ARCHITECTURE]) == 2
+    two_stage = student.MODEL.META_ARCHITECTURE in TWO_STAGE
     sdf, beta, nu = (0.07, 0.5, 0.4) if two_stage else (0.01, 0.2, 0.25)
     student.DISTILL.LOSSES = [
         {"NAME": "SDF", "SOURCE": "teacher", "TAP": "bottom_up", "MATCH": "by_index", "LEVELS": ["res5"],

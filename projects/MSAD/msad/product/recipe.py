@@ -14,7 +14,7 @@ from ..config_values import set_value, value_at
 from ..engine.scaling import set_iterations
 from ..export.plain import split_config
 from ..modeling.adapters import num_classes_key
-from ..modeling.student_config import LEVEL_KEYS, train_at
+from ..modeling.student_config import LEVEL_KEYS, TWO_STAGE, train_at
 from ..resolution import get_resolution
 from .advice import Objects, finest_anchor, longest_side
 from .backbones import choose_backbone
@@ -109,16 +109,15 @@ def _fit_sizes(cfg: CfgNode, objects: Objects, short: int) -> None:
     longest = longest_side(short)
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (short,), longest
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = short, longest
-    keys = LEVEL_KEYS[cfg.MODEL.META_ARCHITECTURE]
-    finest = 2 if len(keys) == 2 else 3
-    levels = range(finest, max(5, min(7, int(math.log2(short / 4)))) + 1) if finest == 3 else range(2, 7)
+    two_stage = cfg.MODEL.META_ARCHITECTURE in TWO_STAGE
+    levels = range(2, 7) if two_stage else range(3, max(5, min(7, int(math.log2(short / 4)))) + 1)
     cfg.MODEL.FPN.LEVELS = [f"p{level}" for level in levels]
-    for key in keys:
+    for key in LEVEL_KEYS[cfg.MODEL.META_ARCHITECTURE]:
         section, name = key.split(".")
         read = [level for level in levels if (section, level) != ("ROI_HEADS", 6)]
         cfg.MODEL[section][name] = [f"p{level}" for level in read]
-    first = finest_anchor(objects, short, 2**finest)
-    octaves = (1.0, 2 ** (1 / 3), 2 ** (2 / 3)) if finest == 3 else (1.0,)
+    first = finest_anchor(objects, short, 2 ** levels[0])
+    octaves = (1.0,) if two_stage else (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
         [round(first * 2**index * octave, 3) for octave in octaves] for index in range(len(levels))
     ]

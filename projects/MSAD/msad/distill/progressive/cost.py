@@ -20,9 +20,9 @@ import torch
 from detectron2.layers import ShapeSpec
 
 from ...resolution import resample
+from ..losses.pairing import MATCHES
 from .least_squares import FeatureSums, SGDFit, SGDOptions, with_ones
 
-PAIRINGS = ("by_stride", "by_index")
 Maps = Mapping[str, torch.Tensor]  # level -> (C, h, w) of one image
 
 
@@ -58,8 +58,8 @@ def common_levels(a: Source, b: Source, pairing: str) -> list[tuple[str, str]]:
     Raises:
         ValueError: an unknown pairing, no levels, as of a segmentor, or no pair.
     """
-    if pairing not in PAIRINGS:
-        raise ValueError(f"unknown pairing {pairing!r}; known: {', '.join(PAIRINGS)}")
+    if pairing not in MATCHES:
+        raise ValueError(f"unknown pairing {pairing!r}; known: {', '.join(MATCHES)}")
     strides = [{level: shape.stride for level, shape in source.shapes().items()} for source in (a, b)]
     without = next((source.name for source, found in zip((a, b), strides) if not found), None)
     if without is not None:
