@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
 from msad import load_config
+from msad.data.checks import check_data
 from msad.data.low_res import FILE
 from msad.data.scales import check_scales, test_scale, training_scale
 
@@ -78,6 +79,19 @@ def test_the_median_object_of_those_that_are_learned_counts(cfg):
     assert warned(cfg, [image(), image(), image(sides=(400, 400)), *[crowd, empty, nothing, without_a_size] * 3]) == []
     assert len(warned(cfg, [image(), *[image(sides=(400, 400))] * 2])) == 1
     assert warned(cfg, [nothing]) == warned(cfg, test=[]) == warned(cfg, train=[]) == []
+
+
+def test_sizes_that_are_none_are_left_to_other_checks(cfg):
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("learned",), ("tested",)
+    try:
+        for name in ("learned", "tested"):
+            DatasetCatalog.register(name, lambda: [])
+        known = {"learned": [image(file_name="a.png") | {"width": 0}], "tested": [image(file_name="b.png")]}
+        assert check_data(cfg, images=False, known=known)[0] == {"learned": known["learned"]}
+    finally:
+        for name in ("learned", "tested"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
 
 
 def test_two_files_of_an_image_are_not_judged(cfg):

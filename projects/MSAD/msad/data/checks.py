@@ -61,7 +61,7 @@ def check_data(
     findings += _compare_sets(train, test, loaded, cfg.MODEL.KEYPOINT_ON)
     findings += _never_learned(train, test, loaded)
     learned = [record for name in train for record in loaded.get(name, ())]
-    with contextlib.suppress(ValueError):  # sizes and crops that cannot be are refused where they are used
+    with contextlib.suppress(ArithmeticError, ValueError):  # what cannot be a size is said elsewhere
         for name in test:
             findings += check_scales(cfg, learned, loaded.get(name, ()), name)
     return {name: loaded[name] for name in train if name in loaded}, findings
