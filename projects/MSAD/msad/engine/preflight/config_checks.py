@@ -164,9 +164,9 @@ def check_schedule(cfg: CfgNode) -> Generator:
             text = f"{after}DISTILL.{key} {value} {'are' if after else 'is'} not below SOLVER.MAX_ITER {last}"
             yield WARNING, text, f"lower DISTILL.{'START_ITER' if start >= last else key}"
     end = cfg.DISTILL.DECAY_TO * last if cfg.DISTILL.DECAY_FROM < 1 else last
-    if distills and cfg.DISTILL.LOSSES and start >= end:
+    if distills and cfg.DISTILL.LOSSES and last > start >= end:
         text = f"distillation begins at DISTILL.START_ITER {start} and ends at iteration {end:.0f}: it never counts"
-        yield ERROR, text, "lower DISTILL.START_ITER, or raise DISTILL.DECAY_TO"
+        yield WARNING, text, "lower DISTILL.START_ITER, or raise DISTILL.DECAY_TO"
     # As many updates at a small learning rate are most of a short run.
     if last < 2 * cfg.SOLVER.WARMUP_ITERS:
         text = f"SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is more than half of SOLVER.MAX_ITER {last}"
