@@ -38,6 +38,7 @@ from msad.experiments.data_facts import describe_data
 from msad.experiments.jobs import Run, count_cores, error_of, make_slots, take_devices
 from msad.experiments.panels import draw_pictures
 from msad.experiments.report import write_report
+from msad.experiments.rows import warnings
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import LONGER, QUICK, choose, standard_variants
 from msad.export import export
@@ -161,6 +162,8 @@ def work(args: argparse.Namespace) -> int:
         raise
     if study.finished():
         data = finish(study, begin)
+        for line in warnings(data):
+            print(f"WARNED: {line}", file=sys.stderr)
         print(f"{format_tables(data)}\n\n{data['seconds']:.0f} s in all. Report: {args.output / 'report.html'}"
               f"{export_student(study)}")  # fmt: skip
     for run in failed:
