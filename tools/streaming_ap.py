@@ -170,7 +170,7 @@ def evaluate_model(args: argparse.Namespace, videos: Videos, cfg: CfgNode, weigh
         outputs, detections, samples = simulated_stream(args, videos, found)
     lengths = [(len(sequence.image_ids), sequence.fps) for sequence in videos.sequences]
     pairs = [streaming.pair(made, *length, eta=args.eta) for made, length in zip(outputs, lengths)]
-    results = streaming.streamed_results(images, outputs, pairs, detections)
+    results = streaming.streamed_results(images, pairs, detections)
     return {
         "short_side": cfg.INPUT.MIN_SIZE_TEST,
         "milliseconds": round(1000 * float(np.mean(samples)), 3),

@@ -157,6 +157,23 @@ def test_no_gradient_is_said(caplog):
     assert hook.trainer.storage.latest()["distill_weight/a"][0] == 0.25
 
 
+def test_a_run_resumed_behind_the_measuring_says_its_weights_at_once(caplog):
+    balance = GradientBalance(0.5, 2, {"a": "neck", "b": "neck"}, start=4)
+    hook = BalanceLogger(balance)
+    for hook.trainer in (SimpleNamespace(start_iter=start) for start in (6, 9)):
+        with pytest.raises(FloatingPointError, match="in iterations 4 to 5 there was no finite gradient of a, b"):
+            hook.before_train()
+    balance.sums += torch.tensor([1.0, 2.0, 4.0])
+    with caplog.at_level(logging.INFO, logger="msad"):
+        hook.trainer = SimpleNamespace(start_iter=5)
+        hook.before_train()
+        assert not caplog.messages, "one iteration is still measured"
+        hook.trainer = SimpleNamespace(start_iter=6)
+        hook.before_train()
+    (message,) = caplog.messages
+    assert message.endswith("at neck, from 2 iterations: a 0.25, b 0.125")
+
+
 def test_resumed_run_finds_the_same_weights(project, teacher_weights, tmp_path, caplog):
     # The checkpoint is written after 3 iterations, in the middle of measuring.
     keys = {"DISTILL.BALANCE.RATIO": 0.5, "DISTILL.BALANCE.ITERS": 5, "DISTILL.WARMUP_ITERS": 2}

@@ -62,6 +62,15 @@ def test_counts_and_clean(name):
     assert "3 of 3 instances kept (0 degenerate and 0 outside" in counts.text
 
 
+def test_a_box_may_overhang_by_one_pixel(name):
+    """Which is a matter of rounding."""
+    for overhang, clipped in ((1, 0), (1.5, 4)):
+        sides = [(-overhang, 5, 20, 20), (5, -overhang, 20, 20), (5, 5, 100 + overhang, 20), (5, 5, 20, 80 + overhang)]
+        record = image(*(_instance(*box, mode=BoxMode.XYXY_ABS) for box in sides))
+        (counts,) = found([record], name, TWO, OK)
+        assert counts.text.endswith(f", {clipped} clipped to the image"), overhang
+
+
 def test_useless_boxes_are_warned_of_and_refused_where_they_are_most(name):
     good = [image(_instance(10, 10, 5 + i, 5)) for i in range(4)]
     (warning,) = [

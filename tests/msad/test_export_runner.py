@@ -225,9 +225,9 @@ def test_an_image_is_read_upright_or_not_at_all(tmp_path):
     for size in [0, 1, 3, 30, len(header) // 2, len(header) + 60, len(jpeg) - 200, len(jpeg) - 2]:
         file.write_bytes(jpeg[:size])
         assert runner.read_image(file) is None, size
-        assert not (size > 3 and runner.is_whole(jpeg[:size])), size  # OpenCV 5.0 would not need it
+        assert not (size > 3 and runner.is_complete(jpeg[:size])), size  # OpenCV 5.0 would not need it
     file.write_bytes(png[: len(png) // 2])
-    assert runner.read_image(file) is None and not runner.is_whole(png[: len(png) // 2])
+    assert runner.read_image(file) is None and not runner.is_complete(png[: len(png) // 2])
     assert runner.read_image(tmp_path / "absent") is runner.read_image(tmp_path) is None
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.utils.events import EventStorage
 from runs import config, train
 
 from msad.distill.analysis import decompose
 from msad.distill.teachers import FrozenTeacher
+from msad.engine.hooks import FeatureAnalysis
 
 
 def test_worked_example():
@@ -61,6 +64,37 @@ def test_record_of_a_run(project, teacher_weights, tmp_path):
     assert level["mn"] == pytest.approx(level["m"] * level["n"] / (32 * 64), rel=0.2)
     assert 0 < level["angle"] < 180 and not run.distiller.on_context
     assert not (tmp_path / "plain/features.jsonl").exists()
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_the_first_loss_with_a_level_is_the_one_that_is_looked_at(
+    tiny_model, make_distiller, make_batch, tmp_path, channels
+):
+    """Two losses with adaptation layers of their own, under a student as wide as its teacher or narrower."""
+    student = tiny_model(levels=range(2, 7), seed=1, MODEL__FPN__OUT_CHANNELS=channels)
+    first = {"NAME": "NaiveL2", "LEVELS": ["p3", "p4"], "ADAPTATION": "always", "WEIGHT": 2.0}
+    second = {"NAME": "CAD", "LEVELS": ["p3", "p4", "p5"], "ADAPTATION": "always"}
+    distiller = make_distiller(student=student, losses=[first, second])
+    hook, seen = FeatureAnalysis(distiller, 1, str(tmp_path)), []
+    distiller.on_context.append(seen.append)
+    hook.trainer = SimpleNamespace(iter=0)
+    hook.before_step()
+    with EventStorage(0):
+        loss = distiller(make_batch([(64, 64), (64, 96)]))["loss_distill/NaiveL2"].item()
+    hook.after_step()
+    levels = json.loads((tmp_path / "features.jsonl").read_text())["levels"]
+    assert 2 * sum(levels[name]["magnitude"] + levels[name]["angular"] for name in ("p3", "p4")) == pytest.approx(
+        loss, rel=1e-4
+    )
+    # A level that only the second has is seen behind the second's layer; one of no loss as it is, if it can be.
+    (context,) = seen
+    for name, layer in (("p5", distiller.losses[1].adaptation["p5"]), ("p6", torch.nn.Identity())):
+        s, t = context.student[name], context.sources["teacher"][name]
+        if name == "p6" and channels == 4:
+            assert name not in levels
+        else:
+            angle = decompose(layer(s), t).angle.mean().item()
+            assert levels[name]["angle"] == pytest.approx(angle, rel=1e-4), name
 
 
 def test_teacher_of_a_control_runs_only_when_it_is_observed(project, teacher_weights, tmp_path, monkeypatch):

@@ -120,6 +120,18 @@ def test_yolo_keypoints(tmp_path):
     assert "has not 4 + 3 x 3 numbers behind the class" in read(find_splits(root, tmp_path / "out"))[1][0]
 
 
+def test_yolo_keypoints_without_visibility(tmp_path):
+    """Only the corner (0, 0) stands for a point that is not there, not every place on the left or upper border."""
+    root = yolo(
+        tmp_path / "set", "0 0.5 0.5 1 1 0 0.5 0.4 0 0 0\n", "0 0.5 0.5 0.2 0.4 0.5 0.5 0.5 0.5 0.5 0.5\n",
+        names=["mouse"], kpt_shape=[3, 2],
+    )  # fmt: skip
+    content, said = read(find_splits(root, tmp_path / "out"))
+    (annotation,) = content["annotations"]
+    assert annotation["keypoints"] == [0, 25, 2, 40, 0, 2, 0, 0, 0] and annotation["num_keypoints"] == 2
+    assert said == []
+
+
 @pytest.mark.parametrize(("count", "first"), [(17, [0.026, 0.025]), (16, [1 / 16] * 2)])
 def test_yolo_sigmas_are_those_that_its_own_metric_takes(tmp_path, count, first):
     line = f"0 0.5 0.5 0.2 0.4{' 0.5 0.5 2' * count}\n"

@@ -148,6 +148,20 @@ def test_fgd_trains_both_contexts():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.parameters())
 
 
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+FIVE = {f"p{level}": ShapeSpec(channels=256, stride=2**level) for level in range(3, 8)}
+
+
+def test_the_published_size_of_fgd():
+    """Both sides' GcBlock on each level: 256 -> 1 without bias; 256 -> 128, LayerNorm, 128 -> 256."""
+    (loss,) = between([{"NAME": "FGD"}], FIVE, FIVE)
+    block = 256 + (256 * 128 + 128) + 2 * 128 + (128 * 256 + 256)
+    assert count(loss) == 2 * 5 * block
+
+
 # --- FKD --------------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +241,19 @@ def test_non_local_begins_as_identity_and_takes_any_size():
         assert torch.equal(block(x), x)
         shake(block)(x).square().sum().backward()
         assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_the_published_size_of_fkd():
+    """Non-local blocks of 64 channels on the two finest levels and 128 on the others; keys thinned 8, 4, 2, 2, 2."""
+    (loss,) = between([{"NAME": "FKD"}], FIVE, FIVE)
+    pointwise = 256 * 256 + 256  # feature, relation and, between vectors, channel
+    for name, hidden, subsample in zip(FIVE, (64, 64, 128, 128, 128), (8, 4, 2, 2, 2), strict=True):
+        parts = loss.loss.levels[name]
+        blocks = parts["student_nonlocal"], parts["teacher_nonlocal"]
+        block = 3 * (256 * hidden + hidden) + hidden * 256 + 2 * 256  # queries, keys, values; output; BatchNorm
+        assert [count(module) for module in blocks] == [block] * 2, name
+        assert [module.subsample for module in blocks] == [subsample] * 2, name
+        assert count(parts) == 3 * pointwise + (3 * 3 + 1) + 2 * block, name
 
 
 def test_fkd_counts_images():

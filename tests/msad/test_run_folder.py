@@ -91,6 +91,17 @@ def test_what_a_run_consists_of_cannot_change(begun, tmp_path, key, value):
     assert files(tmp_path / "run") == before
 
 
+def test_a_teacher_does_not_change_its_scale(begun):
+    """Where its files lie may change, what it sees may not."""
+    cfg = begun()
+    entry = cfg.DISTILL.TEACHERS[0]
+    cfg.DISTILL.TEACHERS = [{**entry, "WEIGHTS": "elsewhere.pth"}]
+    check_folder(cfg, "", resume=True)
+    cfg.DISTILL.TEACHERS = [{**entry, "SCALE": 0.5}]
+    with pytest.raises(ValueError, match=r"cannot be resumed with another DISTILL.TEACHERS: .*'SCALE': 0.5"):
+        check_folder(cfg, "", resume=True)
+
+
 def test_checkpoints_of_which_none_is_the_last(begun, tmp_path):
     (tmp_path / "run" / "last_checkpoint").unlink()
     with pytest.raises(ValueError, match="run has checkpoints, but no file last_checkpoint: write the name"):

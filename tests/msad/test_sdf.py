@@ -117,12 +117,19 @@ def test_collapse_is_noticed_by_level_and_over_a_resume(caplog, side):
         loss.load_state_dict(first.state_dict())
         loss(*maps, make_context([], iteration=200))
         assert not caplog.messages
-        for parameter in (loss.student if side == "shared" else loss.teacher)["res5"].parameters():
-            parameter.data.zero_()
+        watched = (loss.student if side == "shared" else loss.teacher)["res5"]
+        for parameter in watched.flatten.parameters():  # the last layer, to which the spread is proportional
+            parameter.data.mul_(0.02)
+        loss(*maps, make_context([], iteration=200))
+        assert not caplog.messages, "a fiftieth is not yet a collapse"
+        for parameter in watched.flatten.parameters():
+            parameter.data.mul_(0.005 / 0.02)
         loss(*maps, make_context([], iteration=300))
         assert not caplog.messages, "looked at every 200 iterations"
         loss(*maps, make_context([], iteration=400))
         # A run folder that knows no first value: the next one counts as such.
+        for parameter in watched.parameters():
+            parameter.data.zero_()
         older.load_state_dict({k: v for k, v in loss.state_dict().items() if k != "first_spread"})
         older(*maps, make_context([], iteration=600))
     (message,) = caplog.messages

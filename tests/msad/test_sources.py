@@ -84,6 +84,8 @@ def test_means_need_equal_shapes(tiny_model):
         Ensemble("m", ["a", "b"]).shapes({"a": a.shapes(), "b": b.shapes()})
     with pytest.raises(ValueError, match="MEAN_OF needs two names or more"):
         Ensemble("m", ["a"])
+    with pytest.raises(ValueError, match=r"as many WEIGHTS_OF, not negative and not all 0, got .* \[0.0, 0.0\]"):
+        Ensemble("m", ["a", "b"], [0, 0])
 
 
 # --- scale ------------------------------------------------------------------------------------------------------------
@@ -133,11 +135,12 @@ def test_levels_that_cannot_be_aligned_are_an_error(tiny_model):
         make(l_student(tiny_model), [teacher], [{"NAME": "AlignedL1"}])
 
 
-def test_what_a_scaled_teacher_sees(tiny_model, make_batch):
-    """Its features are those of the image resized by hand."""
-    model, (item,) = tiny_model(seed=2).eval(), make_batch([(96, 128)])
+@pytest.mark.parametrize(("size", "small"), [((96, 128), (72, 96)), ((97, 130), (73, 98))])  # 72.75, 97.5
+def test_what_a_scaled_teacher_sees(tiny_model, make_batch, size, small):
+    """Its features are those of the image resized by hand, to the nearest whole pixels."""
+    model, (item,) = tiny_model(seed=2).eval(), make_batch([size])
     found = FrozenTeacher(model, scale=0.75).features([item], 0)
-    small = F.interpolate(item["image"][None].float(), size=(72, 96), mode="bilinear", antialias=True)
+    small = F.interpolate(item["image"][None].float(), size=small, mode="bilinear", antialias=True)
     images = batch_images(list(small), model.pixel_mean, model.pixel_std, 32)
     with torch.no_grad():
         expected = run_neck(model.backbone, images.tensor, adapt(model).levels)

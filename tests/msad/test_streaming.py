@@ -154,11 +154,11 @@ def test_equals_a_clock_of_ticks(seed):
 class Clock:
     """A clock that goes on by a little at every look and by the runtime at every detection."""
 
-    def __init__(self, runtimes):
-        self.now, self.runtimes = 100.0, iter(runtimes)
+    def __init__(self, runtimes, tick=1e-5):
+        self.now, self.runtimes, self.tick = 100.0, iter(runtimes), tick
 
     def __call__(self):
-        self.now += 1e-5
+        self.now += self.tick
         return self.now
 
     def detect(self, frame):
@@ -175,6 +175,15 @@ def test_play_is_what_is_simulated_up_to_the_time_of_looking():
     assert results == [f"result of {'abcdefghijkl'[o.frame]}" for o in outputs]
     for mine, other in zip(outputs, expected):
         assert 0 < float(mine.finished - other.finished) < 0.002
+
+
+@pytest.mark.parametrize(("runtime", "in_time"), [(0.75, 1), (1.0, 0)])
+def test_a_result_at_the_very_end_comes_too_late(runtime, in_time):
+    """Played as simulated, exactly: of one frame of a second, no moment is left at which it would be asked for."""
+    clock = Clock([runtime], tick=0)
+    outputs, results = play(["a"], clock.detect, 1, clock=clock)
+    assert len(outputs) == len(results) == in_time
+    assert outputs == simulate(1, 1, always(runtime))
 
 
 def test_play_waits_for_the_next_frame_after_half_of_one():
@@ -339,7 +348,7 @@ def test_a_perfect_detector_loses_by_its_latency():
         outputs = [simulate(len(s.image_ids), s.fps, runtimes) for s in sequences]
         pairs = [pair(made, len(s.image_ids), s.fps) for made, s in zip(outputs, sequences)]
         found = [[truth[s.image_ids[o.frame]] for o in made] for s, made in zip(sequences, outputs)]
-        results = streamed_results([s.image_ids for s in sequences], outputs, pairs, found)
+        results = streamed_results([s.image_ids for s in sequences], pairs, found)
         ap.append(box_stats(read, results)["AP"])
     lossless = box_stats(read, [{**d, "image_id": i} for i, ds in truth.items() for d in ds])["AP"]
     assert lossless == pytest.approx(100)

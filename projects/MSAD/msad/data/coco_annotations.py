@@ -24,7 +24,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def is_whole(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Whether a value is a whole number and no truth value."""
     return type(value) is int or (type(value) is float and value.is_integer())
 
@@ -79,7 +79,7 @@ class AnnotationChecker:
             self.ids.add(number)
         for key, known in (("image_id", self.images), ("category_id", self.categories)):
             value = a.get(key)
-            if not is_whole(value):
+            if not is_integer(value):
                 fix = f"write {key} as a whole number, the id of {'an image' if key == 'image_id' else 'a category'}"
                 add(ERROR, f"has no whole number as {key}", fix, f"has {key} {shown(value)}, not a whole number")
             elif value not in known:
@@ -90,7 +90,7 @@ class AnnotationChecker:
 
     def _add(self, a: dict, level: str, reason: str, fix: str, seen: str = "") -> None:
         if not self.tally[reason]:
-            image = self.images.get(a["image_id"], {}) if is_whole(a.get("image_id")) else {}
+            image = self.images.get(a["image_id"], {}) if is_integer(a.get("image_id")) else {}
             seen = (seen or reason) + (f", in {image['file_name']!r}" if "file_name" in image else "")
         self.tally.add(level, reason, f"annotation {a.get('id', f'number {self.place}')}", fix, self.of, seen)
 
@@ -131,7 +131,7 @@ class AnnotationChecker:
 
     def _check_rle(self, a: dict, mask: dict, add: Callable) -> None:
         size, counts = mask.get("size"), mask.get("counts")
-        image = self.images.get(a["image_id"], {}) if is_whole(a.get("image_id")) else {}
+        image = self.images.get(a["image_id"], {}) if is_integer(a.get("image_id")) else {}
         wanted = [image.get("height"), image.get("width")]
         if size != wanted:
             fix = "size is [height, width] of the image"

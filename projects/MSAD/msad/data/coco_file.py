@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 
 from ..finding import ERROR, WARNING
-from .coco_annotations import AnnotationChecker, is_whole, shown
+from .coco_annotations import AnnotationChecker, is_integer, shown
 from .tally import Tally
 
 
@@ -77,7 +77,7 @@ def _check_categories(categories: list[dict], tally: Tally) -> set:
     for i, category in enumerate(categories):
         number, name = category.get("id"), category.get("name")
         who = f"category {number!r}" if "id" in category else f"categories[{i}]"
-        if not is_whole(number):
+        if not is_integer(number):
             fix = "number the categories, and category_id of the annotations alike"
             tally.add(ERROR, "has no whole number as id", who, fix, of)
         elif number in ids:
@@ -86,7 +86,7 @@ def _check_categories(categories: list[dict], tally: Tally) -> set:
             tally.add(ERROR, "has no text as name", who, "name it", of, f"has name {shown(name)}, not a text")
         elif name in names:
             tally.add(WARNING, "has the name of another", f"{who} ({name!r})", "merge them, or rename one", of)
-        ids.add(number if is_whole(number) else None)
+        ids.add(number if is_integer(number) else None)
         names.add(name if isinstance(name, str) else None)
     return ids - {None}
 
@@ -96,7 +96,7 @@ def _check_images(images: list[dict], tally: Tally) -> dict[int, dict]:
     for i, image in enumerate(images):
         number, name = image.get("id"), image.get("file_name")
         who = f"image {name!r}" if isinstance(name, str) else f"images[{i}]"
-        if is_whole(number):
+        if is_integer(number):
             if number in by_id:
                 tally.add(ERROR, "has the id of another", who, "give each image an id of its own", of)
             by_id.setdefault(number, image)
@@ -109,7 +109,7 @@ def _check_images(images: list[dict], tally: Tally) -> dict[int, dict]:
             reason = "has the file_name of another: each lacks the objects of the other"
             tally.add(WARNING, reason, who, "list a file once, with all of its annotations", of)
         for key in ("width", "height"):
-            if not is_whole(image.get(key)) or image[key] < 1:
+            if not is_integer(image.get(key)) or image[key] < 1:
                 seen = f"has {key} {shown(image[key])}" if key in image else f"has no {key}"
                 fix = f"write {key} in pixels of the file, a whole number"
                 tally.add(ERROR, f"has no good {key}", who, fix, of, seen)

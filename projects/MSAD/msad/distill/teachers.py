@@ -157,8 +157,8 @@ class Ensemble:
         weights = [1.0] * len(members) if weights is None else [float(w) for w in weights]
         if len(members) < 2 or len(weights) != len(members) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
-                f"DISTILL.TEACHERS: {name}: MEAN_OF needs two names or more and as many positive WEIGHTS_OF, got "
-                f"{list(members)} and {weights}"
+                f"DISTILL.TEACHERS: {name}: MEAN_OF needs two names or more and as many WEIGHTS_OF, not negative and "
+                f"not all 0, got {list(members)} and {weights}"
             )
         self.name, self.members = name, list(members)
         self.weights = [weight / sum(weights) for weight in weights]

@@ -189,12 +189,12 @@ def time_parts(model: nn.Module, inputs: list[dict]) -> dict[str, float]:
         return _by_part(model, inputs, time.perf_counter, lambda a, b: (b - a) * 1e3)
     stream = torch.cuda.current_stream(device)
 
-    def milliseconds(start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+    def elapsed(start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
         stop.synchronize()
         return start.elapsed_time(stop)
 
     torch.cuda.synchronize(device)
-    return _by_part(model, inputs, lambda: stream.record_event(torch.cuda.Event(enable_timing=True)), milliseconds)
+    return _by_part(model, inputs, lambda: stream.record_event(torch.cuda.Event(enable_timing=True)), elapsed)
 
 
 def medians(passes: list[dict[str, float]]) -> dict[str, float]:

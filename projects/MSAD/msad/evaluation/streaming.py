@@ -184,7 +184,6 @@ def summarize_pairing(outputs: Sequence[Sequence[Output]], pairs: Sequence[Seque
 
 def streamed_results(
     sequences: Sequence[Sequence[int]],
-    outputs: Sequence[Sequence[Output]],
     pairs: Sequence[Sequence[int | None]],
     detections: Sequence[Sequence[list[dict]]],
 ) -> list[dict]:
@@ -192,7 +191,6 @@ def streamed_results(
 
     Args:
         sequences: image ids of the frames of each sequence.
-        outputs: of each sequence.
         pairs: of :func:`pair`, for each sequence.
         detections: of each sequence and output, COCO results without image_id.
     """

@@ -194,7 +194,7 @@ def find_inputs(paths: list[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def is_whole(data: bytes) -> bool:
+def is_complete(data: bytes) -> bool:
     """Whether an image file has an end, where its format has one: some versions of OpenCV fill in what is cut off."""
     if data.startswith(b"\xff\xd8"):  # JPEG: segments, of which one may hold a thumbnail, then scans
         at = 2
@@ -210,7 +210,7 @@ def read_image(file: Path) -> np.ndarray | None:
         data = file.read_bytes()
     except OSError:
         return None
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if is_whole(data) else None
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if is_complete(data) else None
 
 
 def frames_of(sources: list, most: int | None):

@@ -90,7 +90,7 @@ def recommend(objects: Objects) -> int:
     Enlarging files adds no information, so where objects are small in them, their own size is taken (at most the
     largest of LADDER).
     """
-    native = min(native_side(objects), LADDER[-1])
+    native = native_side(objects)
     for short in LADDER:
         if short <= native and shares_below(sides_at(objects, short))[MIN_SIDE] <= MAX_SHARE:
             return short

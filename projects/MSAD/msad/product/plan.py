@@ -34,7 +34,8 @@ IMAGES = 3  # that are detected in
 
 
 class Measured(NamedTuple):
-    """Of one run: iterations, seconds of a step and of detecting in an image (all branches), bytes of a checkpoint."""
+    """Of one run: iterations, seconds of a step and of detecting in an image (all branches), bytes of a checkpoint and
+    the number of ``checkpoints`` that it leaves."""
 
     iterations: int
     step: float

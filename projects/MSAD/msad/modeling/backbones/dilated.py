@@ -135,7 +135,4 @@ class DilatedMobileNetV2(MobileNetV2):
 @BACKBONE_REGISTRY.register()
 def build_dilated_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DilatedMobileNetV2:
     """MobileNetV2 of MODEL.MOBILENETV2 at stride 8, frozen as MODEL.BACKBONE.FREEZE_AT says."""
-    if input_shape.channels != 3:
-        raise ValueError(f"MobileNetV2 takes images of 3 channels, not {input_shape.channels}")
-    options = cfg.MODEL.MOBILENETV2
-    return DilatedMobileNetV2(options.WIDTH, options.OUT_FEATURES, options.NORM, cfg.MODEL.BACKBONE.FREEZE_AT)
+    return DilatedMobileNetV2.of_config(cfg, input_shape)

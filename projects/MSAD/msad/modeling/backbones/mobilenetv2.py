@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torchvision.models import mobilenet_v2
@@ -43,6 +44,18 @@ class MobileNetV2(Backbone):
             self.features[i].requires_grad_(False)
             self.features[i] = FrozenBatchNorm2d.convert_frozen_batchnorm(self.features[i])
 
+    @classmethod
+    def of_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> MobileNetV2:
+        """The network that MODEL.MOBILENETV2 and MODEL.BACKBONE.FREEZE_AT describe.
+
+        Raises:
+            ValueError: images of another number of channels than 3.
+        """
+        if input_shape.channels != 3:
+            raise ValueError(f"MobileNetV2 takes images of 3 channels, not {input_shape.channels}")
+        options = cfg.MODEL.MOBILENETV2
+        return cls(options.WIDTH, options.OUT_FEATURES, options.NORM, cfg.MODEL.BACKBONE.FREEZE_AT)
+
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(N, 3, H, W), sides multiples of 32 -> maps by name, finest first."""
         outputs, start = {}, 0
@@ -54,9 +67,6 @@ class MobileNetV2(Backbone):
 
 
 @BACKBONE_REGISTRY.register()
-def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
+def build_mobilenetv2_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MobileNetV2:
     """MobileNetV2 of MODEL.MOBILENETV2, frozen as MODEL.BACKBONE.FREEZE_AT says."""
-    if input_shape.channels != 3:
-        raise ValueError(f"MobileNetV2 takes images of 3 channels, not {input_shape.channels}")
-    options = cfg.MODEL.MOBILENETV2
-    return MobileNetV2(options.WIDTH, options.OUT_FEATURES, options.NORM, cfg.MODEL.BACKBONE.FREEZE_AT)
+    return MobileNetV2.of_config(cfg, input_shape)

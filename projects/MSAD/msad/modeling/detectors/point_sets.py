@@ -89,9 +89,9 @@ def _middle_and_stride(locations: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def nearest_points(locations: torch.Tensor, boxes: torch.Tensor, scale: float = 4.0, count: int = 1) -> torch.Tensor:
     """Objects of the first stage: each takes the ``count`` points nearest to its centre on the level of its size.
 
-    The level's stride is sqrt(w h) / ``scale`` rounded down to a power of two (of the logarithm towards zero), within
-    what there is. Of several objects that want a point the nearest gets it, the first of them if equally near, and an
-    object may end without one. Distances are counted in the object's sides.
+    The level's stride is sqrt(w h) / ``scale`` rounded down to a power of two, within what there is. Of several
+    objects that want a point the nearest gets it, the first of them if equally near, and an object may end without
+    one. Distances are counted in the object's sides.
 
     Args:
         locations: (R, 4) of all levels, squares with the sides of a stride.
@@ -106,7 +106,7 @@ def nearest_points(locations: torch.Tensor, boxes: torch.Tensor, scale: float = 
     sides = boxes[:, 2:] - boxes[:, :2]
     # The least positive number: a box without area goes to the finest level and claims points of its place alone.
     sides = sides.clamp(min=torch.finfo(sides.dtype).tiny)
-    level = ((sides / scale).log2().sum(dim=1) / 2).trunc().long().clamp(strides.min(), strides.max())
+    level = ((sides / scale).log2().sum(dim=1) / 2).floor().long().clamp(strides.min(), strides.max())
     middle = (locations[:, :2] + locations[:, 2:]) / 2
     away = ((middle[None] - (boxes[:, None, :2] + boxes[:, None, 2:]) / 2) / sides[:, None]).norm(dim=2)
     away = away.masked_fill(strides[None] != level[:, None], float("inf"))
