@@ -22,12 +22,12 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.modeling.roi_heads.roi_heads import select_proposals_with_visible_keypoints
 from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
+from refusals import refused
 from tiny_rcnn import (
     KINDS,
     NONE,
     NUM_CLASSES,
     ONE,
-    REFUSED,
     STRIDES,
     TWO,
     instances,
@@ -162,7 +162,7 @@ class TestOutputLayers:
         assert losses["loss_box_reg"].item() == pytest.approx(expected, rel=1e-4)
 
     def test_unknown_loss(self):
-        with pytest.raises(REFUSED):
+        with refused("box regression loss 'l7' is unknown"):
             losses_of(make_layers(box_reg_loss_type="l7"), (torch.zeros(1, 4), torch.zeros(1, 12)), [labelled([0])])
 
     def test_no_proposals(self):
@@ -190,7 +190,7 @@ class TestOutputLayers:
         assert drawn.tolist() == [1, 0]  # class 2 has no chance
         losses, _ = losses_of(layers, (torch.zeros(2, 4), torch.zeros(2, 12)), [labelled([1, 1])])
         assert losses["loss_cls"].item() == pytest.approx(2 * math.log(2), rel=1e-5)
-        with pytest.raises(REFUSED):
+        with refused("the federated loss needs use_sigmoid_ce and weights of the classes"):
             make_layers(use_fed_loss=True, get_fed_loss_cls_weights=lambda: weights)
 
     def test_federated_loss_weights_come_from_the_data_set(self):
@@ -243,7 +243,7 @@ class TestBoxHead:
         assert maps(torch.randn(2, 4, 5, 3)).shape == (2, 6, 5, 3)
 
     def test_nothing(self):
-        with pytest.raises(REFUSED):
+        with refused("needs at least one convolution or linear layer"):
             FastRCNNConvFCHead(self.shape, conv_dims=[], fc_dims=[])
 
 
@@ -252,7 +252,7 @@ class TestHeads:
 
     def test_channels_must_agree(self):
         shapes = {**self.shapes, "p3": ShapeSpec(channels=9, stride=8)}
-        with pytest.raises(REFUSED):
+        with refused("are pooled together but have [8, 9] channels"):
             build_roi_heads(make_cfg(), shapes)
 
     def test_training_on_predicted_boxes(self):
@@ -293,12 +293,13 @@ class TestHeads:
         assert gradients[0].abs().sum() > 0
         torch.testing.assert_close(gradients[1], gradients[0] / 3)
 
-    @pytest.mark.parametrize("changes", [
-        {"ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": False}, {"ROI_HEADS__IOU_THRESHOLDS": [0.6]},
-        {"ROI_BOX_CASCADE_HEAD__IOUS": (0.5, 0.6)},
+    @pytest.mark.parametrize("changes, message", [
+        ({"ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": False}, "needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True"),
+        ({"ROI_HEADS__IOU_THRESHOLDS": [0.6]}, "starts with 0.5, which must be MODEL.ROI_HEADS.IOU_THRESHOLDS: 0.6"),
+        ({"ROI_BOX_CASCADE_HEAD__IOUS": (0.5, 0.6)}, "has 2 IOUS and 3 BBOX_REG_WEIGHTS"),
     ])
-    def test_cascade_settings_that_do_not_fit(self, changes):
-        with pytest.raises(REFUSED):
+    def test_cascade_settings_that_do_not_fit(self, changes, message):
+        with refused(message):
             build_roi_heads(make_cfg(**{**KINDS["cascade"], **changes}), self.shapes)
 
     @pytest.mark.parametrize("mask_on", [False, True])

@@ -6,7 +6,6 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-REFUSED = (AssertionError, ValueError, KeyError, TypeError)
 STRIDES = {"p2": 4, "p3": 8, "p4": 16}
 NUM_CLASSES = 3
 
