@@ -84,8 +84,10 @@ def test_means_need_equal_shapes(tiny_model):
         Ensemble("m", ["a", "b"]).shapes({"a": a.shapes(), "b": b.shapes()})
     with pytest.raises(ValueError, match="MEAN_OF needs two names or more"):
         Ensemble("m", ["a"])
-    with pytest.raises(ValueError, match=r"as many WEIGHTS_OF, not negative and not all 0, got .* \[0.0, 0.0\]"):
-        Ensemble("m", ["a", "b"], [0, 0])
+    for weights in ([0, 0], [2, -1]):
+        with pytest.raises(ValueError, match="as many WEIGHTS_OF, not negative and not all 0, got"):
+            Ensemble("m", ["a", "b"], weights)
+    assert Ensemble("m", ["a", "b"], [2, 0]).weights == [1, 0]
 
 
 # --- scale ------------------------------------------------------------------------------------------------------------
