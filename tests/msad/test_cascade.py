@@ -69,18 +69,32 @@ def test_chain_of_boxes_by_hand(tiny_model, monkeypatch, delta, expected):
 
 
 def test_samples_of_the_stages(tiny_model, make_batch):
-    """Thresholds rise, the ground truth joins in every stage, and none of it moves on to the next."""
-    heads = tiny_model("CascadeMask").roi_heads
+    """Thresholds rise, for HTC's masks too; the ground truth joins in every stage, and none moves on to the next."""
+    heads, of_masks = tiny_model("CascadeMask").roi_heads, tiny_model("HTC").roi_heads
     gt = Instances((100, 100), gt_boxes=Boxes(torch.tensor([[0.0, 0, 40, 40]])), gt_classes=torch.tensor([1]))
     # IoU .55, .65, .8 and 0 with the object.
     given = torch.tensor([[0.0, 0, 40, 22], [0, 0, 40, 26], [0, 0, 40, 32], [60, 60, 90, 90]])
     for stage, positive in enumerate((3, 2, 1)):
         with EventStorage():
             drawn = heads.sample([Instances((100, 100), proposal_boxes=Boxes(given))], [gt], stage)[0]
+            objects = of_masks.mask_samples([], [Instances((100, 100), proposal_boxes=Boxes(given))], [gt], stage)[0]
         assert len(drawn) == 5 and drawn.is_ground_truth.sum() == 1
-        assert (drawn.gt_classes == 1).sum() == positive + 1  # with itself
+        assert (drawn.gt_classes == 1).sum() == len(objects) == positive + 1  # with itself
         moved = heads.refine((torch.zeros(5, 4), torch.zeros(5, 4)), [drawn], stage)[0]
         assert sorted(moved.proposal_boxes.tensor.tolist()) == sorted(given.tolist())
+
+
+def test_moved_boxes_end_at_the_border(tiny_model):
+    """Half a width to the right; the second box then lies outside and is not learned from."""
+    heads = tiny_model("CascadeMask").roi_heads
+    (drawn,) = proposals_of([[60.0, 20, 90, 110], [96, 20, 112, 40]], (100, 100))
+    drawn.is_ground_truth = torch.zeros(2, dtype=torch.bool)
+    heads.box_predictor[0].box2box_transform.weights = (1.0, 1.0, 1.0, 1.0)
+    predictions = torch.zeros(2, 4), torch.tensor([[0.5, 0, 0, 0]] * 2)
+    expected = torch.tensor([[75.0, 20, 100, 100], [100, 20, 100, 40]])
+    for training, left in ((True, 1), (False, 2)):
+        moved = heads.train(training).refine(predictions, [drawn], 0)[0]
+        torch.testing.assert_close(moved.proposal_boxes.tensor, expected[:left])
 
 
 @pytest.mark.parametrize("arch", ARCHS)

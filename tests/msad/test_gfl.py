@@ -309,6 +309,9 @@ def test_losses_equal_numpy(tiny_model, counts):
     expected = numpy_losses(detector, detector.anchor_generator(maps), predictions, gt)
     assert {k: v.item() for k, v in found.items()} == pytest.approx(expected, rel=1e-4)
     assert (found["loss_gfl_giou"] > 0) == (counts != (0, 0))
+    # The quality is a target: scores are not raised by moving boxes.
+    of_boxes = torch.autograd.grad(found["loss_gfl_qfl"], predictions[1], allow_unused=True)
+    assert all(g is None or g.abs().max() == 0 for g in of_boxes)
 
 
 def test_without_objects_everything_still_has_a_gradient(tiny_model, make_batch):

@@ -319,12 +319,23 @@ def test_the_frame_of_l_needs_no_other_setting(tiny_model):
     assert torch.equal(*owners) and (owners[0] >= 0).sum() == 2
 
 
-def test_batches_equal_single_images_and_images_without_objects(tiny_model, make_batch, same_detections):
-    model = detector(tiny_model)
+def test_batches_equal_single_images_and_images_without_objects(
+    tiny_model, make_batch, same_detections, monkeypatch
+):  # fmt: skip
+    """Losses are means over positives, of which an image without objects counts as one."""
+    model, counts = detector(tiny_model), []
+    model.backbone.eval()  # statistics of a batch are none of an image
+    monkeypatch.setattr(
+        "msad.modeling.detectors.reppoints.mean_of_processes", lambda x: counts.append(x.tolist()) or x
+    )
     batch = make_batch([(64, 96), (64, 96)], boxes=[2, 0])
     with EventStorage():
-        losses = model(batch)
-    assert all(torch.isfinite(x) for x in losses.values())
+        losses, *single = [model(items) for items in (batch, batch[:1], batch[1:])]
+    of_first, of_second = counts[1:]
+    assert min(of_first) > 1 and of_second == [1, 1]
+    for name, stage in (("loss_cls", 1), ("loss_points_init", 0), ("loss_points_refine", 1)):
+        a, b = of_first[stage], of_second[stage]
+        torch.testing.assert_close(losses[name], (a * single[0][name] + b * single[1][name]) / (a + b))
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.eval()

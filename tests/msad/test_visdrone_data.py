@@ -23,6 +23,7 @@ from msad.data.register import register_datasets
 from msad.data.visdrone import CLASSES, load_visdrone, read_rows
 from msad.engine import DistillTrainer
 from msad.evaluation.visdrone_evaluator import VisDroneEvaluator
+from msad.modeling.detectors.dense import SURELY_BACKGROUND
 from msad.modeling.ignored_regions import IgnoredRegions
 
 LINES = """10,20,30,40,1,4,0,0
@@ -175,12 +176,14 @@ def class_scores(detector):
 
 @pytest.mark.parametrize("arch", ["FCOS", "RetinaNet", "GFL", "RepPoints", "FasterRCNN", "CascadeRCNN", "HTC"])
 def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
-    model = tiny_model(arch, levels=range(2, 7)).train()
+    model = tiny_model(arch, levels=range(2, 7), MODEL__ANCHOR_GENERATOR__ASPECT_RATIOS=[[0.5, 2.0]]).train()
     taken = class_scores(model)
     IgnoredRegions(model)
+    masked = class_scores(model)
     first, second = make_batch([(64, 96), (64, 96)], boxes=1)
-    first["instances"].gt_boxes.tensor[:] = torch.tensor([[4.0, 4.0, 28.0, 28.0]])
-    first["ignored_regions"] = torch.tensor([[0.5, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 0.5]])
+    # Of stride 4, a point is 0.8 strides away: at 0, or, where it is in the middle of its cell, at 30.
+    first["instances"].gt_boxes.tensor[:] = torch.tensor([[3.2, 3.2, 26.8, 26.8]])
+    first["ignored_regions"] = torch.tensor([[0.5, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 31 / 64]])
     seen = []
     if hasattr(model, "roi_heads"):
         sample = model.roi_heads.label_and_sample_proposals
@@ -196,17 +199,18 @@ def test_no_gradient_from_inside_a_region(tiny_model, make_batch, arch):
     anchors = next(iter(generator.cell_anchors)).tolist()
     for row in range(16):  # what a stride or an anchor may bring to the object stays
         for column in range(24):
-            far = [(4 - at, at - 28) for at in ((column + generator.offset) * 4, (row + generator.offset) * 4)]
+            far = [(3.2 - at, at - 26.8) for at in ((column + generator.offset) * 4, (row + generator.offset) * 4)]
             reach = [max(4, *((a[k + 2] - a[k]) / 2 for a in anchors)) for k in (0, 1)]
             if all(max(sides) <= longest for sides, longest in zip(far, reach)):
                 inside[row, column] = False
     assert inside.any() and not inside[:7, :7].any()
+    assert torch.equal((masked[0][0] == SURELY_BACKGROUND).all(dim=0), inside)
     assert (grad[0][:, inside] == 0).all()
     assert (grad[0][:, ~inside] != 0).any() and (grad[1][:, inside] != 0).any()
     if seen:  # proposals that the second stage may sample
         centres = seen[0].proposal_boxes.get_centers()
-        object_ = (centres >= 4).all(dim=1) & (centres <= 28).all(dim=1)
-        assert ((centres[:, 0] < 48) & (centres[:, 1] > 32) | object_).all()
+        object_ = (centres >= 3.2).all(dim=1) & (centres <= 26.8).all(dim=1)
+        assert ((centres[:, 0] < 48) & (centres[:, 1] > 31) | object_).all()
         assert len(seen[1]) > 0 and (seen[1].proposal_boxes.get_centers()[:, 0] > 48).any()
 
 
