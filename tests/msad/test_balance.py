@@ -110,22 +110,26 @@ def test_ratio_is_met_in_a_distiller(make_distiller, make_batch):
 
 
 def test_ratio_is_met_in_front_of_the_neck(project, teacher_weights, tmp_path, make_batch):
-    """SDF compares the backbones' last stages: its gradient is weighed against that of the detection losses there."""
+    """SDF compares the backbones' last stages: its gradient is weighed against that of the detection losses there.
+
+    Another loss at the stage before counts at its own maps alone.
+    """
     cfg = config(project, teacher_weights, "student", tmp_path / "run", **{"DISTILL.BALANCE.RATIO": 0.25})
     sdf = {"NAME": "SDF", "TAP": "bottom_up", "LEVELS": ["res5"], "MATCH": "by_index"}
-    cfg.DISTILL.LOSSES = [{"NAME": "AlignedL1"}, sdf]
+    cfg.DISTILL.LOSSES = [{"NAME": "AlignedL1"}, sdf, {**sdf, "NAME": "NaiveL2", "LEVELS": ["res4"]}]
     cfg.DISTILL.WARMUP_ITERS = 0
     distiller = DistillTrainer(cfg).distiller
-    assert distiller.balance.places == ("neck", "bottom_up.res5")
-    with EventStorage(0), tap(distiller.student, {"bottom_up": ["res3", "res5"]}) as taken:
+    assert distiller.balance.places == ("neck", "bottom_up.res5", "bottom_up.res4")
+    with EventStorage(0), tap(distiller.student, {"bottom_up": ["res3", "res4", "res5"]}) as taken:
         output = distiller(make_batch([(64, 64), (64, 96)]))
-    res5 = taken["bottom_up"]["res5"]
-
-    def norm(total):
-        return torch.autograd.grad(total, res5, retain_graph=True)[0].norm()
-
     detection = sum(v for k, v in output.items() if not k.startswith("loss_distill"))
-    torch.testing.assert_close(norm(output["loss_distill/SDF"]), 0.25 * norm(detection), rtol=1e-4, atol=0)
+    for name, level in (("SDF", "res5"), ("NaiveL2", "res4")):
+        maps = taken["bottom_up"][level]
+        ours, theirs = (
+            torch.autograd.grad(total, maps, retain_graph=True)[0].norm()
+            for total in (output[f"loss_distill/{name}"], detection)
+        )
+        torch.testing.assert_close(ours, 0.25 * theirs, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("losses", [LOSSES[:1], ({"NAME": "MGD"},)], ids=["untrained", "trained"])

@@ -32,6 +32,7 @@ PARTS = ("distillation", "detection", "both")
 # detectron2 asks for a GPU unless it is told that there is none.
 on_cpu = functools.partial(create_ddp_model, device_ids=None)
 COUNT = 8.0  # initial running count of positives in each of two processes
+UNEVEN = (3, 1)  # objects of images with different numbers of positives, of which GFL keeps no running count
 
 
 def student_config(project: Path, name: str, output: Path):
@@ -51,18 +52,21 @@ def student_config(project: Path, name: str, output: Path):
     return cfg
 
 
-def images() -> list[dict]:
-    """Two images of different content with the same ground truth."""
+def images(objects: tuple[int, int] = (3, 3)) -> list[dict]:
+    """Two images of different content with the same ground truth, or the first objects of it."""
     generator = torch.Generator().manual_seed(1)
     gt = Instances((64, 64))
     gt.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0, 34.0], [20.0, 24.0, 62.0, 60.0], [40.0, 2.0, 52.0, 14.0]]))
     gt.gt_classes = torch.tensor([0, 2, 5])
-    return [{"image": torch.rand(3, 64, 64, generator=generator) * 255, "instances": gt} for _ in range(2)]
+    return [{"image": torch.rand(3, 64, 64, generator=generator) * 255, "instances": gt[:n]} for n in objects]
 
 
-def gradients(project: Path, name: str, batch: list[dict], count: float) -> dict[str, dict[str, torch.Tensor]]:
+def gradients(
+    project: Path, name: str, batch: list[dict], count: float, losses: list[dict] | None = None
+) -> dict[str, dict[str, torch.Tensor]]:
     """Gradients of the distillation loss, of the detection losses, and of both, after one more step before them."""
     cfg = student_config(project, name, project / "unused")
+    cfg.DISTILL.LOSSES = losses or cfg.DISTILL.LOSSES
     cfg.MODEL.RESNETS.NORM = "FrozenBN"
     torch.manual_seed(3)
     distiller = DistillTrainer.build_model(cfg).train()
@@ -72,7 +76,8 @@ def gradients(project: Path, name: str, batch: list[dict], count: float) -> dict
         distiller.factor = lambda iteration, part=part: float(part != "detection")
         model = on_cpu(distiller, broadcast_buffers=False)
         for _ in range(2):  # an unused parameter is an error of the second pass
-            distiller.student.loss_normalizer = count
+            if name != "gfl_student":
+                distiller.student.loss_normalizer = count
             model.zero_grad()
             with EventStorage():
                 sum(model(batch).values()).backward()
@@ -109,6 +114,7 @@ def work(project: Path, output: Path) -> None:
     defaults.create_ddp_model = on_cpu
     rank = comm.get_rank()
     results = {name: gradients(project, name, images()[rank : rank + 1], COUNT) for name in STUDENTS}
+    results["uneven"] = gradients(project, "gfl_student", images(UNEVEN)[rank : rank + 1], COUNT, [{"NAME": "Chen"}])
     results["whole"] = train(student_config(project, "retinanet_student", output / "whole"))
     if comm.is_main_process():
         left_by_a_killed_run(output / "whole", output / "killed")
@@ -126,9 +132,7 @@ def ranks(project, teacher_weights, tmp_path_factory) -> list[dict]:
     return [torch.load(output / f"{rank}.pth") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", STUDENTS)
-def test_two_processes_give_the_gradients_of_the_joint_batch(project, ranks, name):
-    joint = gradients(project, name, images(), 2 * COUNT)
+def assert_gradients_of(joint: dict[str, dict[str, torch.Tensor]], ranks: list[dict], name: str) -> None:
     for part in PARTS:
         first, second = (r[name][part] for r in ranks)
         assert first.keys() == second.keys() == joint[part].keys()
@@ -139,10 +143,21 @@ def test_two_processes_give_the_gradients_of_the_joint_batch(project, ranks, nam
             torch.testing.assert_close(
                 first[key], value, rtol=1e-5, atol=1e-6 * largest, msg=lambda text, key=key: f"{key}: {text}"
             )
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_two_processes_give_the_gradients_of_the_joint_batch(project, ranks, name):
+    joint = gradients(project, name, images(), 2 * COUNT)
+    assert_gradients_of(joint, ranks, name)
     moved = {key for key, value in joint["distillation"].items() if value.abs().max() > 0}
     of_losses = ("1.adaptation.", "2.loss.student_context.", "2.loss.teacher_context.")
     assert moved and all(key.startswith(("backbone.", *of_losses)) for key in moved)
     assert all(any(key.startswith(prefix) for key in moved) == (name == "student") for prefix in of_losses)
+
+
+def test_losses_between_predictions_are_divided_by_the_positives_of_all_processes(project, ranks):
+    joint = gradients(project, "gfl_student", images(UNEVEN), 2 * COUNT, [{"NAME": "Chen"}])
+    assert_gradients_of(joint, ranks, "uneven")
 
 
 def test_the_processes_share_weights_and_see_different_images(ranks):

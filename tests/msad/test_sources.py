@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
+from helpers import make_context
 
 from msad import load_config
 from msad.distill.distiller import Distiller, student_shapes
@@ -195,6 +197,16 @@ def test_bottom_up_features_are_compared_where_strides_agree(tiny_model, make_ba
     found.backward()
     assert student.backbone.bottom_up.res4[0].conv1.weight.grad.abs().sum() > 0
     assert not student.backbone._forward_hooks and not student.backbone.bottom_up._forward_hooks
+
+
+def test_tapped_maps_are_cut_where_strides_agree():
+    """The teacher's image is padded further, so that its map of equal stride is larger."""
+    shapes = {"res5": ShapeSpec(channels=2, stride=32)}
+    (loss,) = build_losses([{"NAME": "NaiveL2", "TAP": "bottom_up"}], lambda tap: shapes, {"t": lambda tap: shapes})
+    s, t = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 4, 6)
+    context = make_context([(96, 128)], taps={"bottom_up": {"student": {"res5": s}, "t": {"res5": t}}})
+    found = loss(context)["loss_distill/NaiveL2"]
+    torch.testing.assert_close(found, loss.weight * F.mse_loss(s, t[..., :3, :4]))
 
 
 def test_the_h_branch_of_a_multi_resolution_teacher_is_tapped(tiny_model, make_batch):
