@@ -177,6 +177,7 @@ def test_state_of_trainer_and_hooks():
     assert other.iter == 3
     momentum = [s["momentum_buffer"] for s in other.optimizer.state_dict()["state"].values()]
     expected = [s["momentum_buffer"] for s in trainer.optimizer.state_dict()["state"].values()]
+    assert len(momentum) == len(expected) > 0
     assert all(torch.equal(a, b) for a, b in zip(momentum, expected))
 
 
@@ -184,7 +185,9 @@ def amp_on_cpu():
     trainer = toy_trainer(AMPTrainer, precision=torch.bfloat16)
     try:
         trainer.train(0, 1)
-    except AssertionError:
+    except AssertionError as error:
+        if "lite" in detectron2.__version__ or "CUDA" not in str(error):
+            raise
         return False
     return True
 

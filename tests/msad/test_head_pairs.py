@@ -199,6 +199,17 @@ def test_different_heads_are_named(tiny_model, student, teacher, kinds, message)
         check_heads(tiny_model(**student), tiny_model(**teacher), 0, kinds, "Loss")
 
 
+def test_anchors_may_differ_by_rounding(tiny_model):
+    """Sides of 32 to 512 px: half a percent is none of their differences, three percent are."""
+    def anchors(factor):
+        sizes = [[factor * 4 * 2**level] for level in range(3, 8)]
+        return tiny_model("RetinaNet", MODEL__ANCHOR_GENERATOR__SIZES=sizes)
+
+    check_heads(anchors(1.005), anchors(1.0), 0, KINDS, "Loss")
+    with pytest.raises(ValueError, match=r"equal anchors \(H pixels\) in the dense heads"):
+        check_heads(anchors(1.03), anchors(1.0), 0, KINDS, "Loss")
+
+
 def test_the_distiller_checks_when_it_is_built(make_distiller, tiny_model):
     with pytest.raises(ValueError, match="LD compares the predictions of distributions heads"):
         make_distiller("L", losses=[{"NAME": "LD"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -264,9 +265,15 @@ def test_planned_seconds_of_a_step_are_of_one_that_does_not_measure_gradients(pr
     monkeypatch.setattr(balance, "squared_gradient", lambda *args: gradients.append(1) or measured(*args))
     configs = {name: load_config(project / f"{name}.yaml") for name in ("teacher", "student")}
     configs["student"].DISTILL.BALANCE.RATIO = 0.5
+    # Of each run: begin and end of four steps, of which the first two do not count, and of detecting in one image.
+    clock = itertools.cycle([0, 100, 0, 100, 0, 3, 0, 5, 0, 6])
+    monkeypatch.setattr("msad.product.plan.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     found = measure(configs, steps=4)
     assert len(gradients) == 2  # of the detection losses and the one distillation loss, in the first step alone
-    assert found["student"].iterations == configs["student"].SOLVER.MAX_ITER and found["student"].step > 0
+    # The teacher detects in H, in L and on what it fuses of them.
+    assert [(run.step, run.image) for run in found.values()] == [(4, 3 * 6), (4, 6)]
+    # 6 iterations with a checkpoint after every 3, and the final one.
+    assert [(run.iterations, run.checkpoints) for run in found.values()] == [(6, 3)] * 2
 
 
 def test_kept_results(tmp_path):

@@ -298,9 +298,10 @@ def test_gradients_of_the_stages(tiny_model, make_batch):
     model.head.pts_init_out.weight.data.mul_(0.1)
     x = torch.randn(1, 8, 6, 6)
     bias, grads = model.head.pts_init_out.bias, []
-    for share in (0.1, 1.0):
+    for whole in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("msad.modeling.detectors.reppoints.OFFSET_GRADIENT", share)
+            if whole:
+                patch.setattr("msad.modeling.detectors.reppoints.OFFSET_GRADIENT", 1.0)
             _, _, second = model.head([x])
         grads.append(torch.autograd.grad(second[0].square().sum(), bias)[0])
     assert grads[1].abs().max() > 1e-4

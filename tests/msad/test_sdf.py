@@ -89,6 +89,9 @@ def test_the_teachers_side(side, trained):
     of_teacher = list(loss.teacher.parameters())
     if trained is None:
         assert not of_teacher
+        student, wanted = loss.student["res5"], list(loss.student.parameters())
+        fixed = torch.nn.functional.mse_loss(student(loss.adapt["res5"](s)), student(t).detach())
+        torch.testing.assert_close([p.grad for p in wanted], list(torch.autograd.grad(fixed, wanted)))
     else:
         assert of_teacher and all((p.grad is not None) == trained == p.requires_grad for p in of_teacher)
 
