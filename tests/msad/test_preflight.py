@@ -250,6 +250,16 @@ def test_random_numbers_are_not_frozen(project, teacher_weights, tmp_path, detec
     assert "frozen layers" in {f.check for f in examine(cfg, images=0) if f.level == OK}
 
 
+def test_levels_that_nothing_compares_are_not_warned_of(project, teacher_weights, tmp_path):
+    """Stock levels under a teacher that sees the image as the student does not: ScaleKD's students are such."""
+    cfg, plain = config(project, teacher_weights, "student", tmp_path / "run"), load_config(project / "fcos.yaml")
+    cfg.MODEL.FPN.LEVELS, cfg.MODEL.FCOS.IN_FEATURES = plain.MODEL.FPN.LEVELS, plain.MODEL.FCOS.IN_FEATURES
+    cfg.DISTILL.LOSSES = []
+    for start, expected in (("neck_and_head", [WARNING]), ("none", [])):
+        cfg.DISTILL.INIT_STUDENT = start
+        assert [f.level for f in examine(cfg, images=0) if f.check == "levels"] == expected
+
+
 def test_checkpoints(project, teacher_weights, tmp_path):
     model = build_model(load_config(project / "teacher.yaml"))
     found, loaded = check_checkpoint("teacher", model, teacher_weights["teacher"])

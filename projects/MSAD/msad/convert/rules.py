@@ -7,16 +7,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 Tensors = dict[str, torch.Tensor]
-
-
 Transform = Callable[[torch.Tensor], torch.Tensor]  # how values change with the name: their order alone
-
-
-def same(x: torch.Tensor) -> torch.Tensor:
-    """``x``."""
-    return x
 
 
 def reorder(index: Callable[[int], torch.Tensor], dim: int = 0) -> Transform:
@@ -42,7 +36,7 @@ class Rule(NamedTuple):
 
     source: str
     target: str | Callable[[re.Match], str]
-    transform: Transform = same
+    transform: Transform = nn.Identity()
 
 
 # Buffers that are computed, not learned.

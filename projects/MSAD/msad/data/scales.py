@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import geometric_mean, median
 
 from detectron2.config import CfgNode
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
 from ..config import detector_architecture
@@ -45,7 +46,7 @@ def check_scales(cfg: CfgNode, train: Sequence[dict], test: Sequence[dict], name
                 "without distillation, leave that and set DISTILL.LOSSES to []")  # fmt: skip
     yield Finding(
         WARNING, f"data set {name!r}", f"the model sees objects of {tested:.0f} px in it (median side) and learns from "
-        f"objects of {learned:.0f} px (INPUT.MIN_SIZE_TRAIN {_sides(size.MIN_SIZE_TRAIN)}{crop}; INPUT.MIN_SIZE_TEST "
+        f"objects of {learned:.0f} px (INPUT.MIN_SIZE_TRAIN {list(size.MIN_SIZE_TRAIN)}{crop}; INPUT.MIN_SIZE_TEST "
         f"{size.MIN_SIZE_TEST})", fix,
     )  # fmt: skip
 
@@ -57,8 +58,8 @@ def training_scale(cfg: CfgNode, height: int, width: int) -> float:
     student's images are those of H, made smaller.
     """
     crops = _crops(cfg.INPUT.CROP, height, width) if _crops_the_file(cfg) else [(height, width)]
-    sides = _sides(cfg.INPUT.MIN_SIZE_TRAIN)
-    scales = [_scale(side, cfg.INPUT.MAX_SIZE_TRAIN, *crop) for side in sides for crop in crops]
+    size = cfg.INPUT
+    scales = [_scale(side, size.MAX_SIZE_TRAIN, *crop) for side in size.MIN_SIZE_TRAIN for crop in crops]
     smaller = 2 ** student_shift(cfg) if cfg.DISTILL.TEACHERS else 1
     return geometric_mean(scales) / smaller
 
@@ -84,15 +85,9 @@ def _object_sizes(cfg: CfgNode, records: Sequence[dict], scale: Callable[[CfgNod
     return sizes
 
 
-def _sides(sides: int | Sequence[int]) -> list[int]:
-    return [sides] if isinstance(sides, int) else list(sides)
-
-
-def _scale(short_side: int, longest: int, height: float, width: float) -> float:
-    """detectron2's ResizeShortestEdge; a short side of 0 leaves the image as it is."""
-    if not short_side:
-        return 1.0
-    return min(short_side / min(height, width), longest / max(height, width))
+def _scale(short_side: int, longest: int, height: int, width: int) -> float:
+    """A short side of 0 leaves the image as it is."""
+    return T.ResizeShortestEdge.get_output_shape(height, width, short_side, longest)[0] / height if short_side else 1.0
 
 
 def _crops_the_file(cfg: CfgNode) -> bool:
@@ -100,11 +95,11 @@ def _crops_the_file(cfg: CfgNode) -> bool:
     return cfg.INPUT.CROP.ENABLED and detector_architecture(cfg) != "SemanticSegmentor"
 
 
-def _crops(crop: CfgNode, height: int, width: int) -> list[tuple[float, float]]:
+def _crops(crop: CfgNode, height: int, width: int) -> list[tuple[int, int]]:
     """(height, width) of crops, by the types of detectron2's RandomCrop; of random sizes a grid of them."""
     first, second = crop.SIZE
     if crop.TYPE == "relative":
-        return [(height * first, width * second)]
+        return [(round(height * first), round(width * second))]
     if crop.TYPE == "absolute":
         return [(min(height, first), min(width, second))]
     if crop.TYPE == "relative_range":
@@ -112,6 +107,6 @@ def _crops(crop: CfgNode, height: int, width: int) -> list[tuple[float, float]]:
     else:
         least, greatest = ([min(side, bound) for side in (height, width)] for bound in (first, second))
     return [
-        tuple(low + (high - low) * place for low, high, place in zip(least, greatest, places))
+        tuple(round(low + (high - low) * place) for low, high, place in zip(least, greatest, places))
         for places in itertools.product(_PLACES, repeat=2)
     ]

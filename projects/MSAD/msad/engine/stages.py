@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .build import check_distillation, teacher_entries
 from .first_screen import quiet_console
 from .run_folder import write_config
 from .scaling import schedule_overrides, set_iterations
-from .stage_summary import read_stages, write_summary
+from .stage_summary import write_summary
 
 logger = logging.getLogger(__name__)
 
@@ -109,19 +110,9 @@ def _node(tree: Any) -> Any:
 
 
 def finished(cfg: CfgNode) -> bool:
-    """Whether the run of ``cfg`` has written its last checkpoint and got over the evaluation after it.
-
-    A test set without annotations has no metrics to show for it.
-    """
-    if not os.path.isfile(os.path.join(cfg.OUTPUT_DIR, FINAL)):
-        return False
-    if not cfg.DATASETS.TEST or any(stage.is_evaluated() for stage in read_stages([cfg])):
-        return True
-    try:
-        with open(os.path.join(cfg.OUTPUT_DIR, FINISHED)) as file:
-            return file.read() == str(cfg.SOLVER.MAX_ITER)
-    except FileNotFoundError:
-        return False
+    """Whether the stage ``cfg`` has been trained, evaluated and noted as such, for as many iterations."""
+    final, note = (Path(cfg.OUTPUT_DIR, name) for name in (FINAL, FINISHED))
+    return final.is_file() and note.is_file() and note.read_text() == str(cfg.SOLVER.MAX_ITER)
 
 
 def check_stages(configs: Mapping[int, CfgNode]) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..config import find_config, load_config
 from ..data.cache import checkpoint_id
 from ..data.fixed import FixedInputs
-from ..distill.losses.registry import compares_heads, lower_keys
+from ..distill.losses.registry import compares_necks, lower_keys
 from ..distill.progressive.cost import AdaptationCosts, Maps, common_levels, image_maps
 from ..distill.progressive.least_squares import SGDOptions
 from ..distill.teachers import FrozenTeacher
@@ -27,7 +27,6 @@ from ..engine.build import load_teacher
 from ..engine.provenance import fingerprint
 from ..engine.setup import load_model
 from ..files import atomic_write, local_file
-from ..modeling.taps import NECK
 from ..resolution import get_resolution
 
 STUDENT = "student"
@@ -49,8 +48,7 @@ def networks_of(cfg: CfgNode, weights: str, entries: list[dict]) -> list[FrozenT
 
 def pairing_of(cfg: CfgNode) -> str:
     """How adaptation costs pair levels: "by_index" if all of DISTILL.LOSSES between pyramids do, else "by_stride"."""
-    entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
-    between = [entry for entry in entries if not compares_heads(entry["name"]) and entry.get("tap", NECK) == NECK]
+    between = filter(compares_necks, map(lower_keys, cfg.DISTILL.LOSSES))
     return "by_index" if {entry.get("match") for entry in between} == {"by_index"} else "by_stride"
 
 

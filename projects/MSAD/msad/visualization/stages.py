@@ -39,14 +39,10 @@ class Stage:
         found = {key: value for record in self.records for key, value in record.items() if key.endswith(SCORES)}
         return {key: value for key, value in found.items() if math.isfinite(value)}
 
-    def is_evaluated(self) -> bool:
-        """Whether there is an evaluation at the end of training, which is logged one iteration later than the last."""
-        return bool(self.records) and self.records[-1]["iteration"] >= self.iterations
-
     def curve(self, ending: str | tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
         """(iterations of this stage, values), both (n,), of the first metric with this ending.
 
-        An evaluation at the end of training, see :meth:`is_evaluated`, counts for the last iteration.
+        An evaluation at the end of training, which is logged one iteration later, counts for the last iteration.
         """
         name = next((key for record in self.records for key in record if key.endswith(ending)), None)
         points = [(min(r["iteration"] + 1, self.iterations), r[name]) for r in self.records if name in r]

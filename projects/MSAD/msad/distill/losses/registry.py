@@ -154,6 +154,11 @@ def compares_heads(name: str | None) -> bool:
     return bool(getattr(loss_class(name), "heads", ()))
 
 
+def compares_necks(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of DISTILL.LOSSES, with lower-case keys, compares the pyramids of both networks."""
+    return not compares_heads(entry.get("name")) and entry.get("tap", NECK) == NECK
+
+
 def build_losses(
     entries: list[dict],
     student: ShapesAt,

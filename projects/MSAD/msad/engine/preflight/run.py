@@ -19,12 +19,11 @@ from ...data.checks import check_data
 from ...data.register import register_datasets, registered
 from ...distill.distiller import student_shapes
 from ...distill.init import copies
-from ...distill.losses.registry import compares_heads, lower_keys
+from ...distill.losses.registry import compares_heads, compares_necks, lower_keys
 from ...distill.teachers import FrozenTeacher
 from ...evaluation.evaluators import check_evaluators
 from ...finding import ERROR, OK, WARNING, Finding, error_text, log_findings
 from ...modeling.adapters import adapt
-from ...modeling.taps import NECK
 from ...resolution import get_resolution
 from ..build import build_distiller, first_teacher, teacher_entries
 from ..checkpoint import load_branches
@@ -78,7 +77,7 @@ def preflight_checks(
     first, whole = teacher.name == first_teacher(cfg), teacher.scale == 1
     initialised = cfg.DISTILL.INIT_STUDENT != "none"
     entries = [lower_keys(entry) for entry in cfg.DISTILL.LOSSES]
-    at_neck = [e for e in entries if not compares_heads(e.get("name")) and e.get("tap", NECK) == NECK]
+    at_neck = filter(compares_necks, entries)
     matches = {entry.get("match", "by_stride") for entry in at_neck if _reads(entry, teacher.name, teachers.values())}
     weighted = not (cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO)
     known = loaded | set(copies(student, teacher.model, cfg.DISTILL.INIT_STUDENT)) if first else loaded
