@@ -223,6 +223,7 @@ def test_levels_pair_by_stride_or_index():
     ([{"NAME": "PKD", "MATCH": "by_index"}, {"NAME": "CWD"}], "by_stride"),
     ([{"NAME": "PKD", "MATCH": "by_index"}, {"NAME": "Chen"}], "by_index"),
     ([{"NAME": "SDF", "MATCH": "by_index", "TAP": "bottom_up"}, {"NAME": "CWD"}], "by_stride"),
+    ([{"NAME": "SDF", "TAP": "bottom_up"}, {"NAME": "CWD", "MATCH": "by_index"}], "by_index"),
 ])  # fmt: skip
 def test_levels_pair_as_the_losses_pair_them(losses, expected):
     cfg = default_config()

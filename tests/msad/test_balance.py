@@ -61,6 +61,7 @@ def test_half_precision_gradients_of_sums_do_not_overflow():
     assert squared_gradient(total, [maps]).item() == pytest.approx(3000 * 80.0**2, rel=1e-3)
     assert squared_gradient(total / 3000, [maps]).item() == pytest.approx(80.0**2 / 3000, rel=1e-3)
     assert squared_gradient(0 * total, [maps]).item() == 0
+    assert squared_gradient(total + float("inf"), [maps]).isnan()
 
 
 def test_a_step_without_numbers_does_not_count():
