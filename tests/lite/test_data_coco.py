@@ -146,7 +146,8 @@ def custom_samples():
             "iscrowd": 1,
             "segmentation": mask_util.encode(mask),
         },
-        {"bbox": [1.123456, 2, 6, 8], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0},
+        {"bbox": [1.123456, 2, 6, 8], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0,
+         "keypoints": [1, 2, 2], "num_keypoints": 0},
     ]
     return [
         {"file_name": "a.jpg", "image_id": 4, "height": 10, "width": 15, "annotations": annotations},
@@ -166,6 +167,7 @@ def test_converting_to_coco(name):
     assert square["keypoints"] == [1, 2, 2, 3, 4, 0] and square["num_keypoints"] == 1
     assert crowd["iscrowd"] == 1 and crowd["area"] == 10 and isinstance(crowd["segmentation"]["counts"], str)
     assert box["bbox"] == [1.123, 2, 6, 8] and box["area"] == pytest.approx(48)
+    assert box["num_keypoints"] == 0  # as the sample says: COCO ignores such objects in its keypoint metrics
     assert [a["id"] for a in content["annotations"]] == [1, 2, 3]
     assert {a["image_id"] for a in content["annotations"]} == {4}
 

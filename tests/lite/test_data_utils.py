@@ -260,6 +260,8 @@ def test_crops_contain_the_centre_of_the_instance():
         assert 0 <= crop.x0 <= 18 and 0 <= crop.y0 <= 10
         starts.add((int(crop.x0), int(crop.y0)))
     assert len(starts) > 20
+    at_border = utils.gen_crop_transform_with_instance((10, 12), (20, 30), annotation(bbox=[28, 16, 4, 8]))
+    assert (at_border.x0, at_border.y0) == (18, 10)
     for crop_size, box in (((100, 12), [1, 1, 2, 2]), ((10, 12), [35, 2, 4, 4])):
         with pytest.raises(AssertionError):
             utils.gen_crop_transform_with_instance(crop_size, (20, 30), annotation(bbox=box))

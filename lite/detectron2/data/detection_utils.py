@@ -260,7 +260,7 @@ def _draw_crop_start(center: float, crop: int, size: int) -> int:
     """Along one axis of length ``size``, where a crop of length ``crop`` that covers ``center`` may begin."""
     if crop > size:
         raise AssertionError(f"A crop of {crop} pixels is larger than the image with {size}.")
-    if center >= size:
+    if center > size:
         raise AssertionError(f"The centre of the instance is at {center}, outside of an image of {size} pixels.")
     lowest = max(int(np.floor(center)) - crop, 0)
     highest = min(size - crop, int(np.ceil(center)))

@@ -252,7 +252,8 @@ def _to_coco_annotation(anno: dict) -> dict[str, Any]:
     if "keypoints" in anno:
         # From continuous coordinates back to indices of pixels.
         entry["keypoints"] = _shift_points(anno["keypoints"], -0.5)
-        entry["num_keypoints"] = sum(visibility > 0 for visibility in anno["keypoints"][2::3])
+        labelled = sum(visibility > 0 for visibility in anno["keypoints"][2::3])
+        entry["num_keypoints"] = anno.get("num_keypoints", labelled)
     return entry
 
 
