@@ -24,6 +24,7 @@ def cfg():
     cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.CHECKPOINT_PERIOD = 500, 5000
     cfg.DISTILL.WARMUP_ITERS, cfg.TEST.EVAL_PERIOD = 400, 0
     cfg.DISTILL.BALANCE.ITERS, cfg.DISTILL.ANALYSIS_PERIOD = 100, 20
+    cfg.SOLVER.BASE_LR_END, cfg.SOLVER.POLY_LR_END = 1e-3, 1e-4
     return cfg
 
 
@@ -40,17 +41,19 @@ def test_linear_rule_and_log(cfg, caplog):
         scaled = scale_to_batch(cfg)
     solver = scaled.SOLVER
     assert (solver.BASE_LR, solver.MAX_ITER, solver.STEPS) == (0.0025, 360000, (240000, 320000))
+    assert (solver.BASE_LR_END, solver.POLY_LR_END) == (2.5e-4, 2.5e-5)
     assert (solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD) == (2000, 20000)
     assert (scaled.DISTILL.WARMUP_ITERS, scaled.TEST.EVAL_PERIOD) == (1600, 0)
     assert solver.IMS_PER_BATCH == 4 and cfg.dump() == before
     # Nothing else has changed, and as many images are seen.
     changed = [line for line in scaled.dump().splitlines() if line not in before.splitlines()]
-    assert len(changed) == 10, changed
+    assert len(changed) == 12, changed
     assert solver.MAX_ITER * 4 == cfg.SOLVER.MAX_ITER * 16
     (said,) = caplog.messages
     assert said.startswith("Schedule scaled from batches of 16 to batches of 4: ")
     for change in (
         "SOLVER.BASE_LR 0.01 -> 0.0025",
+        "SOLVER.BASE_LR_END 0.001 -> 0.00025",
         "SOLVER.STEPS (60000, 80000) -> (240000, 320000)",
         "SOLVER.MAX_ITER 90000 -> 360000",
         "SOLVER.WARMUP_ITERS 500 -> 2000",
@@ -98,6 +101,8 @@ def test_fewer_processes(cfg, caplog):
     expected = {
         "SOLVER.IMS_PER_BATCH": (16, 4),
         "SOLVER.BASE_LR": (0.01, 0.0025),
+        "SOLVER.BASE_LR_END": (1e-3, 2.5e-4),
+        "SOLVER.POLY_LR_END": (1e-4, 2.5e-5),
         "SOLVER.STEPS": ((60000, 80000), (240000, 320000)),
         "SOLVER.MAX_ITER": (90000, 360000),
         "SOLVER.WARMUP_ITERS": (500, 2000),
@@ -129,8 +134,10 @@ def test_processes_as_written_or_not_given(cfg, caplog):
 def test_more_processes_keep_short_periods(cfg):
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = 1, 1
     cfg.DISTILL.BALANCE.ITERS, cfg.DISTILL.ANALYSIS_PERIOD, cfg.DISTILL.WARMUP_ITERS = 3, 20, 0
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD = 30, 20
     cfg.freeze()
     scaled = scale_to_processes(cfg, 64)
+    assert (scaled.SOLVER.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (1, 1)
     assert scaled.is_frozen()
     found = scaled.DISTILL
     assert (found.BALANCE.ITERS, found.ANALYSIS_PERIOD, found.WARMUP_ITERS) == (1, 1, 0)

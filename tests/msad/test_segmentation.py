@@ -250,6 +250,13 @@ class TestPolySchedule:
         scheduler.step()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(end, abs=1e-9)
 
+    @pytest.mark.parametrize("name, key", [("WarmupPolyLR", "POLY_LR_END"), ("WarmupCosineLR", "BASE_LR_END")])
+    def test_an_end_above_the_beginning_is_refused(self, name, key):
+        cfg = psp_cfg()
+        cfg.SOLVER.update({"LR_SCHEDULER_NAME": name, key: 0.1})
+        with pytest.raises(ValueError, match=rf"SOLVER\.{key} is 0\.1; it must be from 0 to SOLVER\.BASE_LR, 0\.01"):
+            build_lr_scheduler(cfg, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR))
+
     def test_warm_up_and_the_engines_own_schedules(self):
         cfg = psp_cfg()
         cfg.SOLVER.update(WARMUP_ITERS=800, WARMUP_FACTOR=0.1)

@@ -24,18 +24,20 @@ ITERATIONS = (
     "DISTILL.ANALYSIS_PERIOD",
     "TEST.EVAL_PERIOD",
 )
+RATES = ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END", "SOLVER.POLY_LR_END")
 WARMUPS = ("SOLVER.WARMUP_ITERS", "DISTILL.WARMUP_ITERS")
 PHASES = ("DISTILL.START_ITER", "DISTILL.FREEZE_BACKBONE_ITERS")
 # What the length of a training changes.
 SCHEDULE = ("SOLVER.MAX_ITER", "SOLVER.STEPS", *WARMUPS, *PHASES)
-SCALED = ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.STEPS", *ITERATIONS)
+SCALED = ("SOLVER.IMS_PER_BATCH", *RATES, "SOLVER.STEPS", *ITERATIONS)
 
 
 def scale_to_batch(cfg: CfgNode) -> CfgNode:
     """Fit the schedule of a config that was written for batches of SOLVER.REFERENCE_BATCH_SIZE to its IMS_PER_BATCH.
 
-    The linear rule (Goyal et al., 2017): with k times the images a step, k times the learning rate and 1/k of all
-    numbers of iterations, so that as many images are seen. What changed is logged, old -> new.
+    The linear rule (Goyal et al., 2017): with k times the images a step, k times the learning rate, that at the end of
+    a schedule too, and 1/k of all numbers of iterations, so that as many images are seen. What changed is logged, old
+    -> new.
 
     Returns:
         ``cfg`` itself if REFERENCE_BATCH_SIZE is 0 or equals IMS_PER_BATCH, otherwise a copy in which both are equal,
@@ -50,7 +52,7 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     if reference in (0, batch):
         return cfg
     factor = batch / reference
-    new = {"SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * factor}
+    new = {key: value_at(cfg, key) * factor for key in RATES}
     new["SOLVER.STEPS"] = tuple(_shrink(step, factor) for step in cfg.SOLVER.STEPS)
     new.update((key, _shrink(value_at(cfg, key), factor)) for key in ITERATIONS)
     scaled = _changed(cfg, {**new, "SOLVER.REFERENCE_BATCH_SIZE": batch})
@@ -62,8 +64,9 @@ def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
     """Fit batch and schedule of a config for SOLVER.REFERENCE_WORLD_SIZE processes to ``num_processes``.
 
     detectron2's rule (DefaultTrainer.auto_scale_workers), which leaves the images of a process as they are and scales
-    the learning rate with the number of processes and the iterations against it; and the same for the keys of this
-    project that count iterations. What changed is logged, old -> new.
+    the learning rate with the number of processes and the iterations against it; and the same for the learning rate at
+    the end and for the keys of this project that count iterations. No period becomes 0. What changed is logged, old
+    -> new.
 
     Returns:
         ``cfg`` itself if REFERENCE_WORLD_SIZE is 0 or ``num_processes``, otherwise a copy whose REFERENCE_WORLD_SIZE is
@@ -77,9 +80,10 @@ def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
         return cfg
     if batch % reference:
         raise ValueError(f"SOLVER.IMS_PER_BATCH {batch} is no multiple of SOLVER.REFERENCE_WORLD_SIZE {reference}")
-    own = [key for key in ITERATIONS if key.startswith("DISTILL.")]
-    new = {key: _shrink(value_at(cfg, key), num_processes / reference) for key in own}
-    scaled = DefaultTrainer.auto_scale_workers(_changed(cfg, new), num_processes)
+    factor = num_processes / reference
+    new = {key: _shrink(value_at(cfg, key), factor) for key in ITERATIONS}
+    new.update((key, value_at(cfg, key) * factor) for key in RATES)
+    scaled = _changed(DefaultTrainer.auto_scale_workers(cfg, num_processes), new)
     if cfg.SOLVER.REFERENCE_BATCH_SIZE:
         scaled = _changed(scaled, {"SOLVER.REFERENCE_BATCH_SIZE": scaled.SOLVER.IMS_PER_BATCH})
     logger.info("Schedule scaled from %d to %d processes: %s", reference, num_processes, _changes(cfg, scaled))

@@ -12,6 +12,9 @@ from torch import nn
 
 from ..modeling.backbones.swin import NOT_DECAYED
 
+# Keys of the learning rate at the end, by schedule.
+_ENDS = {"WarmupCosineLR": "BASE_LR_END", "WarmupPolyLR": "POLY_LR_END"}
+
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """detectron2's SGD, or AdamW on the same parameter groups and with the same gradient clipping.
@@ -48,8 +51,15 @@ class PolySchedule(ParamScheduler):
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """detectron2's schedules, and WarmupPolyLR with SOLVER.POLY_LR_POWER and POLY_LR_END."""
+    """detectron2's schedules, and WarmupPolyLR with SOLVER.POLY_LR_POWER and POLY_LR_END.
+
+    Raises:
+        ValueError: the learning rate at the end is negative or above BASE_LR.
+    """
     options = cfg.SOLVER
+    end = _ENDS.get(options.LR_SCHEDULER_NAME)
+    if end and not 0 <= options[end] <= options.BASE_LR:
+        raise ValueError(f"SOLVER.{end} is {options[end]:g}; it must be from 0 to SOLVER.BASE_LR, {options.BASE_LR:g}")
     if options.LR_SCHEDULER_NAME != "WarmupPolyLR":
         return solver.build_lr_scheduler(cfg, optimizer)
     schedule = WarmupParamScheduler(
