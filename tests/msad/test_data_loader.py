@@ -4,6 +4,7 @@ import itertools
 import logging
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +230,20 @@ def test_data_that_does_not_fit_the_config(cfg):
     cfg.DATASETS.TRAIN = ()
     with pytest.raises(ValueError, match=r"DATASETS.TRAIN is empty"):
         build_train_loader(cfg, seed=0)
+
+
+def test_data_sets_of_ones_own_need_what_detectron2_needs(cfg):
+    """Sizes may be left to the mapper and names be Paths; what has no name or no list of annotations is said."""
+    records = [{**record, "file_name": Path(record["file_name"])} for record in DatasetCatalog.get("loader_test_train")]
+    DatasetCatalog.register("loader_test_own", lambda: records)
+    cfg.DATASETS.TRAIN = ("loader_test_own",)
+    sized = build_train_loader(cfg, seed=1)
+    records[1].pop("width"), records[1].pop("height")
+    _assert_equal(_take(sized, 4), _take(build_train_loader(cfg, seed=1), 4))
+    for key, said in (("annotations", "has no list of annotations, which 8 of 9"), ("file_name", "have no file_name")):
+        del records[0][key]
+        with pytest.raises(ValueError, match=said):
+            build_train_loader(cfg, seed=1)
 
 
 def test_masks_and_keypoints_arrive(cfg):

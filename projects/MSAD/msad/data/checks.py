@@ -47,7 +47,10 @@ def check_data(
         try:
             if name not in DatasetCatalog.list():
                 raise ValueError(f"no data set is called {name!r}{nearest(name, DatasetCatalog.list())}")
-            loaded[name] = (known or {}).get(name) or DatasetCatalog.get(name)
+            records = (known or {}).get(name) or DatasetCatalog.get(name)
+            if nameless := sum("file_name" not in record for record in records):
+                raise ValueError(f"{nameless} of its {len(records)} dataset dicts have no file_name")
+            loaded[name] = records
         except (AssertionError, LookupError, OSError, TypeError, ValueError) as error:
             check = f"data set {name!r}"
             findings.append(Finding(ERROR, check, error_text(error).removeprefix(f"{check}: "), _fix_of(name)))

@@ -99,6 +99,7 @@ def refused(pixels: str) -> str:
 
 def inspect_images(paths: Sequence[str]) -> list[ImageFile]:
     """:func:`inspect_image` of each; what is known of a file of the same size and time is not looked at again."""
+    paths = [os.fspath(path) for path in paths]
     name = f"image-files-{hashlib.sha256(os.path.dirname(paths[0]).encode()).hexdigest()[:32]}.json" if paths else ""
     known, out, changed = (name and read_cache(name)) or {}, [], False
     for path in paths:

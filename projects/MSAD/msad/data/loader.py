@@ -23,6 +23,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 
 from .checks import load_train_dicts
+from .image_files import inspect_images
 from .low_res import FILE, low_res_mapper
 from .regions import RegionMapper
 from .sem_seg import crop_mapper, is_segmentation
@@ -96,7 +97,7 @@ class TrainLoader:
     Batches depend on the number of processes, on nothing else of how the run is carried out.
 
     Args:
-        dicts: dataset dicts; ``width`` and ``height`` decide on the group of an image.
+        dicts: dataset dicts; ``width`` and ``height`` decide on the group of an image, without them its file.
         mapper: from a dataset dict to a model input; draws from torch's CPU, numpy's and Python's global generators.
         batch_size: images per batch in this process.
         group_by_aspect: do not put wide and tall images into the same batch.
@@ -123,7 +124,7 @@ class TrainLoader:
         # Serialized, so that workers share one buffer instead of copying a heap of Python objects page by page.
         self._dataset = DatasetFromList(dicts, copy=False)
         self._mapper = mapper
-        self._wide = [d["width"] > d["height"] for d in dicts] if group_by_aspect else [False] * len(dicts)
+        self._wide = _are_wide(dicts) if group_by_aspect else [False] * len(dicts)
         self._repeat_factors = repeat_factors
         self._reported: set[str] = set()
         self.skipped = 0
@@ -197,6 +198,14 @@ class TrainLoader:
             if file not in self._reported:
                 self._reported.add(file)
                 logger.warning("skipped %s, used another image instead: %s", file, reason)
+
+
+def _are_wide(dicts: list[dict]) -> list[bool]:
+    """Whether each image is wider than tall; detectron2's mapper completes what a dict does not say."""
+    unsaid = [d["file_name"] for d in dicts if not d.keys() >= {"width", "height"}]
+    files = dict(zip(unsaid, inspect_images(unsaid)))
+    sizes = ((f.width, f.height) if (f := files.get(d.get("file_name"))) else (d["width"], d["height"]) for d in dicts)
+    return [width > height for width, height in sizes]
 
 
 class _Batches:

@@ -67,6 +67,10 @@ def check_records(records: list[dict], name: str, needs: Needs) -> list[Finding]
         tally.add(ERROR, reason, needs.config_key, f"set {needs.config_key} {len(classes)}")
     pairs = [(record, a) for record in records for a in record.get("annotations", ())]
     if pairs:
+        if (needs.training or needs.losses) and (bare := [r for r in records if "annotations" not in r]):
+            seen = f"has no list of annotations, which {len(records) - len(bare)} of {len(records)} images have"
+            fix = "give images without objects an empty list, and leave out those that are not labelled"
+            tally.add(ERROR, seen, str(bare[0]["file_name"]), fix)
         _check_classes(tally, pairs, needs, classes)
         _check_boxes(tally, records, pairs, needs)
         if needs.masks:
