@@ -259,6 +259,8 @@ def test_first_screen_says_what_will_happen(project, tiny_model):
     wanted.append("\nTeacher: ")
     wanted.append("; levels p3, p4, p5, p6, p7 of strides 8, 16, 32, 64, 128")
     assert [part for part in wanted if part not in text] == []
+    for cfg.TEST.EVAL_PERIOD, said in ((3, "evaluation every 3 and at the end"), (-1, "evaluation at the end")):
+        assert said in "\n".join(first_screen(cfg, model, 2))
     one = cfg.DISTILL.TEACHERS[0]
     cfg.DISTILL.TEACHERS = [{"NAME": "near", **one}, one, {"NAME": "both", "MEAN_OF": ["near", "teacher_2"]}]
     lines = first_screen(cfg, model, 2)

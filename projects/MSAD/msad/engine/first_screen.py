@@ -93,7 +93,7 @@ def first_screen(cfg: CfgNode, model: nn.Module, start_iter: int) -> list[str]:
     lines.append(
         f"Schedule: iterations {start_iter} to {solver.MAX_ITER} of {solver.IMS_PER_BATCH} images, {solver.OPTIMIZER}, "
         f"learning rate {solver.BASE_LR:g}, a checkpoint every {solver.CHECKPOINT_PERIOD}, evaluation "
-        f"{f'every {period} and ' if period else ''}at the end"
+        f"{f'every {period} and ' if period > 0 else ''}at the end"
     )
     return [*lines, f"Output: {cfg.OUTPUT_DIR}, with the config and everything longer than this in it"]
 

@@ -156,7 +156,7 @@ class DistillTrainer(DefaultTrainer):
         """
         share_statistics(model)
         results = super().test(cfg, model, evaluators)
-        if cfg.TEST.LOSS_IMAGES:
+        if cfg.TEST.LOSS_IMAGES > 0:
             model = getattr(model, "module", model)
             detector = model.student if isinstance(model, Distiller) else model
             for name in cfg.DATASETS.TEST:  # in every process: losses may average over them

@@ -103,7 +103,7 @@ class _Trainer(DistillTrainer):
         super().__init__(cfg)
 
     def build_hooks(self) -> list:
-        left_out = self.cfg.TEST.EVAL_PERIOD == 0 and not self._evaluates
+        left_out = self.cfg.TEST.EVAL_PERIOD <= 0 and not self._evaluates
         hooks = [hook for hook in super().build_hooks() if not (left_out and isinstance(hook, EvalHook))]
         return [self._clock, *hooks]  # the first: what other hooks do after a step is not training
 
