@@ -6,7 +6,7 @@
 
 It trains what tools/train_net.py trains from the same yaml, on one device, with the same losses in every iteration
 (tests/tools/test_plain_distill.py). Left out: resuming, evaluation, several GPUs, mixed precision, automatic weights,
-fusion students, losses between head predictions, MATCH: by_index.
+fusion students, losses between head predictions, MATCH: by_index, ignored regions of the data.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -107,6 +108,7 @@ def check(cfg: CfgNode) -> None:
         "needs one DISTILL.TEACHERS entry": len(cfg.DISTILL.TEACHERS) != 1,
         "knows no DISTILL.WEIGHTING or BALANCE": cfg.DISTILL.WEIGHTING or cfg.DISTILL.BALANCE.RATIO,
         "knows no SOLVER.AMP or REFERENCE_WORLD_SIZE": cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.REFERENCE_WORLD_SIZE > 1,
+        "knows no ignored regions": any(MetadataCatalog.get(x).get("has_ignored_regions") for x in cfg.DATASETS.TRAIN),
         "knows no DISTILL.FREEZE_BACKBONE_ITERS": cfg.DISTILL.FREEZE_BACKBONE_ITERS,
         "knows no fusion students": cfg.MODEL.META_ARCHITECTURE == "FusionStudent",
         "knows no DISTILL.ASSISTANTS or STAGES": cfg.DISTILL.ASSISTANTS or cfg.DISTILL.STAGES,
@@ -135,9 +137,8 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.SEED < 0:
             cfg.SEED = np.random.randint(2**31)
             print(f"SEED is not set; this run uses {cfg.SEED}")
-        cfg = scale_to_batch(cfg)
-        check(cfg)
         register_datasets(cfg)
+        check(cfg := scale_to_batch(cfg))
         seed_all_rng(cfg.SEED)
         student = build_model(cfg)
         bar = tqdm(distill(cfg, student), total=cfg.SOLVER.MAX_ITER, unit="it", dynamic_ncols=True, disable=None)

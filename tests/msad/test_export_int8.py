@@ -11,10 +11,12 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
 
 from msad import load_config
 from msad.data import register_datasets
+from msad.engine import DistillTrainer
 from msad.export.graph import detection_graph
 
 pytest.importorskip("onnx", reason="pip install 'msad[onnx]'")
@@ -26,7 +28,7 @@ from msad.data.names import dataset_names
 from msad.export import onnx as exporter
 from msad.export.evaluate import ExportedModel, evaluate_exported
 from msad.export.quantize import calibration_inputs, integer_nodes, quantize
-from msad.export.runner import Detector
+from msad.export.runner import Detector, read_image
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +68,36 @@ def test_evaluated_detections_are_those_of_the_model(exported):
         torch.testing.assert_close(found.pred_boxes.tensor, wanted.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
 
 
+def test_images_are_read_as_the_shipped_program_does(exported, tmp_path):
+    """detectron2 makes white of all above 255."""
+    _, _, file = exported
+    image = np.random.default_rng(0).integers(0, 2**16, (40, 50), np.uint16)
+    assert cv2.imwrite(str(tmp_path / "deep.png"), image)
+    wanted = Detector(file, 1)([read_image(tmp_path / "deep.png")])[0]
+    found = ExportedModel(file, threads=1)([{"file_name": str(tmp_path / "deep.png")}])[0]["instances"]
+    assert len(found) == len(wanted["scores"]) > 20
+    assert np.array_equal(found.scores.numpy(), wanted["scores"])
+    with pytest.raises(ValueError, match=r"absent\.png: run\.py cannot read it"):
+        ExportedModel(file, threads=1)([{"file_name": str(tmp_path / "absent.png")}])
+
+
 def test_evaluates_by_the_evaluator_of_the_data(exported):
     cfg, _, file = exported
     results = evaluate_exported(cfg, file, threads=1)
     assert set(results) == {"tiny_val"} and {"AP", "APs"} <= set(results["tiny_val"]["bbox"])
     assert 0 <= results["tiny_val"]["bbox"]["AP"] <= 100
     json.dumps(results, allow_nan=False)
+
+
+def test_evaluates_on_data_without_names_of_classes(exported, monkeypatch):
+    cfg, _, file = exported
+    cfg = load_config("", ["DATASETS.TEST", ("nameless",)])
+    DatasetCatalog.register("nameless", lambda: DatasetCatalog.get("tiny_val")[:1])
+    monkeypatch.setattr(DistillTrainer, "build_evaluator", lambda *_: DatasetEvaluators([]))
+    try:
+        assert evaluate_exported(cfg, file, threads=1) == {"nameless": {}}
+    finally:
+        DatasetCatalog.remove("nameless")
 
 
 def test_refuses_data_of_other_classes(exported, tmp_path):

@@ -282,6 +282,18 @@ def test_what_cannot_be_exported_is_named(tiny_cfg, tiny_model):
         detection_graph(model)
 
 
+def test_operators_that_onnx_lacks_are_named(tiny_cfg, tiny_model, monkeypatch, capfd):
+    graph = detection_graph(tiny_model("FCOS", range(3, 6), MODEL__FCOS__SCALES=True, MODEL__FCOS__DEFORM_LAST=True))
+    with pytest.raises(ValueError, match="deformable convolutions cannot be exported to ONNX; TorchScript takes them"):
+        exporter.trace(graph, {})
+    assert not capfd.readouterr().out
+    assert script(graph, {})
+    graph = detection_graph(tiny_model("FCOS", range(3, 6)))  # and any other, as of somebody's own layers
+    monkeypatch.setattr(ops, "clip", lambda boxes, sizes: torch.special.i1(boxes))
+    with pytest.raises(ValueError, match=r"cannot be exported to ONNX, TorchScript may take it: .*special_i1"):
+        exporter.trace(graph, {})
+
+
 @pytest.mark.parametrize("order", ["L", "YUV-BT.601"])
 def test_other_channels_than_red_green_and_blue_are_refused(order, tiny_cfg, tmp_path):
     """They would be read from files as detectron2 makes them, which the program beside the model cannot."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, Instances
 
@@ -15,7 +14,8 @@ from ..data.low_res import FILE, reads_low_res
 from ..data.register import register_datasets
 from ..engine.trainer import DistillTrainer
 from ..files import finite
-from .runner import Detector
+from .onnx import RUNNER
+from .runner import Detector, read_image
 
 
 class ExportedModel:
@@ -33,7 +33,10 @@ class ExportedModel:
 
     def __call__(self, inputs: list[dict]) -> list[dict]:
         files = [item[FILE] if self.low_res and FILE in item else item["file_name"] for item in inputs]
-        images = [read_image(file, "BGR") for file in files]
+        images = [read_image(Path(file)) for file in files]
+        for file, image in zip(files, images):
+            if image is None:
+                raise ValueError(f"{file}: {RUNNER} cannot read it (absent, no image, or cut off)")
         sizes = [(x.get("height", len(image)), x.get("width", image.shape[1])) for x, image in zip(inputs, images)]
         found = self.detector(images, sizes)
         if "sem_seg" in self.detector.outputs:
@@ -74,9 +77,9 @@ def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
         classes, metadata = model.detector.about["classes"], MetadataCatalog.get(name)
-        known = metadata.get("thing_classes") or metadata.get("stuff_classes")
+        known = list(metadata.get("thing_classes") or metadata.get("stuff_classes") or [])
         unnamed = classes == [str(number) for number in range(len(known))]
-        if classes != list(known) and not unnamed:
+        if known and classes != known and not unnamed:
             raise ValueError(f"{file} has the classes {', '.join(classes)}, but {name} has {', '.join(known)}")
         evaluator = DistillTrainer.build_evaluator(cfg, name)
         found = inference_on_dataset(model, [[record] for record in records], evaluator)

@@ -112,7 +112,7 @@ def describe(cfg: CfgNode, graph: DetectionGraph, names: dict[str, list]) -> dic
 
 
 def trace(graph: DetectionGraph, about: dict[str, Any]) -> bytes:
-    """The ONNX file of ``graph`` with the metadata entry "msad"."""
+    """The ONNX file of ``graph`` with the metadata entry "msad"; ValueError for what opset OPSET has not."""
     import onnx
 
     axes = {"images": {0: "batch", 1: "height", 2: "width"}, "sizes": {0: "batch"}}
@@ -121,10 +121,14 @@ def trace(graph: DetectionGraph, about: dict[str, Any]) -> bytes:
     with torch.no_grad(), warnings.catch_warnings():
         # Python's decisions that a trace freezes are asserts of detectron2's layers; check() compares other sizes.
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            graph, example_images([(128, 160), (96, 120)]), file, input_names=["images", "sizes"],
-            output_names=graph.outputs, dynamic_axes=axes, opset_version=OPSET, dynamo=False,
-        )  # fmt: skip
+        try:
+            torch.onnx.export(
+                graph, example_images([(128, 160), (96, 120)]), file, input_names=["images", "sizes"],
+                output_names=graph.outputs, dynamic_axes=axes, opset_version=OPSET, dynamo=False,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error).split(". ")[0].splitlines()[0]
+            raise ValueError(f"this model cannot be exported to ONNX, TorchScript may take it: {reason}") from None
     model = onnx.load_from_string(file.getvalue())
     model.producer_name = "msad"
     onnx.helper.set_model_props(model, {"msad": json.dumps(about)})

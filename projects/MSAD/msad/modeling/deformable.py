@@ -36,7 +36,10 @@ def deform_conv(
     Raises:
         FloatingPointError: NaN among the offsets of a CPU tensor, which would end the process inside the operator.
             (A GPU samples zeros there, and the check would make it wait.)
+        ValueError: in an export to ONNX, whose opset 17 has no such operator.
     """
+    if torch.onnx.is_in_onnx_export():  # here: the exporter would print its whole graph
+        raise ValueError("deformable convolutions cannot be exported to ONNX; TorchScript takes them")
     exported = torch.jit.is_tracing() or torch.compiler.is_compiling()
     if offset.device.type == "cpu" and not exported and offset.isnan().any():
         raise FloatingPointError(
