@@ -14,7 +14,7 @@ the reference took with the same seed (processor time on a CPU, else the clock's
 takes time in which the plain detector could have learned; with --count-teachers that time is the reference's with its
 teachers, and variants without one train for all of it. --equal-cost adds a conventional detector at the input size at
 which it costs as many multiply-adds as the reference. --sweep makes one variant a value of a key; "x10" is ten times
-the file's value.
+the file's value, or that of an override.
 A finished run is kept and an interrupted one resumes: repeat the same command. A run that fails does not stop others.
 Results: OUTPUT/report.html, report.md, report.json, and a folder a seed and variant. KEY VALUE overrides apply to all.
 """
@@ -53,7 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--equal-time", action="store_true", help="each variant also at the reference's training time")
     parser.add_argument("--count-teachers", action="store_true", help="that time includes the teachers")
     parser.add_argument("--equal-cost", type=Path, metavar="YAML", help="this detector at the cost of the reference")
-    parser.add_argument("--sweep", metavar="KEY=V,V,...", help="one variant a value of a config key")
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V,V,...",
+                        help="one variant a value of a config key")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="runs at a time on the CPU, 0: in this process; default: 1")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
@@ -77,8 +78,10 @@ def make_comparison(args: argparse.Namespace) -> Comparison:
         raise ValueError("no yaml file to compare: Base*.yaml are what others are based on")
     variants = {name: Variant(file) for name, file in unique_names(files).items()}
     reference = args.reference or next(iter(variants))
-    if args.sweep:
-        variants = sweep(variants, args.sweep)
+    if len(args.sweep) > 1:
+        raise ValueError(f"--sweep takes one key, got {' and '.join(args.sweep)}")
+    for assignment in args.sweep:
+        variants = sweep(variants, assignment, args.opts)
         reference = args.reference or next(iter(variants))
     if args.equal_time:
         timed = [at_equal_time(name, v, reference, args.count_teachers) for name, v in variants.items()]
@@ -125,11 +128,13 @@ def work(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--sweep" in argv[:-1]:  # what follows looks like an override without a blank
-        at = argv.index("--sweep")
-        argv[at : at + 2] = [f"--sweep={argv[at + 1]}"]
-    args = cli.parse(make_parser(), argv)
+    words: list[str] = []
+    for word in sys.argv[1:] if argv is None else argv:
+        if words[-1:] == ["--sweep"]:  # what follows looks like an override without a blank
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    args = cli.parse(make_parser(), words)
     return cli.run("compare", lambda: work(args), "interrupted; the same command goes on where it was")
 
 

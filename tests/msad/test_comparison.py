@@ -400,6 +400,17 @@ def test_what_a_run_warns_of_is_in_its_result(files, project, tmp_path):
     assert found in [run["warnings"] for run in comparison.collect()["runs"] if run["variant"] == "hasty"]
 
 
+def test_what_an_attempt_without_a_checkpoint_has_left_is_not_of_the_next(project, tmp_path):
+    """Its time would be counted for the steps of another config, and reported are faults that are corrected."""
+    cfgs = [load_config(project / "fcos.yaml", ["OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", n]) for n in (6, 7)]
+    assert not is_finished(cfgs[0])
+    for name in ("clock.json", "warnings.json", "model_0000002.pth"):
+        (tmp_path / name).write_text("[]")
+    assert not is_finished(cfgs[0]) and (tmp_path / "clock.json").is_file()
+    (tmp_path / "model_0000002.pth").unlink()
+    assert not is_finished(cfgs[1]) and not list(tmp_path.glob("[cw][la]*.json"))
+
+
 def test_a_curriculum_is_one_run(files, project, tmp_path):
     entry = f"{{NAME: big, CONFIG: {project}/teacher.yaml, WEIGHTS: x.pth}}"
     stages = "[{SOLVER: {MAX_ITER: 1}}, {SOLVER: {MAX_ITER: 2}}]"

@@ -132,6 +132,20 @@ def test_fcos_macs_equal_the_sum_over_its_convolutions(size, levels):
     assert macs(model, size) == expected(bottom_up_macs(size), neck_macs(size, levels), fcos_head_macs(size, levels))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_counted(fcos, monkeypatch, masked):
+    """torch's counter knows that of GPUs alone."""
+    q, k, v = torch.zeros(2, 3, 40, 8), torch.zeros(2, 3, 50, 8), torch.zeros(2, 3, 50, 8)
+    mask, forward, before = torch.zeros(40, 50) if masked else None, fcos.forward, macs(fcos, SIZE)["total"]
+
+    def attending(inputs):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return forward(inputs)
+
+    monkeypatch.setattr(fcos, "forward", attending)
+    assert macs(fcos, SIZE)["preprocessing"] == macs(fcos, SIZE)["total"] - before == 2 * 3 * 40 * 50 * (8 + 8)
+
+
 def test_macs_are_those_of_the_padded_image(fcos):
     assert macs(fcos, (SIZE[0] - 20, SIZE[1] - 31)) == macs(fcos, SIZE)
 

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from msad import load_config
 from msad.config_values import value_at
 from msad.evaluation.cost import count_macs, random_inputs
+from msad.evaluation.region_limits import fill_regions
 from msad.experiments import costs
 from msad.experiments.comparison import Comparison
 from msad.experiments.costs import measure_costs, nearest_size
@@ -81,6 +82,9 @@ def test_a_position_in_a_list_is_swept(losses):
     swept = sweep(losses, "DISTILL.LOSSES.0.WEIGHT=x0.1,x10")
     assert list(swept) == ["no_kd", "lad_WEIGHT_0.02", "lad_WEIGHT_2.0", "cad_WEIGHT_0.3", "cad_WEIGHT_30"]
     assert swept["no_kd"] == losses["no_kd"]  # it has no such key
+    assert sweep(losses, "DISTILL.LOSSES.0.WEIGHT=x10", ["DISTILL.LOSSES", "[{NAME: CWD, WEIGHT: 3}]"])[
+        "lad_WEIGHT_30"
+    ].overrides == ("DISTILL.LOSSES", [{"NAME": "CWD", "WEIGHT": 30}]), "overrides belong to the config"
     one = swept["lad_WEIGHT_0.02"]
     assert load_config(one.file, list(one.overrides)).DISTILL.LOSSES == [{"NAME": "LAD", "WEIGHT": 0.02}]
     assert one.swept == ("lad", "DISTILL.LOSSES.0.WEIGHT", 0.02)
@@ -232,6 +236,17 @@ def test_networks_that_are_alike_are_measured_once(project, monkeypatch):
     assert costs["a"]["input"] != costs["c"]["input"]
     assert costs["t_fused"]["gmacs"]["total"] > costs["t_H"]["gmacs"]["total"] > costs["t_L"]["gmacs"]["total"]
     assert all(entry["ms"]["total"] > 0 and entry["parameters"] > 0 for entry in costs.values())
+
+
+def test_regions_of_networks_that_are_alike_are_their_own(project, tiny_cfg):
+    """With random weights there are few detections that have a mask, with others as many as the limits allow."""
+    cfg = load_config(project / "fcos.yaml")
+    cfg.MODEL = tiny_cfg("MaskRCNN").MODEL
+    few, many = build_model(cfg).eval(), fill_regions(build_model(cfg).eval())
+    few.roi_heads.box_predictor.test_score_thresh = 1.0
+    costs = measure_costs({"few": (cfg, few), "many": (cfg, many)}, rounds=1)
+    assert costs["few"]["gmacs"]["head"] < costs["many"]["gmacs"]["head"]
+    assert costs["few"]["network"] == costs["many"]["network"]
 
 
 def test_latency_is_that_of_the_least_disturbed_round(project, monkeypatch):

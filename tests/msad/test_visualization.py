@@ -281,6 +281,12 @@ def test_nothing_is_clipped_with_many_classes_and_long_captions():
         assert not [1 for a, b in combinations(boxes, 2) if a.shrunk(0.98, 0.9).overlaps(b.shrunk(0.98, 0.9))]
 
 
+def test_dollar_signs_are_no_formulas(tmp_path):
+    names = Metadata(name="dollars", thing_classes=["$_{$"])
+    panel = Panel(BLACK, {"x$_{$": instances([[1, 1, 9, 9]], [0], [0.9])}, "$_{$.jpg")
+    assert save_panels(tmp_path / "a.png", [panel], names).is_file()
+
+
 def test_panels_can_be_jpeg_and_need_a_column(panels, tmp_path):
     assert cv2.imread(str(save_panels(tmp_path / "a.jpg", panels, NAMES, cell_width=100))).shape[1] == 3 * 108 + 8
     with pytest.raises(ValueError, match="no panel has a column"):
@@ -437,6 +443,12 @@ def test_every_dot_is_named_and_has_its_interval(tmp_path):
     with pytest.raises(ValueError, match="no model"):
         plot_ap_vs_cost([CostRow(IntervalRow("costless", 20.0), {})], tmp_path / "no.png", STYLES)
     assert cv2.imread(str(plot_ap_vs_cost(COSTS[:1], tmp_path / "one.png", STYLES))) is not None
+
+
+def test_many_models_and_long_names_fit_into_charts():
+    rows = [IntervalRow(f"a_model_{i}", float(i)) for i in range(30)]
+    assert_nothing_clipped(ap_vs_cost_figure([CostRow(r, {"ms": 1}) for r in rows], variant_styles(r.name for r in rows)))
+    assert_nothing_clipped(intervals_figure([IntervalRow("long" * 30, 3.0)], "AP", variant_styles(["long" * 30])))
 
 
 def test_a_line_joins_a_network_at_several_input_sizes():

@@ -129,6 +129,9 @@ def test_a_sweep_and_the_conventional_detector_of_equal_cost(call, project, tmp_
     swept = ["student_WEIGHT_0.06", "student_WEIGHT_6.0"]
     assert list(data["variants"]) == ["fcos", *swept, "baseline_equal_cost", "teacher"]
     assert data["variants"]["student_WEIGHT_6.0"]["losses"][0]["weight"] == 6.0
+    for second in (["--sweep", "SOLVER.BASE_LR=1,2"], ["--sweep=SOLVER.BASE_LR=1,2"]):
+        status, printed = call(student, *args[:2], *second, "--output", tmp_path, "--report-only")
+        assert status == 2 and "--sweep takes one key" in printed.err
 
 
 def test_segmentors_have_their_metric_and_panels(call, project, tmp_path):

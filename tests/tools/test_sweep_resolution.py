@@ -83,6 +83,9 @@ def test_every_batch_is_evaluated_and_announced(monkeypatch):
     entry = evaluate_size(nn.Identity(), [[1], [2, 3], [4]], _Sum(), lambda: calls.append(1))
     assert entry["results"] == {"bbox": {"AP": 10.0, "APl": None}}
     assert len(calls) == 3 and entry["seconds"] == 4.5
+    monkeypatch.setattr(_Sum, "evaluate", lambda self: {"bbox": {"AP": math.nan, "APl": math.nan}})
+    entry = evaluate_size(nn.Identity(), [[1]], _Sum())
+    assert entry["results"] == {"bbox": {"AP": 0.0, "APl": None}}, "nothing is detected"
 
 
 def test_sizes_that_are_padded_alike_have_one_latency(tool, project, weights, tmp_path, capsys):

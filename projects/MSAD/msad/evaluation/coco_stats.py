@@ -1,10 +1,11 @@
-"""COCO's twelve numbers for boxes, from annotations and results in memory."""
+"""COCO's twelve numbers for boxes, from annotations and results in memory; AP of models that find nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_EMPTY = ("AP", "AP50", "AP75")  # 0 for a model that detects nothing; of sizes and classes there may be no objects
 
 
 def box_stats(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
@@ -37,3 +39,16 @@ def box_stats(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
         evaluation.summarize()
     values = np.where(evaluation.stats < 0, np.nan, evaluation.stats * 100)
     return dict(zip(STATS, map(float, values)))
+
+
+def counted(metrics: dict) -> dict:
+    """``metrics`` with an AP of 0 where a model has detected nothing, of which both engines say NaN."""
+    return {
+        task: {name: 0.0 if name in _EMPTY and is_nan((values or {}).get("AP")) else value
+               for name, value in (values or {}).items()}
+        for task, values in metrics.items()
+    }  # fmt: skip
+
+
+def is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -160,6 +160,18 @@ def _deform_conv_flop(x: torch.Size, weight: torch.Size, *_args, out_shape: torc
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
+def _attention_flop(query: torch.Size, key: torch.Size, value: torch.Size, *_args, **_kwargs) -> int:
+    """Of queries (..., L, D) on keys (..., S, D) and values (..., S, E)."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+# What torch's counter does not know: torchvision's operator, and scaled_dot_product_attention as CPUs do it.
+_FLOPS = {
+    torch.ops.torchvision.deform_conv2d: _deform_conv_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
+}
+
+
 def count_macs(model: nn.Module, inputs: list[dict]) -> dict[str, float]:
     """Multiply-adds of one image by part, and ``total``, in GMACs: 1e9 multiply-adds, half of the GFLOPs.
 
@@ -172,7 +184,7 @@ def count_macs(model: nn.Module, inputs: list[dict]) -> dict[str, float]:
             teacher that is H. Its size decides on the cost of dense detectors; that of an R-CNN's heads depends on how
             many proposals it makes of the image.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_conv_flop})
+    counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
     with counter:
         flops = _by_part(model, inputs, counter.get_total_flops, lambda a, b: b - a)
     return {part: value / 2 / 1e9 for part, value in flops.items()}

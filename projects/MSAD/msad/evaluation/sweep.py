@@ -12,6 +12,7 @@ from tabulate import tabulate
 from torch import nn
 
 from ..files import finite
+from .coco_stats import counted
 
 # Test sizes of Table 2, relative to the size that the student was trained for.
 SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
@@ -74,12 +75,13 @@ def evaluate_size(
         on_batch: called after every batch.
 
     Returns:
-        {"results": {task: {metric: value or None}}, "seconds"}. A metric without ground truth is None.
+        {"results": {task: {metric: value or None}}, "seconds"}. A metric without ground truth is None, AP 0
+        where nothing is detected.
     """
     start = time.perf_counter()
     results = inference_on_dataset(model, _Announced(loader, on_batch), evaluator)
     return {
-        "results": {task: {k: finite(v) for k, v in values.items()} for task, values in results.items()},
+        "results": {task: {k: finite(v) for k, v in values.items()} for task, values in counted(results).items()},
         "seconds": round(time.perf_counter() - start, 2),
     }
 

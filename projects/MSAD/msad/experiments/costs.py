@@ -11,7 +11,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import nn
 
 from ..data.mappers import inference_mapper
@@ -141,8 +141,9 @@ def _padded_size(model: nn.Module, sizes: list):
 def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15) -> dict[str, dict]:
     """Costs of each model on the first test image at its own size; of a teacher those of each branch, NAME_BRANCH.
 
-    Networks that are built alike and get inputs that are padded to the same size are measured once. Latencies are the
-    least of ``rounds`` rounds in which the networks take turns, so that other work on the machine hits all alike.
+    Networks that are built alike and get inputs that are padded to the same size are measured once, but for R-CNNs, the
+    regions of which depend on their weights. Latencies are the least of ``rounds`` rounds in which the networks take
+    turns, so that other work on the machine hits all alike.
 
     Args:
         models: name -> (config, model in eval mode).
@@ -166,7 +167,7 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
             with _padded_size(model, sizes):
                 macs = count_macs(model, inputs)
             size = max(sizes)
-            key = (_architecture(cfg), size, branch)
+            key = (_architecture(cfg), size, branch, id(model) if _has_regions(model) else None)
             same.setdefault(key, []).append(name if branch is None else f"{name}_{branch}")
             if key not in costs:
                 passes[key] = (select, model, inputs)
@@ -193,6 +194,10 @@ def costs_of_trained(models: Mapping[str, tuple[CfgNode, Path]]) -> dict[str, di
 def _select(model: nn.Module, branch: str | None) -> None:
     if branch is not None:
         model.set_eval_branch(branch)
+
+
+def _has_regions(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "detector", model), GeneralizedRCNN)
 
 
 def _architecture(cfg: CfgNode) -> str:

@@ -91,6 +91,9 @@ def is_finished(cfg: CfgNode, say=print, timed: bool = False) -> bool:
                 folder.rename(old)
                 folder.mkdir()
                 say(f"{folder}: the {what} have changed, it is trained again; the earlier run is {old.name}")
+        else:  # nothing is used of an attempt that reached no checkpoint, which may have been of another config
+            for name in ("clock.json", "warnings.json"):
+                (folder / name).unlink(missing_ok=True)
         (folder / "failed.txt").unlink(missing_ok=True)
         if (folder / "result.json").is_file():
             return True

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from statistics import fmean
 
+from ..evaluation.coco_stats import counted, is_nan
 from .statistics import Estimate, estimate
 
 AP, MIOU = "bbox/AP", "sem_seg/mIoU"
-_EMPTY = ("AP", "AP50", "AP75")  # 0 for a model that detects nothing; of sizes and classes there may be no objects
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def counted(metrics: dict) -> dict:
-    """``metrics`` with an AP of 0 where a model has detected nothing, of which both engines say NaN."""
-    return {
-        task: {name: 0.0 if name in _EMPTY and _is_nan((values or {}).get("AP")) else value
-               for name, value in (values or {}).items()}
-        for task, values in metrics.items()
-    }  # fmt: skip
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
-
-
 def without_detections(data: dict) -> list[str]:
     """Names, with their seeds, of models that detect nothing: their AP is NaN and counts as 0."""
     return [
         f"{name} (seed {run['seed']})" for run in data.get("runs") or ()
         for name, metrics in run.get("results", {}).items()
-        if any(_is_nan((values or {}).get("AP")) for values in (metrics or {}).values())
+        if any(is_nan((values or {}).get("AP")) for values in (metrics or {}).values())
     ]  # fmt: skip
 
 
@@ -104,9 +91,9 @@ def rows_of(data: dict) -> list[Row]:
     return sorted(rows, key=lambda row: (order.get(row.variant["name"], (True, len(order))), row.name))
 
 
-def full_resolution(rows: list[Row], metric: str = AP) -> Row | None:
-    """The row that shares and cost ratios refer to: baseline_H, else teacher_H, else none."""
-    found = {row.name: row for row in rows if row.estimate(metric) is not None}
+def full_resolution(rows: list[Row], metric: str = "") -> Row | None:
+    """The row that shares and cost ratios refer to: baseline_H, else teacher_H, else none; with this metric, if any."""
+    found = {row.name: row for row in rows if not metric or row.estimate(metric) is not None}
     return found.get("baseline_H") or found.get("teacher_H")
 
 

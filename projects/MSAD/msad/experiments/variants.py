@@ -168,12 +168,13 @@ def unique_names(files: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, files))
 
 
-def sweep(variants: dict[str, Variant], assignment: str) -> dict[str, Variant]:
+def sweep(variants: dict[str, Variant], assignment: str, opts: Sequence = ()) -> dict[str, Variant]:
     """One variant a value of a key in place of each variant whose config has the key; the others stay.
 
     Args:
         assignment: "KEY=VALUE,VALUE,..."; the key may have positions in lists (DISTILL.LOSSES.0.WEIGHT), a value
             "x10" of a number is ten times that of the config. Numbers get the type that they have in the config.
+        opts: KEY, VALUE, ... overrides of all variants, which belong to their configs.
 
     Raises:
         ValueError: the assignment has no values or one twice, or no config has the key.
@@ -183,7 +184,7 @@ def sweep(variants: dict[str, Variant], assignment: str) -> dict[str, Variant]:
         raise ValueError(f"--sweep {assignment}: expected KEY=VALUE,..., as in DISTILL.LOSSES.0.WEIGHT=x0.1,x1,x10")
     out = {}
     for name, variant in variants.items():
-        cfg = load_config(variant.file, list(variant.overrides))
+        cfg = load_config(variant.file, [*opts, *variant.overrides])
         try:
             now = value_at(cfg, key)
         except (KeyError, IndexError, ValueError, TypeError):

@@ -53,7 +53,8 @@ def ap_vs_cost_figure(
         raise ValueError("nothing to plot: no model has a result and a cost")
     rows.sort(key=lambda row: -row.row.mean)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * len(costs) + 2.2, 4.4), layout="constrained")
+        height = max(4.4, 0.21 * len(rows) + 0.4)  # of the legend
+        figure = Figure(figsize=(4.2 * len(costs) + 2.2, height), layout="constrained")
         panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
         for axes, cost in zip(panels, costs):
             known = [row for row in rows if cost in row.costs]

@@ -51,7 +51,8 @@ def intervals_figure(
     """
     rows = _drawable(rows)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 1.1 + 0.34 * len(rows)), layout="constrained")
+        longest = max(len(row.name) for row in rows)
+        figure = Figure(figsize=(max(7.2, 3.6 + 0.09 * longest), 1.1 + 0.34 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(False, axis="y")
         for y, row in enumerate(rows):

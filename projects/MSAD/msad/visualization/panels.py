@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.utils.visualizer import Visualizer
@@ -21,6 +22,7 @@ _DPI = 100
 _GAP = 8  # pixels between the images of a panel
 _MAX_LABELS = 12
 _FONT_SIZE = 9  # points
+_PLAIN = {"text.parse_math": False}  # names of classes and files may have dollar signs
 _LINE = _FONT_SIZE * _DPI / 72 * 1.5  # pixels from one label to the next
 
 
@@ -33,6 +35,7 @@ class Panel:
     caption: str = ""
 
 
+@matplotlib.rc_context(_PLAIN)
 def draw_objects(
     image: np.ndarray,
     objects: Content,
@@ -172,6 +175,7 @@ def panels_figure(panels: list[Panel], metadata: Metadata, *, threshold: float =
     return _compose(titles, panels, rows, cells, legend, threshold, cell_width)
 
 
+@matplotlib.rc_context(_PLAIN)
 def _compose(titles, panels, rows, cells, legend, threshold, cell_width) -> Figure:
     """The picture of all cells with titles, captions and legend, pixel for pixel as they were drawn."""
     title_height, caption_height = 40, 30
