@@ -447,7 +447,8 @@ def test_every_dot_is_named_and_has_its_interval(tmp_path):
 
 def test_many_models_and_long_names_fit_into_charts():
     rows = [IntervalRow(f"a_model_{i}", float(i)) for i in range(30)]
-    assert_nothing_clipped(ap_vs_cost_figure([CostRow(r, {"ms": 1}) for r in rows], variant_styles(r.name for r in rows)))
+    styles = variant_styles(row.name for row in rows)
+    assert_nothing_clipped(ap_vs_cost_figure([CostRow(row, {"ms": 1}) for row in rows], styles))
     assert_nothing_clipped(intervals_figure([IntervalRow("long" * 30, 3.0)], "AP", variant_styles(["long" * 30])))
 
 
