@@ -340,8 +340,8 @@ def test_a_model_that_detects_nothing_has_an_ap_of_0(data, empty, tmp_path):
     first = next(run for run in data["runs"] if name in run["results"])
     second = {**copy.deepcopy(first), "seed": 1}
     nothing = float("nan")
-    first["results"][name]["bbox"] = {"AP": 30.0, "AP50": 50.0, "APs": 20.0, "AP-car": 30.0}
-    second["results"][name]["bbox"] = {"AP": nothing, "AP50": nothing, "APs": nothing, "AP-car": nothing}
+    first["results"][name]["bbox"] = {"AP": 30.0, "AP50": 50.0, "APs": 20.0, "APx": nothing, "AP-car": 30.0}
+    second["results"][name]["bbox"] = dict.fromkeys(("AP", "AP50", "APs", "APx", "AP-car"), nothing)
     reference = {**copy.deepcopy(next(run for run in data["runs"] if run["variant"] == "baseline_L")), "seed": 1}
     data["runs"] += [second, reference]
     data["seeds"], data["reference"] = [0, 1], "baseline_L"
@@ -351,7 +351,8 @@ def test_a_model_that_detects_nothing_has_an_ap_of_0(data, empty, tmp_path):
     row = next(row for row in rows_of(data) if row.name == name)
     base = next(row for row in rows_of(data) if row.name == "baseline_L")
     assert row.minus(base).mean == (30 - 30 + 0 - 30) / 2 and row.minus(base).n == 2
-    assert row.values("bbox/APs") == {0: 20.0}  # of sizes and classes there may be no objects
+    assert row.values("bbox/APs") == {0: 20.0, 1: 0.0} and row.values("bbox/AP-car") == {0: 30.0, 1: 0.0}
+    assert row.values("bbox/APx") == {}  # no model has a number, so there are no objects
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

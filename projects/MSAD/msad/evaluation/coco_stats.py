@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-_EMPTY = ("AP", "AP50", "AP75")  # 0 for a model that detects nothing; of sizes and classes there may be no objects
+_EMPTY = ("AP", "AP50", "AP75")
 
 
 def box_stats(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
@@ -41,10 +42,15 @@ def box_stats(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
     return dict(zip(STATS, map(float, values)))
 
 
-def counted(metrics: dict) -> dict:
-    """``metrics`` with an AP of 0 where a model has detected nothing, of which both engines say NaN."""
+def counted(metrics: dict, others: Iterable[dict] = ()) -> dict:
+    """``metrics`` with 0 where a model has detected nothing, of which both engines say NaN.
+
+    Of a size or class there may be no objects: these count if ``others``, metrics on the same data, have a number.
+    """
+    numbers = {(task, name) for other in others for task, values in other.items()
+               for name, value in (values or {}).items() if isinstance(value, (int, float)) and math.isfinite(value)}
     return {
-        task: {name: 0.0 if name in _EMPTY and is_nan((values or {}).get("AP")) else value
+        task: {name: 0.0 if is_nan((values or {}).get("AP")) and (name in _EMPTY or (task, name) in numbers) else value
                for name, value in (values or {}).items()}
         for task, values in metrics.items()
     }  # fmt: skip

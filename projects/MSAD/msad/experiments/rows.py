@@ -82,10 +82,11 @@ def rows_of(data: dict) -> list[Row]:
     """
     variants, costs = data.get("variants") or {}, data.get("cost") or {}
     found: dict[str, tuple[dict, dict[int, dict]]] = {}
+    known = [metrics or {} for run in data.get("runs") or () for metrics in run.get("results", {}).values()]
     for run in data.get("runs") or ():
         for name, metrics in run.get("results", {}).items():
             variant = {"name": run["variant"], **variants.get(run["variant"], {})}
-            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": counted(metrics or {})}
+            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": counted(metrics or {}, known)}
     order = {name: (v.get("teacher", False), i) for i, (name, v) in enumerate(variants.items())}
     rows = [Row(name, variant, runs, costs.get(name) or {}) for name, (variant, runs) in found.items()]
     return sorted(rows, key=lambda row: (order.get(row.variant["name"], (True, len(order))), row.name))
