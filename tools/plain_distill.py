@@ -118,9 +118,8 @@ def check(cfg: CfgNode) -> None:
         refused[f"compares no head predictions, as {name} does"] = compares_heads(name)
         for key, usual in {key: COMMON_OPTIONS.get(key, 1.0) for key in ("match", "tap", "scale")}.items():
             refused[f"knows no {key.upper()}: {entry.get(key)}, as {name} has"] = entry.get(key, usual) != usual
-    for what, wrong in refused.items():
-        if wrong:
-            raise ValueError(f"plain_distill.py {what}")
+    if found := [what for what, wrong in refused.items() if wrong]:
+        raise ValueError(f"plain_distill.py {found[0]}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -42,18 +42,21 @@ def box_stats(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
     return dict(zip(STATS, map(float, values)))
 
 
-def counted(metrics: dict, others: Iterable[dict] = ()) -> dict:
+def counted(metrics: dict, present: Collection[tuple[str, str]] = ()) -> dict:
     """``metrics`` with 0 where a model has detected nothing, of which both engines say NaN.
 
-    Of a size or class there may be no objects: these count if ``others``, metrics on the same data, have a number.
+    Of a size or class there may be no objects: these count if (task, name) is among ``present``, what other models have
+    numbers of on the same data.
     """
-    numbers = {(task, name) for other in others for task, values in other.items()
-               for name, value in (values or {}).items() if isinstance(value, (int, float)) and math.isfinite(value)}
     return {
-        task: {name: 0.0 if is_nan((values or {}).get("AP")) and (name in _EMPTY or (task, name) in numbers) else value
+        task: {name: 0.0 if is_nan((values or {}).get("AP")) and (name in _EMPTY or (task, name) in present) else value
                for name, value in (values or {}).items()}
         for task, values in metrics.items()
     }  # fmt: skip
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def is_nan(value: object) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import fmean
 
-from ..evaluation.coco_stats import counted, is_nan
+from ..evaluation.coco_stats import counted, is_nan, is_number
 from .statistics import Estimate, estimate
 
 AP, MIOU = "bbox/AP", "sem_seg/mIoU"
@@ -37,7 +36,7 @@ class Row:
         """seed -> value of TASK/METRIC, for those runs that have one."""
         task, name = metric.split("/", 1)
         found = {seed: (run["metrics"].get(task) or {}).get(name) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in found.items() if _is_number(value)}
+        return {seed: value for seed, value in found.items() if is_number(value)}
 
     def estimate(self, metric: str = AP) -> Estimate | None:
         """Over the seeds; None without a value."""
@@ -47,22 +46,18 @@ class Row:
     def mean(self, key: str) -> float | None:
         """Of "iterations", "warmup", "seconds", "cpu_seconds" or a TASK/METRIC, over the seeds that all have it."""
         values = list(self.values(key).values()) if "/" in key else [r.get(key) for r in self.runs.values()]
-        return fmean(values) if len(values) == len(self.runs) and all(map(_is_number, values)) else None
+        return fmean(values) if len(values) == len(self.runs) and all(map(is_number, values)) else None
 
     def total(self, key: str) -> float | None:
         """Cost of the whole model: "gmacs" or "ms"."""
         value = (self.cost.get(key) or {}).get("total")
-        return value if _is_number(value) else None
+        return value if is_number(value) else None
 
     def minus(self, other: Row, metric: str = AP) -> Estimate | None:
         """The difference, seed by seed, over the seeds that both have; None if there are none."""
         base = other.values(metric)
         pairs = [value - base[seed] for seed, value in self.values(metric).items() if seed in base]
         return estimate(pairs) if pairs and self.name != other.name else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def without_detections(data: dict) -> list[str]:
@@ -82,11 +77,13 @@ def rows_of(data: dict) -> list[Row]:
     """
     variants, costs = data.get("variants") or {}, data.get("cost") or {}
     found: dict[str, tuple[dict, dict[int, dict]]] = {}
-    known = [metrics or {} for run in data.get("runs") or () for metrics in run.get("results", {}).values()]
+    results = [metrics or {} for run in data.get("runs") or () for metrics in run.get("results", {}).values()]
+    present = {(task, name) for metrics in results for task, values in metrics.items()
+               for name, value in (values or {}).items() if is_number(value)}  # fmt: skip
     for run in data.get("runs") or ():
         for name, metrics in run.get("results", {}).items():
             variant = {"name": run["variant"], **variants.get(run["variant"], {})}
-            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": counted(metrics or {}, known)}
+            found.setdefault(name, (variant, {}))[1][run["seed"]] = {**run, "metrics": counted(metrics or {}, present)}
     order = {name: (v.get("teacher", False), i) for i, (name, v) in enumerate(variants.items())}
     rows = [Row(name, variant, runs, costs.get(name) or {}) for name, (variant, runs) in found.items()]
     return sorted(rows, key=lambda row: (order.get(row.variant["name"], (True, len(order))), row.name))
