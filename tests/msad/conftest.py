@@ -122,7 +122,7 @@ def _shake(model: nn.Module, seed: int) -> nn.Module:
                 module.weight.uniform_(0.8, 1.2, generator=generator)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and "head." not in name:
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter))
         elif parameter.dim() == 4 and "head." in name:
             parameter.normal_(0, 0.15, generator=generator)
     return model
