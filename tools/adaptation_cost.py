@@ -14,7 +14,6 @@ compares it with other rules. Each image goes once through each network. The sam
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from msad.distill.progressive.table import curriculum, dump_stages, parse_qualit
 from msad.engine.build import teacher_entries
 from msad.engine.provenance import machine
 from msad.experiments.adaptation import STUDENT, cost_record, finite_costs, measure_adaptation, pairing_of
-from msad.files import atomic_write, require_checkpoint
+from msad.files import require_checkpoint, write_json
 from msad.visualization.adaptation import plot_graph, plot_heat_map
 
 
@@ -133,8 +132,7 @@ def run(args: argparse.Namespace) -> str:
     try:
         order = suggest("algorithm1", used, STUDENT, quality, args.k or len(quality)) if quality else []
     finally:  # what is measured is kept where no order follows from it
-        with atomic_write(output / "costs.json", "w") as stream:
-            json.dump({**about, "order": order}, stream, indent=1)
+        write_json(output / "costs.json", {**about, "order": order})
     plot_heat_map({"adaptation cost": costs["costs"], "divided by variance": costs["normalized_costs"]}, names,
                   output / "costs.png")  # fmt: skip
     plot_graph(used, names, output / "graph.png", order)

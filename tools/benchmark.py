@@ -10,7 +10,6 @@ that other work on the machine hits all alike.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -35,7 +34,7 @@ from msad.engine.setup import load_model
 from msad.evaluation import cost
 from msad.evaluation.memory import peak_memory, step_memory
 from msad.evaluation.region_limits import fill_regions
-from msad.files import atomic_write
+from msad.files import write_json
 from msad.modeling.teacher import MultiScaleTeacher
 from msad.resolution import downsampled_size, get_resolution
 
@@ -267,9 +266,7 @@ def run(args: argparse.Namespace, command: list[str]) -> None:
         *tables, sep="\n\n",
     )  # fmt: skip
     if args.output:
-        with atomic_write(args.output, "w") as f:
-            json.dump(result, f, indent=2)
-            f.write("\n")
+        write_json(args.output, result)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ the same for all losses: tools/benchmark.py --train-step.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from msad import cli
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.engine.provenance import machine
 from msad.evaluation.loss_cost import Setting, loss_costs
-from msad.files import atomic_write, prepare_folder
+from msad.files import prepare_folder, write_json
 
 EXAMPLES = """
 examples:
@@ -101,9 +100,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     result = {"command": command, **machine(args.device), "setting": asdict(setting), "losses": rows}
     print(f"torch {result['torch']}, {result['device']}, {result['threads']} threads\n\n{format_rows(rows)}")
     if args.output:
-        with atomic_write(args.output, "w") as f:
-            json.dump(result, f, indent=2)
-            f.write("\n")
+        write_json(args.output, result)
 
 
 def main(argv: list[str] | None = None) -> int:

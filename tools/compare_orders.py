@@ -14,7 +14,6 @@ A finished run is kept and an interrupted one resumes: repeat the same command. 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from msad.experiments.adaptation import STUDENT
 from msad.experiments.jobs import error_of, make_slots, run_all, take_devices
 from msad.experiments.metrics import choose_metric
 from msad.experiments.orders import OrderStudy, mean_ranks, order_study
-from msad.files import atomic_write
+from msad.files import write_json
 from msad.visualization.adaptation import plot_graph, plot_heat_map
 from msad.visualization.orders import plot_orders
 
@@ -58,8 +57,7 @@ def report(study: OrderStudy, metric: str) -> str:
     """Write what is known; returns the tables."""
     data = {"command": command_line(), "engine": engine_name(), **study.collect(metric)}
     study.output.mkdir(parents=True, exist_ok=True)
-    with atomic_write(study.output / "orders.json", "w") as file:
-        json.dump(data, file, indent=1)
+    write_json(study.output / "orders.json", data)
     names, best, written = [STUDENT, *study.teachers], [], ["orders.json"]
     for seed, found in data["seeds"].items():
         costs = {"adaptation cost": found["costs"], "divided by variance": found["normalized_costs"]}

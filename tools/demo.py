@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from msad.engine.predictor import (
     load_predictor,
     predict_low_res,
 )
-from msad.files import atomic_write, prepare_folder
+from msad.files import prepare_folder, write_json
 from msad.visualization import LabelMap, Objects, Panel, as_content, draw_objects, save_panels
 from msad.visualization.objects import as_json
 from msad.visualization.video import VideoWriter, draw_frame
@@ -218,8 +217,7 @@ def draw_all(demo: Demo, args: argparse.Namespace, pairs: list[tuple[Path, Path]
         stopped = True
     finally:  # what was found is kept, whatever happens
         if args.json:
-            with atomic_write(args.json, "w") as file:
-                json.dump(demo.records, file, indent=1)
+            write_json(args.json, demo.records)
     status = "stopped, " if stopped else ""
     print(f"{status}{made} of {len(pairs)} inputs drawn into {args.output}" + f", {skipped} skipped" * (skipped > 0))
     return 130 if stopped else 0 if made else 1

@@ -13,7 +13,6 @@ kept: the same command goes on after an interruption. Overrides hold for all mod
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -30,7 +29,7 @@ from msad.engine.provenance import fingerprint, write_measurements
 from msad.engine.setup import load_model
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.evaluation.flatness import DISTANCES, loss_along, moved, random_direction, sharpness
-from msad.files import atomic_write, finite
+from msad.files import finite, read_json, write_json
 from msad.visualization.flatness import plot_lines, plot_surfaces
 
 
@@ -58,13 +57,12 @@ class Record:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self.values: dict = json.loads(file.read_text()) if file.is_file() else {}
+        self.values: dict = read_json(file) or {}
 
     def keep(self, key: str, value: object) -> None:
         self.values[key] = value
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self._file, "w") as stream:
-            json.dump(self.values, stream)
+        write_json(self._file, self.values, indent=None)
 
 
 def explore(args: argparse.Namespace, cfg: CfgNode, weights: str, name: str) -> dict:

@@ -13,7 +13,6 @@ table. A star marks what no other model of its engine beats in AP and time. Over
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from msad import cli, load_config
 from msad.engine.setup import engine_name, prepare
 from msad.evaluation.sweep import at_size
 from msad.export.onnx import require
+from msad.files import write_json
 from msad.visualization.pareto import plot_pareto
 
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         prepare(models[0].cfg)
         rows = measure(models, output, calibration, args.threads, args.images, args.rounds)
         about = {"engine": engine_name(), "threads": args.threads, "opts": args.opts, "models": args.model}
-        (output / "pareto.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        write_json(output / "pareto.json", {**about, "rows": rows})
         plot_pareto(rows, output / "pareto.png")
         header = ["model", "engine", "AP", "GMACs", *(f"ms, threads: {n}" for n in args.threads), "best"]
         cells = [

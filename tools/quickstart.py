@@ -18,7 +18,6 @@ Results: OUTPUT/report.html, report.md, report.json, and a folder a seed and var
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ from msad.experiments.rows import warnings
 from msad.experiments.tables import format_tables
 from msad.experiments.variants import LONGER, QUICK, choose, standard_variants
 from msad.export import export
+from msad.files import read_json, write_json
 from msad.modeling.adapters import num_classes_key
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -114,9 +114,9 @@ def make_study(args: argparse.Namespace) -> Comparison:
 def add_seconds(output: Path, seconds: float) -> float:
     """Add to the time that the study has taken so far, over interruptions; returns the sum."""
     file = output / "seconds.json"
-    total = (json.loads(file.read_text()) if file.is_file() else 0.0) + seconds
+    total = (read_json(file) or 0.0) + seconds
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(round(total, 1)))
+    write_json(file, round(total, 1))
     return round(total, 1)
 
 

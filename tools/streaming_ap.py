@@ -16,7 +16,6 @@ detection. Overrides hold for all models.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -39,7 +38,7 @@ from msad.evaluation import streaming
 from msad.evaluation.coco_stats import box_stats
 from msad.evaluation.streaming_detector import FrameDetector, categories_of, detect_frames, play_sequences
 from msad.evaluation.sweep import at_size
-from msad.files import atomic_write, finite
+from msad.files import finite, read_json, write_json
 from msad.modeling.adapters import num_classes_key
 from msad.visualization.streaming import plot_streaming
 
@@ -103,8 +102,8 @@ def detector_of(cfg: CfgNode, weights: str, videos: Videos) -> FrameDetector:
 def measured(cfg: CfgNode, weights: str, videos: Videos, folder: Path, title: str) -> dict:
     """{"runtimes": seconds, "detections": results} of all frames, from ``folder`` if they are there."""
     file = folder / f"{title}_{fingerprint(cfg, weights, machine(cfg.MODEL.DEVICE))}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
+    if (kept := read_json(file)) is not None:
+        return kept
     names = [name for sequence in videos.files for name in sequence]
     detector = detector_of(cfg, weights, videos)
     with tqdm(total=len(names), desc=title, unit="frame", dynamic_ncols=True, disable=None) as bar:
@@ -114,8 +113,7 @@ def measured(cfg: CfgNode, weights: str, videos: Videos, folder: Path, title: st
 
 def _keep(file: Path, content: dict) -> dict:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file, "w") as stream:
-        json.dump(content, stream)
+    write_json(file, content, indent=None)
     return content
 
 
@@ -152,7 +150,7 @@ def real_stream(args: argparse.Namespace, videos: Videos, cfg: CfgNode, weights:
             )
         times = [[[output.frame, float(output.finished)] for output in made] for made in outputs]
         _keep(file, {"outputs": times, "detections": detections})
-    kept = json.loads(file.read_text())
+    kept = read_json(file)
     outputs = [[streaming.Output(f, streaming.exact(t)) for f, t in made] for made in kept["outputs"]]
     return outputs, kept["detections"]
 

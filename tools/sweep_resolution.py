@@ -16,7 +16,6 @@ padded alike share it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ from msad.engine.setup import load_model, prepare
 from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_sweep
 from msad.experiments.costs import measure_costs
 from msad.experiments.run import log_to
-from msad.files import atomic_write, require_checkpoint
+from msad.files import read_json, require_checkpoint, write_json
 from msad.visualization.sweep import plot_sweep
 
 
@@ -83,9 +82,9 @@ def describe(args: argparse.Namespace, cfg: CfgNode) -> dict:
 
 def earlier(file: Path, about: dict) -> list[dict]:
     """Sizes that an earlier run has left; ValueError if they are another model's."""
-    if not file.is_file():
+    found = read_json(file)
+    if found is None:
         return []
-    found = json.loads(file.read_text())
     if found["model"] != about["model"]:
         raise ValueError(
             f"{file} is of another model, config or data set, or of these before they changed (weights "
@@ -95,9 +94,7 @@ def earlier(file: Path, about: dict) -> list[dict]:
 
 
 def save(file: Path, about: dict, sizes: list[dict]) -> None:
-    with atomic_write(file, "w") as stream:
-        json.dump({**about, "sizes": sizes}, stream, indent=1)
-        stream.write("\n")
+    write_json(file, {**about, "sizes": sizes})
 
 
 def largest_first(sizes: dict[int, dict]) -> list[dict]:

@@ -1,13 +1,14 @@
 """Files are whole or absent, and checkpoints are known by their content."""
 
 import hashlib
+import json
 import os
 import re
 
 import pytest
 
 from msad.data.cache import checkpoint_id
-from msad.files import atomic_write, files_below, local_file, require_checkpoint
+from msad.files import atomic_write, files_below, local_file, read_json, require_checkpoint, write_json
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -51,6 +52,20 @@ def test_several_processes_write_beside_each_other(tmp_path):
         assert str(os.getpid()) in file.name
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "none" / "a"):
         pass
+
+
+def test_json_has_no_nan(tmp_path):
+    file = tmp_path / "a.json"
+    assert read_json(file) is None
+    content = {"AP": float("nan"), "box": (1, float("inf"), 2.5), 3: [True, None, "NaN"]}
+    for indent in (1, None):
+        write_json(file, content, indent)
+        assert json.loads(file.read_text(), parse_constant=pytest.fail) == read_json(file)
+        assert read_json(file) == {"AP": None, "box": [1, None, 2.5], "3": [True, None, "NaN"]}
+    assert file.read_text() == '{"AP":null,"box":[1,null,2.5],"3":[true,null,"NaN"]}\n'
+    with pytest.raises(TypeError):
+        write_json(file, {"a": object()})
+    assert read_json(file)["3"] == [True, None, "NaN"] and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_checkpoints(tmp_path):

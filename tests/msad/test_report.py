@@ -1,6 +1,7 @@
 """The report of a comparison: its numbers, worked out by hand, what it says for which numbers, and files that work."""
 
 import copy
+import json
 import re
 from html.parser import HTMLParser
 
@@ -346,6 +347,8 @@ def test_a_model_that_detects_nothing_has_an_ap_of_0(data, empty, tmp_path):
     data["runs"] += [second, reference]
     data["seeds"], data["reference"] = [0, 1], "baseline_L"
     text = write_report(data, tmp_path, "A study").read_text(encoding="utf-8")
+    again = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert write_report(again, tmp_path, "A study").read_text(encoding="utf-8") == text
     assert f"Nothing is detected by {name} (seed 1): AP counts as 0 there." in text
     assert cell(accuracy_table(data), name, "AP").startswith("15.0 ±")
     row = next(row for row in rows_of(data) if row.name == name)

@@ -1,12 +1,13 @@
-"""Files that are whole or absent, whatever interrupts the writing, those below a folder, and those of checkpoints."""
+"""Files that are whole or absent, whatever interrupts the writing, JSON, what lies below a folder, and checkpoints."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
 
 FINAL = "model_final.pth"  # what detectron2 calls the last checkpoint of a training
 
@@ -49,6 +50,38 @@ def files_below(folder: str | os.PathLike, above: frozenset[str] = frozenset()) 
 def finite(value: float) -> float | None:
     """A number for JSON, which has neither NaN nor infinity: None."""
     return float(value) if math.isfinite(value) else None
+
+
+def read_json(file: str | os.PathLike) -> Any:
+    """Content of a file, or None if it is not there."""
+    if not os.path.isfile(file):
+        return None
+    with open(file, encoding="utf-8") as stream:
+        return json.load(stream)
+
+
+def write_json(file: str | os.PathLike, content: Any, indent: int | None = 1, shared: bool = False) -> None:
+    """Write JSON as :func:`atomic_write` does, what is not :func:`finite` as null.
+
+    Args:
+        indent: None: all in a line, without blanks.
+        shared: see :func:`atomic_write`.
+    """
+    options = {"indent": indent, "separators": None if indent else (",", ":"), "allow_nan": False}
+    try:
+        text = json.dumps(content, **options)
+    except ValueError:
+        text = json.dumps(_without_nan(content), **options)
+    with atomic_write(file, "w", shared) as stream:
+        stream.write(text + "\n")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return finite(content) if isinstance(content, float) else content
 
 
 def prepare_folder(file: str | os.PathLike) -> None:

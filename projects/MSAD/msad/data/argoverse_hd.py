@@ -15,7 +15,7 @@ from typing import Any
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .coco_file import check_content, read_json
+from .coco_file import check_content, read_coco
 from .dataset_types import DATASET_TYPE_REGISTRY, PATH, add_dataset, check_entry, keep_findings, set_metadata
 from .tally import Tally, raise_errors
 
@@ -56,7 +56,7 @@ def _read(file: str) -> tuple[dict[str, Any], Tally]:
     """:func:`read_content`, and what is found in it."""
     if not PathManager.isfile(file):
         raise FileNotFoundError(f"Argoverse-HD: no such file: {file}")
-    content = read_json(file)
+    content = read_coco(file)
     for section in ("sequences", "seq_dirs"):
         texts = content.get(section)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -12,7 +12,7 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from ..files import atomic_write, local_file
+from ..files import local_file, write_json
 
 
 def cache_file(name: str) -> Path:
@@ -39,8 +39,7 @@ def read_cache(name: str) -> Any:
 def write_cache(name: str, content: Any) -> Path:
     """Write JSON."""
     path = cache_file(name)
-    with atomic_write(path, "w", shared=True) as file:
-        json.dump(content, file)
+    write_json(path, content, indent=None, shared=True)
     return path
 
 

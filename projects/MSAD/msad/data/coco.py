@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from ..finding import OK
 from .cache import cache_file, file_sha256, write_cache
 from .coco_annotations import compressed
-from .coco_file import check_content, read_json
+from .coco_file import check_content, read_coco
 from .dataset_types import (
     DATASET_TYPE_REGISTRY,
     NAMES,
@@ -88,7 +88,7 @@ def _load(entry: dict[str, Any]) -> list[dict]:
         if key in entry and not exists(entry[key]):
             raise FileNotFoundError(f"data set {name!r}: DATASETS.REGISTER: {key}: no such {kind}: {entry[key]}")
     try:
-        content = read_json(entry["JSON"])
+        content = read_coco(entry["JSON"])
         tally = check_content(content, entry["JSON"])
         raise_errors(tally.findings())
         categories = _classes(entry, content, tally)
@@ -166,7 +166,7 @@ def known_classes(name: str) -> list[str] | None:
     if entry.get("TYPE", "coco") != "coco" or not PathManager.isfile(entry.get("JSON", "")):
         return None
     try:
-        content = read_json(entry["JSON"])
+        content = read_coco(entry["JSON"])
         raise_errors(check_content(content, entry["JSON"]).findings())
         return [category["name"] for category in _own_classes(entry, content)]
     except ValueError:  # what is wrong with it is said where it is loaded

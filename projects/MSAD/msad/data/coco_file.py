@@ -15,7 +15,7 @@ from .coco_annotations import AnnotationChecker, is_integer, shown
 from .tally import Tally
 
 
-def read_json(path: str) -> dict[str, Any]:
+def read_coco(path: str) -> dict[str, Any]:
     """The content of a COCO annotation file, and the key "repaired" (see :func:`check_content`).
 
     Raises:
@@ -50,7 +50,7 @@ def check_content(content: dict[str, Any], check: str, *, masks: bool = False) -
     that of the file, in a way that matters to COCO's evaluation.
 
     Args:
-        content: as :func:`read_json` returns it.
+        content: as :func:`read_coco` returns it.
         check: name of the data set for the findings.
         masks: annotations are used for their masks, and need no box; a box is what they need otherwise.
     """

@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from .cache import file_sha256
 from .coco_annotations import bitmap
-from .coco_file import check_content, read_json
+from .coco_file import check_content, read_coco
 from .dataset_types import DATASET_TYPE_REGISTRY, PATH, TEXT, add_dataset, check_entry, keep_findings, set_metadata
 from .label_maps import cached_label_map
 from .tally import raise_errors
@@ -53,7 +53,7 @@ def _load(entry: dict[str, Any]) -> list[dict]:
         if not exists(entry[key]):
             raise FileNotFoundError(f"data set {name!r}: DATASETS.REGISTER: {key}: not found: {entry[key]}")
     try:
-        content = read_json(file)
+        content = read_coco(file)
         tally = check_content(content, file, masks=True)
         raise_errors(tally.findings())
         categories = sorted(content["categories"], key=lambda category: category["id"])

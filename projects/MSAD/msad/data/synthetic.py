@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..files import atomic_write
+from ..files import write_json
 from . import shapes
 from .scenes import draw_scene
 
@@ -72,7 +72,7 @@ def make_dataset(
     logger.info("Drawing %d + %d synthetic scenes of %dx%d into %s", num_train, num_val, *size, root)
     for split, count in (("train", num_train), ("val", num_val)):
         _write_split(root, split, count, scene)
-    write_json(stamp, parameters)
+    write_json(stamp, parameters, indent=None)
 
 
 def register_entries(root: str | Path, prefix: str = "synthetic") -> list[dict]:
@@ -104,6 +104,7 @@ def _write_split(root: Path, split: str, count: int, scene: dict) -> None:
             "annotations": annotations,
             "categories": [_category(i, name) for i, name in enumerate(scene["classes"], start=1)],
         },
+        indent=None,
     )
 
 
@@ -145,9 +146,3 @@ def read_stamp(path: Path) -> dict | None:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a file whole or not at all."""
-    with atomic_write(path, "w") as file:
-        json.dump(content, file)

@@ -9,9 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..files import write_json
 from . import shapes
 from .scenes import draw_scene
-from .synthetic import check_drawing, read_stamp, write_json
+from .synthetic import check_drawing, read_stamp
 
 _FORMAT = 1  # raise when the drawing changes, so that old folders are drawn again
 _LARGER = 2  # sides of the scene over those of a frame
@@ -82,7 +83,7 @@ def make_videos(
     write_json(root / "annotations.json", {
         "info": parameters, "sequences": names, "seq_dirs": names, "categories": categories,
         "images": images, "annotations": annotations,
-    })  # fmt: skip
+    }, indent=None)  # fmt: skip
     return entry
 
 

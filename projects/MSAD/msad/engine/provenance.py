@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 
 from ..data.cache import checkpoint_id
 from ..data.fingerprint import dataset_fingerprint
-from ..files import atomic_write
+from ..files import write_json
 from .setup import engine_name
 
 
@@ -64,5 +64,4 @@ def write_measurements(
     """
     device = next(cfg for cfg, _ in models.values()).MODEL.DEVICE
     weights = {name: weights for name, (_, weights) in models.items()}
-    with atomic_write(file, "w") as stream:
-        json.dump({**machine(device), **about, "weights": weights, "models": results}, stream, indent=1)
+    write_json(file, {**machine(device), **about, "weights": weights, "models": results})

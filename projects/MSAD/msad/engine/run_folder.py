@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import re
@@ -18,7 +17,7 @@ from ..config import default_config, load_config
 from ..config_values import plain, set_value, valid_keys, value_at
 from ..data.cache import checkpoint_id
 from ..data.fingerprint import dataset_fingerprint
-from ..files import atomic_write, local_file
+from ..files import atomic_write, local_file, read_json, write_json
 from ..finding import error_text
 
 logger = logging.getLogger(__name__)
@@ -222,7 +221,7 @@ def check_inputs(cfg: CfgNode, resumed: bool) -> None:
     inputs["images"], inputs["processes"] = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if resumed and file.is_file():
         try:
-            before = json.loads(file.read_text())
+            before = read_json(file)
         except ValueError as error:
             text = f"--resume: {file} is damaged ({error}); delete it if data and teachers are what they were"
             raise ValueError(text) from None
@@ -251,8 +250,7 @@ def check_inputs(cfg: CfgNode, resumed: bool) -> None:
                 raise ValueError(_another(cfg, f"data set {name}", parts))
             if parts:
                 logger.warning("Data set %s has changed since the run began: %s", name, parts)
-    with atomic_write(file, "w") as stream:
-        json.dump(inputs, stream, indent=1)
+    write_json(file, inputs)
 
 
 def _another(cfg: CfgNode, what: str, detail: str) -> str:

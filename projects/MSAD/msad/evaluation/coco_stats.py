@@ -43,13 +43,13 @@ def box_stats(content: dict[str, Any], results: list[dict]) -> dict[str, float]:
 
 
 def counted(metrics: dict, present: Collection[tuple[str, str]] = ()) -> dict:
-    """``metrics`` with 0 where a model has detected nothing, of which both engines say NaN.
+    """``metrics`` with 0 where a model has detected nothing.
 
     Of a size or class there may be no objects: these count if (task, name) is among ``present``, what other models have
     numbers of on the same data.
     """
     return {
-        task: {name: 0.0 if is_nan((values or {}).get("AP")) and (name in _EMPTY or (task, name) in present) else value
+        task: {name: 0.0 if detects_nothing(values) and (name in _EMPTY or (task, name) in present) else value
                for name, value in (values or {}).items()}
         for task, values in metrics.items()
     }  # fmt: skip
@@ -59,5 +59,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def detects_nothing(values: dict | None) -> bool:
+    """Whether a task's AP is NaN, as both engines say then, or null, as JSON does."""
+    return "AP" in (values or {}) and not is_number(values["AP"])

@@ -7,7 +7,6 @@ sets, what tells them is in CHECKS, which is asked before a training.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 
@@ -17,7 +16,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, SemSegEvaluat
 from fvcore.common.registry import Registry
 
 from ..data.argoverse_hd import read_content
-from ..files import atomic_write
+from ..files import write_json
 from ..finding import ERROR, Finding
 from .visdrone import LIMITS
 from .visdrone_evaluator import VisDroneEvaluator, require_whole_images
@@ -114,8 +113,8 @@ def argoverse_hd(cfg: CfgNode, dataset_name: str, output_folder: str) -> Dataset
     metadata = MetadataCatalog.get(dataset_name)
     os.makedirs(output_folder, exist_ok=True)
     file = os.path.join(output_folder, f"{dataset_name}_coco.json")
-    with atomic_write(file, "w", shared=True) as stream:  # by every process, which then reads it
-        json.dump(read_content(metadata.definition["JSON"]), stream)
+    # by every process, which then reads it
+    write_json(file, read_content(metadata.definition["JSON"]), indent=None, shared=True)
     if hasattr(metadata, "json_file"):
         del metadata.json_file  # of an earlier evaluation; metadata cannot be changed
     metadata.json_file = file

@@ -14,12 +14,11 @@ from ..config_values import value_at
 from ..distill.losses.registry import lower_keys
 from ..engine.scaling import scale_to_batch
 from ..engine.stages import set_total_iterations, total_iterations
-from ..files import FINAL
+from ..files import FINAL, read_json
 from .costs import scale_inputs, set_equal_cost
 from .data_facts import check_test_set
 from .identity import check_reportable, check_same, is_finished
 from .jobs import Run, Slot, error_of, run_all
-from .run import read_json
 from .variants import Variant, map_teachers, unique_names
 
 TIME_TOLERANCE = 0.05  # a smaller difference in time is within what can be measured

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from detectron2.structures import Instances
 
 from ..data.media import Unreadable, read_picture
 from ..data.sampling import at_equal_distances
-from ..files import atomic_write
+from ..files import write_json
 from ..visualization.objects import Objects, ground_truth, predictions
 
 GROUND_TRUTH = "ground truth"
@@ -65,8 +64,7 @@ def write_gallery(
         "sources": [{"role": role, "name": models[role][0] if role in models else role} for role in roles],
         "images": images,
     }  # fmt: skip
-    with atomic_write(out_dir / FILE, "w") as file:
-        json.dump(data, file, separators=(",", ":"))
+    write_json(out_dir / FILE, data, indent=None)
     return out_dir / FILE
 
 

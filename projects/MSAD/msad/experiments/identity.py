@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from ..data.register import registered
 from ..engine.run_folder import changes, has_run, same_but_places
 from ..engine.scaling import SCHEDULE
 from ..engine.setup import engine_name
-from ..files import local_file
-from .run import exclusive_lock, read_json
+from ..files import local_file, read_json, write_json
+from .run import exclusive_lock
 from .variants import map_teachers
 
 TEST_DATA = "test data"
@@ -98,7 +97,7 @@ def is_finished(cfg: CfgNode, say=print, timed: bool = False) -> bool:
         if (folder / "result.json").is_file():
             return True
         (folder / "config.yaml").write_text(cfg.dump())
-        (folder / "identity.json").write_text(json.dumps(now))
+        write_json(folder / "identity.json", now)
     return False
 
 

@@ -15,9 +15,10 @@ from typing import NamedTuple, Protocol
 import torch
 from tqdm import tqdm
 
+from ..evaluation.coco_stats import counted, is_number
+from ..files import read_json
 from ..finding import error_text
-from .rows import counted
-from .run import read_json, train_and_evaluate
+from .run import train_and_evaluate
 
 # What ends one run and leaves the others alone.
 FAILURES = (AssertionError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -244,7 +245,7 @@ def _scores(result: dict) -> str:
     for title, task in (("AP", "bbox"), ("mask AP", "segm"), ("keypoint AP", "keypoints"), ("mIoU", "sem_seg")):
         metric = title.split()[-1]
         found = {name: counted(metrics).get(task, {}) for name, metrics in result["results"].items()}
-        scores = [f"{name} {values[metric]:.1f}" for name, values in found.items() if metric in values]
+        scores = [f"{name} {values[metric]:.1f}" for name, values in found.items() if is_number(values.get(metric))]
         parts += [f"{title} {', '.join(scores)}"] if scores else []
     return f"{'; '.join(parts) or 'no score'} ({format_seconds(result['seconds'])})"
 

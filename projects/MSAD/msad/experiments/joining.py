@@ -10,9 +10,8 @@ from detectron2.config import CfgNode
 
 from ..config import load_config
 from ..engine.run_folder import changes, same_but_places
-from ..files import FINAL
+from ..files import FINAL, read_json
 from .costs import costs_of_trained
-from .run import read_json
 
 
 class Part(NamedTuple):

@@ -6,8 +6,6 @@ alike share these stages, so that four teachers take 64 stages and not 196.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from ..config import load_config
 from ..data.register import register_datasets
 from ..distill.progressive.order import RULES, all_orders, rank, suggest
 from ..engine.build import teacher_entries
-from ..files import FINAL, atomic_write
+from ..evaluation.coco_stats import is_number
+from ..files import FINAL, read_json, write_json
 from .adaptation import (
     STUDENT,
     check_levels,
@@ -35,7 +34,6 @@ from .data_facts import check_test_set
 from .identity import check_reportable, check_same, is_finished
 from .jobs import Run
 from .rows import AP
-from .run import read_json
 from .variants import Variant
 
 Order = tuple[str, ...]
@@ -141,8 +139,7 @@ class OrderStudy:
         found, _ = measure_adaptation(cfg, weights, teachers, folder)
         costs = finite_costs(found)
         about = cost_record(self.config, weights, teachers, [*self.opts, "SEED", str(seed)], quality, costs)
-        with atomic_write(folder / "costs.json", "w") as file:
-            json.dump(about, file, indent=1)
+        write_json(folder / "costs.json", about)
         return costs
 
     def collect(self, metric: str = AP) -> dict:
@@ -201,8 +198,8 @@ def _value(result: dict | None, metric: str) -> float | None:
     """TASK/METRIC of a run's result: of a multi-resolution teacher that of its fused features, which students see."""
     task, name = metric.split("/", 1)
     found = {k: v[task][name] for k, v in (result or {}).get("results", {}).items() if name in (v.get(task) or {})}
-    value = next((value for key, value in found.items() if len(found) == 1 or key.endswith("_fused")), None)
-    return 0.0 if value is not None and math.isnan(value) else value  # NaN: it detects nothing
+    chosen = [value for key, value in found.items() if len(found) == 1 or key.endswith("_fused")]
+    return (chosen[0] if is_number(chosen[0]) else 0.0) if chosen else None  # no number: it detects nothing
 
 
 def rank_rules(costs: dict, quality: dict, results: dict[Order, float], longest: int) -> list[dict]:

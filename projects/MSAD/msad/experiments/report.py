@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import atomic_write
+from ..files import read_json, write_json
 from ..visualization import (
     CostRow,
     IntervalRow,
@@ -85,13 +85,11 @@ def write_report(
                      for name, v in (data.get("variants") or {}).items()},
         "command": data.get("command", ""),
     }  # fmt: skip
-    with atomic_write(out_dir / "report.json", "w") as stream:
-        json.dump(data, stream, indent=1)
+    write_json(out_dir / "report.json", data)
     (out_dir / "report.md").write_text(_markdown(**page), encoding="utf-8")
     path = out_dir / "report.html"
     titles = {row.name: row.title for row in rows_of(data)}
-    file = out_dir / gallery.FILE
-    shown = json.loads(file.read_text()) if file.is_file() else None
+    shown = read_json(out_dir / gallery.FILE)
     path.write_text(_html(titles=titles, shown=shown, **page), encoding="utf-8")
     return path
 

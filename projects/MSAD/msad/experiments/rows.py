@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from ..evaluation.coco_stats import counted, is_nan, is_number
+from ..evaluation.coco_stats import counted, detects_nothing, is_number
 from .statistics import Estimate, estimate
 
 AP, MIOU = "bbox/AP", "sem_seg/mIoU"
@@ -65,7 +65,7 @@ def without_detections(data: dict) -> list[str]:
     return [
         f"{name} (seed {run['seed']})" for run in data.get("runs") or ()
         for name, metrics in run.get("results", {}).items()
-        if any(is_nan((values or {}).get("AP")) for values in (metrics or {}).values())
+        if any(detects_nothing(values) for values in (metrics or {}).values())
     ]  # fmt: skip
 
 

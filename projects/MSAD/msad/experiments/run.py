@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -30,12 +29,7 @@ from ..config import load_config
 from ..engine.setup import evaluate, evaluate_branches, load_model, prepare
 from ..engine.stages import stage_configs, total_iterations, train_stages
 from ..engine.trainer import DistillTrainer
-from ..files import FINAL, atomic_write
-
-
-def read_json(file: Path) -> dict | None:
-    """Content of a file, or None if it is not there."""
-    return json.loads(file.read_text()) if file.is_file() else None
+from ..files import FINAL, read_json, write_json
 
 
 def train_and_evaluate(folder: Path) -> dict:
@@ -74,8 +68,7 @@ def train_and_evaluate(folder: Path) -> dict:
         clock = read_json(folder / "clock.json")
         result = {"iterations": total_iterations(cfg), "warmup": cfg.SOLVER.WARMUP_ITERS, **clock}
         result |= {"warnings": warnings.texts, "results": results}
-        with atomic_write(folder / "result.json", "w") as file:
-            json.dump(result, file, indent=1)
+        write_json(folder / "result.json", result)
     return result
 
 
@@ -124,8 +117,7 @@ class _Clock(HookBase):
         self.spent["steps"] += 1
         done = self.trainer.iter + 1
         if done % 20 == 0 or done == self.trainer.max_iter:
-            with atomic_write(self.file, "w") as file:
-                json.dump({key: round(value, 1) for key, value in self.spent.items()}, file)
+            write_json(self.file, {key: round(value, 1) for key, value in self.spent.items()})
 
 
 class Warnings(logging.Handler):
@@ -146,8 +138,7 @@ class Warnings(logging.Handler):
         text = record.getMessage()
         if text not in self.texts:
             self.texts.append(text)
-            with atomic_write(self.file, "w") as file:
-                json.dump(self.texts, file, indent=1)
+            write_json(self.file, self.texts)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..experiments.run import read_json
-from ..files import atomic_write
+from ..files import read_json, write_json
 
 
 def kept(file: Path, key: Any, make: Callable[[], Any], files: Iterable[Path] = ()) -> Any:
@@ -29,6 +28,5 @@ def kept(file: Path, key: Any, make: Callable[[], Any], files: Iterable[Path] = 
         return before["result"]
     result = make()
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file, "w") as stream:
-        json.dump({"key": digest, "result": result}, stream, indent=1)
+    write_json(file, {"key": digest, "result": result})
     return result
