@@ -42,7 +42,7 @@ def test_images_that_only_training_reads_are_shown(tmp_path):
         records.append({"file_name": str(file), "annotations": [], "height": 60, "width": 80})
     seen: list[np.ndarray] = []
 
-    def look(image):
+    def look(_record, image):
         seen.append(image)
         return instances([], [], [])
 
@@ -95,14 +95,14 @@ def folder(tmp_path_factory):
     (root / "gone.png").write_bytes(b"no image")
     records.append({**records[0], "file_name": str(root / "gone.png")})
 
-    def teacher(image):
+    def teacher(_record, image):
         i = int(image[0, 0, 0] > 60)
         masks = np.zeros((len(boxes[i]), *SIZE), bool)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes[i]):
             mask[y0:y1, x0:x1] = True
         return instances(boxes[i], [0.9] * len(boxes[i]), classes[i], pred_masks=masks)
 
-    def student(image):
+    def student(_record, image):
         i = int(image[0, 0, 0] > 60)
         points = np.full((2, 2, 3), 30.0, np.float32)
         # The dog, and a wrong one of a lower score.

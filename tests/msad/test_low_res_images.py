@@ -23,7 +23,7 @@ from msad.data.low_res import build_test_loader, follow, size_problem, to_low_re
 from msad.data.mappers import inference_mapper
 from msad.engine import DistillTrainer
 from msad.engine.preflight.model_checks import box_ap, check_test_size
-from msad.experiments.panels import draw_panels
+from msad.experiments.panels import draw_pictures
 from msad.export.plain import by_itself
 from msad.finding import ERROR, OK, WARNING
 from msad.resolution import downsample, downsample_batch, downsample_labels
@@ -146,12 +146,14 @@ def test_panels_show_what_a_student_finds_in_its_own_files(thermal, tmp_path, mo
         seen[title] = []
         predictors[title].model.register_forward_pre_hook(lambda _, args, own=seen[title]: own.extend(args[0]))
     monkeypatch.setattr("msad.experiments.panels.save_panels", lambda path, panels, *_, **__: drawn.extend(panels))
-    draw_panels(cfg, tmp_path / "panels.jpg", predictors, count=2)
-    assert len(drawn) == 2
-    for panel, ours, theirs in zip(drawn, seen["student"], seen["plain"]):
+    monkeypatch.setattr("msad.experiments.panels.load_predictor", lambda _, title: predictors[title])
+    models = {"S": (cfg, "student"), "P": (plain, "plain")}
+    draw_pictures(tmp_path / "pictures", models, {"student": "S", "conventional": "P"})
+    assert len(drawn) == 2 and len(seen["student"]) == len(seen["plain"]) == 4  # also in the gallery
+    for panel, ours, theirs in zip(drawn * 2, seen["student"], seen["plain"]):
         small = inference_mapper(cfg)({"file_name": str(low / panel.caption)})["image"]
         assert torch.equal(ours["image"], small) and not torch.equal(theirs["image"].byte(), small)
-        sizes = {panel.columns[title]["instances"].image_size for title in predictors}
+        sizes = {panel.columns[title]["instances"].image_size for title in models}
         assert sizes == {panel.image.shape[:2]}
 
 

@@ -26,15 +26,15 @@ LEAST_SCORE, MOST_OBJECTS = 0.05, 200  # of detections that are kept
 
 def write_gallery(
     out_dir: Path, records: Sequence[dict], metadata: Metadata,
-    models: Mapping[str, tuple[str, Callable[[np.ndarray], Instances]]], count: int = 24,
+    models: Mapping[str, tuple[str, Callable[[dict, np.ndarray], Instances]]], count: int = 24,
 ) -> Path:  # fmt: skip
     """Write ``out_dir``/gallery.json and copies of its images to ``out_dir``/gallery/; returns the former.
 
     Args:
         records: detectron2's dataset dicts; ``count`` of them, at equal distances, are shown.
         metadata: of their data set.
-        models: role ("teacher", "conventional", "student") -> name, and a function of a BGR image (h, w, 3) that gives
-            detections in its pixels.
+        models: role ("teacher", "conventional", "student") -> name, and a function of a dataset dict and its BGR image
+            (h, w, 3) that gives detections in the pixels of that image.
 
     The file is {"classes", "skeleton": pairs of numbers of keypoints, "sources": [{"role", "name"}], "images":
     [{"file", "name", "width", "height", "objects": {role: [object]}}]}, an object being what :func:`describe` makes.
@@ -53,7 +53,7 @@ def write_gallery(
             continue
         file = folder / f"{len(images):03d}.jpg"
         cv2.imwrite(str(file), _shrunk(image), [cv2.IMWRITE_JPEG_QUALITY, 88])
-        found = {role: predictions(models[role][1](image)) for role in roles[1:]}
+        found = {role: predictions(models[role][1](record, image)) for role in roles[1:]}
         objects = {role: describe(o) for role, o in {GROUND_TRUTH: ground_truth(record), **found}.items()}
         images.append({
             "file": f"{FOLDER}/{file.name}", "name": Path(record["file_name"]).name, "width": image.shape[1],

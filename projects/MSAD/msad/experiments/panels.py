@@ -31,6 +31,12 @@ def load_predictor(cfg: CfgNode, weights: Path) -> DefaultPredictor:
     return DefaultPredictor(cfg)
 
 
+def _found(predictor: DefaultPredictor, record: dict, image: np.ndarray) -> dict:
+    """In pixels of the BGR ``image`` of a dataset dict, whose LOW_RES_IMAGES are what a student with such sees."""
+    low = FILE in record and reads_low_res(predictor.cfg)
+    return predict_low_res(predictor, record) if low else predictor(image)
+
+
 def draw_pictures(out_dir: Path, models: Mapping[str, tuple[CfgNode, Path]], roles: Mapping[str, str]) -> None:
     """Write panels.jpg, a few validation images, and the gallery of more of them, for :func:`write_report`.
 
@@ -43,10 +49,10 @@ def draw_pictures(out_dir: Path, models: Mapping[str, tuple[CfgNode, Path]], rol
     predictors = {role: load_predictor(*models[name]) for role, name in roles.items() if name in models}
     draw_panels(cfg, out_dir / PANELS, {roles[role]: predictor for role, predictor in predictors.items()})
 
-    def detect(role: str, image: np.ndarray) -> Instances:
-        return predictors[role](image)["instances"]
+    def detect(predictor: DefaultPredictor, record: dict, image: np.ndarray) -> Instances:
+        return _found(predictor, record, image)["instances"]
 
-    columns = {role: (roles[role], partial(detect, role)) for role in predictors}
+    columns = {role: (roles[role], partial(detect, predictor)) for role, predictor in predictors.items()}
     with registered(cfg):
         test = cfg.DATASETS.TEST[0]
         write_gallery(out_dir, DatasetCatalog.get(test), MetadataCatalog.get(test), columns)
@@ -59,7 +65,7 @@ def draw_panels(
 
     Args:
         cfg: whose first test data set has the images.
-        predictors: by title; those of students with LOW_RES_IMAGES see these, and the picture shows the H image.
+        predictors: by title.
         count: of images, at equal distances in the data set.
         threshold: least score of the detections that are shown.
     """
@@ -72,8 +78,6 @@ def draw_panels(
             if is_segmentation(records):
                 truth = LabelMap.read(record["sem_seg_file_name"], metadata.ignore_label)
             columns = {"ground truth": truth}
-            for title, predict in predictors.items():
-                low = FILE in record and reads_low_res(predict.cfg)
-                columns[title] = predict_low_res(predict, record) if low else predict(image)
+            columns |= {title: _found(predictor, record, image) for title, predictor in predictors.items()}
             panels.append(Panel(image[:, :, ::-1], columns, Path(record["file_name"]).name))
         save_panels(path, panels, metadata, threshold=threshold)
