@@ -88,7 +88,8 @@ def work(args: argparse.Namespace) -> int:
     if not args.report_only:
         failed = study.networks.run(slots)
         report(study, metric)  # costs and suggestions are known long before the orders
-        failed = failed or run_all(study, study.runs(), slots)
+        incomplete = {run.seed for run in failed}
+        failed += run_all(study, [run for run in study.runs() if run.seed not in incomplete], slots)
     print(report(study, metric))
     for run in failed:
         print(f"FAILED: {run}: {error_of(study.folder(run)) or error_of(study.networks.folder(run))}")

@@ -90,6 +90,22 @@ def test_all_orders_share_their_beginnings_and_resume(call, tmp_path, monkeypatc
     assert all(Path(t[key]).is_file() for t in cfg.DISTILL.TEACHERS for key in ("CONFIG", "WEIGHTS"))
 
 
+def test_a_network_that_fails_keeps_its_own_seed_alone_from_going_on(call, monkeypatch):
+    train = jobs.train_and_evaluate
+
+    def broken(folder):
+        if folder.parts[-2:] == ("seed4", "two"):
+            raise RuntimeError("out of memory")
+        return train(folder)
+
+    monkeypatch.setattr(jobs, "train_and_evaluate", broken)
+    status, printed = call("--seeds", 4, 3, "--longest", 1)
+    assert status == 1 and printed.out.endswith("FAILED: two, seed 4: out of memory\n")
+    assert not (call.out / "seed4" / "orders").exists()
+    found = json.loads((call.out / "orders.json").read_text())["seeds"]
+    assert list(found) == ["3"] and [order for order, _ in found["3"]["orders"]] == [["one"], ["two"]]
+
+
 def test_pools_that_cannot_be_ordered(call, tmp_path):
     pool = yaml.safe_load((tmp_path / "pool.yaml").read_text())
     teachers = pool["DISTILL"]["TEACHERS"]
