@@ -60,7 +60,7 @@ Every entry has
 | --- | --- | --- |
 | `NAME` | | a registered assistant; losses read it as a SOURCE of this name |
 | `OPTIMIZER` | `Adam` | `Adam`, `AdamW` or `SGD` |
-| `BASE_LR` | the student's | its learning rate |
+| `BASE_LR` | the student's | its learning rate; a number is taken as it is, SOLVER.REFERENCE_* do not scale it |
 | `WEIGHT_DECAY` | `0.0` | of all of its parameters |
 | `SCHEDULE` | `solver` | the student's schedule, or `constant` |
 | `HEAD_LEARNS` | `False` | whether its detection losses train the student's head too |
