@@ -9,6 +9,7 @@ GPU.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -18,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 OTHER = "meta"
 _COPIES = {"copy_", "_to_copy"}
 _INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
+_READ = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}  # the CPU waits for these
+_waits: list[str] = []
 
 
 class Tensor(torch.Tensor):
@@ -41,6 +44,7 @@ class Tensor(torch.Tensor):
         return f"{OTHER}: {self.inner!r}"
 
     def tolist(self) -> list:
+        _waits.append("tolist")
         return self.inner.tolist()
 
     def numpy(self, **_):
@@ -83,6 +87,9 @@ def _compute(func, args: tuple, kwargs: dict):
         there = isinstance(args[0], Tensor)
     else:
         there = bool(outer) if device is None else torch.device(device).type == OTHER
+    masked = _name(func) in _INDEXED and any(x is not None and x.dtype == torch.bool for x in args[1])
+    if outer and (_name(func) in _READ or masked or (_name(func) in _COPIES and not there)):
+        _waits.append(_name(func))
     if device is not None:
         kwargs = {**kwargs, "device": "cpu"}
     args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Tensor) else x, (args, kwargs))
@@ -123,12 +130,17 @@ class _Autocast(torch.autocast):
 
 
 @contextlib.contextmanager
-def other_device():
-    """Makes "meta" a device like another; ``torch.autocast`` does on it what it does on the CPU."""
+def other_device() -> Iterator[list[str]]:
+    """Makes "meta" a device like another; ``torch.autocast`` does on it what it does on the CPU.
+
+    Yields:
+        Names of the operations for which the CPU has to wait for the device, a list that grows.
+    """
     plain = torch.autocast
+    _waits.clear()
     torch.autocast = torch.amp.autocast = _Autocast
     try:
         with _NewTensors(), _Operations():
-            yield
+            yield _waits
     finally:
         torch.autocast = torch.amp.autocast = plain

@@ -45,6 +45,15 @@ def test_the_other_device_refuses_what_a_gpu_refuses():
         assert here.copy_(x).sum() == 8
 
 
+def test_the_other_device_knows_what_the_cpu_waits_for():
+    with other_device() as waits:
+        x = torch.arange(6.0, device=OTHER)
+        x[x.argsort()] = x.relu() * 2 + torch.ones(6).to(OTHER)
+        assert waits == []
+        _ = x.max().item(), x.tolist(), x.cpu(), x[x > 1], (x > 1).nonzero(), bool(x.all()), torch.ones(6).copy_(x)
+    assert waits == ["_local_scalar_dense", "tolist", "_to_copy", "index", "nonzero", "_local_scalar_dense", "copy_"]
+
+
 @pytest.mark.parametrize("arch", [*DENSE, "MaskRCNN", "KeypointRCNN", "CascadeRCNN", "HTC"])
 def test_students_train_and_detect_alike(project, tmp_path, arch):
     """Two iterations under a teacher, its training too, a checkpoint, and the evaluation of the student."""
@@ -126,6 +135,25 @@ def test_losses_and_assistants(tiny_cfg, tiny_model, make_batch, name):
     if assistants:  # their optimizer is fused on the CPU alone, and attention has other kernels
         here = [pytest.approx(losses, rel=1e-5) for losses in here]
     assert there == here
+
+
+def test_feature_losses_never_wait_for_the_device(tiny_cfg, tiny_model, make_batch):
+    """What the CPU waits for in a step is what it waits for without distillation."""
+    with other_device() as waits:
+        found = []
+        for losses in ([], FEATURES):
+            cfg = tiny_cfg("FCOS", range(2, 7), MODEL__DEVICE=OTHER, DISTILL__WARMUP_ITERS=0)
+            cfg.DISTILL.LOSSES = losses
+            student, teacher = tiny_model("FCOS", range(2, 7), MODEL__DEVICE=OTHER), tiny_model(MODEL__DEVICE=OTHER)
+            model = build_distiller(cfg, student, [FrozenTeacher(teacher)] if losses else []).train()
+            for _ in range(2):  # the second step: what is made once is made
+                waits.clear()
+                with EventStorage(0):
+                    terms = model(make_batch([(64, 96), (50, 70)]))
+                sum(terms.values()).backward()
+            found.append(list(waits))
+            assert any("distill" in key for key in terms) == bool(losses)
+    assert found[0] and found[0] == found[1]
 
 
 def test_segmentors():
