@@ -142,6 +142,23 @@ def test_a_gallery_shows_images_from_all_over_the_set(tmp_path):
     assert [image["name"] for image in data["images"]] == ["0.png", "1.png", "3.png"]
 
 
+@pytest.mark.parametrize("sought", [{}, {"pred_masks"}, {"pred_keypoints"}, {"pred_masks", "pred_keypoints"}])
+def test_of_the_ground_truth_it_shows_what_models_look_for(tmp_path, sought):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((*SIZE, 3), np.uint8))
+    one = {"bbox": [5, 5, 25, 25], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "keypoints": [12, 12, 2],
+           "segmentation": [[5, 5, 25, 5, 25, 25]]}  # fmt: skip
+    record = {"file_name": str(tmp_path / "a.png"), "annotations": [one], "height": 60, "width": 80}
+    fields = {"pred_masks": np.zeros((0, *SIZE), bool), "pred_keypoints": np.zeros((0, 1, 3), np.float32)}
+    models = {
+        "teacher": ("T", lambda *_: instances([], [], [])),
+        "student": ("S", lambda *_: instances([], [], [], **{k: v for k, v in fields.items() if k in sought})),
+    }
+    file = write_gallery(tmp_path / "out", [record], Metadata(thing_classes=["cat"]), models)
+    (truth,) = json.loads(file.read_text())["images"][0]["objects"]["ground truth"]
+    names = {"pred_masks": "polygons", "pred_keypoints": "points"}
+    assert truth.keys() == {"box", "class", *(names[part] for part in sought)}
+
+
 @pytest.mark.parametrize("length, count, expected", [(5, 3, [0, 1, 3]), (4, 2, [0, 2]), (2, 3, [0, 1]), (0, 3, [])])
 def test_what_stands_for_all(length, count, expected):
     assert at_equal_distances(range(length), count) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -54,7 +55,7 @@ def write_gallery(
         file = folder / f"{len(images):03d}.jpg"
         cv2.imwrite(str(file), _shrunk(image), [cv2.IMWRITE_JPEG_QUALITY, 88])
         found = {role: predictions(models[role][1](record, image)) for role in roles[1:]}
-        objects = {role: describe(o) for role, o in {GROUND_TRUTH: ground_truth(record), **found}.items()}
+        objects = {role: describe(o) for role, o in {GROUND_TRUTH: _truth(record, found), **found}.items()}
         images.append({
             "file": f"{FOLDER}/{file.name}", "name": Path(record["file_name"]).name, "width": image.shape[1],
             "height": image.shape[0], "objects": objects,
@@ -66,6 +67,13 @@ def write_gallery(
     }  # fmt: skip
     write_json(out_dir / FILE, data, indent=None)
     return out_dir / FILE
+
+
+def _truth(record: dict, found: Mapping[str, Objects]) -> Objects:
+    """The ground truth, without the masks and keypoints that no model looks for: they would hide its boxes."""
+    truth = ground_truth(record)
+    unsought = [part for part in ("masks", "keypoints") if all(getattr(o, part) is None for o in found.values())]
+    return replace(truth, **dict.fromkeys(unsought)) if found else truth
 
 
 def describe(objects: Objects) -> list[dict]:
