@@ -236,7 +236,8 @@ def test_panels_of_label_maps_count_classes_and_name_them(tmp_path):
 @pytest.fixture
 def panels():
     teacher = instances([[10, 10, 30, 40], [50, 20, 70, 50], [1, 1, 9, 9]], [1, 0, 2], [0.95, 0.8, 0.2])
-    columns = {"Ground truth": record(), "Teacher": teacher, "Student": instances([], [], [])}
+    truth = record(segmentation=[[10, 10, 30, 10, 30, 40]])
+    columns = {"Ground truth": truth, "Teacher": teacher, "Student": instances([], [], [])}
     tall = np.full((160, 80, 3), 200, np.uint8)
     return [
         Panel(BLACK, columns, "first.jpg"),
@@ -252,6 +253,8 @@ def test_panels_have_a_row_per_image_and_a_column_per_source(panels, tmp_path):
     # The cells are in the page pixel for pixel, one row below the other.
     first = draw_objects(BLACK, panels[0].columns["Teacher"], NAMES, width=240)
     assert np.array_equal(page[40 : 40 + 180, 256 : 256 + 240], first)
+    boxes = draw_objects(BLACK, record(), NAMES, width=240)  # without the mask, as the models look for none
+    assert np.array_equal(page[40 : 40 + 180, 8 : 8 + 240], boxes)
     below = 40 + 180 + 38
     second = draw_objects(panels[1].image, panels[1].columns["Student"], NAMES, width=240)
     assert np.array_equal(page[below : below + 480, 504 : 504 + 240], second)

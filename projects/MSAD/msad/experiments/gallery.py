@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -15,7 +14,7 @@ from detectron2.structures import Instances
 from ..data.media import Unreadable, read_picture
 from ..data.sampling import at_equal_distances
 from ..files import write_json
-from ..visualization.objects import Objects, ground_truth, predictions
+from ..visualization.objects import Objects, ground_truth, predictions, sought
 
 GROUND_TRUTH = "ground truth"
 # What the page knows how to compare: "teacher finds, student misses".
@@ -55,7 +54,8 @@ def write_gallery(
         file = folder / f"{len(images):03d}.jpg"
         cv2.imwrite(str(file), _shrunk(image), [cv2.IMWRITE_JPEG_QUALITY, 88])
         found = {role: predictions(models[role][1](record, image)) for role in roles[1:]}
-        objects = {role: describe(o) for role, o in {GROUND_TRUTH: _truth(record, found), **found}.items()}
+        truth = sought(ground_truth(record), found.values())
+        objects = {role: describe(o) for role, o in {GROUND_TRUTH: truth, **found}.items()}
         images.append({
             "file": f"{FOLDER}/{file.name}", "name": Path(record["file_name"]).name, "width": image.shape[1],
             "height": image.shape[0], "objects": objects,
@@ -67,13 +67,6 @@ def write_gallery(
     }  # fmt: skip
     write_json(out_dir / FILE, data, indent=None)
     return out_dir / FILE
-
-
-def _truth(record: dict, found: Mapping[str, Objects]) -> Objects:
-    """The ground truth, without the masks and keypoints that no model looks for: they would hide its boxes."""
-    truth = ground_truth(record)
-    unsought = [part for part in ("masks", "keypoints") if all(getattr(o, part) is None for o in found.values())]
-    return replace(truth, **dict.fromkeys(unsought)) if found else truth
 
 
 def describe(objects: Objects) -> list[dict]:

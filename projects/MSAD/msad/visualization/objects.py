@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -68,6 +68,12 @@ def ground_truth(record: dict) -> Objects:
         masks=masks,
         keypoints=keypoints,
     )
+
+
+def sought(truth: Objects, found: Collection[Objects]) -> Objects:
+    """The ground truth beside what models find: masks and keypoints that none looks for would hide its boxes."""
+    unsought = [part for part in ("masks", "keypoints") if all(getattr(o, part) is None for o in found)]
+    return replace(truth, **dict.fromkeys(unsought)) if found else truth
 
 
 def predictions(instances: Instances) -> Objects:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from .colours import FAINT, GREY, INK, class_colour
 from .label_maps import LabelMap
-from .objects import Content, Objects, as_content, resized
+from .objects import Content, Objects, as_content, resized, sought
 
 _DPI = 100
 _GAP = 8  # pixels between the images of a panel
@@ -162,7 +162,7 @@ def panels_figure(panels: list[Panel], metadata: Metadata, *, threshold: float =
     titles = list(dict.fromkeys(title for panel in panels for title in panel.columns))
     if not titles:
         raise ValueError("nothing to draw: no panel has a column")
-    rows = [{t: as_content(o).above(threshold) for t, o in panel.columns.items()} for panel in panels]
+    rows = [_row(panel, threshold) for panel in panels]
     shown = sorted({c for row in rows for objects in row.values() for c in objects.classes.tolist()})
     # Of many classes few are shown; by rank they get colours that are easier to tell apart.
     colours = {c: class_colour(rank if max(shown) >= 8 else c) for rank, c in enumerate(shown)}
@@ -173,6 +173,12 @@ def panels_figure(panels: list[Panel], metadata: Metadata, *, threshold: float =
         cells.append({t: draw_objects(panel.image, o, metadata, threshold=0, **style) for t, o in row.items()})
     legend = {class_name(metadata, c): colour for c, colour in colours.items()}
     return _compose(titles, panels, rows, cells, legend, threshold, cell_width)
+
+
+def _row(panel: Panel, threshold: float) -> dict[str, Objects | LabelMap]:
+    row = {title: as_content(content).above(threshold) for title, content in panel.columns.items()}
+    detected = [content for content in row.values() if isinstance(content, Objects) and content.scores is not None]
+    return {t: sought(o, detected) if isinstance(o, Objects) and o.scores is None else o for t, o in row.items()}
 
 
 @matplotlib.rc_context(_PLAIN)
