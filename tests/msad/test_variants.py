@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from msad import load_config
@@ -16,7 +16,7 @@ from msad.evaluation.cost import count_macs, random_inputs
 from msad.evaluation.region_limits import fill_regions
 from msad.experiments import costs
 from msad.experiments.comparison import Comparison
-from msad.experiments.costs import measure_costs, nearest_size
+from msad.experiments.costs import measure_costs, nearest_size, typical_record
 from msad.experiments.jobs import Run
 from msad.experiments.variants import QUICK, Variant, choose, equal_cost, standard_variants, sweep, unique_names
 
@@ -210,6 +210,14 @@ def test_equal_cost_of_files_that_are_not_resized(project, tmp_path):
     short = min(image["height"], image["width"])
     as_it_is, resized = (size_of_equal_cost(project, tmp_path, 64, size) for size in (0, short))
     assert as_it_is == resized >= short
+
+
+def test_costs_are_those_of_an_image_like_most(project, clean_catalogs):
+    sizes = [(520, 696), (256, 320), (256, 256), (None, None), (256, 256)]
+    records = [{"file_name": number, "height": h, "width": w} for number, (h, w) in enumerate(sizes)]
+    DatasetCatalog.register("sizes", lambda: records)
+    MetadataCatalog.get("sizes")
+    assert typical_record(load_config(project / "fcos.yaml", ["DATASETS.TEST", ["sizes"]]))["file_name"] == 2
 
 
 def test_equal_cost_passes_over_sizes_that_norms_refuse(project, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,8 @@ def nearest_size(cost: Callable[[int], float], target: float, highest: int) -> i
 def set_equal_cost(cfg: CfgNode, reference: CfgNode) -> None:
     """Scale the input sizes of ``cfg`` so that its whole model costs the multiply-adds of ``reference``, in place.
 
-    Costs are those of an image with the shape of the first test image, in R-CNNs with as many regions as their limits
-    allow (:func:`msad.evaluation.region_limits.fill_regions`). Found by bisection over the short side
+    Costs are those of an image of the test set's most common size, in R-CNNs with as many regions as their limits allow
+    (:func:`msad.evaluation.region_limits.fill_regions`). Found by bisection over the short side
     INPUT.MIN_SIZE_TEST; the training sizes are scaled alike.
 
     Raises:
@@ -85,7 +86,7 @@ def _without_seed(cfg: CfgNode) -> str:
 @functools.lru_cache
 def _equal_cost_size(text: str, reference_text: str) -> int:
     configs = [CfgNode.load_cfg(part) for part in (text, reference_text)]
-    record = _first_record(configs[0])
+    record = typical_record(configs[0])
     models = [fill_regions(build_model(cfg).eval()) for cfg in configs]
 
     def macs(model: nn.Module, short: int, longest: int) -> float:
@@ -119,9 +120,12 @@ def _equal_cost_size(text: str, reference_text: str) -> int:
     return size
 
 
-def _first_record(cfg: CfgNode) -> dict:
+def typical_record(cfg: CfgNode) -> dict:
+    """The first dataset dict of the test set whose image has the most common size."""
     with registered(cfg):
-        return DatasetCatalog.get(cfg.DATASETS.TEST[0])[0]
+        records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    sizes = [(record.get("height"), record.get("width")) for record in records]
+    return records[sizes.index(Counter(sizes).most_common(1)[0][0])]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -139,7 +143,7 @@ def _padded_size(model: nn.Module, sizes: list):
 
 
 def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15) -> dict[str, dict]:
-    """Costs of each model on the first test image at its own size; of a teacher those of each branch, NAME_BRANCH.
+    """Costs of each model on a test image of the most common size; of a teacher those of each branch, NAME_BRANCH.
 
     Networks that are built alike and get inputs that are padded to the same size are measured once, but for R-CNNs, the
     regions of which depend on their weights. Latencies are the least of ``rounds`` rounds in which the networks take
@@ -158,7 +162,7 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
     records: dict[str, dict] = {}
     for name, (cfg, model) in models.items():
         data = cfg.DATASETS.dump()
-        records[data] = records.get(data) or _first_record(cfg)
+        records[data] = records.get(data) or typical_record(cfg)
         inputs = [inference_mapper(cfg)(records[data])]
         for branch in model.branches if isinstance(model, MultiScaleTeacher) else [None]:
             select = functools.partial(_select, model, branch)

@@ -47,8 +47,8 @@ _CLASSES = "The metric of each class, mean over the seeds."
 _COST = (
     "Training seconds (by the clock and of the processors) and iterations are the model's own; a student needs those "
     "of its teacher besides. GMACs and ms are those of the whole model, an R-CNN's with the proposals that it makes, "
-    "for the first validation image, whose padded size (height x width) is the column input; the factor in brackets is "
-    "relative to the full-resolution model. ms is the least of several rounds in which the models take turns."
+    "for a validation image of the most common size, padded as in the column input (height x width); the factor in "
+    "brackets is relative to the full-resolution model. ms is the least of several rounds in which models take turns."
 )
 
 

@@ -59,7 +59,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "32², of 32² to 96², and of more than 96² pixels of the files.", "",
         _table(_accuracy(facts["results"])), "",
         "## Cost", "",
-        "Of the whole model, for the first validation image; milliseconds on the machine that is named below.", "",
+        "Of the whole model, for an image of the most common size; milliseconds on the machine named below.", "",
         _table(_cost(facts["cost"], facts["results"])), "",
         "## Data", "",
         f"{data['name']}: {data['train']} images for training, {data['val']} for validation. Licence: {licences}.", "",
