@@ -120,16 +120,16 @@ def test_interval_by_hand():
 
 
 def test_what_training_warned_of_is_in_the_report(seeded, tmp_path):
-    """Each text once, with the variants that it is about; of a run that stands for another one, once."""
+    """Each text once, with the variants and seeds that it is about; of a run that stands for another one, once."""
     for run in seeded["runs"][:4]:
         run["warnings"] = ["weights are <small>"]
     seeded["runs"][0]["warnings"] = ["weights are <small>", "few images"]
     seeded["runs"][1] |= {"same_as": "b", "variant": "a@equal_time"}
-    assert warnings(seeded) == ["a, b: weights are <small>", "a: few images"]
+    assert warnings(seeded) == ["a, b (seed 0): weights are <small>", "a (seed 0): few images"]
     page = write_report(seeded, tmp_path, "T").read_text()
-    assert "<h2>What training warned of</h2><ul><li>a, b: weights are &lt;small&gt;</li>" in page
+    assert "<h2>What training warned of</h2><ul><li>a, b (seed 0): weights are &lt;small&gt;</li>" in page
     markdown = (tmp_path / "report.md").read_text()
-    assert "## What training warned of\n\n- a, b: weights are <small>\n- a: few images\n" in markdown
+    assert "## What training warned of\n\n- a, b (seed 0): weights are <small>\n- a (seed 0): few images\n" in markdown
     for run in seeded["runs"]:
         run.pop("warnings", None)
     assert "warned" not in write_report(seeded, tmp_path, "T").read_text()

@@ -116,12 +116,18 @@ def check_metric(rows: list[Row], metric: str) -> None:
 
 
 def warnings(data: dict) -> list[str]:
-    """What training has warned of, a line for each text, with the variants that it is about."""
-    about: dict[str, list[str]] = {}
+    """What training has warned of, a line for each text, with the variants that it is about, and seeds if not all."""
+    about: dict[str, dict[str, list[int]]] = {}
+    seeds: dict[str, list[int]] = {}
     for run in data.get("runs") or ():
+        seeds.setdefault(run["variant"], []).append(run["seed"])
         for text in () if "same_as" in run else run.get("warnings") or ():
-            about.setdefault(text, []).append(run["variant"])
-    return [f"{', '.join(dict.fromkeys(variants))}: {text}" for text, variants in about.items()]
+            about.setdefault(text, {}).setdefault(run["variant"], []).append(run["seed"])
+
+    def name(variant: str, found: list[int]) -> str:
+        return variant if found == seeds[variant] else f"{variant} (seed {', '.join(map(str, found))})"
+
+    return [f"{', '.join(name(*one) for one in variants.items())}: {text}" for text, variants in about.items()]
 
 
 def failures(data: dict) -> list[str]:
