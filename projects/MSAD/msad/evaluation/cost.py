@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -128,17 +128,14 @@ def _marks_at_parts(model: nn.Module, mark: Callable[[], Any]) -> Iterator[list[
             active[0] = "postprocessing"
         begun.append((active[-1], mark()))
 
-    handles = []
-    for part, modules in part_modules(model).items():
-        for module in modules:
-            handles.append(module.register_forward_pre_hook(lambda _module, _args, part=part: enter(part)))
-            handles.append(module.register_forward_hook(lambda _module, _args, _output: leave()))
-    begun.append((active[0], mark()))
-    try:
+    with ExitStack() as hooks:
+        for part, modules in part_modules(model).items():
+            for module in modules:
+                on_entry = module.register_forward_pre_hook(lambda _module, _args, part=part: enter(part))
+                hooks.enter_context(on_entry)
+                hooks.enter_context(module.register_forward_hook(lambda _module, _args, _output: leave()))
+        begun.append((active[0], mark()))
         yield begun
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _by_part(

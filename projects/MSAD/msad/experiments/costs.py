@@ -6,7 +6,6 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -131,17 +130,6 @@ def typical_record(cfg: CfgNode) -> dict:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _padded_size(model: nn.Module, sizes: list):
-    """Inside, the size (height, width) of what the network gets is appended to ``sizes`` at every pass."""
-    detector = getattr(model, "detector", model)
-    handle = detector.backbone.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape[-2:])))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15) -> dict[str, dict]:
     """Costs of each model on a test image of the most common size; of a teacher those of each branch, NAME_BRANCH.
 
@@ -164,11 +152,12 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
         data = cfg.DATASETS.dump()
         records[data] = records.get(data) or typical_record(cfg)
         inputs = [inference_mapper(cfg)(records[data])]
+        backbone = getattr(model, "detector", model).backbone
         for branch in model.branches if isinstance(model, MultiScaleTeacher) else [None]:
             select = functools.partial(_select, model, branch)
             select()
-            sizes: list[tuple[int, int]] = []
-            with _padded_size(model, sizes):
+            sizes: list[tuple[int, int]] = []  # (height, width) of what the network gets at every pass
+            with backbone.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(args[0].shape[-2:])):
                 macs = count_macs(model, inputs)
             size = max(sizes)
             key = (_architecture(cfg), size, branch, id(model) if _has_regions(model) else None)

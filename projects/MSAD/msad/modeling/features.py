@@ -28,11 +28,8 @@ def run_neck(backbone: nn.Module, x: torch.Tensor, levels: list[str]) -> Feature
 def tap_neck(detector: nn.Module) -> Iterator[Features]:
     """Inside, a forward pass of ``detector`` also fills the yielded dict with its pyramid features."""
     taken: Features = {}
-    handle = detector.backbone.register_forward_hook(lambda _module, _args, output: taken.update(output))
-    try:
+    with detector.backbone.register_forward_hook(lambda _module, _args, output: taken.update(output)):
         yield taken
-    finally:
-        handle.remove()
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from detectron2.layers import ShapeSpec
@@ -107,7 +107,6 @@ def tap(detector: nn.Module, levels: Mapping[str, Collection[str]]) -> Iterator[
     teacher, the first one counts: H.
     """
     taken: dict[str, Features] = {}
-    handles = []
 
     def keep(name: str, features: Callable[[object], Features]) -> Callable:
         def hook(_module, _args, output) -> None:
@@ -116,11 +115,8 @@ def tap(detector: nn.Module, levels: Mapping[str, Collection[str]]) -> Iterator[
 
         return hook
 
-    try:
+    with ExitStack() as hooks:
         for name in levels:
             found = get_tap(name)
-            handles.append(found.module(detector).register_forward_hook(keep(name, found.features)))
+            hooks.enter_context(found.module(detector).register_forward_hook(keep(name, found.features)))
         yield taken
-    finally:
-        for handle in handles:
-            handle.remove()
