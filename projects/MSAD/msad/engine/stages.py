@@ -62,7 +62,7 @@ def stage_configs(cfg: CfgNode) -> list[CfgNode]:
         for key in _leaves(overrides):
             if key not in valid:
                 raise KeyError(f"{where}: unknown config key {key}{nearest(key, valid)}")
-        config.merge_from_other_cfg(_node(overrides))
+        config.merge_from_other_cfg(CfgNode(overrides))
         if not names and get_resolution(config.DISTILL.STUDENT_RESOLUTION).shift:
             raise ValueError(
                 f"{where}: without a teacher nothing makes images smaller, and the student of "
@@ -103,10 +103,6 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     for key, value in tree.items():
         leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
     return leaves
-
-
-def _node(tree: Any) -> Any:
-    return CfgNode({key: _node(value) for key, value in tree.items()}) if isinstance(tree, Mapping) else tree
 
 
 def finished(cfg: CfgNode) -> bool:

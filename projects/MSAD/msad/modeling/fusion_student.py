@@ -174,15 +174,11 @@ def branch_configs(cfg: CfgNode) -> list[tuple[Resolution, CfgNode]]:
         if branch.MODEL.FPN.LEVELS:
             branch.MODEL.FPN.LEVELS = shift_names(cfg.MODEL.FPN.LEVELS, -resolution.shift)
         try:
-            branch.merge_from_other_cfg(CfgNode({"MODEL": _nodes(entry.get("MODEL", {}))}))
+            branch.merge_from_other_cfg(CfgNode({"MODEL": entry.get("MODEL", {})}))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{KEY}, branch {resolution.name}: {error.args[0]}") from None
         configs.append((resolution, branch))
     return configs
-
-
-def _nodes(value: Any) -> Any:
-    return {k: _nodes(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def FusionStudent(cfg: CfgNode) -> nn.Module:
