@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...resolution import inside_images, masked_mean
-from ..context import DistillContext
+from ..context import DistillContext, Features
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
@@ -50,9 +50,7 @@ class AlignedL1(nn.Module):
         self.normalize = normalize
         self.mask_padding = mask_padding
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Features, teacher: Features, context: DistillContext) -> dict[str, torch.Tensor]:
         total = 0.0
         for name, s in student.items():
             t = teacher[name]

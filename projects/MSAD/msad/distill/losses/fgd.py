@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..context import DistillContext
+from ..context import DistillContext, Features
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32, attention, rasterize_max
 
@@ -115,9 +115,7 @@ class FGD(nn.Module):
         self.student_context = nn.ModuleDict({name: GlobalContext(channels[name]) for name in levels})
         self.teacher_context = nn.ModuleDict({name: GlobalContext(channels[name]) for name in levels})
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Features, teacher: Features, context: DistillContext) -> dict[str, torch.Tensor]:
         totals = dict.fromkeys(self.weights, 0.0)
         for name, s in student.items():
             t = teacher[name]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..context import DistillContext
+from ..context import DistillContext, Features
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32, locations_in_boxes
 
@@ -49,9 +49,7 @@ class FitNet(nn.Module):
         self.strides, self.gt_only, self.reduction = strides, gt_only, reduction
         self.needs_boxes = gt_only
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Features, teacher: Features, context: DistillContext) -> dict[str, torch.Tensor]:
         total = 0.0
         for name, s in student.items():
             mask = None

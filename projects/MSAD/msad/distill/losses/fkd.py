@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..context import DistillContext
+from ..context import DistillContext, Features
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32, attention
 
@@ -102,9 +102,7 @@ class FKD(nn.Module):
                 }
             )
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Features, teacher: Features, context: DistillContext) -> dict[str, torch.Tensor]:
         totals = dict.fromkeys(("feature", "spatial", "channel", "relation"), 0.0)
         for name, s in student.items():
             for key, term in self._terms(self.levels[name], s, teacher[name]).items():

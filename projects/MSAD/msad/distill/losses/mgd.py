@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..context import DistillContext
+from ..context import DistillContext, Features
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
@@ -48,9 +48,7 @@ class MGD(nn.Module):
         self.mask_ratio = mask_ratio
         self.generators = nn.ModuleDict({name: generator(channels[name]) for name in levels})
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Features, teacher: Features, context: DistillContext) -> dict[str, torch.Tensor]:
         total = 0.0
         for name, s in student.items():
             made = self.generators[name](mask_locations(s, self.mask_ratio))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..context import DistillContext
+from ..context import DistillContext, Features
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
@@ -37,8 +37,6 @@ class PKD(nn.Module):
     def __init__(self, levels: list[str]) -> None:
         super().__init__()
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Features, teacher: Features, context: DistillContext) -> dict[str, torch.Tensor]:
         terms = (F.mse_loss(unit_deviation(s), unit_deviation(teacher[name])) for name, s in student.items())
         return {"correlation": sum(terms) / 2}

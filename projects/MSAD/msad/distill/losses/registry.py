@@ -39,7 +39,7 @@ from torch import nn
 from ...config import nearest
 from ...modeling.taps import NECK
 from ...resolution import resample
-from ..context import DistillContext
+from ..context import DistillContext, Features
 from ..options import check_options, own_options
 from .pairing import LevelPair, build_adaptation, crop_to_common, pair_levels
 
@@ -120,7 +120,7 @@ class WeightedLoss(nn.Module):
             for term, value in terms.items()
         }
 
-    def _on_one_grid(self, context: DistillContext) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _on_one_grid(self, context: DistillContext) -> tuple[Features, Features]:
         """Features of student and source by name of the pair, of equal grids and, where adapted, channels."""
         students, teachers = context.at(self.tap, "student"), context.at(self.tap, self.source)
         ours, theirs = {}, {}

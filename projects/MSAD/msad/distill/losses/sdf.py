@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..context import DistillContext
+from ..context import DistillContext, Features
 from .registry import DISTILL_LOSS_REGISTRY
 from .shared import at_least_float32
 
@@ -125,9 +125,7 @@ class SDF(nn.Module):
         with torch.no_grad():
             return (self.student if self.teacher_side == "shared" else self.teacher)[name](t)
 
-    def forward(
-        self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], context: DistillContext
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, student: Features, teacher: Features, context: DistillContext) -> dict[str, torch.Tensor]:
         total = 0.0
         for name, s in student.items():
             # In this order: what autocast casts without gradient it would use again, without gradient, in older torch.
