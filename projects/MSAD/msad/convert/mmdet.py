@@ -154,6 +154,6 @@ def check(tensors: Tensors, config: dict, kind: str) -> None:
         raise ValueError(f"the tensors do not make up the {kind} that they were taken for; {'; '.join(problems)}")
 
 
-def _some(names: list[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit])
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown

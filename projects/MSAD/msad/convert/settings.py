@@ -254,8 +254,9 @@ def pixels(config: dict) -> tuple[str, list[float], list[float]] | None:
     return None
 
 
-def test_size(config: dict, short: int = 800, longest: int = 1333) -> dict:
-    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; ``short`` and ``longest`` where the config tells none."""
+def test_size(config: dict) -> dict:
+    """INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST; 800 and 1333 where the config tells none."""
+    short, longest = 800, 1333
     for one in _test_steps(config):
         kind = one.get("type", "")
         if "Resize" in kind:

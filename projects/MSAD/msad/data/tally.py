@@ -20,25 +20,18 @@ class Tally:
         self._first: dict[str, tuple[str, str, str, str, str]] = {}
 
     def add(
-        self,
-        level: str,
-        reason: str,
-        culprit: str | Callable[[], str],
-        fix: str,
-        of: str = "",
-        seen: str = "",
-        count: int = 1,
+        self, level: str, reason: str, culprit: str, fix: str, of: str = "", seen: str = "", count: int = 1
     ) -> None:
         """One more of a kind.
 
         Args:
             reason: what is wrong, after the culprit's name, e.g. "has no bbox"; faults of one reason are one finding.
-            culprit: which one it is; a function is called for the first of a reason only.
+            culprit: which one it is; the first of a reason is told.
             of: among what it is counted, e.g. "18 annotations".
             seen: what is wrong with the first one, in place of the reason.
         """
         if reason not in self._first:
-            self._first[reason] = (level, culprit if isinstance(culprit, str) else culprit(), seen or reason, fix, of)
+            self._first[reason] = (level, culprit, seen or reason, fix, of)
         self._counts[reason] = self._counts.get(reason, 0) + count
 
     def among(self, pairs: Sequence[tuple[dict, dict]]) -> Callable[..., None]:

@@ -83,10 +83,10 @@ def check_heads(student: nn.Module, teacher: nn.Module, shift: int, kinds: tuple
                 )
 
 
-def _nearly_equal(a: list, b: list, tolerance: float = 0.01) -> bool:
+def _nearly_equal(a: list, b: list) -> bool:
     if len(a) != len(b) or [len(x) for x in a] != [len(x) for x in b]:
         return False
-    return all(torch.allclose(torch.tensor(x), torch.tensor(y), atol=0.5, rtol=tolerance) for x, y in zip(a, b))
+    return all(torch.allclose(torch.tensor(x), torch.tensor(y), atol=0.5, rtol=0.01) for x, y in zip(a, b))
 
 
 def _rows(levels: list[torch.Tensor], width: int) -> torch.Tensor:

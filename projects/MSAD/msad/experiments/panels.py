@@ -58,16 +58,13 @@ def draw_pictures(out_dir: Path, models: Mapping[str, tuple[CfgNode, Path]], rol
         write_gallery(out_dir, DatasetCatalog.get(test), MetadataCatalog.get(test), columns)
 
 
-def draw_panels(
-    cfg: CfgNode, path: Path, predictors: Mapping[str, DefaultPredictor], count: int = 4, threshold: float = 0.5
-) -> None:
+def draw_panels(cfg: CfgNode, path: Path, predictors: Mapping[str, DefaultPredictor], count: int = 4) -> None:
     """Write a picture: a row an image, the ground truth and then a column a model.
 
     Args:
         cfg: whose first test data set has the images.
         predictors: by title.
         count: of images, at equal distances in the data set.
-        threshold: least score of the detections that are shown.
     """
     with registered(cfg):
         records, metadata = DatasetCatalog.get(cfg.DATASETS.TEST[0]), MetadataCatalog.get(cfg.DATASETS.TEST[0])
@@ -80,4 +77,4 @@ def draw_panels(
             columns = {"ground truth": truth}
             columns |= {title: _found(predictor, record, image) for title, predictor in predictors.items()}
             panels.append(Panel(image[:, :, ::-1], columns, Path(record["file_name"]).name))
-        save_panels(path, panels, metadata, threshold=threshold)
+        save_panels(path, panels, metadata, threshold=0.5)

@@ -38,7 +38,7 @@ class Candidate:
 
 def measure(
     candidates: Sequence[Candidate], folder: Path, calibration: Sequence[Path] = (), threads: Sequence[int] = (1,),
-    images: int = 10, rounds: int = 5, say: Callable[[str], None] = print,
+    images: int = 10, rounds: int = 5,
 ) -> list[dict]:  # fmt: skip
     """Accuracy, multiply-adds and latency of every candidate in every engine.
 
@@ -64,7 +64,7 @@ def measure(
     for candidate in candidates:
         cfg, files = candidate.cfg, {}
         output = folder / candidate.name
-        say(f"{candidate.name}: {export_onnx(cfg, candidate.weights, output)}")
+        print(f"{candidate.name}: {export_onnx(cfg, candidate.weights, output)}")
         files["onnxruntime"] = output / FLOAT
         if calibration:
             files["int8"] = output / INT8

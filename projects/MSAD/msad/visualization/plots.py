@@ -65,9 +65,9 @@ def _record(line: str) -> dict:
     return {}
 
 
-def ap_curve(records: list[dict], task: str = "bbox") -> tuple[np.ndarray, np.ndarray]:
-    """(iterations, validation AP), both (n,); with several test sets that of the first."""
-    names = dict.fromkeys(k for r in records for k in r if k == f"{task}/AP" or k.endswith(f"/{task}/AP"))
+def ap_curve(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(iterations, validation AP of boxes), both (n,); with several test sets that of the first."""
+    names = dict.fromkeys(k for r in records for k in r if k == "bbox/AP" or k.endswith("/bbox/AP"))
     name = next(iter(names), None)
     points = [(r["iteration"] + 1, r[name]) for r in records if name in r and math.isfinite(r[name])]
     return _columns(points)
@@ -105,8 +105,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def plot_curves(
-    runs: Mapping[str, str | Path], path: str | Path, styles: Mapping[str, VariantStyle] | None = None,
-    task: str = "bbox",
+    runs: Mapping[str, str | Path], path: str | Path, styles: Mapping[str, VariantStyle] | None = None
 ) -> Path:
     """Write the training curves of several runs: name of the run -> its detectron2 metrics.json.
 
@@ -116,15 +115,13 @@ def plot_curves(
     Raises:
         ValueError: no run has anything to show.
     """
-    return save_figure(curves_figure(runs, styles, task), path)
+    return save_figure(curves_figure(runs, styles), path)
 
 
-def curves_figure(
-    runs: Mapping[str, str | Path], styles: Mapping[str, VariantStyle] | None = None, task: str = "bbox"
-) -> Figure:
+def curves_figure(runs: Mapping[str, str | Path], styles: Mapping[str, VariantStyle] | None = None) -> Figure:
     """The figure of :func:`plot_curves`."""
     records = {name: read_metrics(file) for name, file in runs.items()}
-    curves = {name: ap_curve(r, task) for name, r in records.items()}
+    curves = {name: ap_curve(r) for name, r in records.items()}
     show_ap = any(len(x) > 1 for x, _ in curves.values())
     if not show_ap:
         curves = {name: loss_curve(r) for name, r in records.items()}
@@ -143,7 +140,7 @@ def curves_figure(
                 color=styles[name].colour, linestyle=styles[name].line,
             )  # fmt: skip
         axes.set_xlabel("iteration")
-        axes.set_ylabel(f"validation {task} AP" if show_ap else "detection loss (smoothed)")
+        axes.set_ylabel("validation bbox AP" if show_ap else "detection loss (smoothed)")
         axes.set_xlim(left=0)
         if show_ap:
             axes.set_ylim(bottom=0)
