@@ -16,6 +16,7 @@ from detectron2.data.detection_utils import annotations_to_instances, filter_emp
 from tqdm import tqdm
 
 from msad import cli, load_config
+from msad.config_values import copy_with
 from msad.data.checks import load_train_dicts
 from msad.data.register import register_datasets
 from msad.modeling.detectors.mask_code import MASK_SIZE, MaskStatistics
@@ -28,9 +29,7 @@ def fit(cfg: CfgNode, output: str = "", mask_size: int = MASK_SIZE) -> str:
     output = output or cfg.MODEL.MEINST.CODE
     if not output.endswith(".npz"):
         raise ValueError(f"cannot write to {output!r}: --output or MODEL.MEINST.CODE must be a file .npz")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.MASK_ON = True  # the data are checked for masks
+    cfg = copy_with(cfg, {"MODEL.MASK_ON": True})  # the data are checked for masks
     register_datasets(cfg)
     statistics = MaskStatistics(mask_size)
     for record in tqdm(load_train_dicts(cfg), desc="images", disable=None):

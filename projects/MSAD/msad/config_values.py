@@ -56,6 +56,17 @@ def set_value(cfg: CfgNode, key: str, value: Any) -> None:
     (value_at(cfg, sections) if sections else cfg)[name] = value
 
 
+def copy_with(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
+    """A copy with other values of some keys, which have dots between their parts; frozen if ``cfg`` is."""
+    copy = cfg.clone()
+    copy.defrost()
+    for key, value in values.items():
+        set_value(copy, key, value)
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy
+
+
 def read_trees(file: str) -> Iterator[tuple[str, Mapping]]:
     """(file, content) of a config file and of those that it is based on, these first.
 

@@ -15,7 +15,7 @@ from detectron2.data.build import (
 )
 from detectron2.utils import comm
 
-from ..config_values import nearest
+from ..config_values import copy_with, nearest
 from ..finding import ERROR, WARNING, Finding, error_text, log_findings
 from .image_files import check_image_files
 from .label_maps import check_label_maps
@@ -135,9 +135,7 @@ def check_test_sets(cfg: CfgNode) -> None:
     Raises:
         ValueError: there is an error in the data, or they do not fit the config; the message has all errors.
     """
-    alone = cfg.clone()
-    alone.defrost()
-    alone.DATASETS.TRAIN = ()
+    alone = copy_with(cfg, {"DATASETS.TRAIN": ()})
     findings = shared_findings(check_data(alone, images=comm.is_main_process())[1])
     log_findings(findings)
     raise_errors(findings)

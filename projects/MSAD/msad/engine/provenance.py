@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
+from ..config_values import copy_with
 from ..data.cache import checkpoint_id
 from ..data.fingerprint import dataset_fingerprint
 from ..files import write_json
@@ -23,9 +24,7 @@ from .setup import engine_name
 
 def fingerprint(cfg: CfgNode, weights: str | os.PathLike, *more: Any) -> str:
     """Twelve digits that change with the config (without OUTPUT_DIR), the weights, the data, or ``more`` (JSON)."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR = ""
+    cfg = copy_with(cfg, {"OUTPUT_DIR": ""})
     key = [cfg.dump(), checkpoint_id(weights), dataset_fingerprint(cfg), *more]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from ..config_values import plain, set_value, value_at
+from ..config_values import copy_with, plain, set_value, value_at
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def scale_to_batch(cfg: CfgNode) -> CfgNode:
     new = {key: value_at(cfg, key) * factor for key in RATES}
     new["SOLVER.STEPS"] = tuple(_shrink(step, factor) for step in cfg.SOLVER.STEPS)
     new.update((key, _shrink(value_at(cfg, key), factor)) for key in ITERATIONS)
-    scaled = _changed(cfg, {**new, "SOLVER.REFERENCE_BATCH_SIZE": batch})
+    scaled = copy_with(cfg, {**new, "SOLVER.REFERENCE_BATCH_SIZE": batch})
     logger.info("Schedule scaled from batches of %d to batches of %d: %s", reference, batch, _changes(cfg, scaled))
     return scaled
 
@@ -83,9 +83,9 @@ def scale_to_processes(cfg: CfgNode, num_processes: int) -> CfgNode:
     factor = num_processes / reference
     new = {key: _shrink(value_at(cfg, key), factor) for key in ITERATIONS}
     new.update((key, value_at(cfg, key) * factor) for key in RATES)
-    scaled = _changed(DefaultTrainer.auto_scale_workers(cfg, num_processes), new)
+    scaled = copy_with(DefaultTrainer.auto_scale_workers(cfg, num_processes), new)
     if cfg.SOLVER.REFERENCE_BATCH_SIZE:
-        scaled = _changed(scaled, {"SOLVER.REFERENCE_BATCH_SIZE": scaled.SOLVER.IMS_PER_BATCH})
+        scaled = copy_with(scaled, {"SOLVER.REFERENCE_BATCH_SIZE": scaled.SOLVER.IMS_PER_BATCH})
     logger.info("Schedule scaled from %d to %d processes: %s", reference, num_processes, _changes(cfg, scaled))
     return scaled
 
@@ -117,17 +117,6 @@ def schedule_overrides(cfg: CfgNode, before: CfgNode | None = None) -> dict[str,
         if before is None or value != value_at(before, key):
             overrides.setdefault(section, {})[name] = plain(value)
     return overrides
-
-
-def _changed(cfg: CfgNode, values: dict[str, float | tuple[int, ...]]) -> CfgNode:
-    """A copy with other values, frozen if ``cfg`` is."""
-    copy = cfg.clone()
-    copy.defrost()
-    for key, value in values.items():
-        set_value(copy, key, value)
-    if cfg.is_frozen():
-        copy.freeze()
-    return copy
 
 
 def _changes(before: CfgNode, after: CfgNode) -> str:

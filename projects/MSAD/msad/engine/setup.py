@@ -17,6 +17,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from ..config_values import copy_with
 from ..data.register import register_datasets
 from ..modeling.teacher import MultiScaleTeacher
 from .checkpoint import CheckedCheckpointer
@@ -63,9 +64,7 @@ def evaluate_branches(cfg: CfgNode, model: MultiScaleTeacher) -> dict[str, dict]
     for branch in model.branches:
         model.set_eval_branch(branch)
         logger.info("Teacher, branch %s", branch)
-        own = cfg.clone()
-        own.defrost()
-        own.MSAD.EVAL_BRANCH = branch  # names the folder of its detections
+        own = copy_with(cfg, {"MSAD.EVAL_BRANCH": branch})  # which names the folder of its detections
         results[branch] = evaluate(own, model)
     model.set_eval_branch(chosen)
     return results

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from ..config_values import copy_with
 from ..data.loader import build_train_loader
 from ..data.low_res import build_test_loader
 from ..data.tally import raise_errors
@@ -45,12 +46,9 @@ def apply_weighting(cfg: CfgNode) -> CfgNode:
     """If DISTILL.WEIGHTING is set, write the weights that it stands for over W_FUSE, W_DET and the losses' WEIGHT."""
     if not cfg.DISTILL.WEIGHTING:
         return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
     w_fuse, w_det, w_distill = paper_weights(cfg.DISTILL.WEIGHTING, cfg.DISTILL.LAMBDA, cfg.DISTILL.GAMMA)
-    cfg.MSAD.W_FUSE, cfg.DISTILL.W_DET = w_fuse, w_det
-    cfg.DISTILL.LOSSES = [dict(entry, WEIGHT=w_distill) for entry in cfg.DISTILL.LOSSES]
-    cfg.freeze()
+    losses = [dict(entry, WEIGHT=w_distill) for entry in cfg.DISTILL.LOSSES]
+    cfg = copy_with(cfg, {"MSAD.W_FUSE": w_fuse, "DISTILL.W_DET": w_det, "DISTILL.LOSSES": losses})
     logger.info("Weights of %s: w_fuse %g, w_det %g, w_distill %g", cfg.DISTILL.WEIGHTING, w_fuse, w_det, w_distill)
     return cfg
 
@@ -81,10 +79,7 @@ class DistillTrainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         check_training(cfg)
         if cfg.SEED < 0:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.SEED = comm.shared_random_seed() % 2**31
-            cfg.freeze()
+            cfg = copy_with(cfg, {"SEED": comm.shared_random_seed() % 2**31})
             logger.info("SEED is not set; this run uses %d", cfg.SEED)
         seed_all_rng(cfg.SEED + comm.get_rank())
         super().__init__(scale_to_processes(scale_to_batch(apply_weighting(cfg)), comm.get_world_size()))

@@ -11,6 +11,7 @@ from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from tabulate import tabulate
 from torch import nn
 
+from ..config_values import copy_with
 from ..files import finite
 from .coco_stats import counted
 
@@ -40,12 +41,8 @@ def at_size(cfg: CfgNode, short_side: int) -> CfgNode:
     if short_side < 1:
         raise ValueError(f"a short side must be positive, got {short_side}")
     scale = short_side / short_side_of(cfg)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.INPUT.MAX_SIZE_TEST = round(cfg.INPUT.MAX_SIZE_TEST * scale)
-    cfg.INPUT.MIN_SIZE_TEST = short_side
-    cfg.freeze()
-    return cfg
+    longest = round(cfg.INPUT.MAX_SIZE_TEST * scale)
+    return copy_with(cfg, {"INPUT.MIN_SIZE_TEST": short_side, "INPUT.MAX_SIZE_TEST": longest})
 
 
 class _Announced:

@@ -17,6 +17,7 @@ from detectron2.modeling import build_model
 from tqdm import tqdm
 
 from ..config import find_config, load_config
+from ..config_values import copy_with
 from ..data.cache import checkpoint_id
 from ..data.fixed import FixedInputs
 from ..distill.losses.registry import compares_necks, lower_keys
@@ -60,9 +61,7 @@ def check_levels(networks: Mapping[str, tuple[CfgNode, float]], pairing: str) ->
     """
     sources = []
     for name, (cfg, scale) in networks.items():
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = "cpu"
+        cfg = copy_with(cfg, {"MODEL.DEVICE": "cpu"})
         with torch.random.fork_rng(devices=[]):
             shapes = FrozenTeacher(build_model(cfg), name=name, scale=scale).shapes()
         sources.append(SimpleNamespace(name=name, shapes=lambda shapes=shapes: shapes))

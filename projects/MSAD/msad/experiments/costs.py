@@ -14,6 +14,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import GeneralizedRCNN, build_model
 from torch import nn
 
+from ..config_values import copy_with
 from ..data.mappers import inference_mapper
 from ..data.register import registered
 from ..engine.setup import load_model
@@ -76,10 +77,7 @@ def set_equal_cost(cfg: CfgNode, reference: CfgNode) -> None:
 
 def _without_seed(cfg: CfgNode) -> str:
     """The config's text, but for what differs between seeds and has no influence on costs."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.OUTPUT_DIR, cfg.SEED, cfg.DISTILL.TEACHERS = "", 0, []
-    return cfg.dump()
+    return copy_with(cfg, {"OUTPUT_DIR": "", "SEED": 0, "DISTILL.TEACHERS": []}).dump()
 
 
 @functools.lru_cache
@@ -195,9 +193,7 @@ def _has_regions(model: nn.Module) -> bool:
 
 def _architecture(cfg: CfgNode) -> str:
     """What decides on a network's cost for an input of given size."""
-    model = cfg.MODEL.clone()
-    model.defrost()
-    model.WEIGHTS = ""
+    model = copy_with(cfg.MODEL, {"WEIGHTS": ""})
     return f"{model.dump()}{cfg.MSAD.dump()}{cfg.TEST.DETECTIONS_PER_IMAGE}"
 
 

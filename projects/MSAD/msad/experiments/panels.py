@@ -13,6 +13,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 
+from ..config_values import copy_with
 from ..data.low_res import FILE, reads_low_res
 from ..data.register import registered
 from ..data.sampling import at_equal_distances
@@ -25,10 +26,7 @@ from .report import PANELS
 
 def load_predictor(cfg: CfgNode, weights: Path) -> DefaultPredictor:
     """What a trained model finds in an image, in pixels of that image."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = str(weights)
-    return DefaultPredictor(cfg)
+    return DefaultPredictor(copy_with(cfg, {"MODEL.WEIGHTS": str(weights)}))
 
 
 def _found(predictor: DefaultPredictor, record: dict, image: np.ndarray) -> dict:

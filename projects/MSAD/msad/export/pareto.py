@@ -15,6 +15,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..config_values import copy_with
 from ..data.low_res import FILE, reads_low_res
 from ..data.register import register_datasets
 from ..engine.checkpoint import CheckedCheckpointer
@@ -69,9 +70,7 @@ def measure(
         if calibration:
             files["int8"] = output / INT8
             quantize(files["onnxruntime"], calibration, files["int8"])
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = str(output), "cpu"
+        cfg = copy_with(cfg, {"OUTPUT_DIR": str(output), "MODEL.DEVICE": "cpu"})
         model = build_model(cfg)
         CheckedCheckpointer(model).load_all(candidate.weights, f"the config of {candidate.name}")
         model.eval()

@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ...config import load_config
+from ...config_values import copy_with
 from ...data.checks import check_data
 from ...data.register import register_datasets, registered
 from ...distill.distiller import student_shapes
@@ -137,9 +138,7 @@ def examine(cfg: CfgNode, images: int = 200, no_kd_weights: str = "", coming: st
         raise ValueError("DISTILL.STAGES has several runs: call msad.engine.preflight.examine_stages")
     out = _Findings(check_device(cfg))
     if out[-1].level == ERROR:  # all else can be looked at on a CPU
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = "cpu"
+        cfg = copy_with(cfg, {"MODEL.DEVICE": "cpu"})
     out.attempt("data", "correct DATASETS.REGISTER", register_datasets, cfg)
     out += check_data(cfg)[1] or [Finding(WARNING, "data", "DATASETS.TRAIN and DATASETS.TEST are empty", "name sets")]
     out += check_evaluators(cfg)
@@ -241,12 +240,10 @@ def training_classes(cfg: CfgNode, limit: float = math.inf) -> list[str] | None:
     entry = _training_set(cfg)
     if len(entry) == 1:
         return _known_classes(entry["NAME"], limit)
-    own = cfg.clone()
-    own.defrost()
-    own.DATASETS.TRAIN, own.DATASETS.TEST = (f"{entry['NAME']} (the teacher's)",), ()
-    own.DATASETS.REGISTER = [{**entry, "NAME": own.DATASETS.TRAIN[0]}]
-    with registered(own):
-        return _known_classes(own.DATASETS.TRAIN[0], limit)
+    name = f"{entry['NAME']} (the teacher's)"
+    sets = {"DATASETS.TRAIN": (name,), "DATASETS.TEST": (), "DATASETS.REGISTER": [{**entry, "NAME": name}]}
+    with registered(copy_with(cfg, sets)):
+        return _known_classes(name, limit)
 
 
 def _known_classes(name: str, limit: float) -> list[str] | None:

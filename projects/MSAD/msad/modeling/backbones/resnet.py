@@ -8,6 +8,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 
+from ...config_values import copy_with
+
 
 class ResNetC1(Backbone):
     """A detectron2 ResNet that can also return "c1", the stem's output before max-pooling (stride 2).
@@ -43,9 +45,7 @@ class ResNetC1(Backbone):
 def build_resnet_c1_backbone(cfg, input_shape: ShapeSpec) -> ResNetC1:
     """detectron2's ResNet of MODEL.RESNETS, whose OUT_FEATURES may also name "c1"."""
     wanted = list(cfg.MODEL.RESNETS.OUT_FEATURES)
-    inner = cfg.clone()
-    inner.defrost()
-    inner.MODEL.RESNETS.OUT_FEATURES = [name for name in wanted if name != "c1"]
+    inner = copy_with(cfg, {"MODEL.RESNETS.OUT_FEATURES": [name for name in wanted if name != "c1"]})
     return ResNetC1(build_resnet_backbone(inner, input_shape), wanted)
 
 
