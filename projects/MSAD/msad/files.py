@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 FINAL = "model_final.pth"  # what detectron2 calls the last checkpoint of a training
@@ -58,6 +58,13 @@ def read_json(file: str | os.PathLike) -> Any:
         return None
     with open(file, encoding="utf-8") as stream:
         return json.load(stream)
+
+
+def read_whole_json(file: str | os.PathLike) -> Any:
+    """:func:`read_json`, but None also if the file is cut off."""
+    with suppress(ValueError):
+        return read_json(file)
+    return None
 
 
 def write_json(file: str | os.PathLike, content: Any, indent: int | None = 1, shared: bool = False) -> None:

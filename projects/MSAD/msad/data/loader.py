@@ -18,6 +18,7 @@ import torch
 import torch.utils.data
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import read_image
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -161,7 +162,7 @@ class TrainLoader:
             _SeededSamples(self._dataset, self._mapper, self.seed),
             batch_sampler=_Batches(self),
             num_workers=self.num_workers,
-            collate_fn=_as_list,
+            collate_fn=trivial_batch_collator,
             worker_init_fn=_start_worker,
             # DataLoader draws a base seed on its own; not from the generator that the model uses.
             generator=torch.Generator().manual_seed(self.seed),
@@ -284,10 +285,6 @@ def seeded(*entropy: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def _as_list(samples: list) -> list:
-    return samples
 
 
 def _start_worker(worker_id: int) -> None:

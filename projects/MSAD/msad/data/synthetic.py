@@ -5,7 +5,6 @@ spans only a few pixels on the small objects, so halving the resolution costs ac
 in a data set that is drawn in seconds on any machine.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..files import write_json
+from ..files import read_whole_json, write_json
 from . import shapes
 from .scenes import draw_scene
 
@@ -60,7 +59,7 @@ def make_dataset(
     parameters = dict(format=_FORMAT, num_train=num_train, num_val=num_val, **scene)
     check_drawing(parameters, {"num_train and num_val must not be negative": min(num_train, num_val) >= 0})
     stamp = root / "dataset.json"
-    if read_stamp(stamp) == parameters:
+    if read_whole_json(stamp) == parameters:
         return
     # Without the stamp a run that is killed half-way is not taken for a complete data set.
     stamp.unlink(missing_ok=True)
@@ -138,11 +137,3 @@ def check_drawing(parameters: dict, conditions: dict[str, bool]) -> None:
     for message, holds in conditions.items():
         if not holds:
             raise ValueError(f"synthetic data set: {message}; got {parameters}")
-
-
-def read_stamp(path: Path) -> dict | None:
-    """The JSON of a file; None if there is none or it is cut off."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None

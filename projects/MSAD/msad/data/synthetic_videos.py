@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..files import write_json
+from ..files import read_whole_json, write_json
 from . import shapes
 from .scenes import draw_scene
-from .synthetic import check_drawing, read_stamp
+from .synthetic import check_drawing
 
 _FORMAT = 1  # raise when the drawing changes, so that old folders are drawn again
 _LARGER = 2  # sides of the scene over those of a frame
@@ -58,7 +58,7 @@ def make_videos(
     }  # fmt: skip
     entry = {"NAME": "synthetic_videos", "TYPE": "argoverse_hd", "JSON": str(root / "annotations.json"),
              "IMAGES": str(root / "images")}  # fmt: skip
-    if (read_stamp(root / "annotations.json") or {}).get("info") == parameters:
+    if (read_whole_json(root / "annotations.json") or {}).get("info") == parameters:
         return entry
     (root / "annotations.json").unlink(missing_ok=True)
     shutil.rmtree(root / "images", ignore_errors=True)

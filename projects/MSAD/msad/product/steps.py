@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
+from ..files import read_whole_json, write_json
 
 
 def kept(file: Path, key: Any, make: Callable[[], Any], files: Iterable[Path] = ()) -> Any:
@@ -20,10 +20,7 @@ def kept(file: Path, key: Any, make: Callable[[], Any], files: Iterable[Path] = 
         files: that ``make`` writes.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    try:
-        before = read_json(file)
-    except ValueError:  # cut off by an interruption
-        before = None
+    before = read_whole_json(file)
     if before is not None and before["key"] == digest and all(map(Path.exists, files)):
         return before["result"]
     result = make()
