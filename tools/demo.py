@@ -178,11 +178,8 @@ def check_paths(args: argparse.Namespace, inputs: list[Path], outputs: list[Path
     written = [*outputs, *([args.json] if args.json else [])]
     cli.refuse_overwriting(written, [path for path in read if path])
     # Drawings among photographs would be inputs of the next call.
-    cli.refuse_overwriting({path.parent for path in outputs}, {path.parent for path in inputs} & _folders(args.input))
-
-
-def _folders(patterns: list[str]) -> set[Path]:
-    return {Path(pattern) for pattern in patterns if os.path.isdir(pattern)}
+    folders = {Path(pattern) for pattern in args.input if os.path.isdir(pattern)}
+    cli.refuse_overwriting({path.parent for path in outputs}, folders & {path.parent for path in inputs})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from detectron2.modeling import build_model
 
 from msad import cli, load_config
 from msad.config import default_config
+from msad.config_values import value_at
 from msad.data.layouts import LAYOUTS, register_entries
 from msad.data.register import register_datasets
 from msad.data.tally import raise_errors
@@ -83,7 +84,7 @@ def check_data(cfg: CfgNode) -> None:
             "--train-json, --train-images, --val-json and --val-images"
         )
     key = num_classes_key(cfg)
-    wanted = cfg.MODEL[key.split(".")[1]].NUM_CLASSES
+    wanted = value_at(cfg, key)
     declared = {entry["NAME"] for entry in cfg.DATASETS.REGISTER}
     for name in declared.intersection(cfg.DATASETS.TRAIN):
         DatasetCatalog.get(name)  # the file knows the names

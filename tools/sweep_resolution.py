@@ -93,10 +93,6 @@ def earlier(file: Path, about: dict) -> list[dict]:
     return found["sizes"]
 
 
-def save(file: Path, about: dict, sizes: list[dict]) -> None:
-    write_json(file, {**about, "sizes": sizes})
-
-
 def largest_first(sizes: dict[int, dict]) -> list[dict]:
     return sorted(sizes.values(), key=lambda entry: -entry["short_side"])
 
@@ -137,10 +133,10 @@ def run(args: argparse.Namespace) -> list[dict]:
                 done[side] = {"short_side": side, **about_size, **entry}
                 # Milliseconds compare where sizes took turns on one machine: those of earlier runs go.
                 sizes = [{**entry, "input": None, "milliseconds": None} for entry in largest_first(done)]
-                save(file, about, sizes)
+                write_json(file, {**about, "sizes": sizes})
     if not args.no_latency and any(entry["milliseconds"] is None for entry in sizes):
         measure_latencies(cfg, model, sizes, about["branch"])
-        save(file, about, sizes)
+        write_json(file, {**about, "sizes": sizes})
     name = os.path.splitext(os.path.basename(args.config_file))[0] + (f", {about['branch']}" if about["branch"] else "")
     plot_sweep(sizes, output / "sweep.png", name)
     return sizes
