@@ -19,9 +19,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
 from .loop import HookBase
-from .profiling import AutogradProfiler, TorchMemoryStats, TorchProfiler
+from .profiling import TorchMemoryStats, TorchProfiler
 
-__all__ = ["AutogradProfiler", "BestCheckpointer", "CallbackHook", "EvalHook", "IterationTimer"]
+__all__ = ["BestCheckpointer", "CallbackHook", "EvalHook", "IterationTimer"]
 __all__ += ["LRScheduler", "PeriodicCheckpointer", "PeriodicWriter", "PreciseBN", "TorchMemoryStats"]
 __all__ += ["TorchProfiler"]
 

@@ -67,16 +67,6 @@ class TorchProfiler(HookBase):
             )
 
 
-class AutogradProfiler(TorchProfiler):
-    """`TorchProfiler` with chrome traces only; `use_cuda` also records the kernels on the GPU."""
-
-    def __init__(self, enable_predicate: Callable, output_dir: str, *, use_cuda: bool = True) -> None:
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if use_cuda and torch.cuda.is_available():
-            kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        super().__init__(enable_predicate, output_dir, activities=kinds, save_tensorboard=False)
-
-
 class TorchMemoryStats(HookBase):
     """Logs the GPU memory of this process every `period` iterations, `max_runs` times."""
 

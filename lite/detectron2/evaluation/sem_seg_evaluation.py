@@ -56,7 +56,6 @@ class SemSegEvaluator(DatasetEvaluator):
         for name, value in (("num_classes", num_classes), ("ignore_label", ignore_label)):
             if value is not None:
                 self._logger.warning("SemSegEvaluator: %s is deprecated, the metadata have it.", name)
-        self._dataset_name = dataset_name
         self._distributed = distributed
         self._output_dir = output_dir
         self.sem_seg_loading_fn = sem_seg_loading_fn

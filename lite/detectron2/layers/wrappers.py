@@ -67,8 +67,3 @@ def shapes_to_tensor(x: list[int], device: torch.device | None = None) -> Tensor
 def move_device_like(src: Tensor, dst: Tensor) -> Tensor:
     """`src` on the device of `dst`."""
     return src.to(dst.device)
-
-
-def check_if_dynamo_compiling() -> bool:
-    """Whether torch.compile is tracing the caller."""
-    return torch.compiler.is_compiling()
