@@ -243,6 +243,12 @@ def compressed(mask: dict[str, Any]) -> dict[str, Any]:
     return mask_util.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
 
 
+def encoded(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's compressed run lengths, as JSON holds them, of a bool array (height, width)."""
+    found = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": found["size"], "counts": found["counts"].decode()}
+
+
 def bitmap(mask: list | dict[str, Any], height: int, width: int) -> np.ndarray:
     """COCO polygons or run lengths, compressed or not, as a bool array (height, width).
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
@@ -22,7 +21,7 @@ from PIL import Image
 
 from ..finding import ERROR, OK
 from ..resolution import downsampled_size, get_resolution
-from .coco_annotations import bitmap
+from .coco_annotations import bitmap, encoded
 from .image_files import check_pixels, inspect_image, inspect_images
 from .label_maps import resized_label_map
 from .mappers import inference_mapper
@@ -154,7 +153,7 @@ def _scaled(annotation: dict[str, Any], record: dict, to: dict) -> dict[str, Any
         # A pixel belongs to the object if at least half of its area does.
         whole = bitmap(mask, record["height"], record["width"]).astype(np.float32)
         small = cv2.resize(whole, (to["width"], to["height"]), interpolation=cv2.INTER_AREA) >= 0.5
-        out["segmentation"] = mask_util.encode(np.asfortranarray(small, np.uint8))
+        out["segmentation"] = encoded(small)
     elif mask:
         out["segmentation"] = [[v * (sx, sy)[i % 2] for i, v in enumerate(polygon)] for polygon in mask]
     if annotation.get("keypoints"):

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as rle
+
+from ..data.coco_annotations import encoded
 
 _OPACITY = 0.55
 
@@ -69,12 +70,10 @@ class LabelMap:
         found = []
         for label in self.classes.tolist():
             mask = self.labels == label
-            encoded = rle.encode(np.asfortranarray(mask, np.uint8))
             found.append(
                 {
                     "category_id": label, "category": names[label] if label < len(names) else str(label),
-                    "pixels": int(mask.sum()),
-                    "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode()},
+                    "pixels": int(mask.sum()), "segmentation": encoded(mask),
                 }
             )  # fmt: skip
         return found

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 from detectron2.structures import BoxMode, Instances
-from pycocotools import mask as rle
 
-from ..data.coco_annotations import bitmap
+from ..data.coco_annotations import bitmap, encoded
 from .label_maps import LabelMap
 
 
@@ -104,8 +103,7 @@ def as_json(objects: Objects | LabelMap, names: Sequence[str] = ()) -> list[dict
         if objects.scores is not None:
             entry["score"] = round(float(objects.scores[i]), 5)
         if objects.masks is not None:
-            mask = rle.encode(np.asfortranarray(objects.masks[i], np.uint8))
-            entry["segmentation"] = {"size": mask["size"], "counts": mask["counts"].decode()}
+            entry["segmentation"] = encoded(objects.masks[i])
         if objects.keypoints is not None:
             entry["keypoints"] = [round(v, 2) for v in objects.keypoints[i].ravel().tolist()]
         found.append(entry)
