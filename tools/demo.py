@@ -15,14 +15,8 @@ from tqdm import tqdm
 
 from msad import cli
 from msad.data.media import Unreadable, choose_outputs, find_inputs, is_video, open_video, read_picture, require_bytes
-from msad.engine.predictor import (
-    GroundTruth,
-    class_metadata,
-    class_names,
-    is_segmentor,
-    load_predictor,
-    predict_low_res,
-)
+from msad.data.names import class_names
+from msad.engine.predictor import GroundTruth, class_metadata, is_segmentor, load_predictor, predict_low_res
 from msad.files import prepare_folder, write_json
 from msad.visualization import LabelMap, Objects, Panel, as_content, draw_objects, save_panels
 from msad.visualization.objects import as_json

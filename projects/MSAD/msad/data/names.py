@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 
 from .register import register_datasets
 
 FILE = "metadata.json"
 KEYS = ("thing_classes", "stuff_classes", "keypoint_names", "keypoint_flip_map", "keypoint_connection_rules")
+
+
+def class_names(metadata: Metadata | Mapping[str, list]) -> list[str]:
+    """Names of a detector's or a segmentor's classes in detectron2's metadata; none where they are not known."""
+    return list(metadata.get("thing_classes") or metadata.get("stuff_classes") or ())
+
+
+def skeleton(metadata: Metadata | Mapping[str, list]) -> list[list[int]]:
+    """Pairs of the numbers of connected keypoints."""
+    names = list(metadata.get("keypoint_names") or ())
+    return [[names.index(a), names.index(b)] for a, b, _ in metadata.get("keypoint_connection_rules") or ()]
 
 
 def dataset_names(cfg: CfgNode) -> dict[str, list]:
@@ -21,7 +34,7 @@ def dataset_names(cfg: CfgNode) -> dict[str, list]:
         if name not in DatasetCatalog.list():
             continue
         metadata = MetadataCatalog.get(name)
-        if not (metadata.get("thing_classes") or metadata.get("stuff_classes")) or cfg.MODEL.KEYPOINT_ON:
+        if not class_names(metadata) or cfg.MODEL.KEYPOINT_ON:
             try:
                 DatasetCatalog.get(name)  # the file knows its names
             except (OSError, ValueError):

@@ -15,7 +15,7 @@ from detectron2.engine import DefaultPredictor
 from ..config import load_config
 from ..data.low_res import LowResOnly
 from ..data.mappers import inference_mapper
-from ..data.names import read_names
+from ..data.names import class_names, read_names
 from ..data.register import register_datasets
 from .checkpoint import CheckedCheckpointer
 
@@ -110,11 +110,6 @@ def class_metadata(cfg: CfgNode, ground_truth: GroundTruth | None, config_file: 
             f"--ground-truth has other classes than the model: {', '.join(theirs)}; the model's are {', '.join(ours)}"
         )
     return model if ours and is_segmentor(cfg) else ground_truth.metadata
-
-
-def class_names(metadata: Metadata) -> list[str]:
-    """Names of a detector's or a segmentor's classes; none where they are not known."""
-    return list(metadata.get("thing_classes") or metadata.get("stuff_classes") or ())
 
 
 def _model_metadata(cfg: CfgNode, config_file: str) -> Metadata:

@@ -12,6 +12,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 
 from ..data.media import Unreadable, read_picture
+from ..data.names import skeleton
 from ..data.sampling import at_equal_distances
 from ..files import write_json
 from ..visualization.objects import Objects, ground_truth, predictions, sought
@@ -61,7 +62,7 @@ def write_gallery(
             "height": image.shape[0], "objects": objects,
         })  # fmt: skip
     data = {
-        "classes": list(metadata.get("thing_classes") or []), "skeleton": _skeleton(metadata),
+        "classes": list(metadata.get("thing_classes") or []), "skeleton": skeleton(metadata),
         "sources": [{"role": role, "name": models[role][0] if role in models else role} for role in roles],
         "images": images,
     }  # fmt: skip
@@ -99,11 +100,6 @@ def _polygons(mask: np.ndarray | list) -> list:
 
 def _rounded(values: np.ndarray) -> list[float]:
     return [round(value, 1) for value in np.asarray(values, float).tolist()]
-
-
-def _skeleton(metadata: Metadata) -> list[list[int]]:
-    names = list(metadata.get("keypoint_names") or [])
-    return [[names.index(a), names.index(b)] for a, b, _ in metadata.get("keypoint_connection_rules") or []]
 
 
 def _shrunk(image: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, Instances
 
 from ..data.low_res import FILE, reads_low_res
+from ..data.names import class_names
 from ..data.register import register_datasets
 from ..engine.trainer import DistillTrainer
 from ..files import finite
@@ -76,8 +77,7 @@ def evaluate_exported(cfg: CfgNode, file: str | Path, threads: int = 0) -> dict[
     model, results = ExportedModel(file, threads, reads_low_res(cfg)), {}
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
-        classes, metadata = model.detector.about["classes"], MetadataCatalog.get(name)
-        known = list(metadata.get("thing_classes") or metadata.get("stuff_classes") or [])
+        classes, known = model.detector.about["classes"], class_names(MetadataCatalog.get(name))
         unnamed = classes == [str(number) for number in range(len(known))]
         if known and classes != known and not unnamed:
             raise ValueError(f"{file} has the classes {', '.join(classes)}, but {name} has {', '.join(known)}")

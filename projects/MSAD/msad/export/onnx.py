@@ -20,7 +20,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..data.names import dataset_names, read_names
+from ..data.names import class_names, dataset_names, read_names, skeleton
 from ..files import atomic_write
 from .graph import DetectionGraph, detection_graph
 from .plain import load_by_itself
@@ -96,7 +96,7 @@ def describe(cfg: CfgNode, graph: DetectionGraph, names: dict[str, list]) -> dic
 
     ``names`` is detectron2's metadata, see :func:`dataset_names`.
     """
-    classes = list(names.get("thing_classes") or names.get("stuff_classes") or [])
+    classes = class_names(names)
     if len(classes) != graph.num_classes:
         classes = [str(number) for number in range(graph.num_classes)]
     about = {
@@ -104,10 +104,8 @@ def describe(cfg: CfgNode, graph: DetectionGraph, names: dict[str, list]) -> dic
         "max_size": cfg.INPUT.MAX_SIZE_TEST, "classes": classes, **graph.limits(),
     }  # fmt: skip
     if "keypoints" in graph.outputs:
-        points = list(names.get("keypoint_names") or [])
-        rules = names.get("keypoint_connection_rules") or []
-        about["keypoints"] = points
-        about["skeleton"] = [[points.index(a), points.index(b)] for a, b, _ in rules]
+        about["keypoints"] = list(names.get("keypoint_names") or [])
+        about["skeleton"] = skeleton(names)
     return about
 
 

@@ -14,6 +14,7 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..data.names import class_names
 from .colours import FAINT, GREY, INK, class_colour
 from .label_maps import LabelMap
 from .objects import Content, Objects, as_content, resized, sought
@@ -131,7 +132,7 @@ def _draw_labels(
 
 def class_name(metadata: Metadata, index: int) -> str:
     """Name of a class, or its index where no name is known."""
-    names = metadata.get("thing_classes") or metadata.get("stuff_classes") or ()
+    names = class_names(metadata)
     return names[index] if index < len(names) else str(index)
 
 
