@@ -8,7 +8,7 @@ from fvcore.nn import weight_init
 from torch import nn
 from torch.nn.functional import rms_norm
 
-from ..resolution import masked_mean
+from ..resolution import downsampled_size, level_of, masked_mean
 
 
 class CrossFeatureLevelFusion(nn.Module):
@@ -63,3 +63,15 @@ class CrossFeatureLevelFusion(nn.Module):
         for i, x in enumerate(maps[1:], start=1):
             fused = torch.addcmul(fused, gates[:, i], x)
         return fused
+
+    def fuse(
+        self, branches: list[dict[str, torch.Tensor]], levels: list[str], image_sizes: list[tuple[int, int]] | None
+    ) -> dict[str, torch.Tensor]:
+        """:meth:`forward` of H-frame ``levels``; sizes (h, w) in H pixels tell the gate where padding begins."""
+        return {
+            name: self(
+                [features[name] for features in branches],
+                image_sizes and [downsampled_size(size, level_of(name)) for size in image_sizes],
+            )
+            for name in levels
+        }

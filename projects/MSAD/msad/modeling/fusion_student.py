@@ -12,7 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import nn
 
-from ..resolution import Resolution, downsample, downsampled_size, get_resolution, level_of, shift_levels, shift_names
+from ..resolution import Resolution, downsample, downsampled_size, get_resolution, shift_levels, shift_names
 from .adapters import Features, adapt
 from .features import run_neck
 from .fusion import CrossFeatureLevelFusion
@@ -109,15 +109,7 @@ class FusionBackbone(Backbone):
 
     def forward(self, x: torch.Tensor) -> Features:
         """(N, 3, H, W), normalised, padded with zeros to :attr:`size_divisibility` -> fused maps by H-frame name."""
-        branches = self.branch_features(x)
-        sizes = self.image_sizes
-        return {
-            name: self.fusion(
-                [features[name] for features in branches],
-                sizes and [downsampled_size(size, level_of(name)) for size in sizes],
-            )
-            for name in self._out_features
-        }
+        return self.fusion.fuse(self.branch_features(x), self._out_features, self.image_sizes)
 
 
 _STREAMS: dict[tuple[torch.device, int], torch.cuda.Stream] = {}

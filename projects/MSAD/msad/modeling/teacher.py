@@ -12,9 +12,7 @@ from ..resolution import (
     Resolution,
     batch_images,
     downsampled_image,
-    downsampled_size,
     get_resolution,
-    level_of,
     pad_divisibility,
     shift_levels,
     shift_names,
@@ -153,13 +151,7 @@ class MultiScaleTeacher(nn.Module):
 
     def fuse(self, branches: list[Features], image_sizes: list[tuple[int, int]]) -> Features:
         """C-FF per level; ``image_sizes`` (h, w) in H pixels tell the gate where padding begins."""
-        return {
-            name: self.fusion(
-                [features[name] for features in branches],
-                [downsampled_size(size, level_of(name)) for size in image_sizes],
-            )
-            for name in self.levels
-        }
+        return self.fusion.fuse(branches, self.levels, image_sizes)
 
     def neck_features(self, batched_inputs: list[dict], max_shift: int = 0) -> Features:
         """What a student at up to ``max_shift`` learns: fused maps under H-frame names, from inputs in H pixels."""
