@@ -33,7 +33,8 @@ from msad.engine.build import teacher_entries
 from msad.engine.provenance import machine
 from msad.experiments.adaptation import STUDENT, cost_record, finite_costs, measure_adaptation, pairing_of
 from msad.files import require_checkpoint, write_json
-from msad.visualization.adaptation import plot_graph, plot_heat_map
+from msad.visualization.adaptation import graph_figure, heat_map_figure
+from msad.visualization.plots import save_figure
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -133,9 +134,9 @@ def run(args: argparse.Namespace) -> str:
         order = suggest("algorithm1", used, STUDENT, quality, args.k or len(quality)) if quality else []
     finally:  # what is measured is kept where no order follows from it
         write_json(output / "costs.json", {**about, "order": order})
-    plot_heat_map({"adaptation cost": costs["costs"], "divided by variance": costs["normalized_costs"]}, names,
-                  output / "costs.png")  # fmt: skip
-    plot_graph(used, names, output / "graph.png", order)
+    tables = {"adaptation cost": costs["costs"], "divided by variance": costs["normalized_costs"]}
+    save_figure(heat_map_figure(tables, names), output / "costs.png")
+    save_figure(graph_figure(used, names, order), output / "graph.png")
     written = ["costs.json", "costs.png", "graph.png"]
     rows = [[a, *(costs["costs"][a].get(b) for b in names), *(costs["normalized_costs"][a].get(b) for b in names)]
             for a in names]  # fmt: skip

@@ -28,8 +28,9 @@ from msad.experiments.jobs import error_of, make_slots, run_all, take_devices
 from msad.experiments.metrics import choose_metric
 from msad.experiments.orders import OrderStudy, mean_ranks, order_study
 from msad.files import write_json
-from msad.visualization.adaptation import plot_graph, plot_heat_map
-from msad.visualization.orders import plot_orders
+from msad.visualization.adaptation import graph_figure, heat_map_figure
+from msad.visualization.orders import orders_figure
+from msad.visualization.plots import save_figure
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,13 +62,13 @@ def report(study: OrderStudy, metric: str) -> str:
     names, best, written = [STUDENT, *study.teachers], [], ["orders.json"]
     for seed, found in data["seeds"].items():
         costs = {"adaptation cost": found["costs"], "divided by variance": found["normalized_costs"]}
-        plot_heat_map(costs, names, study.output / f"costs_seed{seed}.png")
+        save_figure(heat_map_figure(costs, names), study.output / f"costs_seed{seed}.png")
         order = next(e["order"] for e in reversed(found["rules"]) if e["rule"] == "algorithm1")
-        plot_graph(found["costs"], names, study.output / f"graph_seed{seed}.png", order)
+        save_figure(graph_figure(found["costs"], names, order), study.output / f"graph_seed{seed}.png")
         written += [f"costs_seed{seed}.png", f"graph_seed{seed}.png"]
         best += [[seed, " -> ".join(o), value] for o, value in sorted(found["orders"], key=lambda e: -e[1])[:5]]
     if best:
-        plot_orders(data, study.output / "orders.png")
+        save_figure(orders_figure(data), study.output / "orders.png")
         written.append("orders.png")
     quality = [[seed, found["student"], *found["quality"].values()] for seed, found in data["seeds"].items()]
     tables = [

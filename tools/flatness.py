@@ -30,7 +30,8 @@ from msad.engine.setup import load_model
 from msad.evaluation.detection_loss import DetectionLoss, fixed_batches
 from msad.evaluation.flatness import DISTANCES, loss_along, moved, random_direction, sharpness
 from msad.files import finite, read_json, write_json
-from msad.visualization.flatness import plot_lines, plot_surfaces
+from msad.visualization.flatness import lines_figure, surfaces_figure
+from msad.visualization.plots import save_figure
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -128,9 +129,9 @@ def run(args: argparse.Namespace) -> str:
     datasets = {key: first.DATASETS[key][0] for key in ("TRAIN", "TEST")}
     write_measurements(output / "flatness.json", models, loaded, **options, datasets=datasets)
     written = ["flatness.json", "flatness.png"]
-    plot_lines(models, output / "flatness.png")
+    save_figure(lines_figure(models), output / "flatness.png")
     if args.surface:
-        plot_surfaces(models, output / "surface.png")
+        save_figure(surfaces_figure(models), output / "surface.png")
         written.append("surface.png")
     distances = list(next(iter(models.values()))["sharpness"])
     rows = [[name, m["train"], m["val"], m["gap"], *m["sharpness"].values()] for name, m in models.items()]

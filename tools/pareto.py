@@ -24,7 +24,8 @@ from msad.engine.setup import engine_name, prepare
 from msad.evaluation.sweep import at_size
 from msad.export.onnx import require
 from msad.files import write_json
-from msad.visualization.pareto import plot_pareto
+from msad.visualization.pareto import pareto_figure
+from msad.visualization.plots import save_figure
 
 
 def candidate(name: str, config_file: str, weights: str, opts: list[str]) -> tuple[str, CfgNode, str]:
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = measure(models, output, calibration, args.threads, args.images, args.rounds)
         about = {"engine": engine_name(), "threads": args.threads, "opts": args.opts, "models": args.model}
         write_json(output / "pareto.json", {**about, "rows": rows})
-        plot_pareto(rows, output / "pareto.png")
+        save_figure(pareto_figure(rows), output / "pareto.png")
         header = ["model", "engine", "AP", "GMACs", *(f"ms, threads: {n}" for n in args.threads), "best"]
         cells = [
             [r["name"], r["engine"], r["AP"], r["gmacs"], *r["milliseconds"].values(), "*" * r["best"]] for r in rows

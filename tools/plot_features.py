@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from msad import cli
-from msad.visualization.feature_plots import plot_features, read_features
+from msad.visualization.feature_plots import features_figure, read_features
+from msad.visualization.plots import save_figure
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         files = {name: folder / "features.jsonl" for name, folder in map(named, args.runs)}
         cli.refuse_overwriting([args.output], files.values())
         runs = {name: read_features(file) for name, file in files.items()}
-        print(f"Plot: {plot_features(runs, args.output, args.levels)}")
+        print(f"Plot: {save_figure(features_figure(runs, args.levels), args.output)}")
 
     return cli.run(parser.prog, work)
 

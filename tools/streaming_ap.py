@@ -40,7 +40,8 @@ from msad.evaluation.streaming_detector import FrameDetector, categories_of, det
 from msad.evaluation.sweep import at_size
 from msad.files import finite, read_json, write_json
 from msad.modeling.adapters import num_classes_key
-from msad.visualization.streaming import plot_streaming
+from msad.visualization.plots import save_figure
+from msad.visualization.streaming import streaming_figure
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -203,7 +204,7 @@ def run(args: argparse.Namespace) -> str:
     output = Path(args.output)
     write_measurements(output / "streaming.json", models, loaded, **about)
     title = f"{videos.name}, {args.schedule}" + (", in real time" if args.real_time else "")
-    plot_streaming(models, output / "streaming.png", about["fps"][-1], title)
+    save_figure(streaming_figure(models, about["fps"][-1], title), output / "streaming.png")
     rows = [
         [name, e["short_side"], e["milliseconds"], e["offline"]["AP"], e["streaming"]["AP"],
          *(e["streaming"][key] for key in ("APs", "APm", "APl")), e["pairing"]["mean_lag"], e["pairing"]["missed"]]

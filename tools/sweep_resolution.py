@@ -32,7 +32,8 @@ from msad.evaluation.sweep import at_size, default_sizes, evaluate_size, format_
 from msad.experiments.costs import measure_costs
 from msad.experiments.run import log_to
 from msad.files import read_json, require_checkpoint, write_json
-from msad.visualization.sweep import plot_sweep
+from msad.visualization.plots import save_figure
+from msad.visualization.sweep import sweep_figure
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         measure_latencies(cfg, model, sizes, about["branch"])
         write_json(file, {**about, "sizes": sizes})
     name = os.path.splitext(os.path.basename(args.config_file))[0] + (f", {about['branch']}" if about["branch"] else "")
-    plot_sweep(sizes, output / "sweep.png", name)
+    save_figure(sweep_figure(sizes, name), output / "sweep.png")
     return sizes
 
 

@@ -12,8 +12,8 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from ..files import atomic_write
-from ..visualization.plots import read_metrics
-from ..visualization.stages import Stage, plot_stages
+from ..visualization.plots import read_metrics, save_figure
+from ..visualization.stages import Stage, stages_figure
 from .scaling import scale_to_batch, scale_to_processes
 
 logger = logging.getLogger(__name__)
@@ -59,5 +59,5 @@ def write_summary(folder: str, configs: Sequence[CfgNode]) -> None:
     table = stage_table(stages)
     with atomic_write(Path(folder) / TABLE, "w") as file:
         file.write(f"{table}\n")
-    plot_stages(stages, Path(folder) / CURVE)
+    save_figure(stages_figure(stages), Path(folder) / CURVE)
     logger.info("Stages so far, also in %s with %s:\n%s", Path(folder) / TABLE, CURVE, table)

@@ -5,21 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from .colours import FAINT, GREY, INK, PALETTE
-from .plots import STYLE, save_figure
+from .plots import STYLE
 
 Costs = Mapping[str, Mapping[str, float]]
-
-
-def plot_heat_map(tables: Mapping[str, Costs], names: Sequence[str], path: str | Path) -> Path:
-    """Write the chart of :func:`heat_map_figure`."""
-    return save_figure(heat_map_figure(tables, names), path)
 
 
 def heat_map_figure(tables: Mapping[str, Costs], names: Sequence[str]) -> Figure:
@@ -52,11 +46,6 @@ def heat_map_figure(tables: Mapping[str, Costs], names: Sequence[str]) -> Figure
             panel.tick_params(length=0)
         panels[0].set_ylabel("from")
     return figure
-
-
-def plot_graph(costs: Costs, names: Sequence[str], path: str | Path, order: Sequence[str] = ()) -> Path:
-    """Write the chart of :func:`graph_figure`."""
-    return save_figure(graph_figure(costs, names, order), path)
 
 
 def graph_figure(costs: Costs, names: Sequence[str], order: Sequence[str] = ()) -> Figure:

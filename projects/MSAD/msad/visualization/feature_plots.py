@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from .colours import GREY, PALETTE
-from .plots import STYLE, read_metrics, save_figure
+from .plots import STYLE, read_metrics
 
 _ROWS = ("m n / N", "magnitude", "angle (degrees)")
 Levels = dict[str, dict[str, np.ndarray]]
@@ -37,17 +37,12 @@ def read_features(path: str | Path) -> Levels:
     return {level: {key: np.array(v) for key, v in column.items()} for level, column in columns.items()}
 
 
-def plot_features(runs: Mapping[str, Levels], path: str | Path, levels: Sequence[str] | None = None) -> Path:
-    """Write a grid of charts, a column a level and a colour a run; see :func:`read_features`.
+def features_figure(runs: Mapping[str, Levels], levels: Sequence[str] | None = None) -> Figure:
+    """A grid of charts, a column a level and a colour a run; see :func:`read_features`.
 
     Raises:
         ValueError: a level that no run has.
     """
-    return save_figure(features_figure(runs, levels), path)
-
-
-def features_figure(runs: Mapping[str, Levels], levels: Sequence[str] | None = None) -> Figure:
-    """The figure of :func:`plot_features`."""
     known = list(dict.fromkeys(level for run in runs.values() for level in run))
     for level in levels or ():
         if level not in known:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from .colours import PALETTE
-from .plots import STYLE, save_figure
-
-
-def plot_lines(models: Mapping[str, dict], path: str | Path) -> Path:
-    """Write the chart of :func:`lines_figure`."""
-    return save_figure(lines_figure(models), path)
+from .plots import STYLE
 
 
 def lines_figure(models: Mapping[str, dict]) -> Figure:
@@ -48,11 +42,6 @@ def lines_figure(models: Mapping[str, dict]) -> Figure:
         gap.set_ylabel("detection loss")
         figure.legend(*along.get_legend_handles_labels(), loc="outside upper right", ncols=len(models))
     return figure
-
-
-def plot_surfaces(models: Mapping[str, dict], path: str | Path) -> Path:
-    """Write the chart of :func:`surfaces_figure`."""
-    return save_figure(surfaces_figure(models), path)
 
 
 def surfaces_figure(models: Mapping[str, dict]) -> Figure:

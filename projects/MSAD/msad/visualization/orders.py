@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from .colours import GREY, INK, PALETTE
-from .plots import STYLE, save_figure
+from .plots import STYLE
 
 # Rule -> colour and marker; where rules agree, the first is drawn on top.
 _RULES = {
     "algorithm1": (PALETTE[1], "o"), "sum": (PALETTE[0], "s"), "max": (PALETTE[2], "^"), "forward": (PALETTE[3], "D"),
 }  # fmt: skip
-
-
-def plot_orders(data: Mapping, path: str | Path) -> Path:
-    """Write the chart of :func:`orders_figure`."""
-    return save_figure(orders_figure(data), path)
 
 
 def orders_figure(data: Mapping) -> Figure:

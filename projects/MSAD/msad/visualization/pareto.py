@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from .colours import INK, PALETTE
-from .plots import STYLE, save_figure
+from .plots import STYLE
 
 _MARKERS = ("o", "s", "^")
-
-
-def plot_pareto(rows: Sequence[dict], path: str | Path) -> Path:
-    """Write the chart of :func:`pareto_figure`."""
-    return save_figure(pareto_figure(rows), path)
 
 
 def pareto_figure(rows: Sequence[dict]) -> Figure:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from .colours import GREY, PALETTE
-from .plots import STYLE, loss_curve, save_figure, smooth
+from .plots import STYLE, loss_curve, smooth
 
 L_DETECT = "validation/L_detect"
 SCORES = ("/AP", "/mIoU")
@@ -56,11 +55,6 @@ class Stage:
     def validation_loss(self) -> tuple[np.ndarray, np.ndarray]:
         """(iterations, detection losses on the test set), both (n,); empty without TEST.LOSS_IMAGES."""
         return self.curve(L_DETECT)
-
-
-def plot_stages(stages: Sequence[Stage], path: str | Path) -> Path:
-    """Write the chart of :func:`stages_figure`."""
-    return save_figure(stages_figure(stages), path)
 
 
 def stages_figure(stages: Sequence[Stage]) -> Figure:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from .colours import GREY, INK, PALETTE
-from .plots import STYLE, save_figure
+from .plots import STYLE
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-
-
-def plot_streaming(models: Mapping[str, Sequence[dict]], path: str | Path, fps: float, title: str = "") -> Path:
-    """Write the chart of :func:`streaming_figure`."""
-    return save_figure(streaming_figure(models, fps, title), path)
 
 
 def streaming_figure(models: Mapping[str, Sequence[dict]], fps: float, title: str = "") -> Figure:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from .colours import INK, PALETTE
-from .plots import STYLE, save_figure
+from .plots import STYLE
 
 _MARKERS = ("o", "s", "^")
-
-
-def plot_sweep(sizes: Sequence[dict], path: str | Path, title: str = "") -> Path:
-    """Write the chart of a resolution sweep; see :func:`sweep_figure`."""
-    return save_figure(sweep_figure(sizes, title), path)
 
 
 def sweep_figure(sizes: Sequence[dict], title: str = "") -> Figure:
