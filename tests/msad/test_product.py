@@ -16,6 +16,7 @@ import msad
 from msad import load_config
 from msad.config import find_config
 from msad.distill import balance
+from msad.experiments.jobs import Run
 from msad.product import backbones, results
 from msad.product.advice import describe, finest_anchor, measure_objects, native_side, recommend, shares_below, sides_at
 from msad.product.card import model_card, read_licences
@@ -199,6 +200,16 @@ def test_other_methods(make):
     assert alone["baseline_L"].MODEL.FCOS.IN_FEATURES == ["p3", "p4", "p5"]
 
 
+def test_the_architecture_of_the_student_alone_is_a_control(make):
+    for scale, method, name in (("1/2", "msad", "baseline_L_shifted"), ("1/4", "progressive", "baseline_EL_shifted")):
+        configs = make(scale=scale, method=method, controls=True, opts=("MODEL.WEIGHTS", "imagenet.pth"))
+        alone, student = configs[name], configs["student"]
+        assert not alone.DISTILL.TEACHERS and not alone.DISTILL.LOSSES and alone.MODEL.WEIGHTS == "imagenet.pth"
+        assert alone.INPUT.MIN_SIZE_TRAIN == (alone.INPUT.MIN_SIZE_TEST,) == (student.INPUT.MIN_SIZE_TEST,)
+        alone.MODEL.WEIGHTS = student.MODEL.WEIGHTS
+        assert alone.MODEL == student.MODEL and alone.SOLVER.MAX_ITER == 1500
+
+
 def test_a_given_model_teaches_as_it_is(make, tmp_path):
     yaml, weights = tmp_path / "mine.yaml", tmp_path / "mine.pth"
     weights.touch()
@@ -211,6 +222,7 @@ def test_a_given_model_teaches_as_it_is(make, tmp_path):
     assert student.DISTILL.TEACHERS[0]["WEIGHTS"] == configs["baseline_H"].MODEL.WEIGHTS == str(weights)
     assert (student.INPUT.MIN_SIZE_TEST, student.SOLVER.BASE_LR, student.SOLVER.MAX_ITER) == (128, 0.125, 60)
     assert make(method="none", **given)["student"].DISTILL.LOSSES == []
+    assert list(make(controls=True, **given)) == ["baseline_L", "baseline_H", "student"]  # its own time is not known
     assert make(**given)["student"].SOLVER.MAX_ITER == 1500  # and not the model's own schedule
     with pytest.raises(ValueError, match="the model has 2 classes, the data have 3"):
         make(content={"classes": ["a", "b", "c"], "masks": False, "keypoints": 0}, **given)
@@ -257,6 +269,29 @@ def test_plan():
     assert "left out or changed: a line was dropped" in text
     assert "teacher: 1000 iterations of 0.5 s, about 8 min" in text
     assert "in all about 17 min of training and evaluation, 240.0 MB of checkpoints (5.0 GB free)" in text
+
+
+def test_the_architecture_alone_gets_the_time_of_teacher_and_student(project, tmp_path, monkeypatch):
+    choices = Choices(backbone="tiny", short_side=64, iterations=100, controls=True)
+    made = Project(project / "data", tmp_path / "out", choices, 0, [])
+    steps = {"teacher": 3.0, "student": 2.0, "baseline_H": 1.0, "baseline_L": 1.0, "baseline_L_shifted": 0.5}
+    measured = {name: Measured(100, step, 0.1, 10, 1) for name, step in steps.items()}
+    monkeypatch.setattr("msad.product.project.measured_once", lambda *_: measured)
+    text, timed = made.plan(1).text(), "baseline_L_shifted@equal_time"
+    assert f"{timed}: 1000 iterations of 0.5 s" in text and "baseline_L_shifted: 100 iterations of 0.5 s" in text
+
+    def finish(name, step):
+        folder = made.study.folder(Run(name, 0))
+        folder.mkdir(parents=True)
+        result = {"iterations": 100, "steps": 100, "seconds": 100 * step, "cpu_seconds": 100 * step, "results": {}}
+        (folder / "result.json").write_text(json.dumps(result))
+
+    for name in made.study.variants.keys() - {timed}:
+        finish(name, steps.get(name.replace("student_L", "student"), 1.0))
+    assert made.pending() == [Run(timed, 0)] and made.study.config(Run(timed, 0)).SOLVER.MAX_ITER == 1000
+    shutil.rmtree(made.study.folder(Run("baseline_L_shifted", 0)))
+    finish("baseline_L_shifted", 5.0)
+    assert made.pending() == []  # the run that took as long stands for it
 
 
 def test_planned_seconds_of_a_step_are_of_one_that_does_not_measure_gradients(project, monkeypatch):
@@ -396,11 +431,12 @@ def test_model_card(tmp_path):
                  "changes": []},
         "sizes": {"H": 128, "student": 64},
         "results": {"student_L": {"bbox": box}, "baseline_H": {"bbox": box, "segm": {**box, "AP": 1.0}}},
-        "cost": {"student_L": cost}, "weights": {"start": "random numbers", "licence": "none used"},
+        "verdict": "Alone it is better.", "cost": {"student_L": cost},
+        "weights": {"start": "random numbers", "licence": "none used"},
         "files": [("onnx/", "runs anywhere")], "made_with": ["msad 1"],
     }  # fmt: skip
     card = model_card(facts)
-    assert "short side of 64 px: 1/2 of the 128 px" in card
+    assert "short side of 64 px: 1/2 of the 128 px" in card and "\n\nAlone it is better.\n\n## Cost" in card
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line.startswith("|")]
     assert ["student_L", "40.0", "60.0", "41.0", "20.0", "50.0", "-"] in rows
     assert ["baseline_H, mask", "1.0", "60.0", "41.0", "20.0", "50.0", "-"] in rows

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from msad.experiments import report
-from msad.experiments.judgement import no_percentages, summary
+from msad.experiments.judgement import alone_as_long, no_percentages, summary
 from msad.experiments.report import write_report
 from msad.experiments.rows import check_metric, rows_of, warnings
 from msad.experiments.statistics import estimate
@@ -238,6 +238,17 @@ def test_summary_states_each_step_with_its_numbers(data):
     assert "teacher_fused is" in margin and "above student_L_no_kd (one run)" in margin
     assert "Distillation itself: student_L is 0.8 AP above student_L_no_kd (one run)" in distillation
     assert f"2.5 AP above {LONGER}" in budget and "1.0 AP above baseline_equal_cost" in equal_cost
+
+
+def test_a_student_is_held_against_its_architecture_alone_in_equal_time(data):
+    data["runs"] += runs("baseline_L_shifted@equal_time", 38.5)
+    said = (
+        "Trained alone for as long as teacher and student together, the student's architecture reaches 38.5 AP: "
+        "distillation is 2.5 AP below that (one run)."
+    )
+    assert alone_as_long(data) == summary(data)[2] == said
+    quarter = {"runs": runs("student_EL", 36.0) + runs("baseline_EL_shifted@equal_time", 35.0)}
+    assert "1.0 AP above that" in alone_as_long(quarter) and alone_as_long({"runs": runs("student_L", 36.0)}) == ""
 
 
 @pytest.mark.parametrize(

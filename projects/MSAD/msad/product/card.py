@@ -44,8 +44,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
         facts: "title", "detector", "backbone", "method", "scale", "teacher": texts; "data": {"name", "train", "val":
             numbers of images, "objects": by class, "changes": what reading them left out, "licences"}; "sizes":
             {"H", "student": short side in pixels}; "results": {model: {task: {metric: value}}}, the student first;
-            "cost": {model: {"gmacs", "ms", "parameters", "input"}}; "weights": {"start", "licence"}; "files": [(file,
-            what it is)]; "made_with": lines.
+            "verdict": a sentence or ""; "cost": {model: {"gmacs", "ms", "parameters", "input"}}; "weights": {"start",
+            "licence"}; "files": [(file, what it is)]; "made_with": lines.
     """
     data, sizes = facts["data"], facts["sizes"]
     licences = "; ".join(data["licences"]) or "not stated in the annotations; ask whoever gave you the data"
@@ -58,6 +58,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"On the {data['val']} validation images of {data['name']}. APs, APm and APl are those of objects of less than "
         "32², of 32² to 96², and of more than 96² pixels of the files.", "",
         _table(_accuracy(facts["results"])), "",
+        *([facts["verdict"], ""] if facts["verdict"] else []),
         "## Cost", "",
         "Of the whole model, for an image of the most common size; milliseconds on the machine named below.", "",
         _table(_cost(facts["cost"], facts["results"])), "",

@@ -68,3 +68,8 @@ class Choices:
     @property
     def resolution(self) -> str:
         return SCALES[self.scale]
+
+    @property
+    def alone(self) -> str:
+        """Name of the control that is the student's architecture, trained without a teacher."""
+        return f"baseline_{self.resolution}_shifted"

@@ -28,6 +28,14 @@ def _student(base: CfgNode, choices: Choices, teachers: list[dict], losses: list
     return cfg
 
 
+def trained_alone(base: CfgNode, choices: Choices) -> CfgNode:
+    """The student's architecture without a teacher, from the weights of ``base``, on images as the student sees."""
+    cfg = student_config(base, choices.resolution)
+    train_at(cfg, get_resolution(choices.resolution).shift)
+    cfg.MODEL.WEIGHTS = base.MODEL.WEIGHTS
+    return cfg
+
+
 def distil_aligned(cfg: CfgNode, teacher: dict, ratio: float) -> None:
     """Let a student's config distil aligned features from one teacher, at a weight that is found by gradients.
 
@@ -95,10 +103,7 @@ def _progressive(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode])
 def _none(base: CfgNode, choices: Choices, larger: Callable[[], CfgNode]) -> Configs:
     """The student's architecture without distillation; a given model is only where it starts."""
     if not choices.checkpoint:
-        student = student_config(base, choices.resolution)
-        train_at(student, get_resolution(choices.resolution).shift)
-        student.MODEL.WEIGHTS = base.MODEL.WEIGHTS
-        return {STUDENT: student}
+        return {STUDENT: trained_alone(base, choices)}
     return {BASELINE: base, STUDENT: _student(base, choices, [_entry(BASELINE, choices)], [])}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..experiments.jobs import error_of, make_slots
+from ..experiments.judgement import alone_as_long
 from .choices import Choices
 from .plan import STEPS, Plan
 from .project import Project
@@ -56,7 +57,8 @@ def distill(
         checkpoint, config: a trained detectron2 model, whose student is made; without them the teacher is trained.
         short_side: of H in pixels; None: as recommended for the data.
         iterations: of every training; None: 24 passes over the data, at least 1500.
-        controls: also train the student without distillation and conventional detectors at H, L and the same cost.
+        controls: also train the student without distillation, its architecture alone for as long as teacher and
+            student, and conventional detectors at H, L and the same cost.
         jobs, threads, devices: runs at a time on a CPU, threads of each, GPUs ("cuda:0", ...).
         opts: KEY, VALUE, ... overrides, see :class:`msad.product.choices.Choices`.
         confirm: is asked with the plan before anything is trained; nothing is trained if it says no.
@@ -90,7 +92,8 @@ def distill(
     said = export_student(project)
     card = write_card(project, data_of_report, said)
     onnx = output / "student" / "onnx"
-    for text in (said["detectron2"], said["onnx"] or f"no ONNX file: {said['no_onnx']}"):
+    onnx_text = said["onnx"] or f"no ONNX file: {said['no_onnx']}"
+    for text in filter(None, [said["detectron2"], onnx_text, alone_as_long(data_of_report)]):
         say(text)
     return Result(
         output / "student/detectron2/config.yaml", output / "student/detectron2/model.pth",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,12 +17,12 @@ from ..data.register import registered
 from ..data.tally import raise_errors
 from ..experiments.comparison import Comparison
 from ..experiments.jobs import Run, take_devices
-from ..experiments.variants import Variant, equal_cost
+from ..experiments.variants import Variant, at_equal_time, equal_cost
 from ..finding import WARNING
 from .advice import describe, measure_objects, recommend
 from .choices import Choices
 from .methods import BASELINE, STUDENT, TEACHER
-from .plan import Plan, measured_once
+from .plan import Measured, Plan, measured_once
 from .recipe import make_configs, write_configs
 
 
@@ -86,6 +87,12 @@ class Project:
             for name, title in ((BASELINE, "full resolution"), ("baseline_L", "the student's input, stock levels")):
                 if name != BASELINE or not self.choices.checkpoint:
                     variants[name] = Variant(self.files[name], title=title)
+            if self.choices.alone in self.files:
+                text = "the student's architecture alone"
+                alone = Variant(self.files[self.choices.alone], title=text)
+                timed = replace(alone, title=f"{text}, as long as teacher and student")
+                variants |= {self.choices.alone: alone}
+                variants |= at_equal_time(self.choices.alone, timed, self.student, count_teachers=True)
             if not self.choices.checkpoint:
                 variants |= equal_cost(self.files[BASELINE], self.student)
         return variants
@@ -97,17 +104,28 @@ class Project:
         return self.study.weights(Run(name, self.seed))
 
     def pending(self) -> list[Run]:
-        return [run for run in self.study.runs() if self.study.result(run) is None]
+        done = {(run["variant"], run["seed"]) for run in self.study.collect()["runs"] if "results" in run}
+        return [run for run in self.study.runs() if run not in done]
 
     def plan(self, steps: int) -> Plan:
         """Measure a few steps of every training; what is finished is not counted."""
-        of = {variant: v.file.stem for variant, v in self.study.variants.items()}
-        configs = {name: load_config(file) for name, file in self.files.items() if name in of.values()}
+        of = {v.file.stem for v in self.study.variants.values()}
+        configs = {name: load_config(file) for name, file in self.files.items() if name in of}
         measured = measured_once(configs, self.output / "measured.json", steps)
         data = describe(self.objects, self.short, self.divisor)
         data += [f"warning: {text}" for text in self.warnings]
-        runs = {run.name: measured[of[run.name]] for run in self.pending()}
+        runs = {run.name: self._expected(run.name, measured) for run in self.pending()}
         return Plan(data, self.changes, runs, self.test_images, shutil.disk_usage(self.output).free)
+
+    def _expected(self, name: str, measured: Mapping[str, Measured]) -> Measured:
+        """What a variant will take; one of equal time as many steps as fit into those that it is compared with."""
+        variant = self.study.variants[name]
+        one = measured[variant.file.stem]
+        if variant.budget != "equal_time":
+            return one
+        both = [*self.study.all_teachers(variant.reference), variant.reference]
+        seconds = sum(m.iterations * m.step for m in (self._expected(other, measured) for other in both))
+        return one._replace(iterations=max(1, round(seconds / one.step)))
 
     def given(self) -> CfgNode:
         cfg = load_config(self.files[BASELINE], ["OUTPUT_DIR", str(self.output / "given")])

@@ -19,7 +19,7 @@ from ..resolution import get_resolution
 from .advice import Objects, finest_anchor, longest_side
 from .backbones import choose_backbone
 from .choices import Choices
-from .methods import BASELINE, BUILDERS, STUDENT, Configs
+from .methods import BASELINE, BUILDERS, STUDENT, Configs, trained_alone
 
 # Passes over the training images, and the least number of iterations at the batch of the yaml: small sets need more.
 EPOCHS, LEAST_ITERATIONS = 24, 1500
@@ -174,7 +174,11 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
         for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
             low.INPUT[key] = configs[STUDENT].INPUT[key]
         train_at(low, get_resolution(choices.resolution).shift)
-        configs = {**({} if choices.checkpoint else {BASELINE: base}), "baseline_L": low, **configs}
+        controls = {} if choices.checkpoint else {BASELINE: base}
+        controls["baseline_L"] = low
+        if not choices.checkpoint and configs[STUDENT].DISTILL.TEACHERS:  # else it is the student
+            controls[choices.alone] = trained_alone(base, choices)
+        configs = controls | configs
     return configs
 
 

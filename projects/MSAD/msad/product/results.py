@@ -15,6 +15,7 @@ from ..engine.provenance import about_report, fingerprint, machine
 from ..engine.setup import engine_name, evaluate, load_model
 from ..experiments.costs import costs_of_trained
 from ..experiments.data_facts import describe_data
+from ..experiments.judgement import alone_as_long
 from ..experiments.panels import draw_pictures
 from ..experiments.report import PANELS, write_report
 from ..experiments.rows import counted
@@ -121,7 +122,7 @@ def write_card(project: Project, data: dict, said: dict[str, str]) -> Path:
             "licences": read_licences([entry["JSON"] for entry in project.entries]),
         },
         "sizes": {"H": project.short, "student": cfg.INPUT.MIN_SIZE_TEST},
-        "results": metrics, "cost": data["cost"],
+        "results": metrics, "verdict": alone_as_long(data), "cost": data["cost"],
         "weights": {"start": start or "random numbers", "licence": licence},
         "files": files,
         "made_with": [f"msad {__version__}, {engine_name()}, torch {torch.__version__}",
