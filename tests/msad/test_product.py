@@ -21,6 +21,7 @@ from msad.product import backbones, results
 from msad.product.advice import describe, finest_anchor, measure_objects, native_side, recommend, shares_below, sides_at
 from msad.product.card import model_card, read_licences
 from msad.product.choices import METHODS, Choices
+from msad.product.inference_cost import InferenceCost
 from msad.product.methods import BUILDERS
 from msad.product.plan import Measured, Plan, measure
 from msad.product.project import Project
@@ -28,6 +29,7 @@ from msad.product.recipe import make_configs, write_configs
 from msad.product.steps import kept
 
 FEATURES = ["res2", "res3", "res4", "res5"]
+ONE = Measured(10, 0.1, 0.1, 10, 1)  # what a run takes, where that does not matter
 ENTRIES = [{"NAME": f"own_{split}", "JSON": f"/data/{split}.json", "IMAGES": "/data"} for split in ("train", "val")]
 
 
@@ -263,12 +265,31 @@ def test_weights_that_are_not_installed(monkeypatch):
 
 def test_plan():
     runs = {"teacher": Measured(1000, 0.5, 0.2, 30_000_000, 6), "student": Measured(2000, 0.25, 0.1, 10_000_000, 6)}
-    plan = Plan(["data"], ["a line was dropped"], runs, 10, 5 * 10**9)
+    plan = Plan(["data"], ["a line was dropped"], runs, 10, 5 * 10**9, InferenceCost((80, 90), 4.0, 1.0))
     assert plan.seconds == 1000 * 0.5 + 2000 * 0.25 + 10 * (0.2 + 0.1) and plan.bytes == 240_000_000
     text = plan.text()
-    assert "left out or changed: a line was dropped" in text
+    assert "left out or changed: a line was dropped" in text and "warning" not in text
+    assert "the student takes 0.25 times the multiply-adds of the full-resolution detector (1 and 4 GMACs" in text
     assert "teacher: 1000 iterations of 0.5 s, about 8 min" in text
     assert "in all about 17 min of training and evaluation, 240.0 MB of checkpoints (5.0 GB free)" in text
+
+
+def test_a_student_that_saves_little_is_said_before_training(project, tmp_path, monkeypatch):
+    """At 48 px, padded to 64, it reads more than the detector at 96 px; at 64 px as much as that at 128 px."""
+    monkeypatch.setattr("msad.product.project.measured_once", lambda configs, *_: dict.fromkeys(configs, ONE))
+
+    def plan(short, scale):
+        choices = Choices(backbone="tiny", short_side=short, scale=scale)
+        return Project(project / "data", tmp_path / f"{short}{scale[2:]}", choices, 0, []).plan(1)
+
+    dear, even = plan(96, "1/2"), plan(128, "1/2")
+    assert even.cost.student == dear.cost.student > dear.cost.full and "warning: that is more than 0.7" in dear.text()
+    said = f"--short-side 128 ({even.cost.student / even.cost.full:.2f} times"
+    assert said in dear.text() and "--short-side 64" not in even.text()
+    assert plan(128, "1/4").cost.half == even.cost.student
+    near = InferenceCost((80, 90), 4.0, 1.9, 2.0).lines()
+    assert "warning: at 1/4 the student costs nearly what it costs at 1/2 (2 GMACs)" in near[1]
+    assert len(InferenceCost((80, 90), 4.0, 1.7, 2.0).lines()) == 1
 
 
 def test_the_architecture_alone_gets_the_time_of_teacher_and_student(project, tmp_path, monkeypatch):
@@ -360,8 +381,7 @@ def test_keypoints_of_unknown_sides_are_a_warning_of_the_plan(project, tmp_path,
     (tmp_path / "yolo/data.yaml").write_text(spec)
     choices = Choices(detector="keypoint_rcnn", backbone="tiny", scale="1/2")
     made = Project(tmp_path / "yolo", tmp_path / "out", choices, 0, [])
-    measured = dict.fromkeys((file.stem for file in made.files.values()), Measured(10, 0.1, 0.1, 10, 1))
-    monkeypatch.setattr("msad.product.project.measured_once", lambda *_: measured)
+    monkeypatch.setattr("msad.product.project.measured_once", lambda configs, *_: dict.fromkeys(configs, ONE))
     (line,) = [line for line in made.plan(1).text().splitlines() if "no pair of left and right" in line]
     assert line.startswith("warning: ") and "flip_idx" in line
 

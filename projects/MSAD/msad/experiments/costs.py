@@ -86,19 +86,10 @@ def _equal_cost_size(text: str, reference_text: str) -> int:
     record = typical_record(configs[0])
     models = [fill_regions(build_model(cfg).eval()) for cfg in configs]
 
-    def macs(model: nn.Module, short: int, longest: int) -> float:
-        shape = record["height"], record["width"]
-        if short:  # 0: as the files are
-            shape = T.ResizeShortestEdge.get_output_shape(*shape, short, longest)
-        step = max(getattr(model, "detector", model).backbone.size_divisibility, 1)
-        return padded_macs(model, *(-(-side // step) * step for side in shape))
+    padded_macs = functools.cache(_macs)  # sizes that are padded alike cost the same
 
-    @functools.cache  # sizes that are padded alike cost the same
-    def padded_macs(model: nn.Module, h: int, w: int) -> float:
-        try:
-            return count_macs(model, random_inputs(h, w))[TOTAL]
-        except ValueError:  # one pixel is too little for a norm of one channel a group, in a single image
-            return count_macs(model, random_inputs(h, w, batch=2))[TOTAL] / 2
+    def macs(model: nn.Module, short: int, longest: int) -> float:
+        return padded_macs(model, *_input_size(model, (record["height"], record["width"]), short, longest))
 
     cfg, reference = configs
     target = macs(models[1], reference.INPUT.MIN_SIZE_TEST, reference.INPUT.MAX_SIZE_TEST)
@@ -115,6 +106,31 @@ def _equal_cost_size(text: str, reference_text: str) -> int:
         raise ValueError(f"equal cost: the reference takes {target:.3g} GMACs, and the conventional detector "
                          f"{cost(size):.3g} at {size} px, the nearest of its sizes up to {highest} px")  # fmt: skip
     return size
+
+
+def _input_size(model: nn.Module, shape: tuple[int, int], short: int, longest: int) -> tuple[int, int]:
+    """Height, width of the padded input that a file of this shape gives."""
+    if short:  # 0: as the files are
+        shape = T.ResizeShortestEdge.get_output_shape(*shape, short, longest)
+    step = max(getattr(model, "detector", model).backbone.size_divisibility, 1)
+    height, width = (-(-side // step) * step for side in shape)
+    return height, width
+
+
+def _macs(model: nn.Module, height: int, width: int) -> float:
+    try:
+        return count_macs(model, random_inputs(height, width))[TOTAL]
+    except ValueError:  # one pixel is too little for a norm of one channel a group, in a single image
+        return count_macs(model, random_inputs(height, width, batch=2))[TOTAL] / 2
+
+
+def macs_of_file(cfg: CfgNode, shape: tuple[int, int]) -> float:
+    """GMACs of a config's model, with random weights, for a file of ``shape``, (height, width), at its test size.
+
+    R-CNNs have as many regions as their limits allow (:func:`msad.evaluation.region_limits.fill_regions`).
+    """
+    model = fill_regions(build_model(cfg).eval())
+    return _macs(model, *_input_size(model, shape, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST))
 
 
 def typical_record(cfg: CfgNode) -> dict:

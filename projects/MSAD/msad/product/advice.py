@@ -84,6 +84,12 @@ def native_side(objects: Objects) -> int:
     return round(float(np.median(objects.images.min(axis=1))))
 
 
+def typical_image(objects: Objects) -> tuple[int, int]:
+    """Height, width of the commonest size of the files."""
+    (height, width), _ = Counter(map(tuple, objects.images.tolist())).most_common(1)[0]
+    return height, width
+
+
 def recommend(objects: Objects) -> int:
     """Short side of H in pixels: the least of LADDER at which few enough objects are small, at most that of the files.
 

@@ -26,6 +26,7 @@ from ..experiments.jobs import format_seconds
 from ..experiments.run import log_to
 from ..experiments.variants import map_teachers
 from ..files import FINAL
+from .inference_cost import InferenceCost
 from .steps import kept
 
 STEPS = 6  # of each training, of which the first WARMUP do not count
@@ -139,6 +140,7 @@ class Plan(NamedTuple):
         runs: what each run takes.
         test_images: number of images that each is evaluated on.
         free: bytes on the disk of the output folder.
+        cost: of the student at inference.
     """
 
     data: list[str]
@@ -146,6 +148,7 @@ class Plan(NamedTuple):
     runs: dict[str, Measured]
     test_images: int
     free: int
+    cost: InferenceCost
 
     @property
     def seconds(self) -> float:
@@ -159,6 +162,7 @@ class Plan(NamedTuple):
         """For people."""
         lines = [*self.data]
         lines += [f"left out or changed: {change}" for change in self.changes]
+        lines += self.cost.lines()
         for name, run in self.runs.items():
             lines.append(f"{name}: {run.iterations} iterations of {run.step:.3g} s, about "
                          f"{format_seconds(run.seconds(self.test_images))}")  # fmt: skip

@@ -21,9 +21,10 @@ from ..experiments.variants import Variant, at_equal_time, equal_cost
 from ..finding import WARNING
 from .advice import describe, measure_objects, recommend
 from .choices import Choices
-from .methods import BASELINE, STUDENT, TEACHER
+from .inference_cost import expected_cost
+from .methods import BASELINE, STUDENT
 from .plan import Measured, Plan, measured_once
-from .recipe import make_configs, write_configs
+from .recipe import base_config, make_configs, write_configs
 
 
 class Project:
@@ -44,11 +45,10 @@ class Project:
         with registered(CfgNode({"DATASETS": {"REGISTER": self.entries, "TRAIN": names[0], "TEST": names[1]}})):
             content, loaded = read_contents(self.entries)
             self._measure(data, content["classes"], *loaded.values())
-            self.configs = self._configs(content, devices)
+            self.content = content
+            self.configs = self._configs(devices)
             findings = check_data(self.configs[STUDENT], known=loaded)[1]
         raise_errors(findings)
-        full = next((self.configs[name] for name in (TEACHER, BASELINE) if name in self.configs), None)
-        self.short = full.INPUT.MIN_SIZE_TEST if full else self.configs[STUDENT].INPUT.MIN_SIZE_TEST * self.divisor
         self.warnings = [str(finding) for finding in findings if finding.level == WARNING]
         self.files = write_configs(self.configs, output / "configs")
         self.study = Comparison(self._variants(), output / "runs", [], (seed,), teacher_weights=choices.checkpoint)
@@ -66,11 +66,19 @@ class Project:
             raise ValueError("; ".join([f"{data}: {error}", *self.changes])) from None
         self.test_images = len(val)
 
-    def _configs(self, content: dict, devices: Sequence[str]) -> dict[str, CfgNode]:
+    def _detector(self, choices: Choices, short: int) -> CfgNode:
+        """That at H, where all is trained."""
+        cfg = base_config(choices, self.entries, self.content, self.objects, short)
+        cfg.MODEL.DEVICE = self.configs[STUDENT].MODEL.DEVICE
+        return cfg
+
+    def _configs(self, devices: Sequence[str]) -> dict[str, CfgNode]:
         choices = self.choices
         short = choices.short_side or (load_config(choices.config).INPUT.MIN_SIZE_TEST if choices.config else
                                        recommend(self.objects))  # fmt: skip
-        configs = make_configs(choices, self.entries, content, self.objects, short)
+        data = self.entries, self.content, self.objects, short
+        self.short = base_config(choices, *data).INPUT.MIN_SIZE_TEST
+        configs = make_configs(choices, *data)
         device = take_devices(devices) or ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu"]
         for cfg in configs.values():
             if "MODEL.DEVICE" not in choices.opts[::2]:
@@ -115,7 +123,8 @@ class Project:
         data = describe(self.objects, self.short, self.divisor)
         data += [f"warning: {text}" for text in self.warnings]
         runs = {run.name: self._expected(run.name, measured) for run in self.pending()}
-        return Plan(data, self.changes, runs, self.test_images, shutil.disk_usage(self.output).free)
+        cost = expected_cost(self.choices, self.short, self.objects, self._detector)
+        return Plan(data, self.changes, runs, self.test_images, shutil.disk_usage(self.output).free, cost)
 
     def _expected(self, name: str, measured: Mapping[str, Measured]) -> Measured:
         """What a variant will take; one of equal time as many steps as fit into those that it is compared with."""

@@ -154,6 +154,13 @@ def given_config(choices: Choices, entries: list[dict], content: dict, objects: 
     return cfg
 
 
+def base_config(choices: Choices, entries: list[dict], content: dict, objects: Objects, short: int) -> CfgNode:
+    """The detector at H from which all others follow, the user's or that of the choices; ``short`` is of the latter."""
+    if choices.checkpoint:
+        return given_config(choices, entries, content, objects)
+    return detector_config(choices, choices.backbone, entries, content, objects, short)
+
+
 def make_configs(choices: Choices, entries: list[dict], content: dict, objects: Objects, short: int) -> Configs:
     """The configs of all that is trained, by name; the student is the last of those that are not controls.
 
@@ -162,10 +169,7 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
             :func:`msad.modeling.student_config.student_config`; an override that another choice decides.
     """
     data = entries, content, objects, short
-    if choices.checkpoint:
-        base = given_config(choices, entries, content, objects)
-    else:
-        base = detector_config(choices, choices.backbone, *data)
+    base = base_config(choices, *data)
     larger = choose_backbone(choices.backbone).larger
     configs = BUILDERS[choices.method](base, choices, lambda: detector_config(choices, larger, *data))
     _override_method(configs, choices)
