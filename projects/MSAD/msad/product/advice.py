@@ -94,7 +94,7 @@ def recommend(objects: Objects) -> int:
     """Short side of H in pixels: the least of LADDER at which few enough objects are small, at most that of the files.
 
     Enlarging files adds no information, so where objects are small in them, their own size is taken (at most the
-    largest of LADDER).
+    largest of LADDER). Files that are smaller than the least of LADDER get that one.
     """
     native = native_side(objects)
     for short in LADDER:
