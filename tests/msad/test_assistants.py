@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from msad import load_config
 from msad.distill.assistants import DISTILL_ASSISTANT_REGISTRY, Assistant
 from msad.distill.context import DistillContext
+from msad.distill.distiller import AssistantCall
 from msad.engine import DistillTrainer
 from msad.engine.assistants import AssistantStep, untouched
 from msad.engine.divergence import LossRecorder
@@ -271,10 +273,23 @@ def test_targets_are_assigned_once_for_both(cfg, make_batch, monkeypatch):
     assert calls == [1]
 
 
+def test_a_step_of_ones_own_is_called_as_the_protocol_says(cfg, make_batch):
+    distiller, calls = DistillTrainer.build_model(cfg).train(), []
+
+    def step(*args, **named):
+        calls.append(inspect.signature(AssistantCall.__call__).bind(step, *args, **named).arguments["read"])
+        original(*args, **named)
+
+    (original,), distiller.assistants = distiller.assistants, [step]
+    with EventStorage(0):
+        distiller(make_batch([(64, 64)] * 2))
+    assert calls == [True]
+
+
 def test_it_rests_when_distillation_is_over(cfg, make_batch):
     distiller = DistillTrainer.build_model(cfg).train()
     distiller.factor = lambda iteration: 0.0
-    distiller.assistants = [lambda context: pytest.fail("stepped")]
+    distiller.assistants = [lambda context, read: pytest.fail("stepped")]
     with EventStorage(5):
         assert not any("distill" in name for name in distiller(make_batch([(64, 64)] * 2)))
 
@@ -330,7 +345,7 @@ def test_nothing_runs_without_losses(cfg, make_batch):
     cfg.DISTILL.START_ITER = 2
     distiller = DistillTrainer.build_model(assisted(cfg, HEAD_LEARNS=True)).train()
     distiller.losses = nn.ModuleList()
-    distiller.assistants = [lambda context: pytest.fail("stepped")]
+    distiller.assistants = [lambda context, read: pytest.fail("stepped")]
     distiller.teachers[0].features = lambda *args: pytest.fail("a teacher ran")
     for iteration in range(3):
         with EventStorage(iteration):

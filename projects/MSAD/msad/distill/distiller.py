@@ -33,11 +33,11 @@ from .teachers import Ensemble, FrozenTeacher
 
 
 class AssistantCall(Protocol):
-    """What :attr:`Distiller.assistants` has."""
+    """What :attr:`Distiller.assistants` has; ``read``: whether anything but the student's heads reads its features."""
 
     waits: bool
 
-    def __call__(self, context: DistillContext) -> None: ...
+    def __call__(self, context: DistillContext, read: bool) -> None: ...
 
 
 class Distiller(nn.Module):
@@ -139,9 +139,7 @@ class Distiller(nn.Module):
             return self.student(batched_inputs)
         iteration = get_event_storage().iter
         factor = self._current_factor(iteration)
-        assistants = self.assistants if factor is not None else []
-        if factor is None and len(self.losses) and iteration < self.start_iter:
-            assistants = [train for train in self.assistants if not train.waits]
+        assistants = self._training_assistants(iteration, distils=factor is not None)
         with ExitStack() as step:
             if assistants:  # their losses are of the ground truth that the student's own are of
                 step.enter_context(adapt(self.student).assign_once())
@@ -232,6 +230,13 @@ class Distiller(nn.Module):
         factor = self.factor(iteration)
         measured = self.balance is not None and self.balance.measures(iteration)
         return factor if factor or measured or iteration in (0, self.start_iter) else None
+
+    def _training_assistants(self, iteration: int, distils: bool) -> list[AssistantCall]:
+        """All in a step that distils, those that do not wait before the first one, none when distillation has ended."""
+        if distils:
+            return self.assistants
+        before = len(self.losses) > 0 and iteration < self.start_iter
+        return [train for train in self.assistants if before and not train.waits]
 
     def _with_idle_losses(self, detection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Give parameters of losses that do not run a gradient of 0: DistributedDataParallel waits for every one."""
