@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from ..modeling.adapters import adapt
@@ -18,6 +18,7 @@ from ..modeling.head_outputs import (
     DENSE,
     ROI,
     RPN,
+    Head,
     HeadRecord,
     box_code,
     cell_anchors,
@@ -127,46 +128,60 @@ def pair_heads(
         features: of the source, H-frame names, on the student's grid.
         shift: of the student.
     """
-    scale = 2**shift
     pairs, theirs = [], adapt(source).heads()
     for name, head in adapt(student).heads().items():
-        boxes = []
-        args, assigned = record.assigned[name]
-        of_regions = name.startswith(ROI)
-        if of_regions:
-            proposals = args[1]
-            boxes = [Boxes(p.proposal_boxes.tensor * scale) for p in proposals]
-        with torch.no_grad():
-            outputs = record.outputs[name], run_head(name, features, boxes)
-        outputs = [(output[0], output[head.boxes]) for output in outputs]
-        if of_regions:
-            anchors, labels, targets = proposal_targets(proposals)
-            sides = [(logits[None], deltas[None]) for logits, deltas in outputs]
-            labels, targets, sizes = labels[None], targets[None], [len(anchors)]
+        transform = head.owner.box2box_transform
+        both = (side.owner.box2box_transform for side in (head, theirs[name]))
+        known = {
+            "name": name, "classes": head.classes, "encode": transform.get_deltas, "decode": partial(decode, transform),
+            "coordinates": tuple(partial(coordinates, of_side) for of_side in both),
+        }  # fmt: skip
+        ours, run = record.outputs[name], partial(run_head, name, features)
+        if name.startswith(ROI):
+            (_, proposals, *_), _ = record.assigned[name]
+            pairs.append(_region_pair(known, head, ours, proposals, run, 2**shift))
         else:
-            anchors = torch.cat([level.tensor for level in args[0]])
-            labels, targets = (torch.stack(list(x)) for x in assigned[:2])  # MEInst assigns codes too
-            if name == RPN:  # 1 object, 0 background, -1 not drawn
-                labels = torch.where(labels < 0, -1, 1 - labels.long())
-            sizes = [len(level) for level in args[0]]
-            width = prediction_size(head.owner.box2box_transform)
-            sides = [(_rows(logits, head.classes), _rows(predictions, width)) for logits, predictions in outputs]
-            in_regions = sides[0][0][..., 0] == SURELY_BACKGROUND  # of all classes alike
-            labels = torch.where(in_regions, -1, labels)
-        (s_logits, s_boxes), (t_logits, t_boxes) = sides
-        anchors, transform = anchors * scale, head.owner.box2box_transform
-        both = (partial(coordinates, side.owner.box2box_transform) for side in (head, theirs[name]))
-        region = None
-        if hasattr(student, "atss_topk"):
-            locations = list(anchors.split(sizes))
-            region = partial(
-                atss.valuable_region, locations, len(labels), topk=student.atss_topk, size=student.anchor_size
-            )
-        pairs.append(
-            HeadPair(
-                name, head.classes, s_logits, t_logits, s_boxes, t_boxes, labels, targets * scale, anchors,
-                transform.get_deltas, tuple(both), partial(decode, transform), sizes, region,
-                _count_positives(student, labels, head.classes) if name == DENSE else None,
-            )
-        )  # fmt: skip
+            pairs.append(_dense_pair(known, head, ours, record.assigned[name], run, 2**shift, student))
     return pairs
+
+
+def _region_pair(
+    known: dict, head: Head, ours: tuple, proposals: list[Instances], run: Callable, scale: int
+) -> HeadPair:
+    """Of a head on proposals, all in one "image"; ``known`` is what pairs of both kinds have."""
+    with torch.no_grad():
+        theirs = run([Boxes(p.proposal_boxes.tensor * scale) for p in proposals])
+    anchors, labels, targets = proposal_targets(proposals)
+    return HeadPair(
+        student_logits=ours[0][None], teacher_logits=theirs[0][None],
+        student_boxes=ours[head.boxes][None], teacher_boxes=theirs[head.boxes][None],
+        labels=labels[None], targets=targets[None] * scale, anchors=anchors * scale, level_sizes=[len(anchors)],
+        **known,
+    )  # fmt: skip
+
+
+def _dense_pair(
+    known: dict, head: Head, ours: tuple, assigned: tuple, run: Callable, scale: int, student: nn.Module
+) -> HeadPair:
+    """Of a dense detector or an RPN; ``known`` is what pairs of both kinds have."""
+    (levels, *_), (labels, targets, *_) = assigned  # MEInst assigns codes too
+    labels, targets = torch.stack(list(labels)), torch.stack(list(targets))
+    if known["name"] == RPN:  # 1 object, 0 background, -1 not drawn
+        labels = torch.where(labels < 0, -1, 1 - labels.long())
+    with torch.no_grad():
+        theirs = run([])
+    width = prediction_size(head.owner.box2box_transform)
+    logits, boxes = ([_rows(side[i], size) for side in (ours, theirs)]
+                     for i, size in ((0, head.classes), (head.boxes, width)))  # fmt: skip
+    in_regions = logits[0][..., 0] == SURELY_BACKGROUND  # of all classes alike
+    labels = torch.where(in_regions, -1, labels)
+    anchors, sizes = torch.cat([level.tensor for level in levels]) * scale, [len(level) for level in levels]
+    region = None
+    if hasattr(student, "atss_topk"):
+        options = {"topk": student.atss_topk, "size": student.anchor_size}
+        region = partial(atss.valuable_region, list(anchors.split(sizes)), len(labels), **options)
+    return HeadPair(
+        student_logits=logits[0], teacher_logits=logits[1], student_boxes=boxes[0], teacher_boxes=boxes[1],
+        labels=labels, targets=targets * scale, anchors=anchors, level_sizes=sizes, region=region,
+        count=_count_positives(student, labels, head.classes) if known["name"] == DENSE else None, **known,
+    )  # fmt: skip
