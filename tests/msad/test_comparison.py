@@ -69,6 +69,8 @@ def test_a_teacher_may_be_a_student(files, tmp_path):
     (entry,) = comparison.config(Run("msad", 0)).DISTILL.TEACHERS
     assert entry["WEIGHTS"] == str(tmp_path / "out/seed0/teacher/model_final.pth")
     assert comparison.all_teachers("pupil") == ["teacher", "msad"]
+    found = {name: variant["teachers"] for name, variant in comparison.collect()["variants"].items()}
+    assert found == {"pupil": ["msad"], "msad": ["teacher"], "teacher": []}
     # A variant that is the teacher's very file serves as the teacher.
     assert set(Comparison(files("pupil", "msad"), tmp_path).variants) == {"pupil", "msad", "teacher"}
     with pytest.raises(ValueError, match=r"loop\.yaml is its own teacher"):

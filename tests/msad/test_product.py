@@ -388,8 +388,13 @@ def test_keypoints_of_unknown_sides_are_a_warning_of_the_plan(project, tmp_path,
 
 def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):
     calls = []
-    study = SimpleNamespace(collect=lambda: {"runs": [], "variants": {}}, models=dict)
-    project = SimpleNamespace(output=tmp_path, study=study, student="s", models=dict)
+    """And a given model is what the student's yaml learns from."""
+    files = {"student_EL": "s.yaml", "student_EL_no_kd": "s.yaml", "baseline_L": "b.yaml"}
+    variants = {name: {"file": file, "teachers": []} for name, file in files.items()}
+    study = SimpleNamespace(collect=lambda: {"runs": [], "variants": dict(variants)}, models=dict)
+    project = SimpleNamespace(output=tmp_path, study=study, student="s", models=dict, seed=0)
+    project.files = {"student": Path("s.yaml")}
+    monkeypatch.setattr(results, "_given_results", lambda project: {"baseline_H": {}})
     project.config, project.choices = lambda name: load_config(""), SimpleNamespace(checkpoint="")
     for name in ("write_report", "describe_data", "draw_pictures"):
         monkeypatch.setattr(results, name, lambda *args, **kwargs: None)
@@ -397,8 +402,9 @@ def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda file: True)  # the picture
     for device in ("one", "one", "another"):
         monkeypatch.setattr(results, "machine", lambda _, device=device: {"device": device})
-        results.report(project)
+        found = results.report(project)["variants"]
     assert len(calls) == 2
+    assert [found[name]["teachers"] for name in files] == [["baseline_H"], ["baseline_H"], []]
 
 
 def test_without_an_onnx_file_the_student_is_still_exported(tmp_path, monkeypatch, project):

@@ -12,7 +12,7 @@ import pytest
 from msad.experiments import report
 from msad.experiments.judgement import alone_as_long, no_percentages, summary
 from msad.experiments.report import write_report
-from msad.experiments.rows import check_metric, rows_of, warnings
+from msad.experiments.rows import check_metric, full_resolution, rows_of, warnings
 from msad.experiments.statistics import estimate
 from msad.experiments.tables import accuracy_table, class_table, cost_table, format_table, format_tables
 from msad.product import card
@@ -228,16 +228,41 @@ def test_names_of_classes_end_no_cell_and_are_no_html(seeded):
 # --- judgement --------------------------------------------------------------------------------------------------------
 
 
-def test_summary_states_each_step_with_its_numbers(data):
+@pytest.mark.parametrize("teacher", ["", "teacher", "far"], ids=["of earlier versions", "fused", "plain"])
+@pytest.mark.parametrize(("r", "share"), [("L", "half"), ("EL", "quarter")])
+def test_summary_states_each_step_with_its_numbers(data, tmp_path, r, share, teacher):
+    """Whatever the student's resolution and the teacher are."""
+    data = json.loads(json.dumps(data).replace("_L", f"_{r}"))
+    if teacher:
+        data["variants"] |= {name: {**data["variants"][name], "teachers": [teacher]} for name in data["variants"]
+                             if name.startswith("student")}  # fmt: skip
+    if teacher == "far":
+        data["runs"] = [run for run in data["runs"] if run["variant"] != "teacher"] + runs("far", 42.0)
     evidence, headline, shift, init, margin, distillation, budget, equal_cost = summary(data)
     assert evidence.startswith("One seed:")
-    assert "36.0 AP, 90 % of the 40.0 AP of baseline_H" in headline
+    assert (
+        f"The {share}-resolution student (student_{r}) reaches 36.0 AP, 90 % of the 40.0 AP of baseline_H" in headline
+    )
     assert "0.50 times its multiply-adds and 0.50 times its latency" in headline
-    assert "2.5 AP above baseline_L (one run), at 2.00 times the multiply-adds" in shift
-    assert "student_L_no_kd is 2.7 AP above baseline_L_shifted" in init
-    assert "teacher_fused is" in margin and "above student_L_no_kd (one run)" in margin
-    assert "Distillation itself: student_L is 0.8 AP above student_L_no_kd (one run)" in distillation
-    assert f"2.5 AP above {LONGER}" in budget and "1.0 AP above baseline_equal_cost" in equal_cost
+    assert f"2.5 AP above baseline_{r} (one run), at 2.00 times the multiply-adds" in shift
+    assert f"student_{r}_no_kd is 2.7 AP above baseline_{r}_shifted" in init
+    assert ("multi-resolution teacher" in init) == (teacher != "far")
+    name = "far" if teacher == "far" else "teacher_fused"
+    assert f"{name} is 6.8 AP above student_{r}_no_kd (one run)" in margin
+    assert f"Distillation itself: student_{r} is 0.8 AP above student_{r}_no_kd (one run)" in distillation
+    assert (
+        f"2.5 AP above {LONGER.replace('_L', f'_{r}')}" in budget and "1.0 AP above baseline_equal_cost" in equal_cost
+    )
+    page = write_report(data, tmp_path, "A study").read_text(encoding="utf-8")
+    assert f'<tr class="result"><th scope="row"><code>student_{r}</code>' in page
+
+    data["runs"] = [run for run in data["runs"] if run["variant"] != "baseline_H"]
+    full, ap = ("far", "42.0") if teacher == "far" else ("teacher_H", "41.0")
+    assert f"of the {ap} AP of {full}" in summary(data)[1] and f"of {full}" in accuracy_table(data)[0]
+    data["runs"] += runs("student_H", 45.0)
+    for pupil, master in ((f"student_{r}", "student_H"), ("student_H", teacher or "teacher")):  # a chain
+        data["variants"].setdefault(pupil, {"file": "x.yaml"})["teachers"] = [master]
+    assert full_resolution(rows_of(data)).name == full
 
 
 def test_a_student_is_held_against_its_architecture_alone_in_equal_time(data):

@@ -26,7 +26,8 @@ def write_part(folder, aps, reference="", engine="detectron2 0.6", **names):
         for seed, ap in enumerate(values):
             found = {"error": "no GPU"} if ap is None else {"results": {shown: {"bbox": {"AP": ap, "AP50": 2 * ap}}}}
             runs.append({"variant": name, "seed": seed, "iterations": 6, "seconds": 3.0, **found})
-    variants = {name: {"file": f"configs/{name}.yaml", "title": "", "teacher": name == "teacher"} for name in aps}
+    variants = {name: {"file": f"configs/{name}.yaml", "title": "", "teacher": name == "teacher", "teachers": ["elder"]}
+                for name in aps}  # fmt: skip
     seeds = list(range(max(map(len, aps.values()))))
     data = {"engine": engine, "versions": {"torch": "2.12"}, "seeds": seeds, "reference": reference,
             "variants": variants, "runs": runs}  # fmt: skip
@@ -46,7 +47,9 @@ def test_differences_go_across_the_parts(call, tmp_path):
     data = json.loads((tmp_path / "all" / "report.json").read_text())
     assert data["reference"] == "plain" and data["seeds"] == [0, 1, 2]
     assert data["engine"] == "detectron2 0.6 and detectron2 0.7" and data["versions"] == {"torch": "2.12"}
-    assert list(data["variants"]) == ["student", "teacher", "plain", "plain@longer"]
+    assert {name: variant["teachers"] for name, variant in data["variants"].items()} == {
+        "student": ["elder"], "teacher": ["elder"], "plain": ["elder"], "plain@longer": ["elder@longer"],
+    }  # fmt: skip
     lines = {line.split()[0]: line for line in reversed(printed.out.splitlines()) if line.strip()}
     assert "+1.50" in lines["student"] and "2 of 2" in lines["student"]
     assert "+5.00" in lines["plain@longer"] and "40.0" in lines["teacher_fused"]

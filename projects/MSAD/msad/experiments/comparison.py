@@ -271,8 +271,8 @@ class Comparison:
     def collect(self) -> dict:
         """All that is known, as plain data for :mod:`msad.experiments.rows`.
 
-        {"seeds", "reference", "variants": {name: {"file", "title", "description", "teacher", "swept",
-        "losses": [entry of DISTILL.LOSSES]}}, "runs": [{"variant", "seed", "iterations", "warmup", "seconds",
+        {"seeds", "reference", "variants": {name: {"file", "title", "description", "teacher", "teachers",
+        "swept", "losses": [entry of DISTILL.LOSSES]}}, "runs": [{"variant", "seed", "iterations", "warmup", "seconds",
         "cpu_seconds", "steps", "results": {name: {task: {metric: value}}}} or {"variant", "seed", "error"}]}. A run of
         equal time that would be the same as the one without a budget has that one's numbers, and its name as "same_as".
         """
@@ -293,5 +293,6 @@ class Comparison:
             described[name] = {
                 "file": str(v.file), "title": v.title, "description": v.description, "teacher": v.teacher,
                 "budget": v.budget, "swept": v.swept and list(v.swept), "losses": [lower_keys(e) for e in losses],
+                "teachers": self.teachers(name),
             }  # fmt: skip
         return {"seeds": list(self.seeds), "reference": self.reference, "variants": described, "runs": runs}

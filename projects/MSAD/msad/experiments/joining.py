@@ -38,6 +38,8 @@ def join(parts: Sequence[Part]) -> dict:
     for (folder, suffix), data in zip(parts, found):
         other = f"; rename those of one folder with SUFFIX={folder}"
         for name, variant in data["variants"].items():
+            if "teachers" in variant:
+                variant = {**variant, "teachers": [teacher + suffix for teacher in variant["teachers"]]}
             known = variants.setdefault(name + suffix, variant)
             if Path(known["file"]).name != Path(variant["file"]).name:
                 raise ValueError(f"{name + suffix} is {known['file']} and, in {folder}, {variant['file']}{other}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .jobs import format_seconds
-from .rows import AP, MIOU, Row, full_resolution, rows_of, without_detections
+from .rows import AP, MIOU, Row, full_resolution, rows_of, teachers_of, without_detections
 from .statistics import Estimate
 
 MIN_SEEDS = 3  # fewer are not called evidence
@@ -13,15 +13,8 @@ MIN_AP = 10.0  # of the full-resolution detector: below, it has hardly begun to 
 MAX_GAIN = 0.1  # of the longer training, as a share of the AP of the ordinary one
 MAX_WARMUP = 0.1  # of the iterations
 _LONGER = "@equal_iterations"
-# (row, other row, what the difference is)
-_STEPS = (
-    ("baseline_L_shifted", "baseline_L", "Level shift (pyramid levels one finer at half the resolution)"),
-    ("student_L_no_kd", "baseline_L_shifted", "Initialisation from the teacher"),
-    ("teacher_fused", "student_L_no_kd", "What the teacher is ahead of the student without distillation"),
-    ("student_L", "student_L_no_kd", "Distillation itself"),
-    ("student_L", "baseline_L_shifted@equal_iterations", "Teacher and student against longer training"),
-    ("student_L", "baseline_equal_cost", "The student against the conventional detector of equal inference cost"),
-)
+# resolution -> how it is called, and what its levels are
+_CALLED = {"H": ("full", ""), "L": ("half", "one finer at half"), "EL": ("quarter", "two finer at a quarter of")}
 
 
 def no_percentages(data: dict, metric: str = AP) -> list[str]:
@@ -90,19 +83,22 @@ def summary(data: dict, metric: str = AP) -> list[str]:
     said = [f"Nothing is detected by {_some(empty)}: AP counts as 0 there."] if empty else []
     named = {row.name: row for row in rows}
     sentences = [*doubts, *said, _evidence(rows, metric)]
-    if "student_L" in named:
-        sentences.append(_headline(named["student_L"], full_resolution(rows, metric), metric, not doubts))
+    for resolution in _CALLED:
+        if f"student_{resolution}" in named:
+            full = full_resolution(rows, metric)
+            sentences.append(_headline(named[f"student_{resolution}"], resolution, full, metric, not doubts))
     sentences += filter(None, [alone_as_long(data, metric)])
-    for name, other, what in _STEPS:
-        if name in named and other in named:
-            sentences.append(_step(named[name], named[other], what, metric))
+    for resolution in _CALLED:
+        for name, other, what in _steps(resolution, named):
+            if name in named and other in named:
+                sentences.append(_step(named[name], named[other], what, metric))
     return sentences
 
 
 def alone_as_long(data: dict, metric: str = AP) -> str:
     """What the student's architecture reaches alone in the time of teacher and student; "" if that was not trained."""
     named = {row.name: row for row in rows_of(data) if row.estimate(metric) is not None}
-    for name in ("L", "EL"):
+    for name in _CALLED:
         student, alone = named.get(f"student_{name}"), named.get(f"baseline_{name}_shifted@equal_time")
         change = student.minus(alone, metric) if student and alone else None
         if change is not None:
@@ -111,6 +107,24 @@ def alone_as_long(data: dict, metric: str = AP) -> str:
                 f"{_number(alone.estimate(metric).mean, metric)}: distillation is {_relation(change, 'that', metric)}."
             )
     return ""
+
+
+def _steps(resolution: str, named: dict[str, Row]) -> list[tuple[str, str, str]]:
+    """(row, other row, what the difference is) of what leads to the student at this resolution, by its names."""
+    student, low = f"student_{resolution}", f"baseline_{resolution}"
+    no_kd, shifted = f"{student}_no_kd", f"{low}_shifted"
+    teachers = teachers_of(named[no_kd]) if no_kd in named else []
+    fused = [f"{name}_fused" for name in teachers if f"{name}_fused" in named]
+    kind = "multi-resolution teacher" if fused else "teacher"
+    seen = [f"{name}_fused" if f"{name}_fused" in named else name for name in teachers]
+    return [
+        (shifted, low, f"Level shift (pyramid levels {_CALLED[resolution][1]} the resolution)"),
+        (no_kd, shifted, f"Initialisation from the {kind}"),
+        *((name, no_kd, "What the teacher is ahead of the student without distillation") for name in seen),
+        (student, no_kd, "Distillation itself"),
+        (student, f"{shifted}@equal_iterations", "Teacher and student against longer training"),
+        (student, "baseline_equal_cost", "The student against the conventional detector of equal inference cost"),
+    ]
 
 
 def _evidence(rows: list[Row], metric: str) -> str:
@@ -126,9 +140,9 @@ def _evidence(rows: list[Row], metric: str) -> str:
     )
 
 
-def _headline(student: Row, full: Row | None, metric: str, percentages: bool) -> str:
+def _headline(student: Row, resolution: str, full: Row | None, metric: str, percentages: bool) -> str:
     value, of = student.estimate(metric).mean, 0.0 if full is None else full.estimate(metric).mean
-    text = f"The half-resolution student (student_L) reaches {_number(value, metric)}"
+    text = f"The {_CALLED[resolution][0]}-resolution student ({student.name}) reaches {_number(value, metric)}"
     if of <= 0:
         return f"{text}."
     share = f"{100 * value / of:.0f} % of " if percentages else ""

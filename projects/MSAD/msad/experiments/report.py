@@ -29,7 +29,7 @@ from ..visualization import (
 from . import gallery
 from .jobs import format_seconds
 from .judgement import summary
-from .rows import AP, Row, failures, full_resolution, rows_of, warnings
+from .rows import AP, Row, failures, full_resolution, rows_of, student_resolution, warnings
 from .tables import Table, accuracy_table, class_table, cost_table, format_table
 from .variants import label
 
@@ -256,7 +256,7 @@ def _html_table(table: Table, titles: Mapping[str, str]) -> str:
     lines = ["<table><thead><tr>", *(f'<th scope="col">{e(header)}</th>' for header in headers), "</tr></thead><tbody>"]
     for name, *values in cells:
         about = f"<small>{e(titles[name])}</small>" if titles.get(name) else ""
-        mark = ' class="result"' if name == "student_L" else ""
+        mark = ' class="result"' if student_resolution(name) else ""
         lines.append(f'<tr{mark}><th scope="row"><code>{e(name).replace("@", "@<wbr>")}</code>{about}</th>')
         lines += [f"<td>{e(value)}</td>" for value in values]
         lines.append("</tr>")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ..evaluation.coco_stats import counted, detects_nothing, is_number
+from ..resolution import RESOLUTIONS
 from .statistics import Estimate, estimate
 
 AP, MIOU = "bbox/AP", "sem_seg/mIoU"
@@ -89,10 +90,27 @@ def rows_of(data: dict) -> list[Row]:
     return sorted(rows, key=lambda row: (order.get(row.variant["name"], (True, len(order))), row.name))
 
 
+def student_resolution(name: str) -> str:
+    """The resolution of a study's student, which is the model called student_RESOLUTION; "" for all others."""
+    start, _, resolution = name.partition("student_")
+    return resolution if not start and resolution in RESOLUTIONS else ""
+
+
+def teachers_of(row: Row) -> list[str]:
+    """Names of the variants that it learns from; reports of earlier versions do not say, and had one of this name."""
+    return row.variant.get("teachers", ["teacher"])
+
+
 def full_resolution(rows: list[Row], metric: str = "") -> Row | None:
-    """The row that shares and cost ratios refer to: baseline_H, else teacher_H, else none; with this metric, if any."""
+    """The row that shares and cost ratios refer to, with this metric, if any; None if there is none.
+
+    It is baseline_H, else a teacher that learns from no other: its branch H, if it has branches.
+    """
     found = {row.name: row for row in rows if not metric or row.estimate(metric) is not None}
-    return found.get("baseline_H") or found.get("teacher_H")
+    taught = {row.variant["name"] for row in rows if row.variant.get("teachers")}
+    first = dict.fromkeys(name for row in rows for name in teachers_of(row) if name not in taught)
+    names = ["baseline_H", *(shown for name in first for shown in (f"{name}_H", name))]
+    return next((found[name] for name in names if name in found), None)
 
 
 def main_metric(rows: list[Row]) -> str:

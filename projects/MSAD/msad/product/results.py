@@ -24,7 +24,7 @@ from ..export import export
 from ..export.onnx import export_onnx
 from .backbones import choose_backbone
 from .card import model_card, read_licences
-from .methods import BASELINE, TEACHER
+from .methods import BASELINE, STUDENT, TEACHER
 from .project import Project
 from .steps import kept
 
@@ -55,6 +55,9 @@ def report(project: Project) -> dict:
     folder = project.output / "report"
     data = {**about_report(), **project.study.collect()}
     for name, result in _given_results(project).items():
+        for variant in data["variants"].values():
+            if variant["file"] == str(project.files[STUDENT]):
+                variant["teachers"] = [name]
         data["runs"].append({"variant": name, "seed": project.seed, "results": {name: result}})
         data["variants"][name] = {"file": project.choices.checkpoint, "title": "the given model", "teacher": False}
 
