@@ -13,7 +13,9 @@ from detectron2.engine.train_loop import TrainerBase
 from torch import nn
 
 from msad.engine import hooks
+from msad.engine.gates import GateLogger
 from msad.engine.hooks import ExactResume, LossRatioLogger, SkippedImages
+from msad.modeling.fusion import CrossFeatureLevelFusion
 
 
 class Idle(TrainerBase):
@@ -207,3 +209,29 @@ def test_distillation_that_outweighs_detection_is_said_once(caplog, ratios, pati
         run(losses, [LossRatioLogger(1, patience)], len(ratios))
     said = [r.getMessage() for r in caplog.records if "times the detection losses" in r.getMessage()]
     assert len(said) == warnings and all("DISTILL.BALANCE.RATIO" in text for text in said)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_gate_is_logged_and_said_once_where_it_stays_at_h(caplog, normalize):
+    """By hand: a hidden value x gives H the weight e^x / (e^x + 1), 1/2 of 0 and 3/4 of log 3; of 64 it is 1."""
+    fusion = CrossFeatureLevelFusion(1, 2, reduction=2, mask_padding=False)
+    with torch.no_grad():
+        fusion.squeeze.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        fusion.excite.weight.copy_(torch.tensor([[1.0], [0.0]]))
+    fusion.normalize = normalize
+    sides = [0.0, np.log(3.0)] if not normalize else [0.0, 0.0]
+
+    def step(trainer):
+        for value in sides:
+            fusion([torch.full((3, 1, 2, 2), float(value)), torch.ones(3, 1, 2, 2)])
+
+    values = Values("fusion/gate_H")
+    with caplog.at_level(logging.WARNING, "msad"):
+        run(step, [GateLogger(fusion, 2, 1), values], 3)
+        expected = pytest.approx(0.5 if normalize else 0.625)
+        assert values.values == [None, expected, expected] and not fusion.excite._forward_hooks
+        sides = [8.0, 8.0]
+        fusion.excite.weight.data *= 8
+        run(step, [GateLogger(fusion, 1, 2)], 5)
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert "those of H for 2 iterations" in said and ("MSAD.FUSION.NORMALIZE True" in said) != normalize

@@ -10,12 +10,13 @@ import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
-from runs import assert_equal_weights, left_by_a_killed_run, train
+from runs import assert_equal_weights, config, left_by_a_killed_run, train
 from torch import nn
 
 from msad import load_config
 from msad.distill.losses import DISTILL_LOSS_REGISTRY
 from msad.engine import DistillTrainer, trainer
+from msad.engine.gates import GateLogger
 from msad.engine.setup import evaluate_branches, load_model
 
 # --- what is built ------------------------------------------------------------------------------------------------
@@ -142,6 +143,14 @@ def test_branches_of_a_teacher_are_evaluated_and_the_choice_is_kept(student_conf
     assert model.eval_branch == "L" and not model.training
     with pytest.raises(ValueError, match=r"MSAD.EVAL_BRANCH 'EL' is not one of .*'fused', 'H', 'L'"):
         model.set_eval_branch("EL")
+
+
+@pytest.mark.parametrize(("name", "resolutions"), [("teacher", "HL"), ("teacher", "H"), ("student", "HL")])
+def test_gates_of_teachers_with_several_branches_are_looked_at(project, teacher_weights, tmp_path, name, resolutions):
+    options = {"MSAD.RESOLUTIONS": [*resolutions]}
+    run = DistillTrainer(config(project, teacher_weights, name, tmp_path / "run", **options))
+    looked = [hook.fusion for hook in run._hooks if isinstance(hook, GateLogger)]
+    assert looked == ([run.model.fusion] if (name, resolutions) == ("teacher", "HL") else [])
 
 
 def test_nothing_is_evaluated_without_weights(student_config):

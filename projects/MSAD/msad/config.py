@@ -64,7 +64,8 @@ def add_msad_config(cfg: CN) -> CN:
     # Pool the gate's input over the image without its padding. False: as in the released code.
     cfg.MSAD.FUSION.MASK_PADDING = True
     # Scale the gate's input to a root mean square of 1, which keeps it from ending with all weight on one branch where
-    # maps are large (pretrained backbones with frozen statistics). Not in the paper.
+    # maps are large (pretrained backbones with frozen statistics). Not in the paper. The log has the weight of H as
+    # fusion/gate_H.
     cfg.MSAD.FUSION.NORMALIZE = False
 
     # --- multi-scale fusion students (MODEL.META_ARCHITECTURE: FusionStudent) -------------------------------------

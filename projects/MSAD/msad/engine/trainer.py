@@ -32,6 +32,7 @@ from .build import build_distillation, compile_backbone
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
 from .evaluating import guard_hooks, share_statistics
+from .gates import GateLogger
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
 from .precise_bn import NormsRunOnce
 from .resting import frozen_backbone, resting_losses
@@ -187,6 +188,9 @@ class DistillTrainer(DefaultTrainer):
             ours.append(SkippedImages(loader, (20, period)))
         if self.cfg.TEST.PRECISE_BN.ENABLED:
             ours.append(NormsRunOnce(model))
+        trained = getattr(model, "module", model)
+        if isinstance(trained, MultiScaleTeacher) and len(trained.resolutions) > 1:
+            ours.append(GateLogger(trained.fusion))
         if distiller is not None and len(distiller.losses):
             ours.append(resting_losses(distiller))
             # DISTILL.BALANCE looks at gradients, and need not care for the losses' ratio.
