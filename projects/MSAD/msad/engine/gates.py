@@ -25,6 +25,7 @@ class GateLogger(HookBase):
         self.period = period
         self.patience = patience
         self._above = 0  # readings in a row
+        self._warned = False
         self._seen: list[torch.Tensor] = []
 
     def before_step(self) -> None:
@@ -41,8 +42,8 @@ class GateLogger(HookBase):
         weight = torch.cat(self._seen).float().softmax(dim=1)[:, 0].mean().item()
         self.trainer.storage.put_scalar("fusion/gate_H", weight, smoothing_hint=False)
         self._above = self._above + 1 if weight > SETTLED else 0
-        if self._above == self.patience:
-            self.patience = 0  # never again
+        if self._above == self.patience and not self._warned:
+            self._warned = True
             advice = "" if self.fusion.normalize else ". MSAD.FUSION.NORMALIZE True keeps the gate from it"
             logger.warning(
                 "The fused maps have been those of H for %d iterations (its gate is %.3f), so that a student learns "
