@@ -206,6 +206,9 @@ def test_the_architecture_of_the_student_alone_is_a_control(make):
     for scale, method, name in (("1/2", "msad", "baseline_L_shifted"), ("1/4", "progressive", "baseline_EL_shifted")):
         configs = make(scale=scale, method=method, controls=True, opts=("MODEL.WEIGHTS", "imagenet.pth"))
         alone, student = configs[name], configs["student"]
+        conventional = configs[name.removesuffix("_shifted")]
+        assert conventional.INPUT.MIN_SIZE_TEST == student.INPUT.MIN_SIZE_TEST
+        assert conventional.MODEL.FPN.LEVELS == configs["baseline_H"].MODEL.FPN.LEVELS != student.MODEL.FPN.LEVELS
         assert not alone.DISTILL.TEACHERS and not alone.DISTILL.LOSSES and alone.MODEL.WEIGHTS == "imagenet.pth"
         assert alone.INPUT.MIN_SIZE_TRAIN == (alone.INPUT.MIN_SIZE_TEST,) == (student.INPUT.MIN_SIZE_TEST,)
         alone.MODEL.WEIGHTS = student.MODEL.WEIGHTS
@@ -389,13 +392,14 @@ def test_keypoints_of_unknown_sides_are_a_warning_of_the_plan(project, tmp_path,
 def test_times_are_measured_again_on_another_machine(tmp_path, monkeypatch):
     calls = []
     """And a given model is what the student's yaml learns from."""
-    files = {"student_EL": "s.yaml", "student_EL_no_kd": "s.yaml", "baseline_L": "b.yaml"}
+    files = {"student_EL": "s.yaml", "student_EL_no_kd": "s.yaml", "baseline_EL": "b.yaml"}
     variants = {name: {"file": file, "teachers": []} for name, file in files.items()}
     study = SimpleNamespace(collect=lambda: {"runs": [], "variants": dict(variants)}, models=dict)
     project = SimpleNamespace(output=tmp_path, study=study, student="s", models=dict, seed=0)
     project.files = {"student": Path("s.yaml")}
     monkeypatch.setattr(results, "_given_results", lambda project: {"baseline_H": {}})
-    project.config, project.choices = lambda name: load_config(""), SimpleNamespace(checkpoint="")
+    project.config = lambda name: load_config("")
+    project.choices = SimpleNamespace(checkpoint="", conventional="baseline_EL")
     for name in ("write_report", "describe_data", "draw_pictures"):
         monkeypatch.setattr(results, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(results, "costs_of_trained", calls.append)

@@ -14,7 +14,7 @@ from msad.experiments.statistics import estimate
 FOLDER = Path(__file__).parents[2] / "docs" / "results"
 RUNS = list(csv.DictReader((FOLDER / "runs.csv").open(encoding="utf-8")))
 KEYS = ("page", "section", "row")
-MEANS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "CPU s")
+MEANS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "CPU s", "AP of car")
 
 
 def cells_of(page: str, section: str, row: str) -> list[tuple[str, str]]:

@@ -70,6 +70,11 @@ class Choices:
         return SCALES[self.scale]
 
     @property
+    def conventional(self) -> str:
+        """Name of the control that is the detector with its stock levels, at the student's input."""
+        return f"baseline_{self.resolution}"
+
+    @property
     def alone(self) -> str:
         """Name of the control that is the student's architecture, trained without a teacher."""
-        return f"baseline_{self.resolution}_shifted"
+        return f"{self.conventional}_shifted"

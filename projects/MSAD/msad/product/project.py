@@ -92,7 +92,8 @@ class Project:
             no_kd = ("DISTILL.LOSSES", [], "DISTILL.ASSISTANTS", [])
             if self.configs[STUDENT].DISTILL.LOSSES:
                 variants[f"{self.student}_no_kd"] = Variant(self.files[STUDENT], no_kd, title="student, not distilled")
-            for name, title in ((BASELINE, "full resolution"), ("baseline_L", "the student's input, stock levels")):
+            titles = {BASELINE: "full resolution", self.choices.conventional: "the student's input, stock levels"}
+            for name, title in titles.items():
                 if name != BASELINE or not self.choices.checkpoint:
                     variants[name] = Variant(self.files[name], title=title)
             if self.choices.alone in self.files:

@@ -179,7 +179,7 @@ def make_configs(choices: Choices, entries: list[dict], content: dict, objects: 
             low.INPUT[key] = configs[STUDENT].INPUT[key]
         train_at(low, get_resolution(choices.resolution).shift)
         controls = {} if choices.checkpoint else {BASELINE: base}
-        controls["baseline_L"] = low
+        controls[choices.conventional] = low
         if not choices.checkpoint and configs[STUDENT].DISTILL.TEACHERS:  # else it is the student
             controls[choices.alone] = trained_alone(base, choices)
         configs = controls | configs

@@ -63,8 +63,8 @@ def report(project: Project) -> dict:
 
     def make() -> dict:
         models = project.models()
-        roles = {"teacher": TEACHER if TEACHER in models else BASELINE, "conventional": "baseline_L",
-                 "student": project.student}  # fmt: skip
+        roles = {"teacher": TEACHER if TEACHER in models else BASELINE, "student": project.student,
+                 "conventional": project.choices.conventional}  # fmt: skip
         draw_pictures(folder, models, roles)
         return {"cost": costs_of_trained(models), "data": describe_data(project.config(project.student))}
 
