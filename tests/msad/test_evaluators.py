@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,13 @@ def test_processes_of_one_job_do_not_read_half_a_file(tmp_path, tiny_cfg, monkey
     read = []
     monkeypatch.setattr(COCOEvaluator, "__init__", lambda *args, **kwargs: None)
     build_evaluator(tiny_cfg(), "hd", str(tmp_path))
-    dump = json.dump
+    replace = os.replace
 
-    def slowly(content, stream, *args):
+    def slowly(written, file):
         read.append(json.loads(Path(MetadataCatalog.get("hd").json_file).read_text()))
-        dump(content, stream, *args)
+        replace(written, file)
 
-    monkeypatch.setattr(json, "dump", slowly)
+    monkeypatch.setattr(os, "replace", slowly)
     build_evaluator(tiny_cfg(), "hd", str(tmp_path))
     MetadataCatalog.remove("hd")
     assert read == [content]

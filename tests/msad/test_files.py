@@ -62,7 +62,7 @@ def test_json_has_no_nan(tmp_path):
         write_json(file, content, indent)
         assert json.loads(file.read_text(), parse_constant=pytest.fail) == read_json(file)
         assert read_json(file) == {"AP": None, "box": [1, None, 2.5], "3": [True, None, "NaN"]}
-    assert file.read_text() == '{"AP":null,"box":[1,null,2.5],"3":[true,null,"NaN"]}\n'
+    assert file.read_text() == '{"AP": null, "box": [1, null, 2.5], "3": [true, null, "NaN"]}\n'
     with pytest.raises(TypeError):
         write_json(file, {"a": object()})
     assert read_json(file)["3"] == [True, None, "NaN"] and os.listdir(tmp_path) == ["a.json"]

@@ -71,14 +71,13 @@ def write_json(file: str | os.PathLike, content: Any, indent: int | None = 1, sh
     """Write JSON as :func:`atomic_write` does, what is not :func:`finite` as null.
 
     Args:
-        indent: None: all in a line, without blanks.
+        indent: None: all in a line.
         shared: see :func:`atomic_write`.
     """
-    options = {"indent": indent, "separators": None if indent else (",", ":"), "allow_nan": False}
     try:
-        text = json.dumps(content, **options)
+        text = json.dumps(content, indent=indent, allow_nan=False)
     except ValueError:
-        text = json.dumps(_without_nan(content), **options)
+        text = json.dumps(_without_nan(content), indent=indent)
     with atomic_write(file, "w", shared) as stream:
         stream.write(text + "\n")
 
