@@ -301,8 +301,11 @@ def test_the_architecture_alone_gets_the_time_of_teacher_and_student(project, tm
     steps = {"teacher": 3.0, "student": 2.0, "baseline_H": 1.0, "baseline_L": 1.0, "baseline_L_shifted": 0.5}
     measured = {name: Measured(100, step, 0.1, 10, 1) for name, step in steps.items()}
     monkeypatch.setattr("msad.product.project.measured_once", lambda *_: measured)
-    text, timed = made.plan(1).text(), "baseline_L_shifted@equal_time"
-    assert f"{timed}: 1000 iterations of 0.5 s" in text and "baseline_L_shifted: 100 iterations of 0.5 s" in text
+    plan, timed = made.plan(1), "baseline_L_shifted@equal_time"
+    assert f"{timed}: 1000 iterations of 0.5 s" in plan.text()
+    assert "baseline_L_shifted: 100 iterations of 0.5 s" in plan.text()
+    equal, share = plan.runs["baseline_equal_cost"], plan.cost.student / plan.cost.full
+    assert (equal.iterations, equal.step) == (100, share) and 0.3 < share < 1 == plan.runs["baseline_H"].step
 
     def finish(name, step):
         folder = made.study.folder(Run(name, 0))

@@ -34,13 +34,16 @@ class InferenceCost(NamedTuple):
     half: float | None = None
     ways: dict[str, float] = {}
 
+    @property
+    def share(self) -> float:
+        return self.student / self.full
+
     def lines(self) -> list[str]:
         """For people."""
-        share = self.student / self.full
-        lines = [f"inference: the student takes {share:.2f} times the multiply-adds of the full-resolution detector "
-                 f"({self.student:.3g} and {self.full:.3g} GMACs, of an image of {' x '.join(map(str, self.image))} "
-                 "px)"]  # fmt: skip
-        if share > MAX_SHARE:
+        lines = [f"inference: the student takes {self.share:.2f} times the multiply-adds of the full-resolution "
+                 f"detector ({self.student:.3g} and {self.full:.3g} GMACs, of an image of "
+                 f"{' x '.join(map(str, self.image))} px)"]  # fmt: skip
+        if self.share > MAX_SHARE:
             better = [f"{option} ({value:.2f} times the detector at that H)" for option, value in self.ways.items()]
             way = f"better are {', '.join(better)}" if better else "no size nearby and no other --scale is much better"
             lines.append(f"warning: that is more than {MAX_SHARE:g}: the head reads as many locations as at full "

@@ -123,18 +123,24 @@ class Project:
         measured = measured_once(configs, self.output / "measured.json", steps)
         data = describe(self.objects, self.short, self.divisor)
         data += [f"warning: {text}" for text in self.warnings]
-        runs = {run.name: self._expected(run.name, measured) for run in self.pending()}
         cost = expected_cost(self.choices, self.short, self.objects, self._detector)
+        runs = {run.name: self._expected(run.name, measured, cost.share) for run in self.pending()}
         return Plan(data, self.changes, runs, self.test_images, shutil.disk_usage(self.output).free, cost)
 
-    def _expected(self, name: str, measured: Mapping[str, Measured]) -> Measured:
-        """What a variant will take; one of equal time as many steps as fit into those that it is compared with."""
+    def _expected(self, name: str, measured: Mapping[str, Measured], share: float) -> Measured:
+        """What a variant will take.
+
+        One of equal time takes as many steps as fit into those that it is compared with; the detector at equal cost,
+        whose input size is found later, ``share`` of what it takes at H.
+        """
         variant = self.study.variants[name]
         one = measured[variant.file.stem]
+        if variant.budget == "equal_cost":
+            return one._replace(step=share * one.step, image=share * one.image)
         if variant.budget != "equal_time":
             return one
         both = [*self.study.all_teachers(variant.reference), variant.reference]
-        seconds = sum(m.iterations * m.step for m in (self._expected(other, measured) for other in both))
+        seconds = sum(m.iterations * m.step for m in (self._expected(other, measured, share) for other in both))
         return one._replace(iterations=max(1, round(seconds / one.step)))
 
     def given(self) -> CfgNode:
