@@ -55,10 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--equal-cost", type=Path, metavar="YAML", help="this detector at the cost of the reference")
     parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V,V,...",
                         help="one variant a value of a config key")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="runs at a time on the CPU, 0: in this process; default: 1")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
-    parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
+    cli.add_slot_options(parser)
     parser.add_argument("--metric", metavar="TASK/METRIC",
                         help="e.g. segm/AP; default: bbox/AP, or sem_seg/mIoU if the first is a segmentor")  # fmt: skip
     parser.add_argument("--panels", nargs="+", default=[], metavar="NAME",

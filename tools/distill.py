@@ -50,9 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--iterations", type=int, metavar="N", help="of every training; default: 24 passes, >= 1500")
     parser.add_argument("--controls", action="store_true", help="also train what the student is to be compared with")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on the CPU; default: 1")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
-    parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
+    cli.add_slot_options(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask before training")
     return parser
 

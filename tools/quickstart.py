@@ -60,9 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each variant runs once a seed; default: 0")
     parser.add_argument("--iterations", type=cli.positive, help="of every stage; default: as the configs say")
     parser.add_argument("--short-side", type=cli.positive, help="of H in pixels; default: as the configs say")
-    parser.add_argument("--jobs", type=cli.positive, metavar="N", help="runs at a time; default: cores, up to 4")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
-    parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each GPU")
+    cli.add_slot_options(parser, None, "cores, up to 4")
     return parser
 
 
@@ -153,8 +151,9 @@ def work(args: argparse.Namespace) -> int:
     """Train, evaluate and report; status 1 if a run failed."""
     begin = time.time()
     study = make_study(args)
-    on_cpu = study.config(study.runs()[0]).MODEL.DEVICE == "cpu"
-    jobs = args.jobs or (min(count_cores(), 4) if on_cpu else 1)
+    jobs = args.jobs
+    if jobs is None:
+        jobs = min(count_cores(), 4) if study.config(study.runs()[0]).MODEL.DEVICE == "cpu" else 1
     try:
         failed = study.run(make_slots(jobs, args.threads, args.devices))
     except KeyboardInterrupt:

@@ -8,9 +8,9 @@
 writes DIR/sweep.json, DIR/sweep.png and DIR/log.txt, and prints a table for each task. Sizes are short sides in pixels
 of the model's own input (for a teacher those of H); the longest side allowed (INPUT.MAX_SIZE_TEST) is scaled alike.
 Default: 100, 96, 92, 88, 84 and 80 % of INPUT.MIN_SIZE_TEST, the paper's sizes. Finished sizes are kept: the same
-command goes on after an interruption, and further --sizes are added. Latency is that of the first test image, the least
-of several rounds in which the sizes take turns, and is measured for all sizes anew when one is added; sizes that are
-padded alike share it.
+command goes on after an interruption, and further --sizes are added. Latency is that of a test image of the most
+common size, the least of several rounds in which the sizes take turns, and is measured for all sizes anew when one is
+added; sizes that are padded alike share it.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from msad.distill.distiller import student_shapes
 from msad.distill.init import init_student
 from msad.distill.teachers import FrozenTeacher
 from msad.engine import DistillTrainer
+from msad.engine.gates import gate_loggers
 from msad.engine.preflight import examine
 from msad.engine.resting import frozen_backbone
 from msad.engine.setup import prepare
@@ -227,6 +228,13 @@ def test_streams_on_a_gpu_give_the_same_losses_and_gradients(fusion_cfg, make_ba
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_is_logged_in_training(fusion_cfg, tiny_model):
+    student = build_model(fusion_cfg())
+    (logger,) = gate_loggers(student)
+    assert logger.fusion is student.backbone.fusion and "change nothing" in logger.consequence
+    assert gate_loggers(tiny_model()) == []
 
 
 def test_cost_counts_both_branches(fusion_cfg, tiny_model):

@@ -229,11 +229,12 @@ def test_a_gate_is_logged_and_said_once_where_it_stays_at_h(caplog, normalize):
 
     values = Values("fusion/gate_H")
     with caplog.at_level(logging.WARNING, "msad"):
-        run(step, [GateLogger(fusion, 2, 1), values], 3)
+        run(step, [GateLogger(fusion, "it is alone", 2, 1), values], 3)
         expected = pytest.approx(0.5 if normalize else 0.625)
         assert values.values == [None, expected, expected] and not fusion.excite._forward_hooks
         sides = [8.0, 8.0]
         fusion.excite.weight.data *= 8
-        run(step, [GateLogger(fusion, 1, 2)], 8)
+        run(step, [GateLogger(fusion, "it is alone", 1, 2)], 8)
     (said,) = [r.getMessage() for r in caplog.records]
-    assert "those of H for 2 iterations" in said and ("MSAD.FUSION.NORMALIZE True" in said) != normalize
+    assert "those of H for 2 iterations" in said and "so that it is alone" in said
+    assert ("MSAD.FUSION.NORMALIZE True" in said) != normalize

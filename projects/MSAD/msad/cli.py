@@ -56,6 +56,18 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
+def add_slot_options(parser: argparse.ArgumentParser, jobs: int | None = 1, usual: str = "1") -> None:
+    """``--jobs``, ``--threads`` and ``--devices``, for :func:`msad.experiments.jobs.make_slots`.
+
+    Args:
+        jobs: what is meant without ``--jobs``, which help calls ``usual``.
+    """
+    parser.add_argument("--jobs", type=int, default=jobs, metavar="N",
+                        help=f"runs at a time on the CPU, 0: in this process; default: {usual}")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads a run; default: cores / jobs")
+    parser.add_argument("--devices", nargs="+", default=[], metavar="cuda:N", help="a run at a time on each")
+
+
 def positive(text: str) -> int:
     """The type of an option: a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:

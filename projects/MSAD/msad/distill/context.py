@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from detectron2.structures import Boxes
 
-Features = dict[str, torch.Tensor]
+from ..modeling.adapters import Features
 
 
 @dataclass

@@ -8,6 +8,7 @@ import re
 import torch
 from torch import nn
 
+from ..modeling.adapters import detector_of
 from ..modeling.backbones.switchable import ConvAWS, SwitchableAtrousConv
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def _match(student: nn.Module, teacher: nn.Module, mode: str) -> tuple[dict[str,
     names = {name: _BRANCH.sub("backbone.", name) for name in own}
     if mode == "neck_and_head":
         names = {own_name: name for own_name, name in names.items() if not _is_bottom_up(name)}
-    detector = getattr(teacher, "detector", teacher)
+    detector = detector_of(teacher)
     different: dict[str, str] = {}
     for own_name, name in names.items():
         part = name.split(".")[0]
@@ -127,7 +128,7 @@ def init_student(student: nn.Module, teacher: nn.Module, mode: str) -> dict[str,
     source, own = _teacher_tensors(teacher), student.state_dict()
     for own_name, name in matching.items():
         own[own_name].copy_(source[name])
-    _copy_filters(student, getattr(teacher, "detector", teacher), matching)
+    _copy_filters(student, detector_of(teacher), matching)
     logger.info(
         "Student initialised from the teacher (%s): %d tensors copied, %d kept their own initialisation",
         mode, len(matching), len(different),

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..modeling.adapters import DetectorAdapter, Features, UnfitDetector, adapt
+from ..modeling.adapters import DetectorAdapter, Features, UnfitDetector, adapt, detector_of
 from ..modeling.features import batch_norms, keep_statistics, run_neck
 from ..modeling.fusion_student import told_sizes
 from ..modeling.taps import NECK, tap_shapes
@@ -72,7 +72,7 @@ class FrozenTeacher:
     @property
     def detector(self) -> nn.Module:
         """The detector itself, inside a multi-resolution teacher or not."""
-        return getattr(self.model, "detector", self.model)
+        return detector_of(self.model)
 
     @property
     def adapter(self) -> DetectorAdapter:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import detector_architecture
 from ..data.sem_seg import is_segmentation
-from ..modeling.adapters import adapt
+from ..modeling.adapters import adapt, detector_of
 from .build import teacher_entries
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def describe_model(cfg: CfgNode, model: nn.Module) -> str:
 
 def describe_levels(model: nn.Module) -> str:
     """The pyramid levels that the heads read, with their strides in pixels of the network's input; "" for none."""
-    detector = getattr(model, "detector", model)
+    detector = detector_of(model)
     shapes = detector.backbone.output_shape()
     levels = adapt(detector).levels
     if not levels:

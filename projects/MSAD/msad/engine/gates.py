@@ -1,4 +1,4 @@
-"""The gate of a teacher that is trained: logged, and a warning where it has settled on one branch."""
+"""The gate of a teacher or fusion student that is trained: logged, and a warning where it has settled on one branch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import logging
 
 import torch
 from detectron2.engine import HookBase
+from torch import nn
 
 from ..modeling.fusion import CrossFeatureLevelFusion
+from ..modeling.fusion_student import FusionBackbone
+from ..modeling.teacher import MultiScaleTeacher
 
 logger = logging.getLogger(__name__)
 SETTLED = 0.98  # mean weight of H
@@ -18,10 +21,16 @@ class GateLogger(HookBase):
 
     It looks at one step in ``period`` and leaves the others as they are. Above SETTLED for ``patience`` readings in a
     row it warns, once.
+
+    Args:
+        consequence: what a gate that has settled means.
     """
 
-    def __init__(self, fusion: CrossFeatureLevelFusion, period: int = 20, patience: int = 5) -> None:
+    def __init__(
+        self, fusion: CrossFeatureLevelFusion, consequence: str, period: int = 20, patience: int = 5
+    ) -> None:
         self.fusion = fusion
+        self.consequence = consequence
         self.period = period
         self.patience = patience
         self._above = 0  # readings in a row
@@ -46,6 +55,16 @@ class GateLogger(HookBase):
             self._warned = True
             advice = "" if self.fusion.normalize else ". MSAD.FUSION.NORMALIZE True keeps the gate from it"
             logger.warning(
-                "The fused maps have been those of H for %d iterations (its gate is %.3f), so that a student learns "
-                "nothing of the other branches%s", self._above * self.period, weight, advice,
+                "The fused maps have been those of H for %d iterations (its gate is %.3f), so that %s%s",
+                self._above * self.period, weight, self.consequence, advice,
             )  # fmt: skip
+
+
+def gate_loggers(model: nn.Module) -> list[GateLogger]:
+    """That of a model with a gate, or none."""
+    if isinstance(model, MultiScaleTeacher) and len(model.resolutions) > 1:
+        return [GateLogger(model.fusion, "a student learns nothing of the other branches")]
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, FusionBackbone):
+        return [GateLogger(backbone.fusion, "the other branches take time and change nothing")]
+    return []

@@ -24,6 +24,7 @@ from ..distill.init import init_student
 from ..distill.schedules import paper_weights
 from ..evaluation.detection_loss import validation_loss
 from ..evaluation.evaluators import build_evaluator, check_evaluators
+from ..modeling.adapters import detector_of
 from ..modeling.features import freeze_unused_levels
 from ..modeling.ignored_regions import IgnoredRegions
 from ..modeling.teacher import MultiScaleTeacher
@@ -32,7 +33,7 @@ from .build import build_distillation, compile_backbone
 from .checkpoint import CheckedCheckpointer, load_branches
 from .divergence import LossRecorder
 from .evaluating import guard_hooks, share_statistics
-from .gates import GateLogger
+from .gates import gate_loggers
 from .hooks import BalanceLogger, ExactResume, FeatureAnalysis, LossRatioLogger, SkippedImages
 from .precise_bn import NormsRunOnce
 from .resting import frozen_backbone, resting_losses
@@ -107,7 +108,7 @@ class DistillTrainer(DefaultTrainer):
         if cfg.SOLVER.CHANNELS_LAST:
             model = model.to(memory_format=torch.channels_last)
         if cfg.SOLVER.COMPILE:
-            compile_backbone(getattr(model, "detector", model))
+            compile_backbone(detector_of(model))
         if not cfg.DISTILL.TEACHERS:
             if cfg.DISTILL.LOSSES:
                 raise ValueError("DISTILL.LOSSES need a teacher: DISTILL.TEACHERS is empty")
@@ -188,9 +189,7 @@ class DistillTrainer(DefaultTrainer):
             ours.append(SkippedImages(loader, (20, period)))
         if self.cfg.TEST.PRECISE_BN.ENABLED:
             ours.append(NormsRunOnce(model))
-        trained = getattr(model, "module", model)
-        if isinstance(trained, MultiScaleTeacher) and len(trained.resolutions) > 1:
-            ours.append(GateLogger(trained.fusion))
+        ours += gate_loggers(getattr(model, "module", model))
         if distiller is not None and len(distiller.losses):
             ours.append(resting_losses(distiller))
             # DISTILL.BALANCE looks at gradients, and need not care for the losses' ratio.

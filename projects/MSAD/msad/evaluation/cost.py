@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..distill.distiller import Distiller
-from ..modeling.adapters import adapt
+from ..modeling.adapters import adapt, detector_of
 from ..modeling.fusion_student import FusionBackbone
 from ..modeling.taps import before_neck
 from ..resolution import downsample_batch
@@ -46,7 +46,7 @@ def part_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
     Raises:
         TypeError: no adapter knows the detector.
     """
-    detector = getattr(model, "detector", model)
+    detector = detector_of(model)
     head = adapt(detector).head_modules()
     backbone = detector.backbone
     backbones = list(backbone.branches.values()) if isinstance(backbone, FusionBackbone) else [backbone]

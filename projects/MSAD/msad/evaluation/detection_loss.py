@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.fixed import FixedInputs
 from ..data.low_res import sees_low_res
+from ..modeling.adapters import detector_of
 from ..modeling.ignored_regions import IgnoredRegions
 
 BATCH_SIZE = 4
@@ -122,7 +123,7 @@ def training_without_noise(model: nn.Module) -> Iterator[None]:
     """Inside, the model returns losses, but backbone, norms and dropout are as in evaluation."""
     modes = {module: module.training for module in model.modules()}
     model.train()
-    getattr(model, "detector", model).backbone.eval()
+    detector_of(model).backbone.eval()
     for module in model.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             module.eval()

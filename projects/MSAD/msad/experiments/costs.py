@@ -21,6 +21,7 @@ from ..engine.setup import load_model
 from ..evaluation.cost import TOTAL, count_macs, count_parameters, random_inputs, time_parts
 from ..evaluation.region_limits import fill_regions
 from ..evaluation.sweep import short_side_of
+from ..modeling.adapters import detector_of
 from ..modeling.teacher import MultiScaleTeacher
 
 LARGEST = 8  # times its own input size, at which a detector may be compared; its cost goes with the square
@@ -112,7 +113,7 @@ def _input_size(model: nn.Module, shape: tuple[int, int], short: int, longest: i
     """Height, width of the padded input that a file of this shape gives."""
     if short:  # 0: as the files are
         shape = T.ResizeShortestEdge.get_output_shape(*shape, short, longest)
-    step = max(getattr(model, "detector", model).backbone.size_divisibility, 1)
+    step = max(detector_of(model).backbone.size_divisibility, 1)
     height, width = (-(-side // step) * step for side in shape)
     return height, width
 
@@ -166,7 +167,7 @@ def measure_costs(models: dict[str, tuple[CfgNode, nn.Module]], rounds: int = 15
         data = cfg.DATASETS.dump()
         records[data] = records.get(data) or typical_record(cfg)
         inputs = [inference_mapper(cfg)(records[data])]
-        backbone = getattr(model, "detector", model).backbone
+        backbone = detector_of(model).backbone
         for branch in model.branches if isinstance(model, MultiScaleTeacher) else [None]:
             select = functools.partial(_select, model, branch)
             select()
@@ -204,7 +205,7 @@ def _select(model: nn.Module, branch: str | None) -> None:
 
 
 def _has_regions(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "detector", model), GeneralizedRCNN)
+    return isinstance(detector_of(model), GeneralizedRCNN)
 
 
 def _architecture(cfg: CfgNode) -> str:

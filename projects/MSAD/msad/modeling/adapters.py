@@ -33,6 +33,11 @@ from .head_outputs import DENSE, ROI, RPN, Head, first_result
 Features = dict[str, torch.Tensor]
 
 
+def detector_of(model: nn.Module) -> nn.Module:
+    """The detector that a multi-resolution teacher wraps; any other model itself."""
+    return getattr(model, "detector", model)
+
+
 class UnfitDetector(TypeError, ValueError):
     """A detector of a kind, or with a part, that what was asked for does not work with; bad input, as a ValueError."""
 

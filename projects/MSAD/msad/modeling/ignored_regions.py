@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import adapt
+from .adapters import adapt, detector_of
 from .detectors.dense import SURELY_BACKGROUND
 
 
@@ -30,7 +30,7 @@ class IgnoredRegions:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        detector = getattr(model, "detector", model)
+        detector = detector_of(model)
         adapter, shapes = adapt(detector), detector.backbone.output_shape()
         self._regions: list[torch.Tensor] | None = None
         self._objects: list[torch.Tensor] = []
@@ -54,7 +54,7 @@ class IgnoredRegions:
         if not any(len(item.get("ignored_regions", ())) for item in batch):
             self._regions = None
             return
-        device = getattr(model, "detector", model).pixel_mean.device
+        device = detector_of(model).pixel_mean.device
         self._regions, self._objects = [], []
         for item in batch:
             height, width = item["image"].shape[-2:]

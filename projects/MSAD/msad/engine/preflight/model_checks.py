@@ -19,6 +19,7 @@ from ...data.sampling import at_equal_distances
 from ...evaluation.evaluators import loadable_records
 from ...files import local_file
 from ...finding import ERROR, OK, WARNING, Finding, check, error_text
+from ...modeling.adapters import detector_of
 from ...modeling.features import tap_neck
 from ...modeling.teacher import MultiScaleTeacher
 from ...resolution import downsampled_size
@@ -78,7 +79,7 @@ def check_test_size(cfg: CfgNode, model: nn.Module) -> Generator:
         return None
     height, width = min(sizes, key=max)
     blank = {"image": torch.zeros(3, height, width, dtype=torch.uint8), "height": height, "width": width}
-    detector = getattr(model, "detector", model)
+    detector = detector_of(model)
     training, branch = model.training, model.eval_branch if isinstance(model, MultiScaleTeacher) else ""
     model.eval()
     try:

@@ -11,7 +11,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 
-Features = dict[str, torch.Tensor]
+from ..adapters import Features
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, kernel: int, norm: str) -> Conv2d:
