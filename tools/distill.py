@@ -47,7 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
                         "model, which teaches")  # fmt: skip
     parser.add_argument("--config", default="", metavar="YAML", help="of that model")
     parser.add_argument("--short-side", type=int, metavar="PX", help="of H; default: as recommended for the data")
-    parser.add_argument("--iterations", type=int, metavar="N", help="of every training; default: 24 passes, >= 1500")
+    parser.add_argument("--iterations", type=int, metavar="N", help="of every training; default: 24 passes, >= 600, "
+                        "from scratch >= 1500")  # fmt: skip
     parser.add_argument("--controls", action="store_true", help="also train what the student is to be compared with")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     cli.add_slot_options(parser)

@@ -212,7 +212,7 @@ def test_the_architecture_of_the_student_alone_is_a_control(make):
         assert not alone.DISTILL.TEACHERS and not alone.DISTILL.LOSSES and alone.MODEL.WEIGHTS == "imagenet.pth"
         assert alone.INPUT.MIN_SIZE_TRAIN == (alone.INPUT.MIN_SIZE_TEST,) == (student.INPUT.MIN_SIZE_TEST,)
         alone.MODEL.WEIGHTS = student.MODEL.WEIGHTS
-        assert alone.MODEL == student.MODEL and alone.SOLVER.MAX_ITER == 1500
+        assert alone.MODEL == student.MODEL and alone.SOLVER.MAX_ITER == 600  # not from scratch
 
 
 def test_a_given_model_teaches_as_it_is(make, tmp_path):
@@ -228,7 +228,7 @@ def test_a_given_model_teaches_as_it_is(make, tmp_path):
     assert (student.INPUT.MIN_SIZE_TEST, student.SOLVER.BASE_LR, student.SOLVER.MAX_ITER) == (128, 0.125, 60)
     assert make(method="none", **given)["student"].DISTILL.LOSSES == []
     assert list(make(controls=True, **given)) == ["baseline_L", "baseline_H", "student"]  # its own time is not known
-    assert make(**given)["student"].SOLVER.MAX_ITER == 1500  # and not the model's own schedule
+    assert make(**given)["student"].SOLVER.MAX_ITER == 600  # and not the model's own schedule
     with pytest.raises(ValueError, match="the model has 2 classes, the data have 3"):
         make(content={"classes": ["a", "b", "c"], "masks": False, "keypoints": 0}, **given)
     with pytest.raises(ValueError, match="with --from use msad, scalekd or none"):

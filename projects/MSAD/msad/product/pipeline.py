@@ -56,7 +56,7 @@ def distill(
         method: msad, scalekd, progressive, or none for the student's architecture without distillation.
         checkpoint, config: a trained detectron2 model, whose student is made; without them the teacher is trained.
         short_side: of H in pixels; None: as recommended for the data.
-        iterations: of every training; None: 24 passes over the data, at least 1500.
+        iterations: of every training; None: 24 passes over the data, at least 600, from scratch 1500.
         controls: also train the student without distillation, its architecture alone for as long as teacher and
             student, and conventional detectors at H, L and the same cost.
         jobs, threads, devices: runs at a time on a CPU, threads of each, GPUs ("cuda:0", ...).

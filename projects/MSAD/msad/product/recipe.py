@@ -21,8 +21,9 @@ from .backbones import choose_backbone
 from .choices import Choices
 from .methods import BASELINE, BUILDERS, STUDENT, Configs, trained_alone
 
-# Passes over the training images, and the least number of iterations at the batch of the yaml: small sets need more.
-EPOCHS, LEAST_ITERATIONS = 24, 1500
+# Passes over the training images, and the least number of iterations at the batch of the yaml, which small sets need:
+# from weights of any kind (more cost 100 images accuracy, docs/results/nuclei_pretrained.md), and from scratch.
+EPOCHS, LEAST_ITERATIONS, LEAST_FROM_SCRATCH = 24, 600, 1500
 
 
 def detector_config(
@@ -51,8 +52,10 @@ def detector_config(
 
 
 def _fit_iterations(cfg: CfgNode, choices: Choices, objects: Objects) -> None:
-    images = max(EPOCHS * len(objects.images), LEAST_ITERATIONS * cfg.SOLVER.IMS_PER_BATCH)
-    _override(cfg, choices, lambda key: key == "SOLVER.IMS_PER_BATCH")
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    _override(cfg, choices, lambda key: key in ("SOLVER.IMS_PER_BATCH", "MODEL.WEIGHTS"))
+    least = LEAST_ITERATIONS if cfg.MODEL.WEIGHTS else LEAST_FROM_SCRATCH
+    images = max(EPOCHS * len(objects.images), least * batch)
     set_iterations(cfg, choices.iterations or math.ceil(images / max(cfg.SOLVER.IMS_PER_BATCH, 1)))
     cfg.SOLVER.CHECKPOINT_PERIOD = max(200, math.ceil(cfg.SOLVER.MAX_ITER / 5))
 
